@@ -1,0 +1,120 @@
+"""Value types that flow into a decision: observations, health, drift, operator commands; and the verdicts.
+
+Everything here is a frozen dataclass with units in its names. Monitors make these values, the store and the event
+log carry them as JSON, and `policies.engine.decide` reads them. No clock, no I/O.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Verdict(StrEnum):
+    """What the evidence says about one guardrail in one slice; nothing observed is NO_DATA, never SAFE."""
+
+    SAFE = "safe"
+    HARM = "harm"
+    UNDECIDED = "undecided"
+    NO_DATA = "no_data"
+    STALE = "stale"
+    ERROR = "error"
+    SRM = "srm"
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One measured value of one statistical unit (a session), read from the store in the order of `seq`."""
+
+    seq: int  # id in the store, strictly growing: the cursor of a rollout points at it
+    value_name: str  # a name of policies.schema.METRICS, such as "audit.kl" or "serve.failed"
+    slice_id: str
+    rung_id: str  # the rung that was measured (for audits: the rung that was replayed)
+    session_id: str
+    variant: str  # "dense" or "sparse": who served the request
+    at_s: float  # epoch seconds
+    value: float  # in the metric's own unit; NaN is an error, not a number
+    floor: float | None = None  # the same value measured dense against dense (noise floor), where there is one
+    missing: bool = False  # chosen for audit but never scored: worst case for promotion, left out for rollback
+
+
+@dataclass(frozen=True, slots=True)
+class VariantHealth:
+    """What one variant did in the breaker's window, for requests that were assigned to it."""
+
+    variant: str
+    window_s: float
+    requests: int
+    failures: int  # errors, timeouts, NaN logits, empty answers: also those rescued by dense (intention to treat)
+    replicas_ready: int
+
+
+@dataclass(frozen=True, slots=True)
+class DriftSignal:
+    """One Evidently check over the newest window of one column."""
+
+    id: str  # the id of the signal in the policy
+    status: str  # "clear" | "drift" | "no_data" | "error"
+    score: float | None
+    threshold: float | None
+    window_units: int
+    window_id: int  # grows by one with each full window: the same window is not counted twice
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SliceTraffic:
+    """How requests of one slice were assigned since the rollout's cursor, for the sample-ratio test."""
+
+    slice_id: str
+    share: float  # the intended candidate share while these were assigned
+    candidate: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """An operator's order, read from the store's inbox: pause, resume, promote, abort, approve, retry."""
+
+    seq: int
+    kind: str
+    by: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """All that one tick has read; `decide` gets nothing else of the world."""
+
+    observations: tuple[Observation, ...] = ()
+    health: tuple[VariantHealth, ...] = ()
+    drift: tuple[DriftSignal, ...] = ()
+    traffic: tuple[SliceTraffic, ...] = ()
+    commands: tuple[Command, ...] = ()
+    cursor: int = 0  # highest Observation.seq that this tick has read
+    newest_data_at_s: float | None = None  # when the newest record or score was written
+    has_lease: bool = True  # this controller holds the fencing lease
+    read_error: str | None = None  # the store could not be read: data is unknown, not zero
+
+
+@dataclass(frozen=True, slots=True)
+class SliceRoute:
+    """Where requests of one slice go: `share` of the sessions to the candidate at `rung_id`."""
+
+    slice_id: str
+    min_tokens: int  # inclusive
+    max_tokens: int  # exclusive
+    share: float
+    rung_id: str  # "dense" where the slice is pinned or has fallen back
+    audit_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingTable:
+    """What the ingress obeys; a table that is not renewed within `lease_s` means dense for everybody."""
+
+    rollout_id: str
+    version: int  # fencing: grows with every change, never goes back
+    salt: str
+    lease_s: float
+    routes: tuple[SliceRoute, ...]

@@ -1,0 +1,196 @@
+"""Where text comes from: the standard library's own source and docs, or the user's files."""
+
+import hashlib
+import json
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Long, varied modules that nobody may train on, so that figures on them can be compared across runs.
+ALWAYS_HELD_OUT = frozenset({"tarfile.py", "argparse.py", "statistics.py"})
+TEXT_SUFFIXES = frozenset(
+    {".txt", ".md", ".rst", ".py", ".text", ".html", ".c", ".h", ".js", ".ts", ".rs", ".go"}
+)
+STDLIB = "stdlib"
+
+
+class CorpusError(ValueError):
+    """A text source that cannot serve; the message names the value, the place and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One piece of text with a name that is stable across machines."""
+
+    path: str
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Named documents in a fixed order; the digest identifies names and text."""
+
+    name: str
+    documents: tuple[Document, ...]
+    digest: str
+
+
+def load_corpus(source: str | None = None) -> Corpus:
+    """Load `stdlib` (the default), a text file, a JSONL file (field `text`) or a folder of text files."""
+    if source is None or source == STDLIB:
+        return _load_stdlib()
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _make_corpus(path.name, _read_folder(path))
+    if not path.is_file():
+        raise CorpusError(
+            f"corpus {source!r}: no such file or folder; "
+            f"give a text file, a .jsonl file, a folder or {STDLIB!r}"
+        )
+    documents = _read_jsonl(path) if path.suffix == ".jsonl" else _read_text(path)
+    return _make_corpus(path.name, documents)
+
+
+def split_documents(
+    corpus: Corpus, held_out_share: float = 0.05, salt: str = "sentei"
+) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
+    """Return (train, held out), by a hash of each document's name: disjoint, the same everywhere."""
+    if not 0.0 < held_out_share < 1.0:
+        raise CorpusError(
+            f"held_out_share is {held_out_share}; it must lie between 0 and 1, for example 0.05"
+        )
+    held_out = [d for d in corpus.documents if _is_held_out(d.name, held_out_share, salt)]
+    names = {d.name for d in held_out}
+    train = [d for d in corpus.documents if d.name not in names]
+    if not train or not held_out:
+        raise CorpusError(
+            f"corpus {corpus.name!r}: {len(corpus.documents)} document(s) split into {len(train)} for "
+            f"training and {len(held_out)} held out; add documents or change held_out_share {held_out_share}"
+        )
+    return tuple(train), tuple(held_out)
+
+
+def token_windows(
+    tokenizer: Any, documents: Sequence[Document], window_tokens: int, num: int, seed: int
+) -> torch.Tensor:
+    """Return `num` windows of packed documents, int64 [num, window_tokens], without overlap."""
+    if window_tokens < 1 or num < 1:
+        raise CorpusError(f"window_tokens is {window_tokens} and num is {num}; both must be at least 1")
+    needed = window_tokens * num
+    ids: list[int] = []
+    for document in _shuffle(documents, seed):
+        ids.extend(encode_text(tokenizer, document.text))
+        if tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        if len(ids) >= needed:
+            return torch.tensor(ids[:needed], dtype=torch.int64).view(num, window_tokens)
+    raise CorpusError(
+        f"{num} windows of {window_tokens} tokens need {needed} tokens, but the {len(documents)} document(s) "
+        f"hold {len(ids)}; ask for at most {len(ids) // window_tokens} windows, shorten them or add text"
+    )
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of plain text, without special tokens and without a warning about its length."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _shuffle(documents: Sequence[Document], seed: int) -> Iterator[Document]:
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    return (documents[i] for i in order)
+
+
+def _is_held_out(name: str, share: float, salt: str) -> bool:
+    if name in ALWAYS_HELD_OUT:
+        return True
+    digest = hashlib.sha256(f"{salt}\0{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+@lru_cache(maxsize=1)
+def _load_stdlib() -> Corpus:
+    root = Path(sysconfig.get_path("stdlib"))
+    documents = list(_read_library(root))
+    if not documents:
+        raise CorpusError(f"corpus {STDLIB!r}: no Python source below {root}; name a file or folder")
+    return _make_corpus(STDLIB, [*documents, *_read_topics()])
+
+
+def _read_library(root: Path) -> Iterator[Document]:
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if "site-packages" in path.parts or "dist-packages" in path.parts or name == "pydoc_data/topics.py":
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue  # the test suite holds broken files on purpose
+        if text.strip():
+            yield Document(path=name, name=name, text=text)
+
+
+def _read_topics() -> Iterator[Document]:
+    topics: dict[str, str] = import_module("pydoc_data.topics").topics
+    for topic in sorted(topics):
+        yield Document(path="pydoc_data/topics.py", name=f"pydoc_data/topics/{topic}", text=topics[topic])
+
+
+def _read_folder(folder: Path) -> Iterator[Document]:
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix in TEXT_SUFFIXES]
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        yield Document(path=name, name=name, text=_decode(path))
+
+
+def _read_text(path: Path) -> Iterator[Document]:
+    # One long file becomes many documents, so that it can be split into train and held out.
+    text = _decode(path)
+    size = max(4000, -(-len(text) // 200))
+    for i, start in enumerate(range(0, len(text), size)):
+        yield Document(path=path.name, name=f"{path.name}#{i}", text=text[start : start + size])
+
+
+def _read_jsonl(path: Path) -> Iterator[Document]:
+    for i_line, line in enumerate(_decode(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CorpusError(
+                f"{path}, line {i_line}: not JSON ({error.msg}); one object per line"
+            ) from error
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise CorpusError(f"{path}, line {i_line}: no field 'text' with a string; found {line[:60]!r}")
+        yield Document(path=path.name, name=f"{path.name}#{i_line}", text=text)
+
+
+def _decode(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
+
+
+def _make_corpus(name: str, documents: Iterable[Document]) -> Corpus:
+    kept = tuple(d for d in documents if d.text.strip())
+    if not kept:
+        raise CorpusError(
+            f"corpus {name!r}: no text found; supported endings are {sorted(TEXT_SUFFIXES)} and .jsonl"
+        )
+    digest = hashlib.sha256()
+    for document in kept:
+        digest.update(f"{document.name}\0{len(document.text)}\0".encode())
+        digest.update(document.text.encode("utf-8", "surrogatepass"))
+    return Corpus(name=name, documents=kept, digest=digest.hexdigest())

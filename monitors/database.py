@@ -1,0 +1,174 @@
+"""One database behind a URL: engine options, transactions, and errors that a person can act on.
+
+Every write transaction first takes the row `writes` of the table `counters`. So there is one writer at a time
+on every database, numbers are handed out in the order of commit, and a reader that has seen number n has seen
+all before it: cursors cannot skip a row that commits late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+
+from sentei.monitors.errors import StoreError
+from sentei.monitors.tables import COUNTERS, METADATA, SCHEMA_VERSION
+
+BUSY_TIMEOUT_MS = 5_000
+WRITES = "writes"
+SCHEMA = "schema"
+_IS_WRITE = "sentei_is_write"
+
+
+class Database:
+    """Engine and transactions of one database URL; safe to use from several threads and processes."""
+
+    def __init__(self, url: str) -> None:
+        self.url = _printable(url)
+        try:
+            self._engine = _make_engine(url)
+        except (ArgumentError, ImportError, SQLAlchemyError) as error:
+            raise StoreError(
+                f"store URL {self.url!r} cannot be used: {error}. "
+                "Give an SQLAlchemy URL such as sqlite:////var/lib/sentei/state.db or postgresql+psycopg://user@host/db."
+            ) from error
+
+    @classmethod
+    def open(cls, url: str) -> Self:
+        """Connect, create missing tables, and refuse a database of another schema version."""
+        database = cls(url)
+        try:
+            database._create_tables()
+        except StoreError:
+            database.close()
+            raise
+        return database
+
+    def close(self) -> None:
+        """Give back all connections; the object can be used again afterwards."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        """Return itself; leaving the block closes all connections."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close all connections."""
+        self.close()
+
+    @contextmanager
+    def read(self, what: str) -> Iterator[Connection]:
+        """Open a read transaction; raises StoreError if the database is away."""
+        with self._translate(f"read {what}"), self._engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def write(self, what: str) -> Iterator[Connection]:
+        """Open the one write transaction of the database; raises StoreError, and then nothing was written."""
+        with self._translate(f"write {what}"), self._engine.connect() as connection:
+            connection = connection.execution_options(**{_IS_WRITE: True})
+            with connection.begin():
+                self.next_number(connection)
+                yield connection
+
+    def next_number(self, connection: Connection) -> int:
+        """Hand out the next number inside a write transaction: strictly growing in the order of commit."""
+        statement = (
+            sa.update(COUNTERS)
+            .where(COUNTERS.c.name == WRITES)
+            .values(value=COUNTERS.c.value + 1)
+            .returning(COUNTERS.c.value)
+        )
+        return int(connection.execute(statement).scalar_one())
+
+    def last_number(self, connection: Connection) -> int:
+        """Return the newest committed number: all rows up to it can be read."""
+        return int(
+            connection.execute(sa.select(COUNTERS.c.value).where(COUNTERS.c.name == WRITES)).scalar_one()
+        )
+
+    @contextmanager
+    def _translate(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except SQLAlchemyError as error:
+            raise StoreError(_explain(self.url, action, error)) from error
+
+    def _create_tables(self) -> None:
+        try:
+            self._create_tables_once()
+        except StoreError:
+            # On Postgres two processes may create the same table at once; the second try finds it there.
+            self._create_tables_once()
+
+    def _create_tables_once(self) -> None:
+        with self._translate("create tables"), self._engine.connect() as connection:
+            connection = connection.execution_options(**{_IS_WRITE: True})
+            with connection.begin():
+                METADATA.create_all(connection)
+                found = dict(connection.execute(sa.select(COUNTERS.c.name, COUNTERS.c.value)).tuples().all())
+                for name, value in ((WRITES, 0), (SCHEMA, SCHEMA_VERSION)):
+                    if name not in found:
+                        connection.execute(sa.insert(COUNTERS).values(name=name, value=value))
+        version = found.get(SCHEMA, SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            raise StoreError(
+                f"store {self.url} has schema version {version}, this Sentei reads {SCHEMA_VERSION}: "
+                "use the Sentei that wrote it, or point to a new database."
+            )
+
+
+def _make_engine(url: str) -> Engine:
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return sa.create_engine(parsed, pool_pre_ping=True)
+    engine = sa.create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+    sa.event.listen(engine, "connect", _set_sqlite_options)
+    sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _set_sqlite_options(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # we send BEGIN ourselves: Python would delay it past the first SELECT
+    for pragma in ("journal_mode=WAL", f"busy_timeout={BUSY_TIMEOUT_MS}", "synchronous=NORMAL"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # IMMEDIATE waits for the write lock at once; a late upgrade would fail without waiting.
+    is_write = connection.get_execution_options().get(_IS_WRITE, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
+
+
+def _printable(url: str) -> str:
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "<not a URL>"
+
+
+def _explain(url: str, action: str, error: SQLAlchemyError) -> str:
+    reason = str(error.orig) if isinstance(error, DBAPIError) and error.orig else str(error)
+    return f"store {url} cannot {action}: {reason.strip()}. {_way_out(reason)}"
+
+
+def _way_out(reason: str) -> str:
+    known = (
+        ("locked", "Another process holds the write lock: look for a stuck writer on this file."),
+        (
+            "full",
+            "The disk is full: free some space; what was not written is lost, what was written is whole.",
+        ),
+        ("unable to open", "Check that the folder exists and that this user may write to it."),
+        ("readonly", "The file is read-only: give this user the right to write it."),
+        ("not a database", "The file is no SQLite database: move it away or point to another one."),
+        ("malformed", "The file is damaged: restore a backup or point to a new database."),
+    )
+    for word, advice in known:
+        if word in reason.lower():
+            return advice
+    return "Check that the database runs and can be reached; Sentei goes on as soon as it answers."

@@ -1,0 +1,116 @@
+"""`sentei rollout`: start, watch and steer a rollout of a running app over its operations API."""
+
+from __future__ import annotations
+
+import getpass
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.live import Live
+from sentei.pipeline.cli.view import history_table, rollout_panel, rollouts_table
+
+from sentei.pipeline.cli.output import ExitCode, Output
+from sentei.pipeline.client import AdminClient
+
+app = typer.Typer(no_args_is_help=True)
+
+Url = Annotated[
+    str | None, typer.Option("--url", help="Address of the app [default: $SENTEI_URL or loopback].")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+RolloutId = Annotated[str | None, typer.Argument(help="The rollout; the newest if left out.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why: kept in the event log.")]
+
+OUTCOMES = ("promoted", "rolled_back")
+
+
+@app.command()
+def start(
+    policy: Annotated[Path, typer.Argument(help="A policy file (YAML, sentei/v1).")],
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Start a rollout."""
+    output = Output(as_json=as_json)
+    answer = AdminClient(url).start_rollout(policy.read_text(encoding="utf-8"), str(policy))
+    output.say(f"started [bold]{answer['rollout_id']}[/]: watch it with `sentei rollout watch`")
+    output.emit(answer)
+
+
+@app.command("list")
+def list_all(url: Url = None, as_json: Json = False) -> None:
+    """List all rollouts, newest first."""
+    output = Output(as_json=as_json)
+    found = AdminClient(url).rollouts()
+    output.say(rollouts_table(found))
+    output.emit({"rollouts": found})
+
+
+@app.command()
+def status(rollout_id: RolloutId = None, url: Url = None, as_json: Json = False) -> None:
+    """Show stage, shares, verdicts and the last reason."""
+    output = Output(as_json=as_json)
+    client = AdminClient(url)
+    found = client.rollout(_newest(client, rollout_id))
+    output.say(rollout_panel(found))
+    output.emit(found)
+
+
+@app.command()
+def watch(
+    rollout_id: RolloutId = None,
+    url: Url = None,
+    every_s: Annotated[float, typer.Option(help="Seconds between looks.")] = 1.0,
+) -> None:
+    """Follow a rollout until it is promoted or rolled back; the exit code says which (0 or 1)."""
+    client = AdminClient(url)
+    chosen = _newest(client, rollout_id)
+    found: dict[str, Any] = client.rollout(chosen)
+    with Live(rollout_panel(found), console=Output(as_json=False).console, refresh_per_second=4) as live:
+        while found.get("outcome") not in OUTCOMES:
+            time.sleep(every_s)
+            found = client.rollout(chosen)
+            live.update(rollout_panel(found))
+    raise typer.Exit(ExitCode.OK if found["outcome"] == "promoted" else ExitCode.FAILED)
+
+
+@app.command()
+def history(rollout_id: RolloutId = None, url: Url = None, as_json: Json = False) -> None:
+    """Show every decision of a rollout with its reason."""
+    output = Output(as_json=as_json)
+    client = AdminClient(url)
+    found = client.rollout(_newest(client, rollout_id))
+    output.say(history_table(found))
+    output.emit({"rollout_id": found["rollout_id"], "events": found.get("events", [])})
+
+
+def _command(kind: str, help_text: str) -> None:
+    def send(
+        rollout_id: RolloutId = None, reason: Reason = "", url: Url = None, as_json: Json = False
+    ) -> None:
+        output = Output(as_json=as_json)
+        client = AdminClient(url)
+        chosen = _newest(client, rollout_id)
+        answer = client.command(chosen, kind, by=getpass.getuser(), reason=reason)
+        output.say(f"{kind} sent to [bold]{chosen}[/]: it acts at the next tick")
+        output.emit(answer)
+
+    app.command(kind, help=help_text)(send)
+
+
+_command("pause", "Hold the rollout where it is; protection goes on.")
+_command("resume", "Go on after a pause.")
+_command("promote", "Approve the advance that waits for an approval.")
+_command("abort", "Send all traffic to dense at once.")
+_command("retry", "Start again after a rollback, with fresh evidence.")
+
+
+def _newest(client: AdminClient, rollout_id: str | None) -> str:
+    if rollout_id is not None:
+        return rollout_id
+    found = client.rollouts()
+    if not found:
+        raise ValueError(f"{client.url} knows no rollout; start one with `sentei rollout start POLICY`")
+    return str(found[0]["rollout_id"])

@@ -1,0 +1,180 @@
+"""One consistent read of the store: everything that one tick may know of the world."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from sentei.monitors.errors import MonitorError
+from sentei.monitors.health import read_health, read_newest_at, read_traffic
+from sentei.monitors.records import FAILED_OUTCOMES, AuditStatus, Outcome
+from sentei.monitors.store import Store
+from sentei.monitors.tables import AUDITS, COMMANDS, DRIFT, REQUESTS
+from sentei.policies.signals import Command, DriftSignal, Observation, Signals
+
+Row = Mapping[str, Any]
+
+# value name -> columns of the audit: the value and, where there is one, its dense-against-dense floor
+AUDIT_COLUMNS: Mapping[str, tuple[str, str | None]] = {
+    "audit.kl": ("kl", "kl_floor"),
+    "audit.token_disagreement": ("token_disagreement", "token_disagreement_floor"),
+    "audit.dropped_mass": ("dropped_mass_mean", None),
+}
+_TTFT_OVER = re.compile(r"serve\.ttft_over_(\d+(?:\.\d+)?)(ms|s)")
+
+
+@dataclass(frozen=True, slots=True)
+class SignalQuery:
+    """What to read for one rollout; made from the policy by whoever runs it."""
+
+    rollout_id: str
+    value_names: frozenset[str]
+    health_window_s: float
+    audit_limit_s: float  # a chosen request without a score after this time is a missing one
+    replicas: Mapping[str, int] = field(default_factory=dict)  # ready replicas by variant
+    num_numbers: int = 5_000  # how far one read may move the cursor: bounds the time of a tick
+
+
+def read_signals(
+    store: Store, query: SignalQuery, *, cursor: int, command_cursor: int = 0, now_s: float
+) -> Signals:
+    """Read what happened since `cursor`; reading the same cursor again gives the same observations."""
+    store.expire_audits(query.rollout_id, older_than_s=now_s - query.audit_limit_s, now_s=now_s)
+    with store.read("signals") as connection:
+        upto = min(store.last_number(connection), cursor + query.num_numbers)
+        return Signals(
+            observations=_read_observations(connection, query, cursor, upto),
+            health=read_health(
+                connection,
+                query.rollout_id,
+                window_s=query.health_window_s,
+                now_s=now_s,
+                replicas=query.replicas,
+            ),
+            drift=_read_newest_drift(connection, query.rollout_id),
+            traffic=read_traffic(connection, query.rollout_id, after=cursor, upto=upto),
+            commands=_read_commands(connection, query.rollout_id, command_cursor),
+            cursor=upto,
+            newest_data_at_s=read_newest_at(connection, query.rollout_id),
+        )
+
+
+def _read_observations(
+    connection: Connection, query: SignalQuery, after: int, upto: int
+) -> tuple[Observation, ...]:
+    audit_names = sorted(name for name in query.value_names if name in AUDIT_COLUMNS)
+    serve_values = {
+        name: serve_value(name) for name in sorted(query.value_names) if name.startswith("serve.")
+    }
+    found: list[Observation] = []
+    for row in _unit_rows(connection, AUDITS, query.rollout_id, after, upto):
+        found += (_audit_observation(row, name) for name in audit_names)
+    for row in _unit_rows(connection, REQUESTS, query.rollout_id, after, upto):
+        found += _serve_observations(row, serve_values)
+    return tuple(sorted(found, key=lambda observation: (observation.seq, observation.value_name)))
+
+
+def _unit_rows(
+    connection: Connection, table: sa.Table, rollout_id: str, after: int, upto: int
+) -> Iterator[Row]:
+    query = sa.select(table).where(
+        table.c.rollout_id == rollout_id, table.c.is_unit, table.c.seq > after, table.c.seq <= upto
+    )
+    yield from (dict(row) for row in connection.execute(query).mappings())
+
+
+def _audit_observation(row: Row, name: str) -> Observation:
+    column, floor_column = AUDIT_COLUMNS[name]
+    value = row[column]
+    return Observation(
+        seq=row["seq"],
+        value_name=name,
+        slice_id=row["slice_id"],
+        rung_id=row["rung_id"],
+        session_id=row["session_id"],
+        variant=row["variant_served"],
+        at_s=row["at_s"],
+        # A database keeps NaN as NULL: an absent value of a scored audit is an error, never a zero.
+        value=math.nan if value is None else value,
+        floor=row[floor_column] if floor_column else None,
+        missing=row["status"] == AuditStatus.MISSING,
+    )
+
+
+def _serve_observations(
+    row: Row, values: Mapping[str, Callable[[Row], float | None]]
+) -> Iterator[Observation]:
+    for name, value_of in values.items():
+        value = value_of(row)
+        if value is not None:
+            yield Observation(
+                seq=row["seq"],
+                value_name=name,
+                slice_id=row["slice_id"],
+                rung_id=row["rung_id"],
+                session_id=row["session_id"],
+                variant=row["variant_assigned"],
+                at_s=row["at_s"],
+                value=value,
+            )
+
+
+def serve_value(name: str) -> Callable[[Row], float | None]:
+    """Return how to compute a `serve.*` value of a request row; None of a row means that it says nothing."""
+    if name == "serve.failed":
+        return _failed
+    match = _TTFT_OVER.fullmatch(name)
+    if match:
+        limit_ms = float(match[1]) * (1000.0 if match[2] == "s" else 1.0)
+        return lambda row: _ttft_over(row, limit_ms)
+    raise MonitorError(
+        f"value {name!r} cannot be read from request records: known are serve.failed and "
+        "serve.ttft_over_<number>s or serve.ttft_over_<number>ms."
+    )
+
+
+def _failed(row: Row) -> float:
+    return float(row["outcome"] in FAILED_OUTCOMES)
+
+
+def _ttft_over(row: Row, limit_ms: float) -> float | None:
+    if row["ttft_ms"] is None:
+        # No first token at all is over any limit; a user who left before it tells nothing.
+        return None if row["outcome"] == Outcome.CANCELLED else 1.0
+    return float(row["ttft_ms"] > limit_ms)
+
+
+def _read_newest_drift(connection: Connection, rollout_id: str) -> tuple[DriftSignal, ...]:
+    newest = (
+        sa.select(sa.func.max(DRIFT.c.seq))
+        .where(DRIFT.c.rollout_id == rollout_id)
+        .group_by(DRIFT.c.signal_id)
+    )
+    query = sa.select(DRIFT).where(DRIFT.c.seq.in_(newest)).order_by(DRIFT.c.signal_id)
+    return tuple(
+        DriftSignal(
+            id=row["signal_id"],
+            status=row["status"],
+            score=row["score"],
+            threshold=row["threshold"],
+            window_units=row["window_units"],
+            window_id=row["window_id"],
+            detail=row["detail"],
+        )
+        for row in connection.execute(query).mappings()
+    )
+
+
+def _read_commands(connection: Connection, rollout_id: str, after: int) -> tuple[Command, ...]:
+    query = (
+        sa.select(COMMANDS.c.seq, COMMANDS.c.kind, COMMANDS.c.by, COMMANDS.c.reason)
+        .where(COMMANDS.c.rollout_id == rollout_id, COMMANDS.c.seq > after)
+        .order_by(COMMANDS.c.seq)
+    )
+    return tuple(Command(**row) for row in connection.execute(query).mappings())

@@ -1,0 +1,186 @@
+"""The event log: append-only, each event chained to the one before it by SHA-256, in the store's database.
+
+State is what the newest event left behind. Each append checks the writer's fencing token in the same
+transaction, so a controller that has lost its lease cannot add to the history. The hash of the newest event is
+kept beside the log: events cut off at the end are noticed too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, RowMapping
+
+from sentei.monitors.store import Store
+from sentei.monitors.tables import EVENTS, VALUES
+
+GENESIS = "0" * 64
+_HEAD = "events.head"
+_PAGE = 500
+
+
+class BrokenChainError(Exception):
+    """The event log is not what was written; the message names the first event that is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One decision or deed with the state that it left behind."""
+
+    seq: int  # 1, 2, 3 ... over all rollouts of the store
+    rollout_id: str
+    at_s: float
+    kind: str
+    payload: dict[str, Any]
+    state: str  # canonical JSON, see policies.engine.state_to_json
+    token: int  # fencing token of the controller that wrote it
+    prev_hash: str
+    hash: str
+
+
+class EventLog:
+    """Appends to and reads from the log of one store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def append(
+        self,
+        rollout_id: str,
+        kind: str,
+        *,
+        payload: dict[str, Any],
+        state_after: str,
+        token: int,
+        at_s: float,
+    ) -> Event:
+        """Add one event; raises StaleLeaseError, and writes nothing, if `token` is not the newest."""
+        with self._store.write(f"event {kind!r}") as connection:
+            self._store.check_fence(connection, token)
+            seq, prev_hash = _read_tail(connection)
+            row = {
+                "seq": seq + 1,
+                "rollout_id": rollout_id,
+                "at_s": float(at_s),
+                "kind": kind,
+                "payload_json": _canonical(payload),
+                "state_json": state_after,
+                "token": token,
+                "prev_hash": prev_hash,
+            }
+            row["hash"] = _hash(row)
+            connection.execute(sa.insert(EVENTS).values(**row))
+            _save_head(connection, f"{row['seq']}:{row['hash']}")
+        return _event(row)
+
+    def read(self, rollout_id: str | None = None, *, after: int = 0) -> Iterator[Event]:
+        """Yield events above `after`, oldest first, page by page; of all rollouts if none is named."""
+        while True:
+            with self._store.read("events") as connection:
+                rows = _page(connection, rollout_id, after)
+            yield from (_event(row) for row in rows)
+            if len(rows) < _PAGE:
+                return
+            after = rows[-1]["seq"]
+
+    def latest(self, rollout_id: str) -> Event | None:
+        """Return the newest event of a rollout, or None."""
+        query = (
+            sa.select(EVENTS).where(EVENTS.c.rollout_id == rollout_id).order_by(EVENTS.c.seq.desc()).limit(1)
+        )
+        with self._store.read("newest event") as connection:
+            row = connection.execute(query).mappings().first()
+        return _event(row) if row else None
+
+    def latest_state(self, rollout_id: str) -> str | None:
+        """Return the state to go on from after a restart, or None before the first event."""
+        event = self.latest(rollout_id)
+        return event.state if event else None
+
+    def verify(self) -> int:
+        """Check the whole chain and return its length; raises BrokenChainError at the first wrong event."""
+        with self._store.read("events") as connection:
+            head = connection.execute(sa.select(VALUES.c.value).where(VALUES.c.name == _HEAD)).scalar()
+            seq, prev_hash = 0, GENESIS
+            while rows := _page(connection, None, seq):
+                for row in rows:
+                    _check_link(row, seq + 1, prev_hash)
+                    seq, prev_hash = row["seq"], row["hash"]
+        if head is not None and head != f"{seq}:{prev_hash}":
+            raise BrokenChainError(
+                f"event {seq + 1} is missing: the log ends at {seq}, but its head is {head.split(':')[0]}. "
+                "Restore the database from a backup; the events that are left are as they were written."
+            )
+        return seq
+
+    def export(self, path: Path) -> int:
+        """Write all events as JSON lines and return how many."""
+        num_events = 0
+        with path.open("w", encoding="utf-8") as file:
+            for event in self.read():
+                file.write(_canonical(asdict(event)) + "\n")
+                num_events += 1
+        return num_events
+
+
+def _page(connection: Connection, rollout_id: str | None, after: int) -> list[RowMapping]:
+    query = sa.select(EVENTS).where(EVENTS.c.seq > after).order_by(EVENTS.c.seq).limit(_PAGE)
+    if rollout_id is not None:
+        query = query.where(EVENTS.c.rollout_id == rollout_id)
+    return list(connection.execute(query).mappings())
+
+
+def _read_tail(connection: Connection) -> tuple[int, str]:
+    query = sa.select(EVENTS.c.seq, EVENTS.c.hash).order_by(EVENTS.c.seq.desc()).limit(1)
+    row = connection.execute(query).first()
+    return (int(row.seq), str(row.hash)) if row else (0, GENESIS)
+
+
+def _save_head(connection: Connection, head: str) -> None:
+    changed = connection.execute(sa.update(VALUES).where(VALUES.c.name == _HEAD).values(value=head))
+    if changed.rowcount == 0:
+        connection.execute(sa.insert(VALUES).values(name=_HEAD, value=head))
+
+
+def _check_link(row: RowMapping, seq: int, prev_hash: str) -> None:
+    found: str | None = None
+    if row["seq"] != seq:
+        found = f"the next event is {row['seq']}"
+    elif row["prev_hash"] != prev_hash:
+        found = "it does not continue the event before it"
+    elif row["hash"] != _hash(row):
+        found = "its content was changed after it was written"
+    if found:
+        raise BrokenChainError(
+            f"event {seq} is broken: {found}. Restore the database from a backup; "
+            "what stands before it is as it was written."
+        )
+
+
+def _hash(row: dict[str, Any] | RowMapping) -> str:
+    content = {name: row[name] for name in EVENTS.c.keys() if name != "hash"}  # noqa: SIM118
+    return hashlib.sha256(_canonical(content).encode()).hexdigest()
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _event(row: dict[str, Any] | RowMapping) -> Event:
+    return Event(
+        seq=int(row["seq"]),
+        rollout_id=row["rollout_id"],
+        at_s=float(row["at_s"]),
+        kind=row["kind"],
+        payload=json.loads(row["payload_json"]),
+        state=row["state_json"],
+        token=int(row["token"]),
+        prev_hash=row["prev_hash"],
+        hash=row["hash"],
+    )

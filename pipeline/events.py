@@ -1,8 +1,8 @@
 """The event log: append-only, each event chained to the one before it by SHA-256, in the store's database.
 
 State is what the newest event left behind. Each append checks the writer's fencing token in the same
-transaction, so a controller that has lost its lease cannot add to the history. The hash of the newest event is
-kept beside the log: events cut off at the end are noticed too.
+transaction, so a controller without the lease cannot add to the history. The hash of the newest event is kept
+beside the log, so events cut off at the end are noticed too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Paired scores of one audited answer: sparse against dense, and dense against itself as the noise floor.
 
-The served tokens are teacher-forced through dense twice and through the sparse rung once. Each replay gives, per
-token, the ids and log-probabilities of its K likeliest next tokens. All numbers compare replay with replay, so they
-mean the same whoever served the answer: compared with the served tokens, sparse would always agree with itself.
+The served tokens are teacher-forced through dense twice and through the sparse rung once. Each replay gives,
+per token, the ids and log-probabilities of its K likeliest next tokens. Numbers compare replay with replay,
+so they mean the same whoever served: against the served tokens, sparse would always agree with itself.
 """
 
 from __future__ import annotations
@@ -102,15 +102,16 @@ def score_audit(
 def capped_kl(dense: TokenScores, other: TokenScores, cap_nats: float) -> Floats:
     """Return KL(dense || other) per token [T] over dense's top K and one bucket for the rest, capped.
 
-    A token that `other` does not list gets the most it can have: no more than the last one listed, and an equal
-    part of what is left. So the value never exceeds the true one over these buckets.
+    A token that `other` does not list gets the most it can have: no more than the last one listed, and an
+    equal part of what is left. This is the lenient reading; a likely token that went missing still shows.
     """
     p = np.exp(dense.top_logprobs)
     q = _prob_of(dense.top_ids, other)
     p_rest = np.clip(1.0 - p.sum(axis=1), 0.0, 1.0)
     q_rest = np.clip(1.0 - q.sum(axis=1), 0.0, 1.0)
     inside = _relative_entropy(p, q).sum(axis=1)
-    return np.clip(inside + _relative_entropy(p_rest, q_rest), 0.0, cap_nats)
+    kl: Floats = np.clip(inside + _relative_entropy(p_rest, q_rest), 0.0, cap_nats)
+    return kl
 
 
 def _prob_of(ids: Ints, scores: TokenScores) -> Floats:
@@ -126,4 +127,5 @@ def _prob_of(ids: Ints, scores: TokenScores) -> Floats:
 
 
 def _relative_entropy(p: Floats, q: Floats) -> Floats:
-    return np.where(p > _TINY, p * (np.log(np.maximum(p, _TINY)) - np.log(np.maximum(q, _TINY))), 0.0)
+    ratio: Floats = np.log(np.maximum(p, _TINY)) - np.log(np.maximum(q, _TINY))
+    return p * ratio

@@ -127,5 +127,5 @@ def _prob_of(ids: Ints, scores: TokenScores) -> Floats:
 
 
 def _relative_entropy(p: Floats, q: Floats) -> Floats:
-    ratio: Floats = np.log(np.maximum(p, _TINY)) - np.log(np.maximum(q, _TINY))
-    return p * ratio
+    log_ratio: Floats = np.log(np.maximum(p, _TINY) / np.maximum(q, _TINY))
+    return np.multiply(p, log_ratio)

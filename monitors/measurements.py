@@ -28,11 +28,10 @@ class Measurements(Database):
             values["is_arrival"] = not _exists(
                 connection, REQUESTS, _same(REQUESTS, record, "rollout_id", "session_id", "slice_id")
             )
-            values["is_unit"] = record.variant_assigned == "sparse" and not _exists(
+            values["is_unit"] = not _exists(
                 connection,
                 REQUESTS,
-                _same(REQUESTS, record, "rollout_id", "session_id", "slice_id", "rung_id")
-                & REQUESTS.c.is_unit,
+                _same(REQUESTS, record, "rollout_id", "session_id", "slice_id", "rung_id", "share"),
             )
             connection.execute(sa.insert(REQUESTS).values(seq=self.next_number(connection), **values))
         return True

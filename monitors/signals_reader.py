@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,22 +10,50 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from sentei.monitors.errors import MonitorError
 from sentei.monitors.health import read_health, read_newest_at, read_traffic
-from sentei.monitors.records import FAILED_OUTCOMES, AuditStatus, Outcome
+from sentei.monitors.records import FAILED_OUTCOMES, AuditStatus
 from sentei.monitors.store import Store
 from sentei.monitors.tables import AUDITS, COMMANDS, DRIFT, REQUESTS
 from sentei.policies.signals import Command, DriftSignal, Observation, Signals
 
 Row = Mapping[str, Any]
 
-# value name -> columns of the audit: the value and, where there is one, its dense-against-dense floor
-AUDIT_COLUMNS: Mapping[str, tuple[str, str | None]] = {
-    "audit.kl": ("kl", "kl_floor"),
-    "audit.token_disagreement": ("token_disagreement", "token_disagreement_floor"),
-    "audit.dropped_mass": ("dropped_mass_mean", None),
+
+def _column(name: str, floor_name: str | None = None) -> Callable[[Row], tuple[float | None, float | None]]:
+    return lambda row: (row[name], row[floor_name] if floor_name else None)
+
+
+def _compute_ratio(row: Row) -> tuple[float | None, float | None]:
+    dense_s = row["dense_compute_s"]
+    return (row["sparse_compute_s"] / dense_s if dense_s else None), None
+
+
+def _failed(row: Row) -> float | None:
+    return float(row["outcome"] in FAILED_OUTCOMES)
+
+
+def _ttft_ms(row: Row) -> float | None:
+    ttft_ms: float | None = row["ttft_ms"]
+    if ttft_ms is None and row["outcome"] in FAILED_OUTCOMES:
+        return math.inf  # later than any limit; a user who left before the first token tells nothing
+    return ttft_ms
+
+
+# Of an audited request: the value and, where there is one, the same value measured dense against dense.
+AUDIT_VALUES: Mapping[str, Callable[[Row], tuple[float | None, float | None]]] = {
+    "audit.kl": _column("kl", "kl_floor"),
+    "audit.token_disagreement": _column("token_disagreement", "token_disagreement_floor"),
+    "audit.dropped_mass_mean": _column("dropped_mass_mean"),
+    "audit.dropped_mass_p99": _column("dropped_mass_p99"),
+    "audit.compute_ratio": _compute_ratio,
 }
-_TTFT_OVER = re.compile(r"serve\.ttft_over_(\d+(?:\.\d+)?)(ms|s)")
+# Of any request, counted for the variant it was assigned to; None says nothing.
+SERVE_VALUES: Mapping[str, Callable[[Row], float | None]] = {
+    "serve.failed": _failed,
+    "serve.ttft_ms": _ttft_ms,
+    "serve.tpot_ms": lambda row: row["tpot_ms"],
+    "serve.total_ms": lambda row: row["total_ms"],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +95,13 @@ def read_signals(
 def _read_observations(
     connection: Connection, query: SignalQuery, after: int, upto: int
 ) -> tuple[Observation, ...]:
-    audit_names = sorted(name for name in query.value_names if name in AUDIT_COLUMNS)
-    serve_values = {
-        name: serve_value(name) for name in sorted(query.value_names) if name.startswith("serve.")
-    }
+    audit_names = sorted(query.value_names & AUDIT_VALUES.keys())
+    serve_names = sorted(query.value_names & SERVE_VALUES.keys())
     found: list[Observation] = []
     for row in _unit_rows(connection, AUDITS, query.rollout_id, after, upto):
         found += (_audit_observation(row, name) for name in audit_names)
     for row in _unit_rows(connection, REQUESTS, query.rollout_id, after, upto):
-        found += _serve_observations(row, serve_values)
+        found += (o for name in serve_names if (o := _serve_observation(row, name)) is not None)
     return tuple(sorted(found, key=lambda observation: (observation.seq, observation.value_name)))
 
 
@@ -90,8 +115,7 @@ def _unit_rows(
 
 
 def _audit_observation(row: Row, name: str) -> Observation:
-    column, floor_column = AUDIT_COLUMNS[name]
-    value = row[column]
+    value, floor = AUDIT_VALUES[name](row)
     return Observation(
         seq=row["seq"],
         value_name=name,
@@ -102,52 +126,25 @@ def _audit_observation(row: Row, name: str) -> Observation:
         at_s=row["at_s"],
         # A database keeps NaN as NULL: an absent value of a scored audit is an error, never a zero.
         value=math.nan if value is None else value,
-        floor=row[floor_column] if floor_column else None,
+        floor=floor,
         missing=row["status"] == AuditStatus.MISSING,
     )
 
 
-def _serve_observations(
-    row: Row, values: Mapping[str, Callable[[Row], float | None]]
-) -> Iterator[Observation]:
-    for name, value_of in values.items():
-        value = value_of(row)
-        if value is not None:
-            yield Observation(
-                seq=row["seq"],
-                value_name=name,
-                slice_id=row["slice_id"],
-                rung_id=row["rung_id"],
-                session_id=row["session_id"],
-                variant=row["variant_assigned"],
-                at_s=row["at_s"],
-                value=value,
-            )
-
-
-def serve_value(name: str) -> Callable[[Row], float | None]:
-    """Return how to compute a `serve.*` value of a request row; None of a row means that it says nothing."""
-    if name == "serve.failed":
-        return _failed
-    match = _TTFT_OVER.fullmatch(name)
-    if match:
-        limit_ms = float(match[1]) * (1000.0 if match[2] == "s" else 1.0)
-        return lambda row: _ttft_over(row, limit_ms)
-    raise MonitorError(
-        f"value {name!r} cannot be read from request records: known are serve.failed and "
-        "serve.ttft_over_<number>s or serve.ttft_over_<number>ms."
+def _serve_observation(row: Row, name: str) -> Observation | None:
+    value = SERVE_VALUES[name](row)
+    if value is None:
+        return None
+    return Observation(
+        seq=row["seq"],
+        value_name=name,
+        slice_id=row["slice_id"],
+        rung_id=row["rung_id"],
+        session_id=row["session_id"],
+        variant=row["variant_assigned"],
+        at_s=row["at_s"],
+        value=value,
     )
-
-
-def _failed(row: Row) -> float:
-    return float(row["outcome"] in FAILED_OUTCOMES)
-
-
-def _ttft_over(row: Row, limit_ms: float) -> float | None:
-    if row["ttft_ms"] is None:
-        # No first token at all is over any limit; a user who left before it tells nothing.
-        return None if row["outcome"] == Outcome.CANCELLED else 1.0
-    return float(row["ttft_ms"] > limit_ms)
 
 
 def _read_newest_drift(connection: Connection, rollout_id: str) -> tuple[DriftSignal, ...]:

@@ -38,7 +38,7 @@ REQUESTS = sa.Table(
     sa.Column("compute_s", sa.Double, nullable=False),
     # First request of its session in this slice: the unit of the sample-ratio test.
     sa.Column("is_arrival", sa.Boolean, nullable=False),
-    # First candidate-assigned request of its session in this slice and rung: the unit of serve.* evidence.
+    # First request of its session in this slice, rung and share: the unit of serve.* evidence.
     sa.Column("is_unit", sa.Boolean, nullable=False),
     sa.Index("requests_by_seq", "rollout_id", "seq"),
     sa.Index("requests_by_time", "rollout_id", "at_s"),

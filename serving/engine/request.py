@@ -1,0 +1,97 @@
+"""The engine's nouns: what is asked for, what comes back, and the limits. Plain Python, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+DENSE_RUNG = "dense"
+
+
+class FinishReason(StrEnum):
+    """Why a request ended, in OpenAI's words where it has any."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen: temperature 0 is greedy; token i depends on (seed, i) only."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    num_top_logprobs: int | None = None  # None: no log-probabilities; 0: of the chosen token only
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One generation; `sent_ids` were already sent to the client by another variant and are continued."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    max_tokens: int  # of the whole answer, `sent_ids` included
+    rung_id: str = DENSE_RUNG
+    sampling: Sampling = Sampling()
+    sent_ids: tuple[int, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The chosen token's log-probability and the most likely alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """New tokens of one request; `compute_s` is the model time that the request has used so far."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    compute_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """A replay for the audit: teacher-force `ids` and report each served position.
+
+    Both chunk sizes None: all in one piece. A served chunk of 1 replays the decode steps as they were served.
+    """
+
+    request_id: str
+    ids: tuple[int, ...]
+    num_prompt: int
+    rung_id: str = DENSE_RUNG
+    num_top: int = 20
+    prompt_chunk_tokens: int | None = None
+    served_chunk_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """What a variant thinks of served tokens, one entry per served position."""
+
+    argmax_ids: tuple[int, ...]
+    token_logprobs: tuple[float, ...]  # of the served tokens
+    top_ids: tuple[tuple[int, ...], ...]
+    top_logprobs: tuple[tuple[float, ...], ...]
+    compute_s: float
+    dropped_mass: tuple[float, ...] | None = None  # one value per sampled row, where it was measured
+    density: float | None = None  # kept share of the causal blocks, where the sparse path ran
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What one engine accepts; everything beyond is refused with a typed error, never queued without end."""
+
+    max_running: int = 4
+    max_queued: int = 32
+    max_scores: int = 64
+    max_context_tokens: int = 8192
+    score_patience_steps: int = 16  # after so many steps a waiting replay goes before user work

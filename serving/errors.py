@@ -1,0 +1,71 @@
+"""All errors of serving, in one small tree.
+
+ServingError
+├── RequestError      the caller asked for something we cannot do: becomes an OpenAI-shaped 4xx answer
+├── EngineError       the engine cannot go on with a request
+│   ├── EngineBusyError        its queue is full
+│   ├── EngineRefusedError     the request can never fit this engine
+│   └── BadLogitsError         the model gave NaN or infinite logits
+├── VariantError     a whole variant failed this request (crash, timeout, bad logits, empty answer)
+└── ConfigError       the app was configured with something that cannot work
+"""
+
+from __future__ import annotations
+
+
+class ServingError(Exception):
+    """Root of the tree; every message names the thing, its value and the way out."""
+
+
+class RequestError(ServingError):
+    """What the caller sent cannot be answered; carries all that an OpenAI error object needs."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class EngineError(ServingError):
+    """The engine cannot go on with a request."""
+
+
+class EngineBusyError(EngineError):
+    """The engine's queue is full; the caller may come back later."""
+
+
+class EngineRefusedError(EngineError):
+    """The request can never fit this engine."""
+
+
+class BadLogitsError(EngineError):
+    """The model gave logits that are NaN or infinite, so no token can be trusted."""
+
+
+class VariantError(ServingError):
+    """A variant failed one request; `reason` is one word that records and counters use."""
+
+    def __init__(self, variant: str, reason: str, detail: str = "") -> None:
+        super().__init__(variant, reason, detail)
+        self.variant = variant
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:  # noqa: D105
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"variant {self.variant!r} failed: {self.reason}{detail}"
+
+
+class ConfigError(ServingError):
+    """The app was configured with something that cannot work."""

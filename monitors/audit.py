@@ -123,9 +123,10 @@ def _prob_of(ids: Ints, scores: TokenScores) -> Floats:
     left = np.clip(1.0 - listed.sum(axis=1), 0.0, 1.0)
     num_unlisted = np.maximum((~is_listed).sum(axis=1), 1)
     most = np.minimum(listed[:, -1], left / num_unlisted)
-    return np.where(is_listed, known, most[:, None])
+    probabilities: Floats = np.where(is_listed, known, most[:, None])
+    return probabilities
 
 
 def _relative_entropy(p: Floats, q: Floats) -> Floats:
     log_ratio: Floats = np.log(np.maximum(p, _TINY) / np.maximum(q, _TINY))
-    return np.multiply(p, log_ratio)
+    return p * log_ratio

@@ -68,20 +68,19 @@ class Measurements(Database):
             rows = connection.execute(query).mappings().all()
         return [(int(row["seq"]), DriftResult(**_without(dict(row), "seq"))) for row in rows]
 
-    def read_requests(self, rollout_id: str, *, after: int = 0, limit: int = 100_000) -> list[Row]:
+    def read_requests(self, rollout_id: str, *, after: int = 0) -> list[Row]:
         """Return request rows with their `seq`, oldest first, for reports."""
-        return self._read_rows(REQUESTS, rollout_id, after, limit)
+        return self._read_rows(REQUESTS, rollout_id, after)
 
-    def read_audits(self, rollout_id: str, *, after: int = 0, limit: int = 100_000) -> list[Row]:
+    def read_audits(self, rollout_id: str, *, after: int = 0) -> list[Row]:
         """Return audit rows with their `seq`, oldest first, for reports and drift windows."""
-        return self._read_rows(AUDITS, rollout_id, after, limit)
+        return self._read_rows(AUDITS, rollout_id, after)
 
-    def _read_rows(self, table: sa.Table, rollout_id: str, after: int, limit: int) -> list[Row]:
+    def _read_rows(self, table: sa.Table, rollout_id: str, after: int) -> list[Row]:
         query = (
             sa.select(table)
             .where(table.c.rollout_id == rollout_id, table.c.seq > after)
             .order_by(table.c.seq)
-            .limit(limit)
         )
         with self.read(table.name) as connection:
             return [dict(row) for row in connection.execute(query).mappings()]

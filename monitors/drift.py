@@ -1,0 +1,173 @@
+"""Evidently behind one function: does the newest window of a column differ from its reference?
+
+The score is a distance: higher means further away (Evidently's p-value methods point the other way and are not
+used). The threshold comes from the reference itself: the largest distance between resampled windows of it, where
+nothing differs, moved by the excess that the policy's guardrail allows on that column. No answer is never a
+pass: an exception is "error", too little data "no_data".
+
+Evidently takes about 3 s to import and holds the GIL, so it loads on first use; run the check in a thread.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import wasserstein_distance
+
+from sentei.monitors.records import DriftResult
+from sentei.monitors.store import Store
+from sentei.monitors.window import DriftWindow, read_window
+from sentei.policies.signals import DriftSignal
+
+METHOD = (
+    "wasserstein"  # normalised by the reference's standard deviation, at least MIN_SCALE (Evidently's rule)
+)
+MIN_SCALE = 0.001
+MIN_REFERENCE_UNITS = 5
+NUM_RESAMPLES = 500  # the largest of 500: about one false alarm in 500 windows
+HIGHER_IS_WORSE = frozenset({"kl", "token_disagreement", "dropped_mass_mean", "dropped_mass_p99"})
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class DriftSpec:
+    """One signal of the policy; `allowed_excess` is in the column's own unit."""
+
+    signal_id: str
+    column: str
+    window_units: int
+    allowed_excess: float | None = (
+        None  # None: nothing bounds it, so it is compared with its own first windows
+    )
+
+
+def run_drift(
+    store: Store, rollout_id: str, specs: Iterable[DriftSpec], *, folder: Path, now_s: float
+) -> list[DriftResult]:
+    """Check each signal that has a new full window, save its HTML report, and write the result down."""
+    judged = {result.signal_id: result.window_id for _, result in store.read_drift(rollout_id)}
+    results = []
+    for spec in specs:
+        window = read_window(
+            store,
+            rollout_id,
+            spec.column,
+            window_units=spec.window_units,
+            has_dense_reference=spec.allowed_excess is not None,
+        )
+        if window.window_id <= judged.get(spec.signal_id, 0):
+            continue
+        html_path = folder / rollout_id / f"{spec.signal_id}-{window.window_id:04d}.html"
+        signal = check_drift(spec, window, html_path=html_path)
+        result = _result(signal, rollout_id, now_s, html_path if html_path.exists() else None)
+        store.add_drift(result)
+        results.append(result)
+    return results
+
+
+def check_drift(spec: DriftSpec, window: DriftWindow, *, html_path: Path | None = None) -> DriftSignal:
+    """Compare one window with its reference; whatever goes wrong is the status "error", never a pass."""
+    if not window.window_id or len(window.reference) < MIN_REFERENCE_UNITS:
+        detail = f"{len(window.current)} current and {len(window.reference)} reference units"
+        return _signal(spec, window, "no_data", detail=detail)
+    current, reference = np.asarray(window.current), np.asarray(window.reference)
+    try:
+        threshold = calibrate_threshold(reference, len(current), spec.allowed_excess or 0.0)
+        score = _evidently_score(spec.column, current, reference, html_path)
+    except Exception as error:  # Evidently raises whatever pandas, scipy or its own checks raise
+        return _signal(spec, window, "error", detail=f"{type(error).__name__}: {error}")
+    if not np.isfinite(score):
+        return _signal(spec, window, "error", score=None, threshold=threshold, detail="score is not finite")
+    is_worse = spec.column not in HIGHER_IS_WORSE or current.mean() > reference.mean()
+    status = "drift" if score > threshold and is_worse else "clear"
+    detail = (
+        f"{spec.column} mean {current.mean():.4g} against {reference.mean():.4g}, "
+        f"{METHOD} {score:.3g} over {threshold:.3g}"
+        if status == "drift"
+        else f"{spec.column} mean {current.mean():.4g} against {reference.mean():.4g}"
+    )
+    return _signal(spec, window, status, score=score, threshold=threshold, detail=detail)
+
+
+def calibrate_threshold(
+    reference: Floats, window_units: int, allowed_excess: float, *, seed: int = 0
+) -> float:
+    """Return the largest distance between resampled reference and resampled windows moved by the excess."""
+    generator = np.random.default_rng(seed)
+    distances = (
+        distance(
+            generator.choice(reference, len(reference)),
+            generator.choice(reference, window_units) + allowed_excess,
+        )
+        for _ in range(NUM_RESAMPLES)
+    )
+    return max(distances)
+
+
+def distance(reference: Floats, current: Floats) -> float:
+    """Return the distance that Evidently computes for METHOD; a test holds the two together."""
+    return float(wasserstein_distance(reference, current) / max(float(np.std(reference)), MIN_SCALE))
+
+
+def _evidently_score(column: str, current: Floats, reference: Floats, html_path: Path | None) -> float:
+    os.environ["DO_NOT_TRACK"] = "true"
+    with warnings.catch_warnings():
+        # Import-time deprecations of its dependencies (litestar, numpy.core); ours stay errors elsewhere.
+        warnings.simplefilter("ignore")
+        import pandas
+        from evidently import DataDefinition, Dataset, Report
+        from evidently.metrics import ValueDrift
+
+        columns = DataDefinition(numerical_columns=[column])
+        frames = [
+            Dataset.from_pandas(pandas.DataFrame({column: values}), data_definition=columns)
+            for values in (current, reference)
+        ]
+        snapshot = Report([ValueDrift(column=column, method=METHOD)]).run(*frames)
+        score = float(snapshot.dict()["metrics"][0]["value"])
+        if html_path is not None:
+            html_path.parent.mkdir(parents=True, exist_ok=True)
+            snapshot.save_html(str(html_path))
+    return score
+
+
+def _signal(
+    spec: DriftSpec,
+    window: DriftWindow,
+    status: str,
+    *,
+    score: float | None = None,
+    threshold: float | None = None,
+    detail: str = "",
+) -> DriftSignal:
+    return DriftSignal(
+        id=spec.signal_id,
+        status=status,
+        score=score,
+        threshold=threshold,
+        window_units=spec.window_units,
+        window_id=window.window_id,
+        detail=detail,
+    )
+
+
+def _result(signal: DriftSignal, rollout_id: str, now_s: float, html_path: Path | None) -> DriftResult:
+    return DriftResult(
+        rollout_id=rollout_id,
+        signal_id=signal.id,
+        at_s=now_s,
+        status=signal.status,
+        score=signal.score,
+        threshold=signal.threshold,
+        window_units=signal.window_units,
+        window_id=signal.window_id,
+        detail=signal.detail,
+        html_path=str(html_path) if html_path else "",
+    )

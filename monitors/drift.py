@@ -1,11 +1,12 @@
 """Evidently behind one function: does the newest window of a column differ from its reference?
 
-The score is a distance: higher means further away (Evidently's p-value methods point the other way and are not
-used). The threshold comes from the reference itself: the largest distance between resampled windows of it, where
-nothing differs, moved by the excess that the policy's guardrail allows on that column. No answer is never a
-pass: an exception is "error", too little data "no_data".
+The score is a distance: higher means further away (Evidently's p-value methods point the other way and
+are not used). The threshold comes from the reference itself: the largest distance between resampled
+windows of it, where nothing differs, moved by the excess that the policy's guardrail allows on that
+column. No answer is never a pass: an exception is "error", too little data "no_data".
 
-Evidently takes about 3 s to import and holds the GIL, so it loads on first use; run the check in a thread.
+Evidently takes about 3 s to import and holds the GIL, so it loads on first use; run the check in a
+thread.
 """
 
 from __future__ import annotations

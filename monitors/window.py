@@ -1,7 +1,8 @@
 """Samples for a drift check: the newest full window of a column, and what it is compared with.
 
-Units are sessions. A window closes when `window_units` of them are there and the next one starts afresh: no unit
-is judged twice. Quality windows belong to one rung; rungs that run side by side fill windows of their own.
+Units are sessions. A window closes when `window_units` of them are there and the next one starts afresh:
+no unit is judged twice. Quality windows belong to one rung; rungs that run side by side fill windows of
+their own.
 """
 
 from __future__ import annotations

@@ -1,0 +1,234 @@
+"""One tick of a rollout: read, decide, append, publish; once each, and nothing is kept in memory in between.
+
+State is what the newest event left behind. Whatever happens between two steps, the next tick starts from
+that event and comes to the same place: reading the same cursor gives the same observations, and
+publishing is repeatable. A store that does not answer means no renewal of the router's lease, so traffic
+goes dense by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sentei.monitors.drift import DriftSpec, run_drift
+from sentei.monitors.errors import StoreError
+from sentei.monitors.records import DriftResult, Rollout
+from sentei.monitors.signals_reader import SignalQuery, read_signals
+from sentei.monitors.store import Store
+from sentei.pipeline.events import Event, EventLog
+from sentei.pipeline.plain import to_plain
+from sentei.policies.engine import (
+    Decision,
+    State,
+    decide,
+    initial_state,
+    routing,
+    state_from_json,
+    state_to_json,
+)
+from sentei.policies.load import load_policy
+from sentei.policies.schema import Policy
+from sentei.policies.signals import Signals
+
+logger = logging.getLogger(__name__)
+
+STARTED = "started"
+EVIDENCE = "evidence"
+MIN_AUDIT_LIMIT_S = 60.0
+
+
+class RolloutError(Exception):
+    """A rollout that cannot be run as asked; the message names it and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class TickResult:
+    """What one tick did; exactly one of decision, waiting for the lease, or error."""
+
+    decision: Decision | None = None
+    event: Event | None = None  # what was appended; None where nothing changed
+    has_lease: bool = True
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOptions:
+    """What the policy does not say: who runs it, and what only the running system knows."""
+
+    owner: str  # unique per process: two controllers of one name would not fence each other
+    replicas: Callable[[], Mapping[str, int]] = field(default=lambda: {"dense": 1, "sparse": 1})
+    audit_limit_s: float | None = None  # default: data.max_age, at least a minute
+
+
+def start_rollout(
+    store: Store,
+    policy_text: str,
+    *,
+    now_s: float,
+    about: Mapping[str, str] | None = None,
+    rollout_id: str | None = None,
+    source: str = "policy",
+) -> Rollout:
+    """Check the policy (PolicyError) and write the rollout down; the controller takes up the newest one."""
+    policy = load_policy(policy_text, source)
+    moment = datetime.fromtimestamp(now_s, UTC).strftime("%Y%m%d-%H%M%S")
+    rollout = Rollout(
+        rollout_id=rollout_id or f"{policy.metadata.name}-{moment}",
+        policy_text=policy_text,
+        created_at_s=now_s,
+        about=dict(about or {}),
+    )
+    store.add_rollout(rollout)
+    return rollout
+
+
+class RolloutRunner:
+    """Runs one rollout; `tick` never raises."""
+
+    def __init__(self, store: Store, rollout: Rollout, options: RunnerOptions) -> None:
+        self.rollout = rollout
+        self.policy = load_policy(rollout.policy_text, rollout.rollout_id)
+        self.num_errors = 0
+        self._store = store
+        self._log = EventLog(store)
+        self._options = options
+
+    @classmethod
+    def open(cls, store: Store, rollout_id: str, options: RunnerOptions) -> RolloutRunner:
+        """Take up a rollout that was started before, in this process or in another."""
+        rollout = store.read_rollout(rollout_id)
+        if rollout is None:
+            known = ", ".join(repr(r.rollout_id) for r in store.read_rollouts()[-5:]) or "none"
+            raise RolloutError(
+                f"rollout {rollout_id!r} is not in store {store.url}; the newest are: {known}."
+            )
+        return cls(store, rollout, options)
+
+    def tick(self, now_s: float) -> TickResult:
+        """Read, decide, append, publish; an error is logged and counted, and the next tick tries again."""
+        try:
+            token = self._store.acquire_lease(
+                self._options.owner, ttl_s=self.policy.spec.data.monitor_lease, now_s=now_s
+            )
+            if token is None:
+                return TickResult(has_lease=False)
+            state = self._resume(token, now_s)
+            decision = decide(self.policy, state, self._read(state, now_s), now_s)
+            event = self._append(state, decision, token, now_s)
+            self._store.publish_routing(routing(self.policy, decision.state), token=token, now_s=now_s)
+        except Exception as error:
+            # One of the two places where everything is caught: the loop must outlive any fault, and without
+            # a renewal the router is dense by itself.
+            self.num_errors += 1
+            logger.warning("tick %s of %s failed: %s", self.num_errors, self.rollout.rollout_id, error)
+            return TickResult(error=f"{type(error).__name__}: {error}")
+        return TickResult(decision, event)
+
+    def check_drift(self, folder: Path, now_s: float) -> list[DriftResult]:
+        """Run the policy's drift checks that have a new full window; seconds long, so run it in a thread."""
+        return run_drift(
+            self._store, self.rollout.rollout_id, drift_specs(self.policy), folder=folder, now_s=now_s
+        )
+
+    def state(self) -> State | None:
+        """Return the newest state, or None before the first tick."""
+        text = self._log.latest_state(self.rollout.rollout_id)
+        return None if text is None else state_from_json(text)
+
+    def _resume(self, token: int, now_s: float) -> State:
+        state = self.state()
+        if state is not None:
+            return state
+        state = initial_state(self.policy, self.rollout.rollout_id, now_s)
+        payload = {"reason": "started", "policy_digest": self.policy.digest, "about": self.rollout.about}
+        self._log.append(
+            self.rollout.rollout_id,
+            STARTED,
+            payload=payload,
+            state_after=state_to_json(state),
+            token=token,
+            at_s=now_s,
+        )
+        return state
+
+    def _read(self, state: State, now_s: float) -> Signals:
+        query = signal_query(
+            self.policy,
+            self.rollout.rollout_id,
+            replicas=self._options.replicas(),
+            audit_limit_s=self._options.audit_limit_s,
+        )
+        try:
+            return read_signals(
+                self._store, query, cursor=state.cursor, command_cursor=state.command_cursor, now_s=now_s
+            )
+        except StoreError as error:
+            return Signals(cursor=state.cursor, read_error=str(error))
+
+    def _append(self, before: State, decision: Decision, token: int, now_s: float) -> Event | None:
+        state_after = state_to_json(decision.state)
+        if not decision.changed and state_after == state_to_json(before):
+            return None
+        return self._log.append(
+            self.rollout.rollout_id,
+            event_kind(decision),
+            payload=event_payload(decision),
+            state_after=state_after,
+            token=token,
+            at_s=now_s,
+        )
+
+
+def event_kind(decision: Decision) -> str:
+    """Return the name of what was decided: the first action, or "evidence" where only that has grown."""
+    if decision.actions:
+        return str(decision.actions[0].kind)
+    return "changed" if decision.changed else EVIDENCE
+
+
+def event_payload(decision: Decision) -> dict[str, Any]:
+    """Return the decision with its evidence as plain values."""
+    return {
+        "reason": decision.reason,
+        "actions": to_plain(decision.actions),
+        "verdicts": to_plain(decision.verdicts),
+    }
+
+
+def signal_query(
+    policy: Policy, rollout_id: str, *, replicas: Mapping[str, int], audit_limit_s: float | None = None
+) -> SignalQuery:
+    """Return what has to be read for a policy."""
+    spec = policy.spec
+    names = {item.value for item in spec.guardrails.items} | {item.value for item in spec.benefit}
+    return SignalQuery(
+        rollout_id=rollout_id,
+        value_names=frozenset(names),
+        health_window_s=spec.breaker.variant.window,
+        audit_limit_s=max(MIN_AUDIT_LIMIT_S, spec.data.max_age) if audit_limit_s is None else audit_limit_s,
+        replicas=replicas,
+    )
+
+
+def drift_specs(policy: Policy) -> tuple[DriftSpec, ...]:
+    """Return the policy's drift checks, each with the excess that its guardrails allow on that column."""
+    return tuple(
+        DriftSpec(
+            signal_id=signal.id,
+            column=signal.column,
+            window_units=signal.window_units,
+            allowed_excess=_allowed_excess(policy, signal.column),
+        )
+        for signal in policy.spec.signals
+    )
+
+
+def _allowed_excess(policy: Policy, column: str) -> float | None:
+    bounds = [item.bound for item in policy.spec.guardrails.items if item.value == f"audit.{column}"]
+    allowed = [b.excess_over_floor or b.max for b in bounds if b is not None]
+    return min((value for value in allowed if value is not None), default=None)

@@ -1,0 +1,136 @@
+"""The two doors: sparse attention over a block mask, and the dense baseline it is measured against."""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.errors import MaskError, ShapeError
+from sentei.kernels.ops.registry import DECODE_ROWS_MAX, Request, pick_backend, report_broken
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the selected blocks, causal token by token: (out, lse or None).
+
+    q [B, Hq, Tq, D], k and v [B, Hkv, Tk, D]; out as q, lse [B, Hq, Tq] fp32 if asked for. A row with nothing
+    selected gives zeros and an LSE of -inf. `window` keeps the last `window` keys of each row, its own included.
+    Inference only: no gradient flows.
+    """
+    check_shapes(q, k, v, mask, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    request = Request(q.device.type, q.dtype, q.shape[2], needs_lse=return_lse)
+    with torch.no_grad():
+        choice = pick_backend(request, backend)
+        try:
+            out, lse = choice.backend.load()(q, k, v, mask, scale=scale, window=window)
+        except Exception as error:  # a compiler can fail in any way; correctness must not depend on it
+            if backend != "auto" or choice.backend.name != "flex":
+                raise
+            _give_up_on(choice.backend.name, error)
+            fallback = pick_backend(request).backend
+            out, lse = fallback.load()(q, k, v, mask, scale=scale, window=window)
+    return out, (lse if return_lse else None)
+
+
+def dense_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    q_offset: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Dense causal (or sliding-window) attention, by the fastest means here: compiled flex, or SDPA for few rows.
+
+    `backend` is auto, sdpa, flex, gather or reference. Row i sits at position `q_offset + i`.
+    """
+    mask = _causal_mask(q.shape[2], k.shape[2], q_offset, q.device.type, window)
+    check_shapes(q, k, v, mask, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "sdpa" or (backend == "auto" and q.shape[2] <= DECODE_ROWS_MAX):
+        with torch.no_grad():
+            return _dense_sdpa(q, k, v, scale, window, q_offset)
+    return attend(q, k, v, mask, scale=scale, window=window, backend=backend)[0]
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, window: int | None) -> None:
+    """Raise ShapeError or MaskError, by name and value, where tensors, mask and window do not fit together."""
+    if (
+        q.dim() != 4
+        or k.dim() != 4
+        or v.dim() != 4
+        or k.shape[:3] != v.shape[:3]
+        or q.shape[-1] != k.shape[-1]
+    ):
+        raise ShapeError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; "
+            "pass q [B, Hq, Tq, D] and k, v [B, Hkv, Tk, D]"
+        )
+    batch, q_heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    if k.shape[0] != batch or q_heads % kv_heads:
+        raise ShapeError(f"q has batch {batch} and {q_heads} heads, k has {k.shape[0]} and {kv_heads}")
+    if not (q.dtype == k.dtype == v.dtype):
+        raise ShapeError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; pass one dtype")
+    if (mask.q_len, mask.kv_len) != (q_len, kv_len):
+        raise MaskError(
+            f"the mask is for {mask.q_len} x {mask.kv_len} tokens, the tensors have {q_len} x {kv_len}"
+        )
+    if mask.counts.shape[0] not in (1, batch) or mask.counts.shape[1] not in (1, kv_heads, q_heads):
+        raise MaskError(
+            f"the mask has batch {mask.counts.shape[0]} and {mask.counts.shape[1]} heads; "
+            f"batch must be 1 or {batch}, heads 1, {kv_heads} or {q_heads}"
+        )
+    if window is not None and window < 1:
+        raise ShapeError(f"window is {window}; pass at least 1, or None for no window")
+
+
+def _give_up_on(name: str, error: Exception) -> None:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = f"it failed here: {type(error).__name__}: {first_line}"
+    if report_broken(name, reason):
+        warnings.warn(
+            f"attention backend {name!r} is off for this process, {reason}", RuntimeWarning, stacklevel=3
+        )
+
+
+@lru_cache(maxsize=64)
+def _causal_mask(q_len: int, kv_len: int, q_offset: int, device: str, window: int | None) -> BlockMask:
+    return BlockMask.causal(q_len, kv_len, q_offset=q_offset, device=device)
+
+
+def _dense_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, q_offset: int) -> Tensor:
+    """SDPA with each KV head's query heads folded into its rows, so that keys and values are not repeated."""
+    batch, q_heads, q_len, dim = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    start = 0 if window is None else max(0, q_offset - window + 1)
+    end = q_offset + q_len
+    keys = torch.arange(start, end, device=q.device)
+    position = (q_offset + torch.arange(q_len, device=q.device))[:, None]
+    allowed = keys <= position
+    if window is not None:
+        allowed &= keys > position - window
+    group = q_heads // kv_heads
+    folded = q.reshape(batch, kv_heads, group * q_len, dim)
+    attn_mask = None if q_len == 1 else allowed.repeat(group, 1)
+    out = scaled_dot_product_attention(
+        folded, k[:, :, start:end], v[:, :, start:end], attn_mask=attn_mask, scale=scale
+    )
+    return out.reshape(batch, q_heads, q_len, v.shape[-1])

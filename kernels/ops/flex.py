@@ -1,0 +1,257 @@
+"""Block-sparse attention on torch's FlexAttention, compiled: the CPU's fast path, and a peer on GPUs.
+
+One compiled program per `Signature` serves every length, offset and batch: it is compiled once on a small
+example whose sizes all differ (equal sizes would be compiled in as "always equal"), with `dynamic=True`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask as TorchBlockMask
+from torch.nn.attention.flex_attention import flex_attention
+
+from sentei.kernels.ops.block_mask import BlockMask
+
+_NO_WINDOW = 1 << 40
+# Programs per signature before torch gives up: one is expected, the rest is room for layouts torch tells apart.
+_RECOMPILE_LIMIT = 8
+
+Program = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class FlexLists:
+    """The lists FlexAttention reads: blocks that need the token mask, and blocks that do not."""
+
+    partial_counts: Tensor
+    partial_indices: Tensor
+    full_counts: Tensor
+    full_indices: Tensor
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Everything that is compiled in."""
+
+    dtype: torch.dtype
+    device: str
+    dims: tuple[int, int]
+    heads: tuple[int, int, int]
+    blocks: tuple[int, int]
+    scale: float
+    is_batched: bool
+    is_mask_batched: bool
+    is_inference: bool
+    layouts: tuple[str, str, str]
+    threads: int
+
+
+_programs: dict[Signature, Program] = {}
+_compile_lock = threading.Lock()
+
+
+def attend_flex(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, scale: float, window: int | None = None
+) -> tuple[Tensor, None]:
+    """Attention by compiled FlexAttention: (out [B, Hq, Tq, D], None), as the CPU's program has no LSE."""
+    q, k, v = (_dense_last_dim(tensor.detach()) for tensor in (q, k, v))
+    signature = _signature(q, k, v, mask, scale)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        program = _programs.get(signature) or _compile(signature)
+        lists = to_flex_lists(mask, window)
+        return program(q, k, v, *_arguments(lists, mask.q_offset, window, q.device)), None
+
+
+def num_programs() -> int:
+    """Compiled signatures so far in this process."""
+    return len(_programs)
+
+
+def to_flex_lists(mask: BlockMask, window: int | None = None) -> FlexLists:
+    """Split the compact lists at the diagonal and at the window's edge, without a loop or a dense matrix.
+
+    Per query block the ascending list falls into: out of the window, across its edge, full, across the diagonal.
+    """
+    listed = mask.indices >= 0
+    rows = torch.arange(mask.counts.shape[2], device=mask.indices.device, dtype=torch.int32)
+    first = (mask.q_offset + rows * mask.block_q)[:, None]
+    end_full = (listed & (mask.indices < (first + 1) // mask.block_k)).sum(-1)
+    if window is None:
+        start_low = start_full = torch.zeros_like(end_full)
+    else:
+        last = (first + mask.block_q).clamp(max=mask.q_offset + mask.q_len) - 1
+        key_start = mask.indices * mask.block_k
+        start_low = (listed & (key_start + mask.block_k <= first - window + 1)).sum(-1)
+        start_full = (listed & (key_start < last - window + 1)).sum(-1)
+        end_full = torch.maximum(end_full, start_full)
+    num_low = start_full - start_low
+    slots = torch.arange(_partial_width(mask, window), device=mask.indices.device)
+    low, high = start_low[..., None] + slots, (end_full - num_low)[..., None] + slots
+    partial = _take(mask, torch.where(slots < num_low[..., None], low, high))
+    full = mask.indices
+    if window is not None:
+        full = _take(mask, start_full[..., None] + torch.arange(mask.indices.shape[3], device=full.device))
+    return FlexLists(
+        _widen(num_low + mask.counts - end_full, mask),
+        _widen(partial, mask),
+        _widen(end_full - start_full, mask),
+        _widen(full, mask),
+    )
+
+
+def _partial_width(mask: BlockMask, window: int | None) -> int:
+    crossing = -(-mask.block_q // mask.block_k) + 1
+    return min(mask.indices.shape[3], crossing if window is None else 2 * crossing)
+
+
+def _take(mask: BlockMask, places: Tensor) -> Tensor:
+    return mask.indices.gather(-1, places.clamp(max=mask.indices.shape[3] - 1))
+
+
+def _widen(lists: Tensor, mask: BlockMask) -> Tensor:
+    """Copy into the size FlexAttention asks for: all key blocks wide, and no size of 1, which is compiled in."""
+    size = [*lists.shape[:2], max(2, mask.num_q_blocks)]
+    if lists.dim() == 4:
+        size.append(max(2, mask.num_k_blocks))
+    wide = torch.zeros(size, dtype=torch.int32, device=lists.device)
+    wide[:, :, : lists.shape[2], ...].narrow(-1, 0, lists.shape[-1]).copy_(lists)
+    return wide
+
+
+def _arguments(
+    lists: FlexLists, q_offset: int, window: int | None, device: torch.device
+) -> tuple[Tensor, ...]:
+    reach = _NO_WINDOW if window is None else window
+    return (
+        lists.partial_counts,
+        lists.partial_indices,
+        lists.full_counts,
+        lists.full_indices,
+        torch.tensor(q_offset, device=device),
+        torch.tensor(reach, device=device),
+    )
+
+
+def _signature(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Signature:
+    return Signature(
+        dtype=q.dtype,
+        device=q.device.type,
+        dims=(q.shape[-1], v.shape[-1]),
+        heads=(q.shape[1], k.shape[1], mask.counts.shape[1]),
+        blocks=(mask.block_q, mask.block_k),
+        scale=scale,
+        is_batched=q.shape[0] > 1,
+        is_mask_batched=mask.counts.shape[0] > 1,
+        is_inference=torch.is_inference_mode_enabled(),
+        layouts=(_layout(q), _layout(k), _layout(v)),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _compile(signature: Signature) -> Program:
+    with _compile_lock:
+        if signature not in _programs:
+            program = torch.compile(
+                _program_of(signature),
+                dynamic=True,
+                fullgraph=True,
+                isolate_recompiles=True,
+                recompile_limit=_RECOMPILE_LIMIT,
+            )
+            program(*_example(signature))
+            _programs[signature] = program
+        return _programs[signature]
+
+
+def _program_of(signature: Signature) -> Program:
+    scale, blocks = signature.scale, signature.blocks
+
+    def block_sparse(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        partial_counts: Tensor,
+        partial_indices: Tensor,
+        full_counts: Tensor,
+        full_indices: Tensor,
+        q_offset: Tensor,
+        window: Tensor,
+    ) -> Tensor:
+        def is_visible(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+            position = row + q_offset
+            return (key <= position) & (key > position - window)
+
+        torch_mask = TorchBlockMask.from_kv_blocks(
+            partial_counts,
+            partial_indices,
+            full_counts,
+            full_indices,
+            BLOCK_SIZE=blocks,
+            mask_mod=is_visible,
+            seq_lengths=(q.size(2), k.size(2)),
+            compute_q_blocks=False,
+        )
+        return flex_attention(q, k, v, block_mask=torch_mask, scale=scale, enable_gqa=True)
+
+    return block_sparse
+
+
+def _example(signature: Signature) -> tuple[Tensor, ...]:
+    """Small inputs of this signature whose free sizes all differ from each other and from the fixed ones."""
+    taken = {*signature.dims, *signature.heads, *signature.blocks, 0, 1}
+    batch = _fresh_size(7, taken) if signature.is_batched else 1
+    q_len = _fresh_size(3 * signature.blocks[0] + 5, taken)
+    kv_len = _fresh_size(max(q_len, 5 * signature.blocks[1]) + 11, taken)
+    q_heads, kv_heads, mask_heads = signature.heads
+    device = torch.device(signature.device)
+    q, k, v = (
+        _laid_out((batch, heads, length, dim), layout, signature.dtype, device)
+        for heads, length, dim, layout in (
+            (q_heads, q_len, signature.dims[0], signature.layouts[0]),
+            (kv_heads, kv_len, signature.dims[0], signature.layouts[1]),
+            (kv_heads, kv_len, signature.dims[1], signature.layouts[2]),
+        )
+    )
+    offset = kv_len - q_len
+    block_q, block_k = signature.blocks
+    mask = BlockMask.causal(q_len, kv_len, block_q=block_q, block_k=block_k, q_offset=offset, device=device)
+    lists = to_flex_lists(mask)
+    mask_batch = batch if signature.is_mask_batched else 1
+    repeated = [
+        tensor.repeat(mask_batch, mask_heads, *[1] * (tensor.dim() - 2))
+        for tensor in (lists.partial_counts, lists.partial_indices, lists.full_counts, lists.full_indices)
+    ]
+    return (q, k, v, *_arguments(FlexLists(*repeated), offset, None, device))
+
+
+def _fresh_size(at_least: int, taken: set[int]) -> int:
+    while at_least in taken:
+        at_least += 1
+    taken.add(at_least)
+    return at_least
+
+
+def _laid_out(
+    shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    batch, heads, length, dim = shape
+    if layout == "BTHD":
+        return torch.zeros(batch, length, heads, dim, dtype=dtype, device=device).transpose(1, 2)
+    spare = 0 if layout == "BHTD" else 13
+    return torch.zeros(batch, heads, length + spare, dim, dtype=dtype, device=device)[:, :, :length]
+
+
+def _layout(tensor: Tensor) -> str:
+    """Name the memory order: torch compiles strides in where they follow from the sizes."""
+    if tensor.is_contiguous():
+        return "BHTD"
+    return "BTHD" if tensor.transpose(1, 2).is_contiguous() else "strided"
+
+
+def _dense_last_dim(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -62,7 +62,7 @@ class VariantError(ServingError):
         self.reason = reason
         self.detail = detail
 
-    def __str__(self) -> str:  # noqa: D105
+    def __str__(self) -> str:
         detail = f" ({self.detail})" if self.detail else ""
         return f"variant {self.variant!r} failed: {self.reason}{detail}"
 

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,7 +88,7 @@ class Engine:
         """Whether the thread runs."""
         return self._thread is not None and self._thread.is_alive()
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenChunk]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenChunk, None]:
         """Yield tokens as they come; closing the iterator frees the request's cache."""
         queue: asyncio.Queue[TokenChunk | ScoreResult | Exception] = asyncio.Queue()
         sink = self._sink_into(queue)

@@ -1,7 +1,7 @@
 """What the engine does next. Plain Python without tensors or clock, so it is tested without a model.
 
 Requests wait in order of arrival, are prefilled one at a time, and then decode in rounds: each round gives
-every running request one token. Prefills and rounds alternate, so that a long prompt delays running streams by
+every running request one token. Prefills and rounds alternate, so a long prompt delays running streams by
 one prefill at most. Replays for the audit run when nobody waits, or after `score_patience_steps` steps.
 """
 
@@ -87,7 +87,7 @@ class Scheduler:
         served, limit = len(request.ids) - request.num_prompt, self.limits.max_context_tokens
         if request.num_prompt < 1 or served < 1 or len(request.ids) > limit:
             return EngineRefusedError(
-                f"replay of {request.num_prompt} prompt and {served} served tokens; 1 of each, {limit} at most"
+                f"replay of {request.num_prompt} prompt and {served} served tokens; need both, max {limit}"
             )
         if len(self._scores) >= self.limits.max_scores:
             return EngineBusyError(

@@ -1,0 +1,257 @@
+"""The operations API: start, watch and steer rollouts, behind a bearer token. It writes orders; it never decides."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from pydantic import BaseModel, ConfigDict, Field
+from sentei.policies.load import PolicyError, load_policy
+
+from sentei.monitors.records import Rollout
+from sentei.monitors.store import Store
+from sentei.pipeline.events import Event, EventLog
+from sentei.pipeline.plain import to_plain
+from sentei.pipeline.rollout import EVIDENCE, start_rollout
+from sentei.serving.errors import RequestError, ServingError
+from sentei.serving.gateway import Gateway
+from sentei.serving.openai import parse_request
+from sentei.serving.router import SPARSE
+
+TOKEN_VARIABLE = "SENTEI_ADMIN_TOKEN"
+MAX_BODY_BYTES = 1 << 20
+MAX_EVENTS = 500
+
+
+class StartBody(BaseModel):
+    """POST /admin/v1/rollouts."""
+
+    model_config = ConfigDict(extra="forbid")
+    policy: str
+    source: str = "policy.yaml"
+    rollout_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+
+
+class CommandBody(BaseModel):
+    """POST /admin/v1/rollouts/{id}/commands."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["pause", "resume", "promote", "approve", "abort", "retry"]
+    by: str = Field(min_length=1, max_length=128)
+    reason: str = Field(default="", max_length=1000)
+
+
+class FaultBody(BaseModel):
+    """PUT /admin/v1/fault."""
+
+    model_config = ConfigDict(extra="forbid")
+    fault: dict[str, Any] | None
+
+
+def check_token(given: str, expected: str) -> None:
+    """Raise RequestError unless the request carries the admin token; the comparison takes constant time."""
+    if not expected:
+        text = f"the operations API is off because {TOKEN_VARIABLE} is not set where the app runs; set it and restart"
+        raise RequestError(text, status=403, code="admin_disabled")
+    if not hmac.compare_digest(given.encode(), f"Bearer {expected}".encode()):
+        text = f"wrong or missing admin token; send `Authorization: Bearer ${TOKEN_VARIABLE}`"
+        raise RequestError(text, status=401, code="invalid_admin_token")
+
+
+def add_admin_routes(
+    api: FastAPI,
+    gateway: Gateway,
+    store: Store,
+    *,
+    allow_faults: bool = False,
+    about: dict[str, str] | None = None,
+    now_s: Callable[[], float] = time.time,
+) -> None:
+    """Add `/admin/v1` to the app."""
+
+    async def authorize(request: Request) -> None:
+        check_token(request.headers.get("authorization", ""), os.environ.get(TOKEN_VARIABLE, ""))
+
+    router = APIRouter(prefix="/admin/v1", dependencies=[Depends(authorize)])
+    desk = RolloutDesk(gateway, store, about or {}, now_s)
+
+    @router.post("/rollouts", status_code=201)
+    async def start(request: Request) -> Any:
+        body = parse_request(StartBody, await _body(request))
+        return await asyncio.to_thread(desk.start, body)
+
+    @router.get("/rollouts")
+    async def rollouts() -> Any:
+        return {"rollouts": await asyncio.to_thread(desk.list_all)}
+
+    @router.get("/rollouts/{rollout_id}")
+    async def rollout(rollout_id: str) -> Any:
+        return await asyncio.to_thread(desk.status, rollout_id)
+
+    @router.post("/rollouts/{rollout_id}/commands", status_code=202)
+    async def command(rollout_id: str, request: Request) -> Any:
+        body = parse_request(CommandBody, await _body(request))
+        return await asyncio.to_thread(desk.command, rollout_id, body)
+
+    @router.get("/routing")
+    async def routing() -> Any:
+        return await asyncio.to_thread(desk.routing)
+
+    @router.get("/variants")
+    async def variants() -> Any:
+        return {"variants": [to_plain(await v.describe()) for v in gateway.variants.values()]}
+
+    _add_fault_route(router, gateway, allow_faults)
+    api.include_router(router)
+
+
+def _add_fault_route(router: APIRouter, gateway: Gateway, allow_faults: bool) -> None:
+    @router.put("/fault")
+    async def fault(request: Request) -> Any:
+        body = parse_request(FaultBody, await _body(request))
+        if not allow_faults or SPARSE not in gateway.variants:
+            text = "faults cannot be planted here; start the app with `allow_faults: true` and an adapter"
+            raise RequestError(text, status=403, code="faults_disabled")
+        try:
+            await gateway.variants[SPARSE].plant(body.fault)
+        except ServingError as error:
+            raise RequestError(str(error), code="invalid_value", param="fault") from error
+        return {"fault": body.fault}
+
+
+class RolloutDesk:
+    """Reads and writes rollouts in the store; blocking, so it is called in threads."""
+
+    def __init__(
+        self, gateway: Gateway, store: Store, about: dict[str, str], now_s: Callable[[], float]
+    ) -> None:
+        self._gateway = gateway
+        self._store = store
+        self._log = EventLog(store)
+        self._about = about
+        self._now_s = now_s
+
+    def start(self, body: StartBody) -> dict[str, Any]:
+        """Check a policy against what runs here and write the rollout down; the controller takes it up."""
+        try:
+            policy = load_policy(body.policy, body.source)
+        except PolicyError as error:
+            raise RequestError(str(error), code="invalid_policy", param="policy") from error
+        self._check_rungs([rung.id for rung in policy.spec.ladder])
+        self._check_none_runs()
+        rollout = start_rollout(
+            self._store,
+            body.policy,
+            now_s=self._now_s(),
+            about=self._about,
+            rollout_id=body.rollout_id,
+            source=body.source,
+        )
+        return {"rollout_id": rollout.rollout_id, "policy_name": policy.metadata.name}
+
+    def list_all(self) -> list[dict[str, Any]]:
+        """Return all rollouts, newest first, without their events."""
+        return [self._summary(rollout) for rollout in reversed(self._store.read_rollouts())]
+
+    def status(self, rollout_id: str) -> dict[str, Any]:
+        """Return one rollout with routes, newest verdicts and decisions."""
+        rollout = self._find(rollout_id)
+        found = self._store.read_routing()
+        routes = found[0].routes if found is not None and found[0].rollout_id == rollout_id else ()
+        events = list(self._log.read(rollout_id))
+        verdicts = next((e.payload["verdicts"] for e in reversed(events) if "verdicts" in e.payload), [])
+        decisions = [_event_view(event) for event in events if event.kind != EVIDENCE]
+        return {
+            **self._summary(rollout),
+            "about": rollout.about,
+            "routes": to_plain(routes),
+            "verdicts": [{"guardrail_id": verdict["id"], **verdict} for verdict in verdicts],
+            "events": decisions[-MAX_EVENTS:],
+            "num_events": len(events),
+        }
+
+    def command(self, rollout_id: str, body: CommandBody) -> dict[str, Any]:
+        """Put an order into the inbox; it acts at the controller's next tick."""
+        self._find(rollout_id)
+        seq = self._store.add_command(
+            rollout_id, body.kind, by=body.by, reason=body.reason, at_s=self._now_s()
+        )
+        return {"rollout_id": rollout_id, "seq": seq, "kind": body.kind}
+
+    def routing(self) -> dict[str, Any]:
+        """Return the routing table and whether this ingress obeys it now."""
+        found = self._store.read_routing()
+        readiness = self._gateway.readiness()
+        table = to_plain(found[0]) if found is not None else None
+        return {
+            "table": table,
+            "renewals": found[1] if found is not None else 0,
+            "is_obeyed": readiness["lease_is_fresh"],
+        }
+
+    def _find(self, rollout_id: str) -> Rollout:
+        rollout = self._store.read_rollout(rollout_id)
+        if rollout is None:
+            text = f"rollout {rollout_id[:80]!r} does not exist; list them with GET /admin/v1/rollouts"
+            raise RequestError(text, status=404, code="rollout_not_found", param="rollout_id")
+        return rollout
+
+    def _check_rungs(self, wanted: list[str]) -> None:
+        if SPARSE not in self._gateway.variants:
+            text = f"no sparse variant runs here ({self._gateway.note}); distill an adapter and deploy again"
+            raise RequestError(text, status=409, code="no_sparse_variant")
+        card = self._gateway.cards.get(SPARSE)
+        if card is None:
+            raise RequestError("the sparse variant is still loading; retry soon", status=503, code="loading")
+        if missing := [rung for rung in wanted if rung not in card.rung_ids]:
+            text = f"ladder has rung {missing[0]!r}; the adapter has {', '.join(card.rung_ids)}"
+            raise RequestError(text, code="unknown_rung", param="policy")
+
+    def _check_none_runs(self) -> None:
+        rollouts = self._store.read_rollouts()
+        newest = self._summary(rollouts[-1]) if rollouts else None
+        if newest is not None and newest["outcome"] is None:
+            text = f"rollout {newest['rollout_id']!r} is {newest['phase']}; abort it first"
+            raise RequestError(text, status=409, code="rollout_running")
+
+    def _summary(self, rollout: Rollout) -> dict[str, Any]:
+        policy = load_policy(rollout.policy_text, rollout.rollout_id)
+        event = self._log.latest(rollout.rollout_id)
+        state = json.loads(event.state) if event is not None else {}
+        stage_id = state.get("stage_id", "")
+        return {
+            "rollout_id": rollout.rollout_id,
+            "policy_name": policy.metadata.name,
+            "created_at_s": rollout.created_at_s,
+            "phase": state.get("phase", "waiting"),
+            "outcome": state.get("outcome"),
+            "by": state.get("by"),
+            "stage_id": stage_id,
+            "rung_id": next((s.rung for s in policy.spec.stages if s.id == stage_id), ""),
+            "reason": state.get("reason") or "waiting for the controller's first tick",
+        }
+
+
+def _event_view(event: Event) -> dict[str, Any]:
+    return {
+        "seq": event.seq,
+        "at_s": event.at_s,
+        "kind": event.kind,
+        "stage_id": json.loads(event.state).get("stage_id", ""),
+        "reason": event.payload.get("reason", ""),
+        "hash": event.hash,
+    }
+
+
+async def _body(request: Request) -> bytes:
+    body = await request.body()
+    if len(body) > MAX_BODY_BYTES:
+        text = f"the body has {len(body)} bytes; the limit is {MAX_BODY_BYTES}"
+        raise RequestError(text, status=413, code="request_too_large")
+    return body

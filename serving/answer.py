@@ -1,0 +1,203 @@
+"""One answer: tokens from the assigned variant, or from dense when that fails, also in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from sentei.monitors.records import Outcome
+from sentei.serving.engine.request import (
+    DENSE_RUNG,
+    EngineRequest,
+    FinishReason,
+    Sampling,
+    TokenChunk,
+    TokenLogprob,
+)
+from sentei.serving.errors import EngineBusyError, EngineRefusedError, RequestError, VariantError
+from sentei.serving.ports import Tokenizer, Variant
+from sentei.serving.router import DENSE, SPARSE, Assignment, Breaker
+from sentei.serving.settings import Limits
+from sentei.serving.text import Detokenizer, StopScanner
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A checked request: all that is needed to answer it."""
+
+    request_id: str
+    unit: str
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    stops: tuple[str, ...]
+    stop_ids: frozenset[int]
+    assignment: Assignment
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of an answer, ready to be sent; the last one has a finish reason."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far an answer has come; the record of the request is made of it."""
+
+    variant: str
+    rung_id: str
+    began_s: float
+    ids: list[int] = field(default_factory=list)
+    outcome: Outcome = Outcome.OK
+    error: str = ""
+    first_at_s: float | None = None
+    last_at_s: float | None = None
+    compute_s: float = 0.0
+
+    def note_failure(self, error: VariantError) -> None:
+        """Remember that a try failed; what comes now is a fallback."""
+        self.outcome = Outcome.FALLBACK_MID if self.ids else Outcome.FALLBACK_BEFORE
+        self.error = str(error)
+
+    def note_tokens(self, ids: Sequence[int], now_s: float) -> None:
+        """Count new tokens."""
+        self.ids += ids
+        self.first_at_s = self.first_at_s if self.first_at_s is not None else now_s
+        self.last_at_s = now_s
+
+    def ttft_ms(self) -> float | None:
+        """Return the time to the first token."""
+        return None if self.first_at_s is None else (self.first_at_s - self.began_s) * 1e3
+
+    def tpot_ms(self) -> float | None:
+        """Return the mean time per token after the first."""
+        if self.first_at_s is None or self.last_at_s is None or len(self.ids) < 2:
+            return None
+        return (self.last_at_s - self.first_at_s) * 1e3 / (len(self.ids) - 1)
+
+
+class Answerer:
+    """Gets answers from variants; one instance serves all requests of an ingress."""
+
+    def __init__(self, variants: Mapping[str, Variant], limits: Limits, breaker: Breaker) -> None:
+        self._variants = variants
+        self._limits = limits
+        self._breaker = breaker
+
+    def begin(self, question: Question) -> Progress:
+        """Start the account of one answer."""
+        assigned = question.assignment
+        return Progress(assigned.variant, assigned.serving_rung_id, time.monotonic())
+
+    async def deltas(
+        self, question: Question, progress: Progress, tokenizer: Tokenizer
+    ) -> AsyncGenerator[Delta, None]:
+        """Yield the answer as text; stop strings end it, and half characters wait for their rest."""
+        detokenizer, scanner = Detokenizer(tokenizer), StopScanner(question.stops)
+        async with aclosing(self._tokens(question, progress)) as chunks:
+            async for chunk in chunks:
+                text = scanner.add(detokenizer.add(chunk.ids))
+                if chunk.finish_reason is not None and not scanner.has_stopped:
+                    text += scanner.add(detokenizer.flush())
+                    text += "" if scanner.has_stopped else scanner.flush()
+                finish = FinishReason.STOP if scanner.has_stopped else chunk.finish_reason
+                yield Delta(text, chunk.logprobs, finish)
+                if finish is not None:
+                    return
+
+    async def _tokens(self, question: Question, progress: Progress) -> AsyncGenerator[TokenChunk, None]:
+        """Yield token chunks: one try on the assigned variant, and one on dense if it fails."""
+        for i_try in range(2):
+            name = question.assignment.variant if i_try == 0 else DENSE
+            if name == SPARSE and self._breaker.is_open(time.monotonic()):
+                progress.note_failure(VariantError(SPARSE, "breaker_open"))
+                continue
+            try:
+                async with aclosing(self._try(name, question, progress)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+                return
+            except VariantError as error:
+                self._note_failure(error, question, progress)
+                is_worth_another = i_try == 0 and (name == SPARSE or error.reason == "crash")
+                if not is_worth_another:
+                    raise RequestError(
+                        f"no variant could answer ({error.reason}); try again", status=503, code="overloaded"
+                    ) from error
+
+    def _note_failure(self, error: VariantError, question: Question, progress: Progress) -> None:
+        log.warning("request %s after %d tokens: %s", question.request_id, len(progress.ids), error)
+        if error.variant == SPARSE:
+            self._breaker.record(is_ok=False, now_s=time.monotonic())
+        progress.note_failure(error)
+
+    async def _try(
+        self, name: str, question: Question, progress: Progress
+    ) -> AsyncGenerator[TokenChunk, None]:
+        """Yield what one variant gives, going on behind what was sent; every failure is a VariantError."""
+        progress.variant = name
+        progress.rung_id = question.assignment.rung_id if name == SPARSE else DENSE_RUNG
+        request = _engine_request(question, progress)
+        spent_s, has_token = progress.compute_s, False
+        async with aclosing(self._generate(name, request)) as chunks:
+            while True:
+                chunk = await self._next(chunks, name, is_first=not has_token)
+                if chunk is None:
+                    raise VariantError(name, "crash", "the stream ended without a finish reason")
+                if name == SPARSE and not progress.ids and not chunk.ids and chunk.finish_reason:
+                    raise VariantError(name, "empty")
+                has_token = True
+                progress.compute_s = spent_s + chunk.compute_s
+                progress.note_tokens(chunk.ids, time.monotonic())
+                if name == SPARSE and chunk.finish_reason is not None:
+                    self._breaker.record(is_ok=True, now_s=time.monotonic())
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+
+    async def _generate(self, name: str, request: EngineRequest) -> AsyncGenerator[TokenChunk, None]:
+        try:
+            async with aclosing(self._variants[name].generate(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except EngineBusyError as error:
+            if name == SPARSE:
+                raise VariantError(name, "busy", str(error)) from error
+            raise RequestError(str(error), status=429, code="overloaded", retry_after_s=1) from error
+        except EngineRefusedError as error:
+            if name == SPARSE:
+                raise VariantError(name, "refused", str(error)) from error
+            raise RequestError(str(error), code="invalid_value") from error
+
+    async def _next(
+        self, chunks: AsyncGenerator[TokenChunk, None], name: str, *, is_first: bool
+    ) -> TokenChunk | None:
+        limit_s = self._limits.first_token_timeout_s if is_first else self._limits.token_timeout_s
+        try:
+            return await asyncio.wait_for(anext(chunks, None), limit_s)
+        except TimeoutError as error:
+            what = "first token" if is_first else "next token"
+            raise VariantError(name, "timeout", f"no {what} within {limit_s:g} s") from error
+
+
+def _engine_request(question: Question, progress: Progress) -> EngineRequest:
+    request = EngineRequest(
+        # A try of its own: the failed one may still be on its way out of the same engine.
+        request_id=f"{question.request_id}/{progress.variant}/{len(progress.ids)}/{progress.outcome}",
+        prompt_ids=question.prompt_ids,
+        max_tokens=question.max_tokens,
+        rung_id=progress.rung_id,
+        sampling=question.sampling,
+        stop_ids=question.stop_ids,
+    )
+    return replace(request, sent_ids=tuple(progress.ids))

@@ -1,0 +1,320 @@
+"""What the ingress does with a request, free of HTTP: check it, assign it, answer it, write it down."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import replace
+from typing import Any
+
+from sentei.monitors.records import AuditScore, AuditStatus, Outcome, RequestRecord
+from sentei.serving.answer import Answerer, Delta, Progress, Question
+from sentei.serving.errors import RequestError, ServingError
+from sentei.serving.openai import DEFAULT_MAX_TOKENS, ChatRequest, GenerationRequest, sampling_of
+from sentei.serving.ports import AuditDesk, AuditJob, ModelCard, RecordStore, Tokenizer, Variant
+from sentei.serving.router import DENSE, SPARSE, Assignment, Breaker, Lease, SeenUnits, assign
+from sentei.serving.settings import Limits
+from sentei.serving.text import chat_ids
+from sentei.serving.writer import RecordWriter
+
+log = logging.getLogger(__name__)
+
+SESSION_HEADER = "x-session-id"
+MAX_SESSION_CHARS = 256
+DESCRIBE_RETRY_S = 1.0
+
+
+class Gateway:
+    """Holds what all requests share: variants, lease, breaker, tokenizer, records."""
+
+    def __init__(
+        self,
+        variants: Mapping[str, Variant],
+        store: RecordStore,
+        *,
+        tokenizer: Tokenizer,
+        model_name: str,
+        limits: Limits,
+        desk: AuditDesk | None = None,
+        note: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.variants = variants
+        self.tokenizer = tokenizer
+        self.model_name = model_name
+        self.limits = limits
+        self.note = note  # why there is no sparse variant, where there is none
+        self.lease = Lease()
+        self.writer = RecordWriter(store, max_waiting=limits.max_unwritten_records)
+        self.cards: dict[str, ModelCard] = {}
+        self.created_s = int(time.time())
+        self._store = store
+        self._desk = desk
+        self._clock = clock
+        self._answerer = Answerer(variants, limits, Breaker())
+        self._seen = SeenUnits()
+        self._in_flight = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Begin to poll the routing table, to ask the variants who they are, and to write records."""
+        self.writer.start()
+        self._spawn(self._poll())
+        for name in self.variants:
+            self._spawn(self._introduce(name))
+
+    async def stop(self) -> None:
+        """Write what waits and end all tasks."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self.writer.stop)
+
+    def readiness(self) -> dict[str, Any]:
+        """Say whether requests can be answered, by whom, and how the records fare."""
+        return {
+            "ready": DENSE in self.cards,
+            "mode": "dense_and_sparse" if SPARSE in self.variants else "dense_only",
+            "note": self.note,
+            "variants": {name: name in self.cards for name in self.variants},
+            "lease_is_fresh": self.lease.is_fresh(self._clock()),
+            "records": {
+                "written": self.writer.written,
+                "waiting": self.writer.waiting,
+                "dropped": self.writer.dropped,
+            },
+        }
+
+    async def read_routing_once(self) -> None:
+        """Look at the routing table once; a store that cannot be read lets the lease run out."""
+        now_s = self._clock()  # before the read: what comes back may be older, never younger
+        found = await asyncio.to_thread(self._store.read_routing)
+        if found is not None:
+            self.lease.observe(*found, now_s)
+
+    async def introduce_once(self, name: str) -> None:
+        """Ask one variant who it is."""
+        self.cards[name] = await self.variants[name].describe()
+
+    async def check(self, request: GenerationRequest, headers: Mapping[str, str]) -> Question:
+        """Turn a parsed request into a question with its assignment; raises RequestError."""
+        card = self._card(request.model)
+        prompt_ids = await asyncio.to_thread(self._prompt_ids, request, card)
+        request_id = f"req-{uuid.uuid4().hex}"
+        unit = session_unit(headers, request.user, request_id)
+        sampling = sampling_of(request, fallback_seed=secrets.randbits(31))
+        return Question(
+            request_id=request_id,
+            unit=unit,
+            prompt_ids=tuple(prompt_ids),
+            max_tokens=_max_tokens(request, len(prompt_ids), card),
+            sampling=sampling,
+            stops=request.stops(),
+            stop_ids=frozenset(card.eos_ids),
+            assignment=self._assign(len(prompt_ids), unit),
+        )
+
+    def begin(self, question: Question) -> tuple[Progress, AsyncGenerator[Delta, None]]:
+        """Start an answer; raises RequestError when too many run. The record is written when it ends."""
+        if self._in_flight >= self.limits.max_concurrent:
+            raise RequestError(
+                f"{self._in_flight} requests are in flight (limit {self.limits.max_concurrent}); retry later",
+                status=429,
+                code="overloaded",
+                retry_after_s=1,
+            )
+        progress = self._answerer.begin(question)
+        return progress, self._run(question, progress)
+
+    async def _run(self, question: Question, progress: Progress) -> AsyncGenerator[Delta, None]:
+        self._in_flight += 1
+        is_done = False
+        try:
+            async with aclosing(self._answerer.deltas(question, progress, self.tokenizer)) as deltas:
+                async for delta in deltas:
+                    is_done = delta.finish_reason is not None
+                    yield delta
+        except (GeneratorExit, asyncio.CancelledError):
+            if not is_done:
+                progress.outcome = Outcome.CANCELLED
+            raise
+        except RequestError as error:
+            progress.outcome, progress.error = Outcome.FAILED, progress.error or error.message
+            raise
+        except Exception as error:  # the request handler: log, count as failed, answer with an error
+            log.exception("request %s failed", question.request_id)
+            progress.outcome, progress.error = Outcome.FAILED, f"{type(error).__name__}: {error}"
+            raise RequestError("internal error; see the server's log", status=500) from error
+        finally:
+            self._in_flight -= 1
+            self._write_down(question, progress)
+
+    def _write_down(self, question: Question, progress: Progress) -> None:
+        self.writer.put(_record(question, progress, total_ms=(time.monotonic() - progress.began_s) * 1e3))
+        if not question.assignment.is_audited:
+            return
+        if self._desk is None or not progress.ids:
+            self.writer.put(_missing_audit(question, progress))
+            return
+        self._spawn(self._submit_audit(self._desk, question, progress))
+
+    async def _submit_audit(self, desk: AuditDesk, question: Question, progress: Progress) -> None:
+        assigned = question.assignment
+        job = AuditJob(
+            request_id=question.request_id,
+            session_id=question.unit,
+            rollout_id=assigned.rollout_id,
+            slice_id=assigned.slice_id,
+            rung_id=assigned.rung_id,
+            variant_served=progress.variant,
+            prompt_ids=question.prompt_ids,
+            served_ids=tuple(progress.ids[: self.limits.audit_max_tokens]),
+        )
+        if not await desk.submit(job):
+            log.warning("audit of request %s was not taken", question.request_id)
+            self.writer.put(_missing_audit(question, progress))
+
+    def _assign(self, prompt_tokens: int, unit: str) -> Assignment:
+        table = self.lease.table(self._clock()) if SPARSE in self.variants else None
+        assigned = assign(table, prompt_tokens=prompt_tokens, unit=unit)
+        if not assigned.is_audited:
+            return assigned
+        # One audit per session, slice and rung: the session is the statistical unit.
+        is_new = self._seen.add((assigned.rollout_id, assigned.slice_id, assigned.rung_id, unit))
+        return assigned if is_new else replace(assigned, is_audited=False)
+
+    def _card(self, model: str) -> ModelCard:
+        if model != self.model_name:
+            raise RequestError(
+                f"model {model[:80]!r} does not exist; this server has {self.model_name!r}",
+                status=404,
+                code="model_not_found",
+                param="model",
+            )
+        if (card := self.cards.get(DENSE)) is None:
+            raise RequestError(
+                "the model is still loading; retry soon", status=503, code="loading", retry_after_s=2
+            )
+        return card
+
+    def _prompt_ids(self, request: GenerationRequest, card: ModelCard) -> list[int]:
+        if isinstance(request, ChatRequest):
+            return chat_ids(self.tokenizer, request.messages)
+        prompt = request.single_prompt()
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if wrong := [i for i in prompt if not 0 <= i < card.vocab_size]:
+            raise RequestError(
+                f"prompt has token id {wrong[0]}; ids of this model are 0 to {card.vocab_size - 1}",
+                code="invalid_value",
+                param="prompt",
+            )
+        return prompt
+
+    async def _poll(self) -> None:
+        while True:
+            try:
+                await self.read_routing_once()
+            except Exception as error:  # the store may be away for a while: the lease takes care
+                log.warning("routing table could not be read: %s", error)
+            await asyncio.sleep(self.limits.poll_every_s)
+
+    async def _introduce(self, name: str) -> None:
+        while name not in self.cards:
+            try:
+                await self.introduce_once(name)
+            except ServingError as error:
+                log.info("variant %s is not up yet: %s", name, error)
+                await asyncio.sleep(DESCRIBE_RETRY_S)
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def session_unit(headers: Mapping[str, str], user: str | None, request_id: str) -> str:
+    """Return the statistical unit: session if named, else user, else API key, else the request itself."""
+    session = headers.get(SESSION_HEADER)
+    if session is not None and not 0 < len(session) <= MAX_SESSION_CHARS:
+        raise RequestError(
+            f"header {SESSION_HEADER} has {len(session)} characters; send 1 to {MAX_SESSION_CHARS}",
+            code="invalid_value",
+            param=SESSION_HEADER,
+        )
+    if session or user:
+        return session or str(user)
+    key = headers.get("authorization", "").removeprefix("Bearer ").strip()
+    with suppress(UnicodeEncodeError):
+        return f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}" if key else request_id
+    return request_id
+
+
+def _max_tokens(request: GenerationRequest, prompt_tokens: int, card: ModelCard) -> int:
+    param = "messages" if isinstance(request, ChatRequest) else "prompt"
+    room, wanted = card.max_context_tokens - prompt_tokens, request.wanted_tokens()
+    if prompt_tokens < 1:
+        raise RequestError("the prompt has no tokens; send some text", code="empty_string", param=param)
+    if room < 1 or (wanted is not None and wanted > room):
+        raise RequestError(
+            f"{param} has {prompt_tokens} tokens"
+            + (f" and max_tokens is {wanted}" if wanted is not None else "")
+            + f", but the model's context is {card.max_context_tokens} tokens; shorten one of them",
+            code="context_length_exceeded",
+            param=param,
+        )
+    return min(DEFAULT_MAX_TOKENS, room) if wanted is None else wanted
+
+
+def _record(question: Question, progress: Progress, *, total_ms: float) -> RequestRecord:
+    assigned = question.assignment
+    return RequestRecord(
+        request_id=question.request_id,
+        session_id=question.unit,
+        rollout_id=assigned.rollout_id,
+        at_s=time.time(),
+        slice_id=assigned.slice_id,
+        variant_assigned=assigned.variant,
+        variant_served=progress.variant,
+        rung_id=assigned.rung_id,
+        share=assigned.share,
+        prompt_tokens=len(question.prompt_ids),
+        completion_tokens=len(progress.ids),
+        ttft_ms=progress.ttft_ms(),
+        tpot_ms=progress.tpot_ms(),
+        total_ms=total_ms,
+        outcome=progress.outcome,
+        error=progress.error[:500],
+        chosen_for_audit=assigned.is_audited,
+        compute_s=progress.compute_s,
+    )
+
+
+def _missing_audit(question: Question, progress: Progress) -> AuditScore:
+    assigned = question.assignment
+    return AuditScore(
+        request_id=question.request_id,
+        session_id=question.unit,
+        rollout_id=assigned.rollout_id,
+        at_s=time.time(),
+        slice_id=assigned.slice_id,
+        rung_id=assigned.rung_id,
+        variant_served=progress.variant,
+        tokens=0,
+        token_disagreement=None,
+        token_disagreement_floor=None,
+        kl=None,
+        kl_floor=None,
+        first_divergence=None,
+        dropped_mass_mean=None,
+        dropped_mass_p99=None,
+        dense_compute_s=0.0,
+        sparse_compute_s=0.0,
+        status=AuditStatus.MISSING,
+    )

@@ -1,0 +1,82 @@
+"""Models and tokenizers for serving; the only place that asks `sentei.pipeline.models` for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sentei.serving.errors import ConfigError
+from sentei.serving.settings import VariantOptions
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model ready to run, with what the wire and the engine must know about it."""
+
+    model: Any
+    fingerprint: str
+    max_context_tokens: int
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+
+
+def load_served_model(options: VariantOptions) -> ServedModel:
+    """Load a variant's model."""
+    import torch
+    from sentei.pipeline.models import resolve_model
+
+    loaded = resolve_model(options.model)
+    model = loaded.model
+    if options.dtype is not None:
+        model = model.to(getattr(torch, options.dtype))
+    config = model.config.get_text_config()
+    return ServedModel(
+        model=model,
+        fingerprint=str(loaded.fingerprint),
+        max_context_tokens=int(config.max_position_embeddings),
+        vocab_size=int(config.vocab_size),
+        eos_ids=_eos_ids(model, loaded.tokenizer),
+    )
+
+
+def load_tokenizer(model_ref: str) -> Any:
+    """Load a model's tokenizer."""
+    from sentei.pipeline.models import resolve_model
+
+    return resolve_model(model_ref).tokenizer
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Collect every id that ends an answer: both configs and the tokenizer may each name some."""
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    return tuple(sorted(found))
+
+
+def attach_retrofit(model: Any, options: VariantOptions, fault: dict[str, Any] | None) -> Any:
+    """Put the sparse path, or our compiled dense one, on a model; None where it runs as it is."""
+    if options.variant == "dense" and options.attention == "sdpa":
+        return None
+    from sentei.kernels.hf.adapter import load_adapter
+    from sentei.kernels.hf.retrofit import attach
+
+    adapter = load_adapter(options.adapter, model) if options.adapter is not None else None
+    if options.variant == "sparse" and adapter is None:
+        raise ConfigError(
+            "variant 'sparse' has no adapter; give `adapter`, a folder made by `sentei distill`"
+        )
+    return attach(model, adapter, base=options.attention, fault=make_fault(fault))
+
+
+def make_fault(fault: dict[str, Any] | None) -> Any:
+    """Turn a fault's fields into the type that the scorer understands; None stays None."""
+    if fault is None:
+        return None
+    from sentei.kernels.scorer.faults import Fault
+
+    try:
+        return Fault(**fault)
+    except TypeError as error:
+        raise ConfigError(f"fault is {fault!r}: {error}; its fields are kind and past_tokens") from error

@@ -1,0 +1,93 @@
+"""What the ingress and the auditor need of the world, as small protocols: here tests put their fakes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sentei.monitors.records import AuditScore, RequestRecord
+from sentei.policies.signals import RoutingTable
+from sentei.serving.engine.request import EngineRequest, ScoreRequest, ScoreResult, TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a running variant says of itself."""
+
+    variant: str
+    model_name: str
+    fingerprint: str
+    max_context_tokens: int
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    rung_ids: tuple[str, ...]
+    pid: int
+    fault: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditJob:
+    """An answer to be replayed: what was asked, what was served, and how it was assigned."""
+
+    request_id: str
+    session_id: str
+    rollout_id: str
+    slice_id: str
+    rung_id: str
+    variant_served: str
+    prompt_ids: tuple[int, ...]
+    served_ids: tuple[int, ...]
+
+
+class Variant(Protocol):
+    """One way to run the model; failures come as VariantError, refusals as EngineError."""
+
+    name: str
+
+    def generate(self, request: EngineRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Yield tokens; closing the iterator cancels the request."""
+
+    async def score(self, request: ScoreRequest) -> ScoreResult:
+        """Replay served tokens."""
+
+    async def describe(self) -> ModelCard:
+        """Say what runs."""
+
+    async def plant(self, fault: dict[str, Any] | None) -> None:
+        """Plant or remove a fault, for drills."""
+
+
+class AuditDesk(Protocol):
+    """Takes audit jobs."""
+
+    async def submit(self, job: AuditJob) -> bool:
+        """Queue a job; False if it was not taken."""
+
+
+class RecordStore(Protocol):
+    """What serving itself reads and writes in `sentei.monitors.store.Store`."""
+
+    def add_request(self, record: RequestRecord) -> bool:
+        """Write one request."""
+
+    def add_audit(self, score: AuditScore) -> bool:
+        """Write one audit score."""
+
+    def read_routing(self) -> tuple[RoutingTable, int] | None:
+        """Read the routing table and its renewals."""
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that serving uses."""
+
+    chat_template: str | None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Turn text into ids."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Turn ids into text."""
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
+        """Render a conversation as the model was trained on it."""

@@ -1,0 +1,104 @@
+"""Every option of the serving app, with its default and its unit; unknown options are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sentei.pipeline.home import sentei_home
+from sentei.serving.engine.request import EngineLimits
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(_Options):
+    """What the ingress accepts, and how long it waits."""
+
+    max_body_bytes: int = Field(default=4 << 20, ge=1024)
+    max_concurrent: int = Field(default=64, ge=1, description="requests in flight; more get a 429")
+    first_token_timeout_s: float = Field(default=60.0, gt=0)
+    token_timeout_s: float = Field(default=30.0, gt=0, description="longest pause inside a stream")
+    poll_every_s: float = Field(default=0.25, gt=0, description="how often the routing table is read")
+    max_unwritten_records: int = Field(default=10_000, ge=1)
+    audit_max_tokens: int = Field(default=64, ge=1, description="served tokens that are replayed")
+
+
+class VariantOptions(_Options):
+    """One model server: dense and sparse differ in these options only."""
+
+    model: str
+    variant: Literal["dense", "sparse"]
+    adapter: str | None = None
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    threads: int = Field(default=1, ge=1)
+    dtype: Literal["float32", "bfloat16"] | None = None
+    max_context_tokens: int | None = Field(default=None, ge=2)
+    max_running: int = Field(default=4, ge=1)
+    max_queued: int = Field(default=32, ge=1)
+    score_patience_steps: int = Field(default=16, ge=0)
+    stall_after_s: float = Field(default=300.0, gt=0, description="a longer step counts as unhealthy")
+
+    def limits(self, max_context_tokens: int) -> EngineLimits:
+        """Return the engine's limits for a model of this context length."""
+        return EngineLimits(
+            max_running=self.max_running,
+            max_queued=self.max_queued,
+            max_context_tokens=min(max_context_tokens, self.max_context_tokens or max_context_tokens),
+            score_patience_steps=self.score_patience_steps,
+        )
+
+
+class AppArgs(_Options):
+    """Arguments of `sentei.serving.app:build`; also what a file for `sentei.serving.local` may hold."""
+
+    model: str = "pocket"
+    model_name: str | None = Field(default=None, description="the users' model name [default: the model]")
+    adapter: str | None = Field(default=None, description="folder [default: adapters/<model name> at home]")
+    attention: Literal["sdpa", "flex"] = "sdpa"
+    threads: int = Field(default=1, ge=1)
+    dtype: Literal["float32", "bfloat16"] | None = None
+    max_context_tokens: int | None = Field(default=None, ge=2)
+    max_running: int = Field(default=4, ge=1)
+    dense_replicas: int = Field(default=1, ge=1)
+    sparse_replicas: int = Field(default=1, ge=1)
+    replica_cpus: float = Field(default=0.4, gt=0)
+    audit_queue: int = Field(default=256, ge=1)
+    audit_concurrency: int = Field(default=1, ge=1)
+    store_url: str | None = Field(default=None, description="SQLAlchemy URL [default: home's SQLite]")
+    mlflow_uri: str | None = Field(default=None, description="tracking URI [default: home's]; 'off': none")
+    tick_every_s: float = Field(default=1.0, gt=0)
+    drift_every_s: float = Field(default=10.0, gt=0)
+    mirror_every_s: float = Field(default=5.0, gt=0)
+    controller: bool = True
+    allow_faults: bool = Field(default=False, description="let the admin API plant faults, for drills")
+    fault: dict[str, Any] | None = Field(default=None, description="planted in the sparse variant at start")
+    limits: Limits = Limits()
+
+    def logical_name(self) -> str:
+        """Return the model name that users send."""
+        return self.model_name or Path(self.model).name
+
+    def resolved_store_url(self) -> str:
+        """Return the store's URL."""
+        return self.store_url or sentei_home().create().store_url
+
+    def adapter_folder(self) -> Path:
+        """Return where the adapter is looked for."""
+        return Path(self.adapter) if self.adapter else sentei_home().adapters / self.logical_name()
+
+    def variant_options(self, variant: Literal["dense", "sparse"]) -> VariantOptions:
+        """Return one model server's options."""
+        return VariantOptions(
+            model=self.model,
+            variant=variant,
+            adapter=str(self.adapter_folder()) if variant == "sparse" else None,
+            attention=self.attention,
+            threads=self.threads,
+            dtype=self.dtype,
+            max_context_tokens=self.max_context_tokens,
+            max_running=self.max_running,
+        )

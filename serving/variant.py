@@ -1,0 +1,93 @@
+"""One model server: dense and sparse are this class with two sets of options, in a Ray Serve replica each."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from sentei.serving.engine.loop import Engine
+from sentei.serving.engine.request import DENSE_RUNG, EngineRequest, ScoreRequest, ScoreResult, TokenChunk
+from sentei.serving.errors import ConfigError, ServingError
+from sentei.serving.loading import ServedModel, attach_retrofit, load_served_model, make_fault
+from sentei.serving.ports import ModelCard
+from sentei.serving.settings import VariantOptions
+
+log = logging.getLogger(__name__)
+
+
+class ModelServer:
+    """Loads the model, runs the engine beside the event loop, and answers its handle."""
+
+    def __init__(self, options: VariantOptions) -> None:
+        import torch
+
+        from sentei.serving.engine.runner import ModelRunner
+
+        torch.set_num_threads(options.threads)
+        self._options = options
+        self._fault: dict[str, Any] | None = None
+        self._served: ServedModel = load_served_model(options)
+        self._retrofit = attach_retrofit(self._served.model, options, None)
+        self._limits = options.limits(self._served.max_context_tokens)
+        self._engine = Engine(ModelRunner(self._served.model, self._retrofit), self._limits)
+        self._engine.start()
+        log.info("variant %s of %s is up (pid %d)", options.variant, options.model, os.getpid())
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Yield an answer's tokens; closing the generator frees the cache."""
+        async for chunk in self._engine.generate(request):
+            yield chunk
+
+    async def score(self, request: ScoreRequest) -> ScoreResult:
+        """Replay served tokens for an audit, when users leave room for it."""
+        return await self._engine.score(request)
+
+    async def describe(self) -> ModelCard:
+        """Say what runs here."""
+        return ModelCard(
+            variant=self._options.variant,
+            model_name=self._options.model,
+            fingerprint=self._served.fingerprint,
+            max_context_tokens=self._limits.max_context_tokens,
+            vocab_size=self._served.vocab_size,
+            eos_ids=self._served.eos_ids,
+            rung_ids=self._rung_ids(),
+            pid=os.getpid(),
+            fault=self._fault,
+        )
+
+    async def plant(self, fault: dict[str, Any] | None) -> None:
+        """Plant a fault in the scorer, or take it out; takes effect between two steps."""
+        if fault is not None and self._options.variant != "sparse":
+            raise ConfigError(
+                f"fault {fault!r} planted in variant {self._options.variant!r}; only 'sparse' has a scorer"
+            )
+        planted = make_fault(fault)
+        if self._retrofit is not None:
+            await self._engine.between_steps(lambda: self._retrofit.set_fault(planted))
+        self._fault = fault
+        log.warning("variant %s: planted fault is now %r", self._options.variant, fault)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Follow Serve's `user_config`: `{"fault": {...} or null}`."""
+        unknown = sorted(set(user_config) - {"fault"})
+        if unknown:
+            raise ConfigError(f"user_config has {unknown}; its only key is 'fault'")
+        await self.plant(user_config.get("fault"))
+
+    async def check_health(self) -> None:
+        """Raise if the engine's thread is gone or hangs in one step; Serve then replaces this replica."""
+        if not self._engine.is_alive():
+            raise ServingError(
+                f"engine thread of variant {self._options.variant!r} is gone; the replica must restart"
+            )
+        if (stalled_s := self._engine.stalled_s()) > self._options.stall_after_s:
+            raise ServingError(
+                f"one step of variant {self._options.variant!r} has been running for {stalled_s:.0f} s"
+            )
+
+    def _rung_ids(self) -> tuple[str, ...]:
+        ladder = getattr(self._retrofit, "ladder", None)
+        return tuple(rung.id for rung in ladder.rungs) if ladder is not None else (DENSE_RUNG,)

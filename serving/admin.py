@@ -1,4 +1,4 @@
-"""The operations API: start, watch and steer rollouts, behind a bearer token. It writes orders; it never decides."""
+"""The operations API behind a bearer token: start, watch, steer rollouts; it writes orders, never decides."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class FaultBody(BaseModel):
 def check_token(given: str, expected: str) -> None:
     """Raise RequestError unless the request carries the admin token; the comparison takes constant time."""
     if not expected:
-        text = f"the operations API is off because {TOKEN_VARIABLE} is not set where the app runs; set it and restart"
+        text = f"the operations API is off: set {TOKEN_VARIABLE} where the app runs, and restart it"
         raise RequestError(text, status=403, code="admin_disabled")
     if not hmac.compare_digest(given.encode(), f"Bearer {expected}".encode()):
         text = f"wrong or missing admin token; send `Authorization: Bearer ${TOKEN_VARIABLE}`"

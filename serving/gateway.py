@@ -13,7 +13,7 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
 
-from sentei.monitors.records import AuditScore, AuditStatus, Outcome, RequestRecord
+from sentei.monitors.records import AuditStatus, Outcome, RequestRecord
 from sentei.serving.answer import Answerer, Delta, Progress, Question
 from sentei.serving.errors import RequestError, ServingError
 from sentei.serving.openai import DEFAULT_MAX_TOKENS, ChatRequest, GenerationRequest, sampling_of
@@ -159,26 +159,16 @@ class Gateway:
         self.writer.put(_record(question, progress, total_ms=(time.monotonic() - progress.began_s) * 1e3))
         if not question.assignment.is_audited:
             return
-        if self._desk is None or not progress.ids:
-            self.writer.put(_missing_audit(question, progress))
+        job = _audit_job(question, progress, self.limits.audit_max_tokens)
+        if self._desk is None or not job.served_ids:
+            self.writer.put(job.unscored(AuditStatus.MISSING, time.time()))
             return
-        self._spawn(self._submit_audit(self._desk, question, progress))
+        self._spawn(self._submit_audit(self._desk, job))
 
-    async def _submit_audit(self, desk: AuditDesk, question: Question, progress: Progress) -> None:
-        assigned = question.assignment
-        job = AuditJob(
-            request_id=question.request_id,
-            session_id=question.unit,
-            rollout_id=assigned.rollout_id,
-            slice_id=assigned.slice_id,
-            rung_id=assigned.rung_id,
-            variant_served=progress.variant,
-            prompt_ids=question.prompt_ids,
-            served_ids=tuple(progress.ids[: self.limits.audit_max_tokens]),
-        )
+    async def _submit_audit(self, desk: AuditDesk, job: AuditJob) -> None:
         if not await desk.submit(job):
-            log.warning("audit of request %s was not taken", question.request_id)
-            self.writer.put(_missing_audit(question, progress))
+            log.warning("audit of request %s was not taken", job.request_id)
+            self.writer.put(job.unscored(AuditStatus.MISSING, time.time()))
 
     def _assign(self, prompt_tokens: int, unit: str) -> Assignment:
         table = self.lease.table(self._clock()) if SPARSE in self.variants else None
@@ -296,25 +286,15 @@ def _record(question: Question, progress: Progress, *, total_ms: float) -> Reque
     )
 
 
-def _missing_audit(question: Question, progress: Progress) -> AuditScore:
+def _audit_job(question: Question, progress: Progress, max_tokens: int) -> AuditJob:
     assigned = question.assignment
-    return AuditScore(
+    return AuditJob(
         request_id=question.request_id,
         session_id=question.unit,
         rollout_id=assigned.rollout_id,
-        at_s=time.time(),
         slice_id=assigned.slice_id,
         rung_id=assigned.rung_id,
         variant_served=progress.variant,
-        tokens=0,
-        token_disagreement=None,
-        token_disagreement_floor=None,
-        kl=None,
-        kl_floor=None,
-        first_divergence=None,
-        dropped_mass_mean=None,
-        dropped_mass_p99=None,
-        dense_compute_s=0.0,
-        sparse_compute_s=0.0,
-        status=AuditStatus.MISSING,
+        prompt_ids=question.prompt_ids,
+        served_ids=tuple(progress.ids[:max_tokens]),
     )

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sentei.monitors.records import AuditScore, RequestRecord
+from sentei.monitors.records import AuditScore, AuditStatus, RequestRecord
 from sentei.policies.signals import RoutingTable
 from sentei.serving.engine.request import EngineRequest, ScoreRequest, ScoreResult, TokenChunk
 
@@ -38,6 +38,29 @@ class AuditJob:
     variant_served: str
     prompt_ids: tuple[int, ...]
     served_ids: tuple[int, ...]
+
+    def unscored(self, status: AuditStatus, now_s: float) -> AuditScore:
+        """Return the score that stands for an answer which could not be scored."""
+        return AuditScore(
+            request_id=self.request_id,
+            session_id=self.session_id,
+            rollout_id=self.rollout_id,
+            at_s=now_s,
+            slice_id=self.slice_id,
+            rung_id=self.rung_id,
+            variant_served=self.variant_served,
+            tokens=0,
+            token_disagreement=None,
+            token_disagreement_floor=None,
+            kl=None,
+            kl_floor=None,
+            first_divergence=None,
+            dropped_mass_mean=None,
+            dropped_mass_p99=None,
+            dense_compute_s=0.0,
+            sparse_compute_s=0.0,
+            status=status,
+        )
 
 
 class Variant(Protocol):

@@ -1,0 +1,83 @@
+"""The Ray Serve graph: `sentei.serving.app:build`.
+
+No `from __future__ import annotations` here: Serve looks at the builder's annotation to parse its arguments.
+"""
+
+import logging
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from sentei.serving.deployments import AuditorServer, ControllerServer, IngressServer
+from sentei.serving.errors import ConfigError
+from sentei.serving.settings import AppArgs
+from sentei.serving.variant import ModelServer
+
+log = logging.getLogger(__name__)
+
+MANIFEST_FILE = "manifest.json"
+SMALL_CPUS = 0.1  # ingress, auditor and controller mostly wait
+STREAM_GRACE_S = 60.0  # how long a replica that is replaced may finish its streams
+HEALTH_PERIOD_S = 5.0
+HEALTH_TIMEOUT_S = 60.0
+
+
+def build(args: AppArgs) -> Application:
+    """Return the app: ingress, dense, and, where there is an adapter, sparse, auditor and controller."""
+    note = missing_adapter(args)
+    if note:
+        log.warning("dense only: %s", note)
+    dense = _model_server("Dense", args, num_replicas=args.dense_replicas)
+    sparse: Any = None
+    auditor: Any = None
+    if not note:
+        user_config = {"fault": args.fault}
+        sparse = _model_server("Sparse", args, num_replicas=args.sparse_replicas, user_config=user_config)
+        auditor = _deploy(AuditorServer, "Auditor", max_ongoing_requests=64).bind(args, dense, sparse)
+    ingress_class = serve.ingress()(IngressServer)
+    ingress = _deploy(ingress_class, "Ingress", max_ongoing_requests=args.limits.max_concurrent * 4)
+    bound = [args, dense, sparse, auditor, note]
+    if args.controller and not note:
+        # Bound only to be started with the app: the ingress and the controller meet in the store.
+        bound.append(_deploy(ControllerServer, "Controller").bind(args))
+    return ingress.bind(*bound)
+
+
+def missing_adapter(args: AppArgs) -> str:
+    """Say why there is no sparse variant, or ""; an adapter asked for by name must exist."""
+    folder = args.adapter_folder()
+    if (folder / MANIFEST_FILE).is_file():
+        return ""
+    if args.adapter is not None:
+        raise ConfigError(
+            f"adapter is {args.adapter!r}, a folder without {MANIFEST_FILE}; name another, or none"
+        )
+    return f"no adapter in {folder}; make one with `sentei distill` and deploy again"
+
+
+def _model_server(name: str, args: AppArgs, **options: Any) -> Any:
+    variant = args.variant_options("dense" if name == "Dense" else "sparse")
+    room = variant.max_running + variant.max_queued + args.audit_concurrency + 8
+    deployment = _deploy(
+        ModelServer,
+        name,
+        num_cpus=args.replica_cpus,
+        max_ongoing_requests=room,
+        max_queued_requests=variant.max_queued,
+        **options,
+    )
+    return deployment.bind(variant)
+
+
+def _deploy(kind: Any, name: str, *, num_cpus: float = SMALL_CPUS, **options: Any) -> Any:
+    return serve.deployment(
+        kind,
+        name=name,
+        ray_actor_options={"num_cpus": num_cpus},
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=STREAM_GRACE_S,
+        graceful_shutdown_wait_loop_s=1.0,
+        **options,
+    )

@@ -1,0 +1,126 @@
+"""The controller: APScheduler calls the rollout's tick, its drift checks and the MLflow mirror, and no more.
+
+It keeps nothing: state is in the event log, so a killed controller goes on where the log ends; until it does,
+the ingress drops to dense when the lease runs out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+
+from sentei.monitors.store import Store
+from sentei.pipeline.rollout import RolloutRunner, RunnerOptions
+
+log = logging.getLogger(__name__)
+
+
+class Mirror(Protocol):
+    """Copies the event log to MLflow."""
+
+    def run_once(self) -> Any:
+        """Replay what is new."""
+
+
+class Controller:
+    """Runs the newest rollout of a store; every job runs in a thread and never twice at a time."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        mirror: Mirror | None,
+        reports: Path,
+        replicas: Callable[[], Mapping[str, int]] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._options = RunnerOptions(owner) if replicas is None else RunnerOptions(owner, replicas)
+        self._store = store
+        self._mirror = mirror
+        self._reports = reports
+        self._clock = clock
+        self._runner: RolloutRunner | None = None
+        self._scheduler: Any = None
+        self.num_ticks = 0
+        self.last_error = ""
+
+    def start(self, *, tick_every_s: float, drift_every_s: float, mirror_every_s: float) -> None:
+        """Start the jobs; needs a running event loop."""
+        # A missed run is made up once, at once; a run that is still going is not started again.
+        defaults = {"misfire_grace_time": None, "coalesce": True, "max_instances": 1}
+        self._scheduler = AsyncIOScheduler(job_defaults=defaults, timezone="UTC")
+        self._add_job(self.tick, tick_every_s)
+        self._add_job(self.check_drift, drift_every_s)
+        if self._mirror is not None:
+            self._add_job(self.mirror, mirror_every_s)
+        self._scheduler.start()
+
+    def stop(self) -> None:
+        """Stop the jobs."""
+        if self._scheduler is not None:
+            self._scheduler.shutdown(wait=False)
+
+    def tick(self) -> None:
+        """Let the newest rollout take one step."""
+        runner = self._newest()
+        if runner is None:
+            return
+        result = runner.tick(self._clock())
+        self.num_ticks += 1
+        self.last_error = result.error
+        if result.decision is not None and result.decision.changed:
+            log.info("%s: %s", runner.rollout.rollout_id, result.decision.reason)
+
+    def check_drift(self) -> None:
+        """Run the newest rollout's drift checks."""
+        if (runner := self._newest()) is not None:
+            runner.check_drift(self._reports / runner.rollout.rollout_id, self._clock())
+
+    def mirror(self) -> None:
+        """Copy what is new to MLflow; while MLflow is down the cursor stays and decisions go on."""
+        if self._mirror is not None:
+            self._mirror.run_once()
+
+    def status(self) -> dict[str, Any]:
+        """Say how the controller fares."""
+        rollout_id = self._runner.rollout.rollout_id if self._runner is not None else None
+        return {
+            "pid": os.getpid(),
+            "owner": self._options.owner,
+            "rollout_id": rollout_id,
+            "num_ticks": self.num_ticks,
+            "last_error": self.last_error,
+        }
+
+    def _newest(self) -> RolloutRunner | None:
+        rollouts = self._store.read_rollouts()
+        if not rollouts:
+            return None
+        newest = rollouts[-1]
+        if self._runner is None or self._runner.rollout.rollout_id != newest.rollout_id:
+            self._runner = RolloutRunner.open(self._store, newest.rollout_id, self._options)
+            log.info("took up rollout %s", newest.rollout_id)
+        return self._runner
+
+    def _add_job(self, job: Callable[[], None], every_s: float) -> None:
+        self._scheduler.add_job(_in_thread(job), "interval", seconds=every_s, id=job.__name__)
+
+
+def _in_thread(job: Callable[[], None]) -> Callable[[], Any]:
+    async def run() -> None:
+        try:
+            await asyncio.to_thread(job)
+        except Exception:  # the tick: the loop must outlive a store that is away
+            log.exception("job %s failed; it runs again at its next time", job.__name__)
+
+    return run

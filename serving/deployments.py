@@ -1,0 +1,132 @@
+"""The classes that Ray Serve runs: each builds a plain object of ours in its replica and passes calls on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from ray.serve.handle import DeploymentHandle
+
+from sentei.monitors.store import Store
+from sentei.pipeline.home import sentei_home
+from sentei.serving.admin import add_admin_routes
+from sentei.serving.auditor import Auditor
+from sentei.serving.controller import Controller, Mirror
+from sentei.serving.gateway import Gateway
+from sentei.serving.handles import RayAuditDesk, RayVariant
+from sentei.serving.ingress import build_api
+from sentei.serving.loading import load_tokenizer
+from sentei.serving.ports import AuditJob, Variant
+from sentei.serving.router import DENSE, SPARSE
+from sentei.serving.settings import AppArgs
+from sentei.serving.writer import RecordWriter
+
+NO_MIRROR = "off"
+
+Handle = DeploymentHandle[Any]
+
+
+def set_up_logging() -> None:
+    """Let our own messages through at INFO; Serve's file handler takes them."""
+    logging.getLogger("sentei").setLevel(os.environ.get("SENTEI_LOG_LEVEL", "INFO"))
+
+
+class IngressServer:
+    """The HTTP front; wrapped by `serve.ingress()`, which asks it for its ASGI app after construction."""
+
+    def __init__(
+        self,
+        args: AppArgs,
+        dense: Handle,
+        sparse: Handle | None,
+        auditor: Handle | None,
+        note: str,
+        *_: Handle,
+    ) -> None:
+        set_up_logging()
+        variants: dict[str, Variant] = {DENSE: RayVariant(DENSE, dense)}
+        if sparse is not None:
+            variants[SPARSE] = RayVariant(SPARSE, sparse)
+        self._args = args
+        self._store = Store.open(args.resolved_store_url())
+        self._gateway = Gateway(
+            variants,
+            self._store,
+            tokenizer=load_tokenizer(args.model),
+            model_name=args.logical_name(),
+            limits=args.limits,
+            desk=RayAuditDesk(auditor) if auditor is not None else None,
+            note=note,
+        )
+        if note:
+            logging.getLogger(__name__).warning("dense only: %s", note)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Return the app; Serve calls this once, after the constructor."""
+        api = build_api(self._gateway)
+        about = {"model": self._args.model, "adapter": str(self._args.adapter_folder())}
+        add_admin_routes(api, self._gateway, self._store, allow_faults=self._args.allow_faults, about=about)
+        return api
+
+
+class AuditorServer:
+    """The auditor in a replica of its own."""
+
+    def __init__(self, args: AppArgs, dense: Handle, sparse: Handle) -> None:
+        set_up_logging()
+        variants = {DENSE: RayVariant(DENSE, dense), SPARSE: RayVariant(SPARSE, sparse)}
+        self._writer = RecordWriter(Store.open(args.resolved_store_url()))
+        self._auditor = Auditor(
+            variants, self._writer, max_queued=args.audit_queue, concurrency=args.audit_concurrency
+        )
+        self._has_started = False
+
+    async def submit(self, job: AuditJob) -> bool:
+        """Queue a job; the workers start with the first one, on the loop that Serve runs."""
+        if not self._has_started:
+            self._has_started = True
+            self._writer.start()
+            self._auditor.start()
+        return await self._auditor.submit(job)
+
+    async def status(self) -> dict[str, Any]:
+        """Say how much waits."""
+        return {
+            "pid": os.getpid(),
+            "waiting": self._auditor.waiting,
+            "written": self._writer.written,
+            "dropped": self._writer.dropped,
+        }
+
+
+class ControllerServer:
+    """The controller in a replica of its own; Serve starts it again when it dies."""
+
+    async def __init__(self, args: AppArgs) -> None:
+        set_up_logging()
+        home = sentei_home().create()
+        store = Store.open(args.resolved_store_url())
+        self._controller = Controller(store, mirror=_mirror(args, store), reports=Path(home.reports))
+        self._controller.start(
+            tick_every_s=args.tick_every_s,
+            drift_every_s=args.drift_every_s,
+            mirror_every_s=args.mirror_every_s,
+        )
+
+    async def status(self) -> dict[str, Any]:
+        """Say how the controller fares."""
+        return self._controller.status()
+
+
+def _mirror(args: AppArgs, store: Store) -> Mirror | None:
+    if args.mlflow_uri == NO_MIRROR:
+        return None
+    from sentei.pipeline.mirror import Mirror as MlflowMirror
+    from sentei.pipeline.tracking import MlflowTracker
+
+    home = sentei_home()
+    tracker = MlflowTracker(args.mlflow_uri or home.mlflow_uri, home.mlflow_artifacts)
+    return MlflowMirror(store, tracker)

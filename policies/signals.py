@@ -34,8 +34,12 @@ class Observation:
     variant: str  # "dense" or "sparse": who served the request
     at_s: float  # epoch seconds
     value: float  # in the metric's own unit; NaN is an error, not a number
-    floor: float | None = None  # the same value measured dense against dense (noise floor), where there is one
-    missing: bool = False  # chosen for audit but never scored: worst case for promotion, left out for rollback
+    floor: float | None = (
+        None  # the same value measured dense against dense (noise floor), where there is one
+    )
+    missing: bool = (
+        False  # chosen for audit but never scored: worst case for promotion, left out for rollback
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,9 @@ class VariantHealth:
     variant: str
     window_s: float
     requests: int
-    failures: int  # errors, timeouts, NaN logits, empty answers: also those rescued by dense (intention to treat)
+    failures: (
+        int  # errors, timeouts, NaN logits, empty answers: also those rescued by dense (intention to treat)
+    )
     replicas_ready: int
 
 

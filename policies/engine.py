@@ -1,0 +1,162 @@
+"""decide(): policy, state, signals and the time in; new state, actions and a reason out. Nothing else happens here.
+
+Every tick walks STEPS in order. A step may *protect* (roll back, fall back, pause), may *hold* (name why nothing
+grows), or may do nothing. The first hold gives the decision its reason, but a hold never stops the walk: a later step
+still protects, so no waiting state can delay a rollback. Steps that grow traffic do nothing once something holds, so
+a tick advances exactly one stage at most, also after an outage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sentei.policies.gates import (
+    check_approval,
+    check_benefit,
+    check_freeze,
+    check_hold,
+    check_safe,
+    grow,
+)
+from sentei.policies.guards import (
+    check_breaker,
+    check_data,
+    check_harm,
+    check_signals,
+    check_srm,
+    handle_commands,
+    observe,
+)
+from sentei.policies.judge import GuardrailReport
+from sentei.policies.machine import Phase
+from sentei.policies.schema import Policy
+from sentei.policies.signals import RoutingTable, Signals, SliceRoute
+from sentei.policies.state import (
+    DriftTrack,
+    PolicyStateError,
+    RolloutState,
+    SliceState,
+    state_from_json,
+    state_to_json,
+)
+from sentei.policies.tick import Action, Tick, effective_rung
+
+__all__ = [
+    "STEPS",
+    "Action",
+    "Decision",
+    "PolicyStateError",
+    "QuarantineError",
+    "RolloutState",
+    "decide",
+    "initial_state",
+    "routing",
+    "state_from_json",
+    "state_to_json",
+]
+
+STEPS = (
+    observe,  # not a decision: new units become evidence, evidence becomes verdicts
+    handle_commands,  # 1 manual abort, and the other orders
+    check_breaker,  # 2
+    check_harm,  # 3
+    check_srm,  # 4
+    check_data,  # 5 stale or no data
+    check_signals,  # 6
+    check_hold,  # 7 least time, longest time, least units
+    check_safe,  # 8
+    check_benefit,  # 9
+    check_approval,  # 10
+    check_freeze,  # 11
+    grow,  # 12 one stage
+)
+
+
+class QuarantineError(ValueError):
+    """This policy digest failed at this rung before; it cannot start again by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What one tick decided; `changed` says whether the state differs from the one before."""
+
+    state: RolloutState
+    actions: tuple[Action, ...]
+    reason: str
+    verdicts: tuple[GuardrailReport, ...]
+    changed: bool
+
+
+def initial_state(
+    policy: Policy, rollout_id: str, now_s: float, *, quarantine: tuple[str, ...] = ()
+) -> RolloutState:
+    """The state of a new rollout, in the first stage; QuarantineError if this digest failed at one of its rungs."""
+    for stage in policy.spec.stages:
+        if f"{policy.digest}+{stage.rung}" in quarantine:
+            raise QuarantineError(
+                f'policy "{policy.metadata.name}" was rolled back at rung "{stage.rung}" before; '
+                "change the policy, or retry the old rollout"
+            )
+    return RolloutState(
+        rollout_id=rollout_id,
+        policy_digest=policy.digest,
+        phase=Phase.RUNNING.value,
+        stage_id=policy.spec.stages[0].id,
+        started_s=now_s,
+        stage_entered_s=now_s,
+        waiting_since_s=now_s,
+        slices=tuple(SliceState(item.id) for item in policy.routed_slices),
+        drift=tuple(DriftTrack(item.id) for item in policy.spec.signals),
+        quarantine=quarantine,
+    )
+
+
+def decide(policy: Policy, state: RolloutState, signals: Signals, now_s: float) -> Decision:
+    """One decision; pure, and the same inputs give the same bytes. PolicyStateError for another policy's state."""
+    if state.policy_digest != policy.digest:
+        raise PolicyStateError(
+            f"the state of rollout {state.rollout_id!r} belongs to policy digest {state.policy_digest[:12]}, "
+            f"not {policy.digest[:12]}; an edited policy starts a new rollout"
+        )
+    if not signals.has_lease:  # step 0: another controller decides
+        return Decision(state, (), "this controller does not hold the lease", (), False)
+    tick = Tick(policy, state, signals, now_s)
+    for step in STEPS:
+        tick = step(tick)
+        if tick.is_done:
+            break
+    new_state = _with_version(policy, state, tick.state)
+    return Decision(new_state, tick.actions, tick.reason, tick.reports, new_state != state)
+
+
+def routing(policy: Policy, state: RolloutState) -> RoutingTable:
+    """Where requests go in this state; dense for everybody once it is rolled back, and always in mode `advise`."""
+    stage = policy.stage(state.stage_id)
+    is_off = state.phase == Phase.ROLLED_BACK
+    routes = []
+    for item in policy.spec.slices.buckets:
+        rung = "dense" if item.is_pinned or is_off else effective_rung(policy, state, item.id)
+        is_dense = rung == "dense"
+        routes.append(
+            SliceRoute(
+                slice_id=item.id,
+                min_tokens=item.range[0],
+                max_tokens=item.range[1],
+                share=0.0 if is_dense or policy.spec.mode == "advise" else stage.share,
+                rung_id=rung,
+                audit_share=0.0 if is_dense else policy.audit_share(stage),
+            )
+        )
+    return RoutingTable(
+        rollout_id=state.rollout_id,
+        version=state.version,
+        salt=policy.spec.assignment.salt,
+        lease_s=policy.spec.data.monitor_lease,
+        routes=tuple(routes),
+    )
+
+
+def _with_version(policy: Policy, old: RolloutState, new: RolloutState) -> RolloutState:
+    if routing(policy, new).routes == routing(policy, old).routes:
+        return new
+    return replace(new, version=old.version + 1)

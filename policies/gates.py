@@ -1,0 +1,161 @@
+"""Steps 7 to 12 of the decision: what stands between a stage and the next. Each only ever holds; `grow` is the last."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sentei.policies.intake import METRICS
+from sentei.policies.judge import is_benefit_disproved
+from sentei.policies.machine import Event, Phase, next_phase
+from sentei.policies.schema import Policy, Stage
+from sentei.policies.signals import Command
+from sentei.policies.state import Cell
+from sentei.policies.tick import Tick, active_slices, effective_rung, is_paused, roll_back
+from sentei.policies.units import format_duration
+
+
+def check_hold(tick: Tick) -> Tick:
+    """Step 7: the longest and least time, and the least number of units; a paused or promoted rollout stays."""
+    policy, state = tick.policy, tick.state
+    stage = policy.stage(state.stage_id)
+    if state.phase == Phase.PROMOTED:
+        return tick.with_hold("promoted; the watch goes on")
+    if is_paused(state):
+        return tick.with_hold(state.reason)
+    elapsed = tick.now_s - state.stage_entered_s
+    if stage.max is not None and elapsed > stage.max:
+        reason = f"stage {stage.id} took longer than {format_duration(stage.max)}"
+        if policy.spec.advance.on_max == "rollback":
+            return roll_back(tick, "stage_max", reason)
+        tick = _take_approval(tick, stage)
+        if not tick.state.is_approved:
+            tick = tick.with_hold(f"{reason}; it goes on only when approved")
+    dwell = max(stage.hold_min, stage.bake or 0.0)
+    if elapsed < dwell:
+        left = format_duration(round(dwell - elapsed, 3))
+        tick = tick.with_hold(f"stage {stage.id} holds for {left} more")
+    return _check_units(tick, stage)
+
+
+def _check_units(tick: Tick, stage: Stage) -> Tick:
+    policy, state, advance = tick.policy, tick.state, tick.policy.spec.advance
+    for slice_id in active_slices(policy, state):
+        units = _num_units(tick, slice_id)
+        if units < advance.min_units:
+            tick = tick.with_hold(f"{slice_id}: {units} of {advance.min_units} units")
+        served = state.slice_state(slice_id).served_units
+        if stage.share > 0 and policy.spec.mode == "enforce" and served < advance.min_served_units:
+            tick = tick.with_hold(
+                f"{slice_id}: {served} of {advance.min_served_units} units served by sparse"
+            )
+    return tick
+
+
+def _num_units(tick: Tick, slice_id: str) -> int:
+    """The fewest units that any quality guardrail has in this slice at its rung (any guardrail, if none is of quality)."""
+    own = [item for item in tick.reports if item.slice_id == slice_id and item.is_required]
+    values = {item.id: item.value for item in tick.policy.spec.guardrails.items}
+    quality = [item.units for item in own if METRICS[values[item.id]].family == "quality"]
+    return min(quality or [item.units for item in own], default=0)
+
+
+def check_safe(tick: Tick) -> Tick:
+    """Step 8: every guardrail in every routed slice must say what this stage needs; unseen never does."""
+    open_reports = [item for item in tick.reports if not item.can_advance]
+    if open_reports:
+        first, more = open_reports[0], len(open_reports) - 1
+        place = f"{first.id} in {first.slice_id}"
+        rest = f" (and {more} more)" if more else ""
+        tick = tick.with_hold(f"{place} is {first.verdict.value}: {first.reason}{rest}")
+    return tick
+
+
+def check_benefit(tick: Tick) -> Tick:
+    """Step 9: safe but useless is also a stop, once the gain is disproved."""
+    for benefit in tick.policy.spec.benefit:
+        for slice_id in active_slices(tick.policy, tick.state):
+            cell = _benefit_cell(tick.policy, tick, benefit.id, slice_id)
+            if is_benefit_disproved(tick.policy, benefit, cell):
+                tick = tick.with_hold(
+                    f"{benefit.id} in {slice_id}: a gain of {benefit.want.max:.3g} is disproved"
+                )
+    return tick
+
+
+def _benefit_cell(policy: Policy, tick: Tick, benefit_id: str, slice_id: str) -> Cell | None:
+    return tick.state.cell(benefit_id, slice_id, effective_rung(policy, tick.state, slice_id))
+
+
+def check_approval(tick: Tick) -> Tick:
+    """Step 10: the human gate comes after the evidence; an approval that came too early is refused, not kept."""
+    stage = tick.policy.stage(tick.state.stage_id)
+    if stage.approval is not None and not tick.state.is_approved:
+        if tick.hold is None or stage.approval.when == "any_time":
+            tick = _take_approval(tick, stage)
+        if not tick.state.is_approved:
+            tick = tick.with_hold(
+                f"stage {stage.id} waits for the approval of {', '.join(stage.approval.by)}"
+            )
+    for order in tick.approvals:
+        detail = f"{order.kind} by {order.by}: {tick.hold or 'no approval is needed'}"
+        tick = tick.with_action("refuse", detail)
+    return replace(tick, approvals=())
+
+
+def _take_approval(tick: Tick, stage: Stage) -> Tick:
+    """Accept the first waiting order of somebody who may give it; others stay to be refused."""
+    for order in tick.approvals:
+        if not _may_approve(stage, order):
+            continue
+        rest = tuple(item for item in tick.approvals if item is not order)
+        state = replace(tick.state, is_approved=True, approved_by=order.by)
+        return replace(tick, state=state, approvals=rest).with_action("approve", f"approved by {order.by}")
+    return tick
+
+
+def _may_approve(stage: Stage, order: Command) -> bool:
+    allowed = stage.approval.by if stage.approval is not None else ("anyone",)
+    return "anyone" in allowed or order.by in allowed
+
+
+def check_freeze(tick: Tick) -> Tick:
+    """Step 11: no growth in a freeze window."""
+    schedule = tick.policy.spec.schedule
+    for text, window in zip(schedule.freeze, schedule.windows, strict=True):
+        if window.has(tick.now_s):
+            tick = tick.with_hold(f"freeze window {text}")
+    return tick
+
+
+def grow(tick: Tick) -> Tick:
+    """Step 12: exactly one stage further, or promoted after the last one."""
+    if tick.hold is not None:
+        return tick
+    policy, state = tick.policy, tick.state
+    index = policy.stage_index(state.stage_id)
+    stage = policy.spec.stages[index]
+    if index + 1 == len(policy.spec.stages):
+        reason = f"promoted: safe at {stage.share:.0%} of sessions at rung {stage.rung}"
+        phase = next_phase(state.phase, Event.PROMOTE)
+        state = replace(
+            state, phase=phase.value, outcome="promoted", by="evidence", reason=reason, ended_s=tick.now_s
+        )
+        return replace(tick, state=state).with_action("promote", reason).ended(reason)
+    following = policy.spec.stages[index + 1]
+    reason = f"stage {stage.id} is safe; on to {following.id}: {following.share:.0%} at rung {following.rung}"
+    phase = next_phase(state.phase, Event.ADVANCE)
+    operational = {
+        item.id for item in policy.spec.guardrails.items if item.metric.family == "operational"
+    }  # F15: these depend on the share, so they start afresh
+    state = replace(
+        state,
+        phase=phase.value,
+        stage_id=following.id,
+        stage_entered_s=tick.now_s,
+        reason=reason,
+        is_approved=False,
+        approved_by=None,
+        slices=tuple(replace(item, served_units=0) for item in state.slices),
+        cells=tuple(cell for cell in state.cells if cell.guardrail_id not in operational),
+    )
+    return replace(tick, state=state).with_action("advance", reason).ended(reason)

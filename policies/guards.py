@@ -1,0 +1,258 @@
+"""Steps 1 to 6 of the decision: orders, and everything that protects users. None of them ever raises a share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sentei.policies.intake import fold_observations, fold_traffic, own_mean
+from sentei.policies.judge import GuardrailReport, judge
+from sentei.policies.machine import Event, IllegalEventError, Phase, is_possible, next_phase
+from sentei.policies.signals import Command, DriftSignal, Verdict
+from sentei.policies.state import ALL_SLICES, DriftTrack, SliceState
+from sentei.policies.tick import Tick, active_slices, effective_rung, fall_back, pause, roll_back
+from sentei.policies.units import format_duration
+
+
+def observe(tick: Tick) -> Tick:
+    """New units become evidence and evidence becomes verdicts; a rollout that is rolled back learns nothing more."""
+    state, signals = tick.state, tick.signals
+    if state.phase == Phase.ROLLED_BACK:
+        return tick
+    if signals.read_error is None:
+        if signals.cursor > state.cursor:
+            state = fold_traffic(tick.policy, state, signals.traffic)
+        state = fold_observations(tick.policy, state, signals.observations)
+        newest = min(signals.newest_data_at_s or state.waiting_since_s, tick.now_s)
+        state = replace(
+            state,
+            cursor=max(state.cursor, signals.cursor, *(item.seq for item in signals.observations)),
+            waiting_since_s=max(state.waiting_since_s, newest),
+            drift=tuple(_follow(track, signals.drift) for track in state.drift),
+        )
+    tick = replace(tick, state=state)
+    return replace(tick, reports=_judge_all(tick))
+
+
+def _follow(track: DriftTrack, drift: tuple[DriftSignal, ...]) -> DriftTrack:
+    """Count distinct windows: drift adds one, clear starts again, and no answer changes nothing."""
+    found = next((item for item in drift if item.id == track.signal_id), None)
+    if found is None:
+        return track
+    if found.status not in ("clear", "drift"):
+        return replace(track, status=found.status, detail=found.detail)
+    if found.window_id <= track.window_id:
+        return track
+    streak = track.streak + 1 if found.status == "drift" else 0
+    return DriftTrack(track.signal_id, found.status, found.window_id, streak, found.detail)
+
+
+def _judge_all(tick: Tick) -> tuple[GuardrailReport, ...]:
+    policy, state = tick.policy, tick.state
+    share = policy.stage(state.stage_id).share if policy.spec.mode == "enforce" else 0.0
+    is_stale = tick.now_s - state.waiting_since_s > policy.spec.data.max_age
+    reports = []
+    for gate in policy.spec.guardrails.items:
+        places = (ALL_SLICES,) if gate.per == "all" else active_slices(policy, state)
+        for slice_id in places:
+            is_quality = gate.metric.family == "quality"
+            rung = effective_rung(policy, state, slice_id) if is_quality else ""
+            cell = state.cell(gate.id, slice_id, rung)
+            reports.append(
+                judge(
+                    policy,
+                    gate,
+                    cell,
+                    slice_id=slice_id,
+                    rung_id=rung,
+                    share=share,
+                    is_stale=is_stale,
+                    own_mean=own_mean(policy, gate, cell),
+                )
+            )
+    return tuple(reports)
+
+
+def handle_commands(tick: Tick) -> Tick:
+    """Step 1: an abort acts at once; other orders act, wait for their gate, or are refused with a reason."""
+    orders = sorted(
+        (item for item in tick.signals.commands if item.seq > tick.state.command_seq),
+        key=lambda item: item.seq,
+    )
+    for order in orders:
+        tick = replace(tick, state=replace(tick.state, command_seq=order.seq))
+        try:
+            tick = _obey(tick, order)
+        except IllegalEventError as error:
+            tick = tick.with_action("refuse", f"{order.kind} by {order.by}: {error}")
+    if tick.state.phase == Phase.ROLLED_BACK and not tick.is_done:
+        return tick.ended(tick.state.reason)
+    return tick
+
+
+def _obey(tick: Tick, order: Command) -> Tick:
+    why = f" ({order.reason})" if order.reason else ""
+    if order.kind == "abort":
+        return roll_back(tick, f"operator:{order.by}", f"aborted by {order.by}{why}")
+    if order.kind == "pause":
+        return pause(tick, f"operator:{order.by}", f"paused by {order.by}{why}")
+    if order.kind == "resume":
+        return _resume(tick, order)
+    if order.kind == "retry":
+        return _retry(tick, order)
+    if order.kind in ("approve", "promote"):
+        next_phase(tick.state.phase, Event.APPROVE)
+        return replace(tick, approvals=(*tick.approvals, order))
+    return tick.with_action("refuse", f'{order.kind} by {order.by}: there is no order "{order.kind}"')
+
+
+def _resume(tick: Tick, order: Command) -> Tick:
+    """Go on: the pause does not count as time in the stage, and an alarm that paused it starts afresh."""
+    state = tick.state
+    phase = next_phase(state.phase, Event.RESUME)
+    paused_s = tick.now_s - (state.paused_at_s if state.paused_at_s is not None else tick.now_s)
+    reason = f"resumed by {order.by}"
+    state = replace(
+        state,
+        phase=phase.value,
+        by=None,
+        reason=reason,
+        paused_at_s=None,
+        stage_entered_s=state.stage_entered_s + paused_s,
+        waiting_since_s=max(state.waiting_since_s, tick.now_s),
+        cells=tuple(cell for cell in state.cells if cell.guardrail_id != state.by),
+    )
+    tick = replace(tick, state=state).with_action("resume", reason).with_hold(reason)
+    return replace(tick, reports=_judge_all(tick))
+
+
+def _retry(tick: Tick, order: Command) -> Tick:
+    """Start again at the first stage with nothing carried over; the order releases the quarantine."""
+    state, retry = tick.state, tick.policy.spec.rollback.retry
+    phase = next_phase(state.phase, Event.RETRY)
+    waited = tick.now_s - (state.ended_s if state.ended_s is not None else tick.now_s)
+    if state.retries >= retry.max:
+        return tick.with_action("refuse", f"retry by {order.by}: {state.retries} of {retry.max} retries used")
+    if waited < retry.cool_off:
+        left = format_duration(round(retry.cool_off - waited))
+        return tick.with_action("refuse", f"retry by {order.by}: cool-off ends in {left}")
+    reason = f"retried by {order.by}"
+    state = replace(
+        state,
+        phase=phase.value,
+        stage_id=tick.policy.spec.stages[0].id,
+        stage_entered_s=tick.now_s,
+        waiting_since_s=tick.now_s,
+        outcome=None,
+        by=None,
+        reason=reason,
+        ended_s=None,
+        is_approved=False,
+        approved_by=None,
+        retries=state.retries + 1,
+        cursor=max(state.cursor, tick.signals.cursor),
+        sparse_down_since_s=None,
+        slices=tuple(SliceState(item.slice_id) for item in state.slices),
+        cells=(),
+        drift=tuple(DriftTrack(item.signal_id, window_id=_newest(tick, item)) for item in state.drift),
+        quarantine=tuple(item for item in state.quarantine if not item.startswith(state.policy_digest)),
+    )
+    return replace(tick, state=state).with_action("retry", reason).ended(reason)
+
+
+def _newest(tick: Tick, track: DriftTrack) -> int:
+    """The newest window there is, so that a retry is not judged by windows of before."""
+    ids = [item.window_id for item in tick.signals.drift if item.id == track.signal_id]
+    return max([track.window_id, *ids])
+
+
+def check_breaker(tick: Tick) -> Tick:
+    """Step 2: no statistics; a candidate that mostly fails, or has no replica for too long, goes dense at once."""
+    rule = tick.policy.spec.breaker.variant
+    if tick.policy.stage(tick.state.stage_id).share == 0:
+        return tick
+    health = {item.variant: item for item in tick.signals.health}
+    sparse, dense = health.get("sparse"), health.get("dense")
+    if sparse is None:
+        return tick
+    if sparse.requests >= rule.min_requests and sparse.failures / sparse.requests >= rule.failure_share:
+        share = sparse.failures / sparse.requests
+        numbers = (
+            f"{sparse.failures} of {sparse.requests} requests failed in {format_duration(sparse.window_s)}"
+        )
+        return roll_back(tick, "breaker", f"breaker: {numbers}, {share:.0%} over {rule.failure_share:.0%}")
+    # No replica of either side means that nobody counted them.
+    is_down = sparse.replicas_ready == 0 and dense is not None and dense.replicas_ready > 0
+    since = tick.state.sparse_down_since_s
+    since = (tick.now_s if since is None else since) if is_down else None
+    tick = replace(tick, state=replace(tick.state, sparse_down_since_s=since))
+    if since is None:
+        return tick
+    if tick.now_s - since >= rule.no_replica_for:
+        limit = format_duration(rule.no_replica_for)
+        return roll_back(tick, "breaker", f"breaker: sparse has had no ready replica for {limit}")
+    return tick.with_hold("sparse has no ready replica")
+
+
+def check_harm(tick: Tick) -> Tick:
+    """Step 3: proven harm acts in the tick that proves it, in every slice it is proven in."""
+    harms = [report for report in tick.reports if report.verdict is Verdict.HARM]
+    if not harms:
+        return tick
+    for report in harms:
+        if report.action == "rollback":
+            return roll_back(tick, report.id, f"{report.id} in {report.slice_id}: {report.reason}")
+    for slice_id in {report.slice_id: None for report in harms}:
+        of_slice = [report for report in harms if report.slice_id == slice_id]
+        worst = next((report for report in of_slice if report.action == "rollback_slice"), of_slice[0])
+        tick = fall_back(tick, worst)
+    reason = tick.actions[-1].detail
+    if not active_slices(tick.policy, tick.state):
+        return roll_back(tick, harms[-1].id, f"no slice is left on sparse; {reason}")
+    return replace(tick, state=replace(tick.state, reason=reason)).ended(reason)
+
+
+def check_srm(tick: Tick) -> Tick:
+    """Step 4: sessions that do not go where they should make every comparison doubtful: freeze, or roll back."""
+    for report in tick.reports:
+        if report.verdict is not Verdict.SRM:
+            continue
+        reason = f"{report.id} in {report.slice_id}: {report.reason}"
+        if report.action == "rollback":
+            return roll_back(tick, report.id, reason)
+        if is_possible(tick.state.phase, Event.PAUSE):
+            tick = pause(tick, report.id, reason)
+        tick = tick.with_hold(reason)
+    return tick
+
+
+def check_data(tick: Tick) -> Tick:
+    """Step 5: silence is not safety; it holds, and after the policy's time it rolls back."""
+    rule = tick.policy.spec.data
+    silent_s = tick.now_s - tick.state.waiting_since_s
+    text = f"no news for {format_duration(round(silent_s, 3))}"
+    if tick.signals.read_error is not None:
+        text = f"the store cannot be read ({tick.signals.read_error}), {text}"
+        tick = tick.with_hold(text)
+    for limit, action in ((rule.no_data.after, rule.no_data.last), (rule.no_data.grace, rule.no_data.then)):
+        if silent_s > limit:
+            reason = f"{text}, over {format_duration(limit)}"
+            return roll_back(tick, "no_data", reason) if action == "rollback" else tick.with_hold(reason)
+    if silent_s > rule.max_age:
+        return tick.with_hold(f"{text}: stale after {format_duration(rule.max_age)}")
+    return tick
+
+
+def check_signals(tick: Tick) -> Tick:
+    """Step 6: drift of a quality column rolls back after enough windows in a row; all other trouble holds."""
+    for signal, track in zip(tick.policy.spec.signals, tick.state.drift, strict=True):
+        windows = f"drift in {track.streak} of {signal.consecutive} windows in a row"
+        detail = f": {track.detail}" if track.detail else ""
+        if signal.action == "rollback" and track.streak >= signal.consecutive:
+            return roll_back(tick, signal.id, f"{signal.id}: {windows}{detail}")
+        if track.streak > 0 and (signal.action == "rollback" or track.streak >= signal.consecutive):
+            tick = tick.with_hold(f"{signal.id}: {windows}{detail}")
+        elif track.status == "error":
+            tick = tick.with_hold(f"{signal.id}: the check failed{detail}")
+        elif track.status == "no_data" and signal.no_data == "hold":
+            tick = tick.with_hold(f"{signal.id}: no full window yet{detail}")
+    return tick

@@ -1,0 +1,218 @@
+"""Observations to evidence: clean a value, scale it to [0, 1], feed it to the cell of its guardrail and slice.
+
+Quality belongs to (rung, slice) and is collected from shadow on (F15); operational values count from the moment a
+stage began. A value that is not a number, or out of its metric's range, is a missing audit: the worst case for
+promotion, left out for rollback (F12). It is never read as zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+from sentei.policies.evidence import (
+    PAIRED_CUT,
+    RATIO_TILTS,
+    SRM_TILTS,
+    BetaBinomial,
+    Betting,
+    Detector,
+    Split,
+    paired_bound,
+    paired_excess,
+)
+from sentei.policies.judge import harm_alpha
+from sentei.policies.metrics import METRICS, Metric
+from sentei.policies.schema import Benefit, Guardrail, Policy
+from sentei.policies.signals import Observation, SliceTraffic
+from sentei.policies.state import ALL_SLICES, Cell, RolloutState
+
+RATIO_CAP = 2.0  # of audit.compute_ratio: twice dense is as bad as it gets
+_ROUNDING = 1e-6  # how far outside its range a value may lie by rounding alone
+
+Cells = dict[tuple[str, str, str], Cell]
+
+
+def fold_observations(
+    policy: Policy, state: RolloutState, observations: Iterable[Observation]
+) -> RolloutState:
+    """All units above the state's cursor, fed to their cells; the cursor itself is moved by the caller."""
+    cells: Cells = {cell.key: cell for cell in state.cells}
+    served = {item.slice_id: item.served_units for item in state.slices}
+    stage = policy.stage(state.stage_id)
+    by_value = policy.gates_by_value
+    first_quality = next((name for name in by_value if METRICS[name].family == "quality"), None)
+    for item in observations:
+        if item.seq <= state.cursor or item.slice_id not in served:
+            continue
+        for gate in by_value.get(item.value_name, ()):
+            key = _key(policy, state, gate, item, stage.share)
+            if key is not None:
+                cell = cells.get(key) or new_cell(policy, gate, key[1], key[2])
+                cells[key] = _feed(policy, gate, cell, item, stage.share)
+        if item.value_name == first_quality and item.variant == "sparse" and not item.missing:
+            served[item.slice_id] += int(item.at_s >= state.stage_entered_s)
+    slices = tuple(replace(item, served_units=served[item.slice_id]) for item in state.slices)
+    return replace(state, slices=slices, cells=tuple(cells[key] for key in sorted(cells)))
+
+
+def fold_traffic(policy: Policy, state: RolloutState, traffic: Iterable[SliceTraffic]) -> RolloutState:
+    """New sessions and where they went, fed to the sample-ratio test; it outlives stages."""
+    cells: Cells = {cell.key: cell for cell in state.cells}
+    routed = {item.id for item in policy.routed_slices}
+    gates = [gate for gate in policy.spec.guardrails.items if gate.metric.family == "assignment"]
+    for item in traffic:
+        for gate in gates:
+            if item.slice_id not in routed or item.total <= 0:
+                continue
+            slice_id = ALL_SLICES if gate.per == "all" else item.slice_id
+            cell = cells.get((gate.id, slice_id, "")) or new_cell(policy, gate, slice_id, "")
+            assert isinstance(cell.harm, Split)
+            harm = cell.harm.update(item.candidate, item.total, item.share)
+            cells[cell.key] = replace(
+                cell,
+                harm=harm,
+                candidate_units=cell.candidate_units + item.candidate,
+                control_units=cell.control_units + item.total - item.candidate,
+            )
+    return replace(state, cells=tuple(cells[key] for key in sorted(cells)))
+
+
+def new_cell(policy: Policy, gate: Guardrail | Benefit, slice_id: str, rung_id: str) -> Cell:
+    """A cell without units; its bets are tuned to the error it may make."""
+    bound = scaled_bound(policy, gate)
+    if isinstance(gate, Benefit):
+        return Cell(gate.id, slice_id, rung_id, Betting(bound, "harm", policy.spec.guardrails.alpha_total))
+    if gate.test == "split_ramp":
+        return Cell(gate.id, slice_id, rung_id, Split.start(SRM_TILTS))
+    if gate.test == "event_split":
+        safe = Split.start(tuple(-tilt for tilt in RATIO_TILTS))
+        return Cell(gate.id, slice_id, rung_id, Split.start(RATIO_TILTS), safe)
+    if gate.test == "beta_binomial":
+        harm, proof = BetaBinomial(bound, "harm"), BetaBinomial(bound, "safe")
+        return Cell(gate.id, slice_id, rung_id, harm, proof, Detector(bound))
+    cut = PAIRED_CUT if gate.test == "betting_paired" else 0.5
+    alpha, total = harm_alpha(policy, gate), policy.spec.guardrails.alpha_total
+    return Cell(
+        gate.id,
+        slice_id,
+        rung_id,
+        Betting(bound, "harm", alpha, cut),
+        Betting(bound, "safe", total, cut),
+        Detector(bound, cut),
+    )
+
+
+def scaled_bound(policy: Policy, gate: Guardrail | Benefit) -> float:
+    """The bound on the scale of the evidence, in (0, 1); a ratio stays a ratio, and an assignment has none."""
+    scale = _scale(policy, gate)
+    if isinstance(gate, Benefit):
+        return gate.want.max / scale
+    bound = gate.bound
+    if bound is None:
+        return 0.0
+    if bound.excess_over_floor is not None:
+        return paired_bound(bound.excess_over_floor / scale, _floor_cap(gate, scale))
+    return (bound.max or 0.0) / scale if bound.ratio is None else bound.ratio
+
+
+def own_mean(policy: Policy, gate: Guardrail, cell: Cell | None) -> float | None:
+    """The mean in the metric's own unit (for a paired gate: the mean excess over the floor)."""
+    mean = cell.harm.mean if cell else None
+    if mean is None or gate.bound is None or gate.test == "event_split":
+        return mean
+    scale = _scale(policy, gate)
+    if gate.bound.excess_over_floor is not None:
+        cap = _floor_cap(gate, scale)
+        return (mean * (1 + cap) - cap) * scale
+    return mean * scale
+
+
+def _floor_cap(gate: Guardrail, scale: float) -> float:
+    assert gate.bound is not None
+    return 1.0 if gate.bound.floor_cap is None else gate.bound.floor_cap / scale
+
+
+def _scale(policy: Policy, gate: Guardrail | Benefit) -> float:
+    if isinstance(gate, Benefit):
+        return RATIO_CAP
+    if gate.value == "audit.kl":
+        return policy.spec.audit.values.kl.cap
+    return 1.0
+
+
+def _key(
+    policy: Policy, state: RolloutState, gate: Guardrail | Benefit, item: Observation, share: float
+) -> tuple[str, str, str] | None:
+    """The cell that this unit belongs to; None if it says nothing to this gate now."""
+    if isinstance(gate, Benefit) or gate.metric.family == "quality":
+        return (gate.id, item.slice_id, item.rung_id) if item.rung_id in policy.rung_ids else None
+    is_old = item.at_s < state.stage_entered_s
+    if is_old or share == 0 or state.slice_state(item.slice_id).is_dense:
+        return None
+    if item.variant != "sparse" and gate.test != "event_split":
+        return None
+    return (gate.id, ALL_SLICES if gate.per == "all" else item.slice_id, "")
+
+
+def _feed(policy: Policy, gate: Guardrail | Benefit, cell: Cell, item: Observation, share: float) -> Cell:
+    value = None if item.missing else _clean(policy, gate, item)
+    if isinstance(gate, Guardrail) and gate.test == "event_split":
+        return _feed_arms(gate, cell, value, item.variant == "sparse", share)
+    if value is None:
+        worst = None if cell.safe is None else cell.safe.update(1.0)  # type: ignore[call-arg, arg-type]
+        return replace(cell, safe=worst, missing=cell.missing + 1)
+    return replace(
+        cell,
+        harm=cell.harm.update(value),  # type: ignore[call-arg, arg-type]
+        safe=None if cell.safe is None else cell.safe.update(value),  # type: ignore[call-arg, arg-type]
+        watch=None if cell.watch is None else cell.watch.update(value),
+    )
+
+
+def _feed_arms(gate: Guardrail, cell: Cell, value: float | None, is_candidate: bool, share: float) -> Cell:
+    """One request of either arm: only events move the evidence (F6), and every request shows that its arm is seen."""
+    assert gate.bound is not None
+    assert gate.bound.ratio is not None
+    assert isinstance(cell.harm, Split)
+    assert isinstance(cell.safe, Split)
+    harm, safe = cell.harm, cell.safe
+    if value:
+        weight = share * gate.bound.ratio
+        probability = weight / (weight + 1 - share)
+        harm = harm.update(int(is_candidate), 1, probability)
+        safe = safe.update(int(is_candidate), 1, probability)
+    return replace(
+        cell,
+        harm=harm,
+        safe=safe,
+        missing=cell.missing + int(value is None),
+        candidate_units=cell.candidate_units + int(is_candidate),
+        control_units=cell.control_units + int(not is_candidate),
+    )
+
+
+def _clean(policy: Policy, gate: Guardrail | Benefit, item: Observation) -> float | None:
+    """The unit's value in [0, 1]; None if it is no usable number."""
+    metric: Metric = METRICS[gate.value]
+    bound = gate.bound if isinstance(gate, Guardrail) else None
+    if bound is not None and bound.over is not None:
+        return None if math.isnan(item.value) or item.value < 0 else float(item.value > bound.over * 1000)
+    if metric.is_event:
+        return item.value if item.value in (0.0, 1.0) else None
+    scale = _scale(policy, gate)
+    value = _to_unit(item.value, scale, metric)
+    if value is None or bound is None or bound.excess_over_floor is None:
+        return value
+    assert isinstance(gate, Guardrail)
+    floor = None if item.floor is None else _to_unit(item.floor, scale, metric)
+    return None if floor is None else paired_excess(value, floor, _floor_cap(gate, scale))
+
+
+def _to_unit(value: float, scale: float, metric: Metric) -> float | None:
+    if not math.isfinite(value) or value < -_ROUNDING:
+        return None
+    if metric.upper is not None and value > metric.upper + _ROUNDING:
+        return None
+    return min(max(value, 0.0) / scale, 1.0)

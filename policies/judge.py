@@ -1,0 +1,185 @@
+"""One guardrail, one slice and its evidence to one verdict with both numbers.
+
+The error budget (F10): rollback is any-of, so every guardrail x slice, and every time its evidence starts afresh (a new
+rung for quality, a new stage for operational values), gets its own part of `alpha_total`: over a whole rollout a healthy
+candidate is rolled back with probability at most alpha_total. Promotion is all-of, so each proof of safety is tested
+at the full alpha_total.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sentei.policies.evidence import Split, log_threshold
+from sentei.policies.schema import Benefit, Guardrail, Policy
+from sentei.policies.signals import Verdict
+from sentei.policies.state import Cell
+
+MIN_MISSING = 20  # below so many audits the share of missing ones is no finding
+
+
+@dataclass(frozen=True, slots=True)
+class GuardrailReport:
+    """The verdict on one guardrail in one slice; mean and bound are in the metric's own unit."""
+
+    id: str
+    slice_id: str  # "*" for a guardrail over all slices
+    rung_id: str  # "" where the rung does not matter
+    verdict: Verdict
+    reason: str
+    log_e_harm: float
+    log_e_safe: float
+    log_e_watch: float  # the e-CUSUM, against ln(detector_arl)
+    units: int
+    missing: int
+    mean: float | None
+    bound: float
+    threshold: float  # log_e_harm at or above it proves harm
+    threshold_safe: float  # log_e_safe at or above it proves safety
+    action: str  # what a proven breach does
+    need: str  # "all_safe" or "no_harm": what this stage asks of it before it advances
+    is_required: bool  # whether this stage asks anything of it
+
+    @property
+    def can_advance(self) -> bool:
+        """Whether this guardrail lets the stage end; unseen never does."""
+        if not self.is_required or self.verdict is Verdict.SAFE:
+            return True
+        return self.need == "no_harm" and self.verdict is Verdict.UNDECIDED
+
+
+def num_tests(policy: Policy, guardrail: Guardrail) -> int:
+    """In how many places this guardrail is tested at a time."""
+    return 1 if guardrail.per == "all" else len(policy.routed_slices)
+
+
+def num_starts(policy: Policy, guardrail: Guardrail) -> int:
+    """How often its evidence may start afresh within one rollout."""
+    family = guardrail.metric.family
+    if family == "assignment":
+        return 1
+    if family == "operational":
+        return max(1, sum(stage.share > 0 for stage in policy.spec.stages))
+    used = {policy.rung_ids.index(stage.rung) for stage in policy.spec.stages}
+    has_rung_down = any(item.action == "previous_rung" for item in policy.spec.guardrails.items)
+    return max(used) + 1 if has_rung_down else len(used)
+
+
+def harm_alpha(policy: Policy, guardrail: Guardrail) -> float:
+    """The part of alpha_total that one test of this guardrail may spend on a false alarm."""
+    items = policy.spec.guardrails.items
+    if guardrail.alpha is not None:
+        each = guardrail.alpha / num_tests(policy, guardrail)
+    else:
+        rest = policy.spec.guardrails.alpha_total - sum(item.alpha or 0.0 for item in items)
+        each = rest / sum(num_tests(policy, item) for item in items if item.alpha is None)
+    return each / num_starts(policy, guardrail)
+
+
+def own_bound(policy: Policy, guardrail: Guardrail) -> float:
+    """The bound in the metric's own unit."""
+    bound = guardrail.bound
+    if bound is None:
+        return harm_alpha(policy, guardrail)
+    return next(v for v in (bound.max, bound.excess_over_floor, bound.ratio) if v is not None)
+
+
+def judge(
+    policy: Policy,
+    guardrail: Guardrail,
+    cell: Cell | None,
+    *,
+    slice_id: str,
+    rung_id: str,
+    share: float,
+    is_stale: bool = False,
+    own_mean: float | None = None,
+) -> GuardrailReport:
+    """Map the evidence to one verdict; harm beats error beats staleness beats safety."""
+    alpha = harm_alpha(policy, guardrail)
+    threshold, threshold_safe = log_threshold(alpha), log_threshold(policy.spec.guardrails.alpha_total)
+    verdict, why = _weigh(policy, guardrail, cell, threshold, threshold_safe)
+    if is_stale and verdict in (Verdict.SAFE, Verdict.UNDECIDED):
+        verdict, why = Verdict.STALE, "no news, so the past does not count"
+    family = guardrail.metric.family
+    bound = own_bound(policy, guardrail)
+    units = _num_units(cell)
+    return GuardrailReport(
+        id=guardrail.id,
+        slice_id=slice_id,
+        rung_id=rung_id,
+        verdict=verdict,
+        reason=_explain(guardrail, own_mean, bound, units, why),
+        log_e_harm=cell.harm.log_e_max if cell else 0.0,
+        log_e_safe=cell.safe.log_e_max if cell and cell.safe else 0.0,
+        log_e_watch=cell.watch.log_e_max if cell and cell.watch else 0.0,
+        units=units,
+        missing=cell.missing if cell else 0,
+        mean=own_mean,
+        bound=bound,
+        threshold=threshold,
+        threshold_safe=threshold_safe,
+        action=guardrail.action,
+        need="no_harm" if family == "assignment" else (guardrail.advance or policy.spec.advance.need),
+        is_required=family == "quality" or share > 0,
+    )
+
+
+def is_benefit_disproved(policy: Policy, benefit: Benefit, cell: Cell | None) -> bool:
+    """Whether the wanted gain is proven absent in this slice (it stops the ramp, it never rolls back)."""
+    alpha = policy.spec.guardrails.alpha_total / len(policy.routed_slices)
+    return cell is not None and cell.harm.log_e_max >= log_threshold(alpha)
+
+
+def _num_units(cell: Cell | None) -> int:
+    if cell is None:
+        return 0
+    return cell.candidate_units + cell.control_units if isinstance(cell.harm, Split) else cell.units
+
+
+def _weigh(
+    policy: Policy, guardrail: Guardrail, cell: Cell | None, threshold: float, threshold_safe: float
+) -> tuple[Verdict, str]:
+    if cell is None or (cell.units == 0 and cell.missing == 0 and cell.candidate_units == 0):
+        return Verdict.NO_DATA, "nothing observed"
+    is_assignment = guardrail.metric.family == "assignment"
+    if guardrail.test == "event_split" and not (cell.control_units and cell.candidate_units):
+        return Verdict.NO_DATA, "one of the two arms was never observed"
+    harm = cell.harm.log_e_max
+    if harm >= threshold:
+        word = "sample ratio mismatch" if is_assignment else "harm proven"
+        return (
+            Verdict.SRM if is_assignment else Verdict.HARM
+        ), f"{word}, log e {harm:.2f} over {threshold:.2f}"
+    if cell.watch is not None:
+        watch, limit = cell.watch.log_e_max, log_threshold(1 / policy.spec.guardrails.detector_arl)
+        if watch >= limit:
+            return Verdict.HARM, f"change detected, log e-CUSUM {watch:.2f} over {limit:.2f}"
+    chosen = cell.units + cell.missing
+    if cell.missing and guardrail.metric.family == "quality" and chosen >= MIN_MISSING:
+        share, limit = cell.missing / chosen, policy.spec.audit.missing.max_share
+        if share > limit:
+            return Verdict.ERROR, f"{cell.missing} of {chosen} audits missing, {share:.1%} over {limit:.1%}"
+    if cell.units == 0 and guardrail.test != "event_split":
+        return Verdict.NO_DATA, f"{cell.missing} audits missing, none scored"
+    safe = cell.safe.log_e_max if cell.safe else 0.0
+    if cell.safe is not None and safe >= threshold_safe:
+        return Verdict.SAFE, f"safety proven, log e {safe:.2f} over {threshold_safe:.2f}"
+    if is_assignment:
+        return Verdict.UNDECIDED, f"no mismatch, log e {harm:.2f} of {threshold:.2f}"
+    return (
+        Verdict.UNDECIDED,
+        f"log e safe {safe:.2f} of {threshold_safe:.2f}, harm {harm:.2f} of {threshold:.2f}",
+    )
+
+
+def _explain(guardrail: Guardrail, mean: float | None, bound: float, units: int, why: str) -> str:
+    if guardrail.bound is None:
+        share = "" if mean is None else f"{mean:.3g} went to the candidate, "
+        return f"{share}{units} units: {why}"
+    if guardrail.test == "event_split":
+        return f"rate ratio bound {bound:.3g}, {units} units: {why}"
+    if mean is None:
+        return f"no mean yet, bound {bound:.3g}, {units} units: {why}"
+    relation = "over" if mean > bound else "within"
+    return f"mean {mean:.3g} {relation} bound {bound:.3g}, {units} units: {why}"

@@ -1,0 +1,100 @@
+"""The life of a rollout: every phase, every event, every legal transition, in one table.
+
+A rollout is `running` from its start. A running rollout may `advance` one stage at a time; after its last stage has
+baked it is `promote`d. An operator, or a sample-ratio alarm, may `pause` it: shares stay as they are, nothing grows,
+and every protective event still applies. `resume` goes on; time spent paused does not count as time in the stage.
+A `rollback` is legal from every phase that routes traffic, also from `promoted`, because the watch goes on after the
+last stage. From `rolled_back` only an operator's `retry` leads out, with fresh evidence, after the cool-off.
+
+Slices are the second axis, in table SLICE_TRANSITIONS: a slice is `routed` at a rung, may go a `rung_down` (it stays
+routed, at a milder rung, until there is none), or `to_dense`, from where only the retry of the whole rollout leads
+back. When no slice is routed any more the whole rollout is rolled back.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """Where a rollout stands."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    PROMOTED = "promoted"
+    ROLLED_BACK = "rolled_back"
+
+
+class Event(StrEnum):
+    """What can happen to a rollout."""
+
+    ADVANCE = "advance"
+    PROMOTE = "promote"
+    APPROVE = "approve"
+    PAUSE = "pause"
+    RESUME = "resume"
+    ROLLBACK = "rollback"
+    RETRY = "retry"
+
+
+class SlicePhase(StrEnum):
+    """Where a slice stands."""
+
+    ROUTED = "routed"
+    DENSE = "dense"
+
+
+class SliceEvent(StrEnum):
+    """What can happen to a slice."""
+
+    RUNG_DOWN = "rung_down"
+    TO_DENSE = "to_dense"
+
+
+TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
+    (Phase.RUNNING, Event.ADVANCE): Phase.RUNNING,
+    (Phase.RUNNING, Event.APPROVE): Phase.RUNNING,
+    (Phase.RUNNING, Event.PAUSE): Phase.PAUSED,
+    (Phase.RUNNING, Event.PROMOTE): Phase.PROMOTED,
+    (Phase.RUNNING, Event.ROLLBACK): Phase.ROLLED_BACK,
+    (Phase.PAUSED, Event.APPROVE): Phase.PAUSED,
+    (Phase.PAUSED, Event.RESUME): Phase.RUNNING,
+    (Phase.PAUSED, Event.ROLLBACK): Phase.ROLLED_BACK,
+    (Phase.PROMOTED, Event.ROLLBACK): Phase.ROLLED_BACK,
+    (Phase.ROLLED_BACK, Event.RETRY): Phase.RUNNING,
+}
+
+SLICE_TRANSITIONS: dict[tuple[SlicePhase, SliceEvent], SlicePhase] = {
+    (SlicePhase.ROUTED, SliceEvent.RUNG_DOWN): SlicePhase.ROUTED,
+    (SlicePhase.ROUTED, SliceEvent.TO_DENSE): SlicePhase.DENSE,
+}
+
+
+class IllegalEventError(ValueError):
+    """An event that the present phase does not allow; nothing has changed."""
+
+    def __init__(self, state: str, event: str) -> None:
+        super().__init__(f'"{event}" is not possible while the rollout is {state.replace("_", " ")}')
+        self.state = state
+        self.event = event
+
+
+def next_phase(phase: str, event: Event) -> Phase:
+    """The phase after the event; IllegalEventError where the table has no entry."""
+    try:
+        return TRANSITIONS[(Phase(phase), event)]
+    except KeyError:
+        raise IllegalEventError(phase, event) from None
+
+
+def next_slice_phase(phase: SlicePhase, event: SliceEvent) -> SlicePhase:
+    """The slice's phase after the event; IllegalEventError where the table has no entry."""
+    try:
+        return SLICE_TRANSITIONS[(phase, event)]
+    except KeyError:
+        raise IllegalEventError(phase, event) from None
+
+
+def is_possible(phase: str, event: Event) -> bool:
+    """Whether the event is legal now; no side effect."""
+    return (Phase(phase), event) in TRANSITIONS

@@ -1,0 +1,426 @@
+"""The `sentei/v1` RolloutPolicy: frozen pydantic models, one per section of the file.
+
+Unknown keys are refused, every field describes itself, and the rules that tie fields together live in
+`policies.rules`. A word of the design that nothing acts on yet is refused by name (`policies.load.NOT_YET`),
+so that a policy never promises what the system does not do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
+
+from sentei.policies.metrics import COLUMNS, METRICS, Metric
+from sentei.policies.units import Number, Seconds, Share, WeeklyWindow, parse_window
+
+__all__ = [
+    "COLUMNS",
+    "METRICS",
+    "Guardrail",
+    "Metric",
+    "Policy",
+    "Slice",
+    "Stage",
+    "policy_digest",
+    "to_document",
+]
+
+Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+Positive = Annotated[StrictInt, Field(ge=1, le=10**9)]
+Count = Annotated[StrictInt, Field(ge=0, le=10**9)]
+
+
+class Section(BaseModel):
+    """A part of the policy: immutable, and no unknown key."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, ser_json_inf_nan="constants"
+    )
+
+
+class Metadata(Section):
+    """Who owns the rollout."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
+    owner: str | None = None
+
+
+class Variant(Section):
+    """One side of the comparison."""
+
+    deployment: Literal["dense", "sparse"]
+    model: str | None = Field(None, description="model reference; both sides must name the same one")
+
+
+class Variants(Section):
+    """Dense control and sparse candidate: the same weights, only attention differs."""
+
+    control: Variant = Variant(deployment="dense")
+    candidate: Variant = Variant(deployment="sparse")
+
+
+class LadderRung(Section):
+    """One rung of the adapter's ladder, by its id."""
+
+    id: Identifier
+
+
+class Slice(Section):
+    """A bucket of prompt lengths with its own evidence and its own fallback."""
+
+    id: Identifier
+    range: tuple[Count, Positive] = Field(description="[from, to) in prompt tokens")
+    pin: Literal["control"] | None = Field(None, description="never routed to the candidate")
+    max_rung: Identifier | None = Field(None, description="the boldest rung this slice may use")
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the slice always stays dense."""
+        return self.pin is not None
+
+
+class Slices(Section):
+    """How requests are told apart; the buckets cover every length without gap or overlap."""
+
+    by: Literal["prompt_tokens"] = "prompt_tokens"
+    buckets: Annotated[tuple[Slice, ...], Field(min_length=1, max_length=32)]
+
+
+class Assignment(Section):
+    """Who gets the candidate: hash(unit, salt) < share, so growth keeps members."""
+
+    unit: Literal["session_id"] = "session_id"
+    salt: Annotated[str, Field(min_length=1, max_length=64)]
+    on_slice_change: Literal["reassign"] = "reassign"
+
+
+class Approval(Section):
+    """A human gate; `by` lists who may open it, "anyone" opens it for all with access."""
+
+    by: Annotated[tuple[str, ...], Field(min_length=1)]
+    when: Literal["after_evidence", "any_time"] = "after_evidence"
+
+
+class Stage(Section):
+    """One step: a share of sessions at one rung."""
+
+    id: Identifier
+    share: Share
+    rung: Identifier
+    audit: Share | None = Field(None, description="share of sessions audited; default audit.select.fraction")
+    hold_min: Seconds = Field(0.0, description="least time in this stage")
+    max: Seconds | None = Field(None, description="longest time in this stage, then advance.on_max")
+    approval: Approval | None = None
+    bake: Seconds | None = Field(None, description="last stage only: time to stay before `promoted`")
+
+
+class Advance(Section):
+    """What it takes to go one stage further. There is no way to promote on inconclusive evidence."""
+
+    need: Literal["all_safe", "no_harm"]
+    min_units: Positive = Field(description="audited sessions per slice and rung; never delays a rollback")
+    min_served_units: Count = Field(0, description="of these, served by sparse in this stage (share > 0)")
+    on_max: Literal["hold", "rollback"] = "hold"
+
+
+class AuditSelect(Section):
+    """Which sessions are audited."""
+
+    fraction: Share
+    by: Literal["hash_before_serving"] = "hash_before_serving"
+
+
+class KlValue(Section):
+    """How KL is bounded."""
+
+    cap: Number = Field(2.0, description="nats; X = min(KL, cap) / cap")
+
+
+class AuditValues(Section):
+    """Settings of the audited values."""
+
+    kl: KlValue = KlValue()
+
+
+class NoiseFloor(Section):
+    """How dense-versus-dense noise is measured."""
+
+    kind: Literal["paired_triple"] = "paired_triple"
+
+
+class MissingAudits(Section):
+    """What a chosen but unscored audit means (F12)."""
+
+    promote: Literal["worst_case"] = "worst_case"
+    rollback: Literal["drop"] = "drop"
+    max_share: Share = Field(0.10, description="more missing than this: verdict ERROR, which holds")
+
+
+class Audit(Section):
+    """The paired dense-versus-sparse audit."""
+
+    select: AuditSelect
+    values: AuditValues = AuditValues()
+    noise_floor: NoiseFloor = NoiseFloor()
+    missing: MissingAudits = MissingAudits()
+
+
+class Bound(Section):
+    """What is still acceptable; exactly one of max, excess_over_floor and ratio."""
+
+    max: Number | None = Field(None, description="the largest acceptable mean")
+    excess_over_floor: Number | None = Field(None, description="mean of value - floor, in the metric's unit")
+    ratio: Annotated[float, Field(ge=1, le=100)] | None = Field(
+        None, description="sparse rate over dense rate"
+    )
+    over: Seconds | None = Field(None, description="count values above this time; then max is a share")
+    floor_cap: Number | None = Field(None, description="the most noise that is excused per session")
+
+
+TestKind = Literal["betting", "betting_paired", "beta_binomial", "event_split", "split_ramp"]
+GuardrailAction = Literal["previous_rung", "rollback_slice", "rollback", "freeze"]
+
+
+class Guardrail(Section):
+    """One gate: a value, its bound, how it is tested, and what a proven breach does."""
+
+    id: Identifier
+    value: str
+    bound: Bound | None = None
+    test: TestKind
+    per: Literal["slice", "all"] = "slice"
+    action: GuardrailAction
+    advance: Literal["all_safe", "no_harm"] | None = Field(None, description="default: advance.need")
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] | None = Field(None, description="own share of alpha_total")
+
+    @property
+    def metric(self) -> Metric:
+        """The registered metric behind `value`."""
+        return METRICS[self.value]
+
+
+class Guardrails(Section):
+    """All gates and the error budget they share."""
+
+    alpha_total: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    detector_arl: Annotated[StrictInt, Field(ge=100, le=10**9)] = 10_000
+    items: Annotated[tuple[Guardrail, ...], Field(min_length=1, max_length=64)]
+
+
+class Want(Section):
+    """What the candidate should save."""
+
+    max: Number = Field(description="mean of the value that still counts as a gain")
+
+
+class Benefit(Section):
+    """Safe but useless is also a stop: disproved benefit stops the ramp."""
+
+    id: Identifier
+    value: Literal["audit.compute_ratio"]
+    want: Want
+    per: Literal["slice"] = "slice"
+    if_disproved: Literal["stop_ramp"] = "stop_ramp"
+
+
+class Signal(Section):
+    """One Evidently check over windows of one column."""
+
+    id: Identifier
+    source: Literal["evidently"] = "evidently"
+    column: str
+    action: Literal["hold", "rollback"] = "hold"
+    consecutive: Annotated[StrictInt, Field(ge=1, le=100)] = 1
+    window_units: Annotated[StrictInt, Field(ge=5, le=10**6)] = Field(100, description="sessions per window")
+    calibrate: Literal["aa_windows"] = "aa_windows"
+    no_data: Literal["hold", "ignore"] = Field("hold", description="before its first full window")
+
+
+class RequestBreaker(Section):
+    """What one failing request does; the only behaviour there is, written out for the reader."""
+
+    before_first_token: Literal["retry_on_control"] = "retry_on_control"
+    max_retries: Literal[1] = 1
+    count_as: Literal["candidate_failure"] = "candidate_failure"
+
+
+class VariantBreaker(Section):
+    """A blunt stop for catastrophes; no statistics."""
+
+    window: Seconds
+    min_requests: Positive
+    failure_share: Share
+    no_replica_for: Seconds = Field(30.0, description="sparse without a ready replica")
+    action: Literal["rollback"] = "rollback"
+
+
+class Breaker(Section):
+    """Immediate protection."""
+
+    request: RequestBreaker = RequestBreaker()
+    variant: VariantBreaker
+
+
+class NoData(Section):
+    """What silence does: after `grace` do `then`, after `after` do `finally`."""
+
+    grace: Seconds
+    then: Literal["hold", "rollback"] = "hold"
+    after: Seconds
+    last: Literal["hold", "rollback"] = Field("rollback", alias="finally")
+
+
+class Data(Section):
+    """What "no news" means."""
+
+    max_age: Seconds
+    no_data: NoData
+    monitor_lease: Seconds = Field(
+        description="the router goes dense when the table is not renewed for so long"
+    )
+
+
+class Quarantine(Section):
+    """A digest and rung that failed cannot start again by itself."""
+
+    key: Literal["policy_digest+rung"] = "policy_digest+rung"
+    release: Literal["manual"] = "manual"
+
+
+class Retry(Section):
+    """How often, and how soon, an operator may try a rolled-back rollout again; evidence starts afresh."""
+
+    max: Count = 0
+    cool_off: Seconds = Field(0.0)
+    fresh_evidence: Literal[True] = True
+
+
+class Rollback(Section):
+    """How traffic goes back."""
+
+    mode: Literal["immediate"] = "immediate"
+    quarantine: Quarantine = Quarantine()
+    retry: Retry = Retry()
+
+
+def _readable_window(value: str) -> str:
+    parse_window(value)
+    return value
+
+
+class Schedule(Section):
+    """When the controller looks, and when it must not grow traffic (it always protects)."""
+
+    check_every: Seconds = Field(60.0)
+    misfire: Literal["run_once_now"] = "run_once_now"
+    freeze: tuple[Annotated[str, AfterValidator(_readable_window)], ...] = ()
+
+    @cached_property
+    def windows(self) -> tuple[WeeklyWindow, ...]:
+        """The freeze windows, parsed."""
+        return tuple(parse_window(text) for text in self.freeze)
+
+
+class MlflowRecord(Section):
+    """Where MLflow keeps the mirror: one parent run per rollout, one child run per stage."""
+
+    experiment: Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class Record(Section):
+    """What is kept."""
+
+    mlflow: MlflowRecord = MlflowRecord(experiment="sentei-rollouts")
+
+
+class Spec(Section):
+    """Everything a rollout may do."""
+
+    mode: Literal["enforce", "advise"] = "enforce"
+    variants: Variants = Variants()
+    ladder: Annotated[tuple[LadderRung, ...], Field(min_length=1, max_length=16)]
+    slices: Slices
+    assignment: Assignment
+    stages: Annotated[tuple[Stage, ...], Field(min_length=2, max_length=64)]
+    advance: Advance
+    audit: Audit
+    guardrails: Guardrails
+    benefit: tuple[Benefit, ...] = ()
+    signals: tuple[Signal, ...] = ()
+    breaker: Breaker
+    data: Data
+    rollback: Rollback = Rollback()
+    schedule: Schedule = Schedule()
+    record: Record = Record()
+
+
+class Policy(Section):
+    """A whole rollout policy."""
+
+    api_version: Literal["sentei/v1"] = Field(alias="apiVersion")
+    kind: Literal["RolloutPolicy"]
+    metadata: Metadata
+    spec: Spec
+
+    @model_validator(mode="after")
+    def _keeps_the_rules(self) -> Policy:
+        from sentei.policies.rules import find_faults  # the rules need these models
+
+        faults = find_faults({name: getattr(self.spec, name) for name in type(self.spec).model_fields})
+        if faults:
+            raise ValueError("; ".join(f"{fault.dotted}: {fault.message}" for fault in faults))
+        return self
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: comments, key order and ways to write a unit do not matter."""
+        text = json.dumps(to_document(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def rung_ids(self) -> tuple[str, ...]:
+        """The ladder, mild to aggressive."""
+        return tuple(rung.id for rung in self.spec.ladder)
+
+    @cached_property
+    def routed_slices(self) -> tuple[Slice, ...]:
+        """The slices that may go to the candidate."""
+        return tuple(item for item in self.spec.slices.buckets if not item.is_pinned)
+
+    @cached_property
+    def gates_by_value(self) -> dict[str, tuple[Guardrail | Benefit, ...]]:
+        """Guardrails and benefits under the name of the value they watch."""
+        gates: dict[str, tuple[Guardrail | Benefit, ...]] = {}
+        for gate in (*self.spec.guardrails.items, *self.spec.benefit):
+            gates[gate.value] = (*gates.get(gate.value, ()), gate)
+        return gates
+
+    def stage(self, stage_id: str) -> Stage:
+        """The stage of that id; KeyError if the policy has none."""
+        return self.spec.stages[self.stage_index(stage_id)]
+
+    def stage_index(self, stage_id: str) -> int:
+        """Where in the ladder of stages it stands; KeyError if the policy has none."""
+        for index, stage in enumerate(self.spec.stages):
+            if stage.id == stage_id:
+                return index
+        raise KeyError(stage_id)
+
+    def audit_share(self, stage: Stage) -> float:
+        """The share of sessions audited in that stage."""
+        return self.spec.audit.select.fraction if stage.audit is None else stage.audit
+
+
+def to_document(policy: Policy) -> dict[str, Any]:
+    """The policy as plain values, spelled as in a file; absent options are left out."""
+    document: dict[str, Any] = policy.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return document
+
+
+def policy_digest(policy: Policy) -> str:
+    """SHA-256 of the policy's canonical JSON (see `Policy.digest`)."""
+    return policy.digest

@@ -1,0 +1,156 @@
+"""What a rollout remembers between two ticks, and its canonical bytes.
+
+The state is the only memory of `decide`: a controller that is killed and started again from these bytes goes on as if
+nothing had happened. Its size does not grow with the number of sessions.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from sentei.policies.evidence import BetaBinomial, Betting, Detector, Evidence, Split
+
+SCHEMA = 1
+ALL_SLICES = "*"
+
+
+class PolicyStateError(ValueError):
+    """A state that cannot be used: not readable, or made by another policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class SliceState:
+    """How far one slice has fallen back; `ceiling` is the boldest rung it may still use."""
+
+    slice_id: str
+    ceiling: str | None = None  # None: no limit of its own
+    is_dense: bool = False
+    by: str | None = None  # the guardrail that made it fall back
+    served_units: int = 0  # audited sessions served by sparse in this stage
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """All evidence of one guardrail in one slice at one rung ("" where the rung does not matter)."""
+
+    guardrail_id: str
+    slice_id: str
+    rung_id: str
+    harm: Evidence
+    safe: Evidence | None = None
+    watch: Detector | None = None
+    missing: int = 0  # chosen for audit, never scored, or scored with a value that is no number
+    candidate_units: int = 0  # of comparisons of two arms: units of the sparse arm
+    control_units: int = 0  # and of the dense arm
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Guardrail, slice, rung."""
+        return (self.guardrail_id, self.slice_id, self.rung_id)
+
+    @property
+    def units(self) -> int:
+        """Units that were measured."""
+        return self.harm.units
+
+
+@dataclass(frozen=True, slots=True)
+class DriftTrack:
+    """What one drift signal said last, and in how many windows in a row it reported drift."""
+
+    signal_id: str
+    status: str = "no_data"
+    window_id: int = -1  # the newest window that was counted
+    streak: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutState:
+    """One rollout at one moment; frozen, small, and equal after a round trip through its bytes."""
+
+    rollout_id: str
+    policy_digest: str
+    phase: str
+    stage_id: str
+    started_s: float
+    stage_entered_s: float
+    waiting_since_s: float  # when silence began to count: start, resume, retry or the newest data
+    version: int = 1  # of the routing table
+    outcome: str | None = None  # "promoted" or "rolled_back"
+    by: str | None = None  # id of the guardrail or signal behind the outcome or the pause, else its kind
+    reason: str = "started"
+    paused_at_s: float | None = None
+    ended_s: float | None = None
+    is_approved: bool = False
+    approved_by: str | None = None
+    retries: int = 0
+    cursor: int = 0
+    command_seq: int = 0
+    sparse_down_since_s: float | None = None
+    slices: tuple[SliceState, ...] = ()
+    cells: tuple[Cell, ...] = ()
+    drift: tuple[DriftTrack, ...] = ()
+    quarantine: tuple[str, ...] = field(default=())  # "digest+rung" of what failed
+
+    def slice_state(self, slice_id: str) -> SliceState:
+        """The state of one slice; KeyError if the rollout has none of that id."""
+        for item in self.slices:
+            if item.slice_id == slice_id:
+                return item
+        raise KeyError(slice_id)
+
+    def with_slice(self, changed: SliceState) -> RolloutState:
+        """The same state with one slice replaced."""
+        slices = tuple(changed if item.slice_id == changed.slice_id else item for item in self.slices)
+        return replace(self, slices=slices)
+
+    def cell(self, guardrail_id: str, slice_id: str, rung_id: str) -> Cell | None:
+        """The evidence of that key, or None before its first unit."""
+        key = (guardrail_id, slice_id, rung_id)
+        return next((cell for cell in self.cells if cell.key == key), None)
+
+
+_EVIDENCE: dict[str, type[Evidence]] = {
+    kind.__name__: kind for kind in (Betting, BetaBinomial, Split, Detector)
+}
+
+
+def state_to_json(state: RolloutState) -> bytes:
+    """Canonical bytes: sorted keys, no spaces, ASCII, shortest exact floats; equal states give equal bytes."""
+    document = asdict(state) | {"schema": SCHEMA, "cells": [_pack_cell(cell) for cell in state.cells]}
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.encode("ascii")
+
+
+def state_from_json(data: bytes | str) -> RolloutState:
+    """The state behind those bytes; PolicyStateError if they are not one of ours."""
+    try:
+        document = json.loads(data)
+        if document.pop("schema") != SCHEMA:
+            raise PolicyStateError(f"a rollout state of schema {SCHEMA} is wanted")
+        document["slices"] = tuple(SliceState(**item) for item in document["slices"])
+        document["drift"] = tuple(DriftTrack(**item) for item in document["drift"])
+        document["quarantine"] = tuple(document["quarantine"])
+        document["cells"] = tuple(_unpack_cell(item) for item in document["cells"])
+        return RolloutState(**document)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise PolicyStateError(f"these bytes are no rollout state of schema {SCHEMA}: {error}") from error
+
+
+def _pack_cell(cell: Cell) -> dict[str, Any]:
+    packed = asdict(cell)
+    for name in ("harm", "safe", "watch"):
+        evidence = getattr(cell, name)
+        packed[name] = None if evidence is None else {"kind": type(evidence).__name__} | asdict(evidence)
+    return packed
+
+
+def _unpack_cell(packed: dict[str, Any]) -> Cell:
+    for name in ("harm", "safe", "watch"):
+        if packed[name] is not None:
+            fields = {key: tuple(v) if isinstance(v, list) else v for key, v in packed[name].items()}
+            packed[name] = _EVIDENCE[fields.pop("kind")](**fields)
+    return Cell(**packed)

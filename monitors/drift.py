@@ -65,7 +65,7 @@ def run_drift(
         )
         if window.window_id <= judged.get(spec.signal_id, 0):
             continue
-        html_path = folder / rollout_id / f"{spec.signal_id}-{window.window_id:04d}.html"
+        html_path = folder / f"{spec.signal_id}-{window.window_id:04d}.html"
         signal = check_drift(spec, window, html_path=html_path)
         result = _result(signal, rollout_id, now_s, html_path if html_path.exists() else None)
         store.add_drift(result)

@@ -74,7 +74,8 @@ def read_signals(
     """Read what happened since `cursor`; reading the same cursor again gives the same observations."""
     store.expire_audits(query.rollout_id, older_than_s=now_s - query.audit_limit_s, now_s=now_s)
     with store.read("signals") as connection:
-        upto = min(store.last_number(connection), cursor + query.num_numbers)
+        newest = store.last_number(connection)
+        upto = min(newest, cursor + query.num_numbers)
         return Signals(
             observations=_read_observations(connection, query, cursor, upto),
             health=read_health(
@@ -87,9 +88,25 @@ def read_signals(
             drift=_read_newest_drift(connection, query.rollout_id),
             traffic=read_traffic(connection, query.rollout_id, after=cursor, upto=upto),
             commands=_read_commands(connection, query.rollout_id, command_cursor),
-            cursor=upto,
+            cursor=_next_cursor(connection, query.rollout_id, cursor, upto=upto, is_newest=upto == newest),
             newest_data_at_s=read_newest_at(connection, query.rollout_id),
         )
+
+
+def _next_cursor(connection: Connection, rollout_id: str, after: int, *, upto: int, is_newest: bool) -> int:
+    """Move only past rows that say something, so that a quiet tick leaves the state as it is."""
+    if not is_newest:
+        return upto
+    newest = after
+    for table, says_something in (
+        (AUDITS, AUDITS.c.is_unit),
+        (REQUESTS, REQUESTS.c.is_unit | REQUESTS.c.is_arrival),
+    ):
+        query = sa.select(sa.func.max(table.c.seq)).where(
+            table.c.rollout_id == rollout_id, says_something, table.c.seq > after, table.c.seq <= upto
+        )
+        newest = max(newest, connection.execute(query).scalar() or 0)
+    return newest
 
 
 def _read_observations(

@@ -9,11 +9,14 @@ goes dense by itself.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from sentei.policies.load import load_policy
 
 from sentei.monitors.drift import DriftSpec, run_drift
 from sentei.monitors.errors import StoreError
@@ -24,18 +27,19 @@ from sentei.pipeline.events import Event, EventLog
 from sentei.pipeline.plain import to_plain
 from sentei.policies.engine import (
     Decision,
-    State,
+    RolloutState,
     decide,
     initial_state,
     routing,
     state_from_json,
     state_to_json,
 )
-from sentei.policies.load import load_policy
 from sentei.policies.schema import Policy
 from sentei.policies.signals import Signals
 
 logger = logging.getLogger(__name__)
+
+_ROLLOUT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 STARTED = "started"
 EVIDENCE = "evidence"
@@ -72,19 +76,38 @@ def start_rollout(
     now_s: float,
     about: Mapping[str, str] | None = None,
     rollout_id: str | None = None,
-    source: str = "policy",
+    releases_quarantine: bool = False,
 ) -> Rollout:
-    """Check the policy (PolicyError) and write the rollout down; the controller takes up the newest one."""
-    policy = load_policy(policy_text, source)
+    """Write a rollout down; the controller takes up the newest one.
+
+    Raises PolicyError, RolloutError for an id that cannot name a folder, and QuarantineError if this
+    policy was rolled back at one of its rungs before and the operator does not release it.
+    """
+    policy = load_policy(policy_text, "policy")
     moment = datetime.fromtimestamp(now_s, UTC).strftime("%Y%m%d-%H%M%S")
+    rollout_id = rollout_id or f"{policy.metadata.name}-{moment}"
+    if not _ROLLOUT_ID.fullmatch(rollout_id):
+        raise RolloutError(
+            f"rollout id {rollout_id!r} cannot be used: give 1 to 100 letters, digits, dots, dashes or _."
+        )
+    if not releases_quarantine:
+        initial_state(policy, rollout_id, now_s, quarantine=read_quarantine(store))
     rollout = Rollout(
-        rollout_id=rollout_id or f"{policy.metadata.name}-{moment}",
+        rollout_id=rollout_id,
         policy_text=policy_text,
         created_at_s=now_s,
         about=dict(about or {}),
     )
     store.add_rollout(rollout)
     return rollout
+
+
+def read_quarantine(store: Store) -> tuple[str, ...]:
+    """Return "digest+rung" of everything that was rolled back in this store."""
+    log = EventLog(store)
+    texts = (log.latest_state(rollout.rollout_id) for rollout in store.read_rollouts())
+    failed = (state_from_json(text).quarantine for text in texts if text is not None)
+    return tuple(sorted({item for items in failed for item in items}))
 
 
 class RolloutRunner:
@@ -135,12 +158,12 @@ class RolloutRunner:
             self._store, self.rollout.rollout_id, drift_specs(self.policy), folder=folder, now_s=now_s
         )
 
-    def state(self) -> State | None:
+    def state(self) -> RolloutState | None:
         """Return the newest state, or None before the first tick."""
         text = self._log.latest_state(self.rollout.rollout_id)
         return None if text is None else state_from_json(text)
 
-    def _resume(self, token: int, now_s: float) -> State:
+    def _resume(self, token: int, now_s: float) -> RolloutState:
         state = self.state()
         if state is not None:
             return state
@@ -150,13 +173,13 @@ class RolloutRunner:
             self.rollout.rollout_id,
             STARTED,
             payload=payload,
-            state_after=state_to_json(state),
+            state_after=state_to_json(state).decode(),
             token=token,
             at_s=now_s,
         )
         return state
 
-    def _read(self, state: State, now_s: float) -> Signals:
+    def _read(self, state: RolloutState, now_s: float) -> Signals:
         query = signal_query(
             self.policy,
             self.rollout.rollout_id,
@@ -165,20 +188,19 @@ class RolloutRunner:
         )
         try:
             return read_signals(
-                self._store, query, cursor=state.cursor, command_cursor=state.command_cursor, now_s=now_s
+                self._store, query, cursor=state.cursor, command_cursor=state.command_seq, now_s=now_s
             )
         except StoreError as error:
             return Signals(cursor=state.cursor, read_error=str(error))
 
-    def _append(self, before: State, decision: Decision, token: int, now_s: float) -> Event | None:
-        state_after = state_to_json(decision.state)
-        if not decision.changed and state_after == state_to_json(before):
+    def _append(self, before: RolloutState, decision: Decision, token: int, now_s: float) -> Event | None:
+        if not decision.changed:
             return None
         return self._log.append(
             self.rollout.rollout_id,
             event_kind(decision),
-            payload=event_payload(decision),
-            state_after=state_after,
+            payload=event_payload(before, decision),
+            state_after=state_to_json(decision.state).decode(),
             token=token,
             at_s=now_s,
         )
@@ -188,12 +210,13 @@ def event_kind(decision: Decision) -> str:
     """Return the name of what was decided: the first action, or "evidence" where only that has grown."""
     if decision.actions:
         return str(decision.actions[0].kind)
-    return "changed" if decision.changed else EVIDENCE
+    return EVIDENCE
 
 
-def event_payload(decision: Decision) -> dict[str, Any]:
-    """Return the decision with its evidence as plain values."""
+def event_payload(before: RolloutState, decision: Decision) -> dict[str, Any]:
+    """Return the decision with its evidence as plain values, and where it came from."""
     return {
+        "before": {name: getattr(before, name) for name in ("phase", "stage_id", "retries", "cursor")},
         "reason": decision.reason,
         "actions": to_plain(decision.actions),
         "verdicts": to_plain(decision.verdicts),

@@ -1,0 +1,204 @@
+"""What a rollout saved and what it cost: figures per slice from the records, dense beside sparse.
+
+Sessions are assigned by chance within a slice, so dense and sparse may be compared there. Totals weigh
+each slice by all its traffic; adding up the arms would compare long prompts with short ones.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sentei.monitors.records import FAILED_OUTCOMES, AuditStatus, Outcome
+
+Row = Mapping[str, Any]
+MIN_REQUESTS = 5  # fewer than this in an arm: no percentile is shown
+
+
+@dataclass(frozen=True, slots=True)
+class ArmFigures:
+    """One variant in one slice, over the requests that were assigned to it; latency of answered ones."""
+
+    requests: int
+    failed: int
+    fallbacks: int  # failed in sparse, answered by dense
+    prompt_tokens_mean: float | None
+    ttft_ms_p50: float | None
+    ttft_ms_p95: float | None
+    tpot_ms_p50: float | None
+    total_ms_p50: float | None
+    compute_s_per_1k_tokens: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class QualityFigures:
+    """Audited sessions of one slice at one rung; means over answers."""
+
+    slice_id: str
+    rung_id: str
+    scored: int
+    missing: int
+    kl: float | None
+    kl_floor: float | None
+    token_disagreement: float | None
+    token_disagreement_floor: float | None
+    dropped_mass_mean: float | None
+    dropped_mass_p99: float | None
+    diverged_share: float | None  # answers with at least one other token
+    compute_ratio: float | None  # sparse over dense seconds, same requests
+
+
+@dataclass(frozen=True, slots=True)
+class SliceFigures:
+    """Both arms of one slice."""
+
+    slice_id: str
+    requests: int
+    dense: ArmFigures
+    sparse: ArmFigures
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """Changes of sparse against dense, weighted by the traffic of slices that had both; -0.3: 30 % less."""
+
+    ttft_p50_change: float | None
+    ttft_p95_change: float | None
+    compute_change: float | None
+    paired_compute_change: float | None  # the same requests through both, from the audits
+    slices_compared: int
+
+
+@dataclass(frozen=True, slots=True)
+class AuditOverhead:
+    """What watching costs."""
+
+    chosen: int
+    scored: int
+    missing: int
+    errors: int
+    compute_s: float
+    serving_compute_s: float
+
+    @property
+    def share(self) -> float | None:
+        """Audit seconds over serving seconds."""
+        return self.compute_s / self.serving_compute_s if self.serving_compute_s else None
+
+
+def slice_figures(requests: Sequence[Row], slice_ids: Sequence[str]) -> tuple[SliceFigures, ...]:
+    """Return the figures of each slice, in the order of the policy."""
+    by_slice: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in requests:
+        by_slice[row["slice_id"]].append(row)
+    return tuple(
+        SliceFigures(
+            slice_id=slice_id,
+            requests=len(by_slice[slice_id]),
+            dense=_arm([r for r in by_slice[slice_id] if r["variant_assigned"] == "dense"]),
+            sparse=_arm([r for r in by_slice[slice_id] if r["variant_assigned"] == "sparse"]),
+        )
+        for slice_id in slice_ids
+    )
+
+
+def quality_figures(audits: Sequence[Row]) -> tuple[QualityFigures, ...]:
+    """Return the audited quality of each slice and rung, in the order of their first audit."""
+    groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in audits:
+        groups[row["slice_id"], row["rung_id"]].append(row)
+    return tuple(_quality(slice_id, rung_id, rows) for (slice_id, rung_id), rows in groups.items())
+
+
+def savings(figures: Sequence[SliceFigures], audits: Sequence[Row]) -> Savings:
+    """Return what sparse saves, compared slice by slice."""
+    compared = [f for f in figures if f.dense.requests >= MIN_REQUESTS and f.sparse.requests >= MIN_REQUESTS]
+    dense_s = sum(row["dense_compute_s"] for row in audits)
+    sparse_s = sum(row["sparse_compute_s"] for row in audits)
+    return Savings(
+        ttft_p50_change=_change(compared, lambda arm: arm.ttft_ms_p50),
+        ttft_p95_change=_change(compared, lambda arm: arm.ttft_ms_p95),
+        compute_change=_change(compared, lambda arm: arm.compute_s_per_1k_tokens),
+        paired_compute_change=sparse_s / dense_s - 1 if dense_s and sparse_s else None,
+        slices_compared=len(compared),
+    )
+
+
+def audit_overhead(requests: Sequence[Row], audits: Sequence[Row]) -> AuditOverhead:
+    """Return what the audits took beside serving."""
+    statuses = Counter(row["status"] for row in audits)
+    return AuditOverhead(
+        chosen=sum(bool(row["chosen_for_audit"]) for row in requests),
+        scored=statuses[AuditStatus.SCORED],
+        missing=statuses[AuditStatus.MISSING],
+        errors=statuses[AuditStatus.ERROR],
+        compute_s=sum(row["dense_compute_s"] + row["sparse_compute_s"] for row in audits),
+        serving_compute_s=sum(row["compute_s"] for row in requests),
+    )
+
+
+def _arm(rows: Sequence[Row]) -> ArmFigures:
+    answered = [row for row in rows if row["outcome"] == Outcome.OK]
+    tokens = sum(row["prompt_tokens"] + row["completion_tokens"] for row in answered)
+    compute_s = sum(row["compute_s"] for row in answered)
+    return ArmFigures(
+        requests=len(rows),
+        failed=sum(row["outcome"] in FAILED_OUTCOMES for row in rows),
+        fallbacks=sum(row["outcome"] in (Outcome.FALLBACK_BEFORE, Outcome.FALLBACK_MID) for row in rows),
+        prompt_tokens_mean=_mean(row["prompt_tokens"] for row in rows),
+        ttft_ms_p50=_quantile((row["ttft_ms"] for row in answered), 0.5),
+        ttft_ms_p95=_quantile((row["ttft_ms"] for row in answered), 0.95),
+        tpot_ms_p50=_quantile((row["tpot_ms"] for row in answered), 0.5),
+        total_ms_p50=_quantile((row["total_ms"] for row in answered), 0.5),
+        compute_s_per_1k_tokens=1000 * compute_s / tokens if tokens and compute_s else None,
+    )
+
+
+def _quality(slice_id: str, rung_id: str, rows: Sequence[Row]) -> QualityFigures:
+    scored = [row for row in rows if row["status"] == AuditStatus.SCORED]
+    dense_s = sum(row["dense_compute_s"] for row in scored)
+    sparse_s = sum(row["sparse_compute_s"] for row in scored)
+    means = {
+        name: _mean(row[name] for row in scored)
+        for name in (
+            "kl",
+            "kl_floor",
+            "token_disagreement",
+            "token_disagreement_floor",
+            "dropped_mass_mean",
+            "dropped_mass_p99",
+        )
+    }
+    return QualityFigures(
+        slice_id=slice_id,
+        rung_id=rung_id,
+        scored=len(scored),
+        missing=len(rows) - len(scored),
+        **means,
+        diverged_share=_mean(float(row["first_divergence"] is not None) for row in scored),
+        compute_ratio=sparse_s / dense_s if dense_s and sparse_s else None,
+    )
+
+
+def _change(figures: Sequence[SliceFigures], value_of: Callable[[ArmFigures], float | None]) -> float | None:
+    dense = sparse = 0.0
+    for item in figures:
+        before, after = value_of(item.dense), value_of(item.sparse)
+        if before is not None and after is not None:
+            dense += item.requests * before
+            sparse += item.requests * after
+    return sparse / dense - 1 if dense else None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _quantile(values: Iterable[float | None], q: float) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.quantile(known, q)) if len(known) >= MIN_REQUESTS else None

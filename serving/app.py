@@ -50,9 +50,7 @@ def missing_adapter(args: AppArgs) -> str:
     if (folder / MANIFEST_FILE).is_file():
         return ""
     if args.adapter is not None:
-        raise ConfigError(
-            f"adapter is {args.adapter!r}, a folder without {MANIFEST_FILE}; name another, or none"
-        )
+        raise ConfigError(f"adapter is {args.adapter!r}, which has no {MANIFEST_FILE}; name another, or none")
     return f"no adapter in {folder}; make one with `sentei distill` and deploy again"
 
 

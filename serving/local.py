@@ -1,8 +1,8 @@
 """The whole app on this machine, in a Ray of its own: `python -m sentei.serving.local --config FILE`.
 
-Prints one JSON line `{"url": ...}` when requests can be answered. Then it obeys JSON lines on standard input,
-each answered by one line: `{"do": "fault", "fault": {...} or null}` gives `{"done": "fault"}`, or `{"error": ...}`.
-It ends, and leaves nothing running, when standard input closes or on SIGTERM. Everything else goes to stderr.
+Prints one JSON line `{"url": ...}` when requests can be answered. Then it obeys JSON lines on standard input:
+`{"do": "fault", "fault": {...} or null}` is answered by `{"done": "fault"}`, or by `{"error": ...}`.
+It ends, and leaves nothing running, when standard input closes or on SIGTERM. All else goes to stderr.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def read_options(path: Path) -> LocalOptions:
 
 
 def set_ray_environment() -> None:
-    """Choose what Ray would choose by itself: no usage report, and a token, because it listens on all interfaces."""
+    """Choose for Ray: no usage report, and a token, because it listens on all interfaces."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token":

@@ -1,0 +1,186 @@
+"""An adapter on disk: scorer.safetensors, ladder.json and manifest.json, bound to one base model."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, dense_ladder, ladder_from_dict
+from sentei.kernels.hf.models import AdapterError, Fingerprint, fingerprint, thinnable_layers
+from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+
+SCORER_FILE, LADDER_FILE, MANIFEST_FILE = "scorer.safetensors", "ladder.json", "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an adapter belongs to and where it comes from."""
+
+    base: Fingerprint
+    shapes: Mapping[int, ScorerShape]
+    tokenizer_sha256: str = ""
+    corpus_sha256: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The learned scorers of a model's thinnable layers and the ladder calibrated for them."""
+
+    manifest: Manifest
+    scorers: Mapping[int, BlockScorer]
+    ladder: Ladder
+    folder: Path | None = None
+
+    def with_ladder(self, ladder: Ladder) -> "Adapter":
+        """Return the same scorers under another ladder."""
+        return replace(self, ladder=ladder)
+
+
+def new_adapter(
+    model: nn.Module,
+    name: str,
+    *,
+    rank: int = 64,
+    pool_tokens: int = 16,
+    block_tokens: int = 64,
+    seed: int = 0,
+) -> Adapter:
+    """Return an adapter whose scorers give the untrained score; its ladder has `dense` only."""
+    shapes: dict[int, ScorerShape] = {}
+    scorers: dict[int, BlockScorer] = {}
+    for layer in thinnable_layers(model):
+        shapes[layer.index] = ScorerShape(
+            layer.query_heads, layer.kv_heads, layer.head_dim, rank, pool_tokens, block_tokens
+        )
+        scorers[layer.index] = BlockScorer(shapes[layer.index], layer.scale, seed=seed + layer.index)
+        scorers[layer.index].eval()
+    manifest = Manifest(fingerprint(model, name), shapes, versions=library_versions())
+    return Adapter(manifest, scorers, dense_ladder())
+
+
+def uncalibrated_ladder(adapter: Adapter, shares: Mapping[str, float]) -> Ladder:
+    """Return rungs with one mass-share threshold everywhere: for trials, before calibration."""
+    rungs = [Rung(DENSE)]
+    for rung_id, share in shares.items():
+        thresholds = {i: ((share,),) * shape.kv_heads for i, shape in adapter.manifest.shapes.items()}
+        rungs.append(Rung(rung_id, thresholds, bound_dropped_mass=1.0))
+    return Ladder(tuple(rungs), ())
+
+
+def save_adapter(adapter: Adapter, folder: Path) -> Adapter:
+    """Write the three files, each whole or not at all, and return the adapter with its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        f"{index}.{key}": value.detach().float().contiguous()
+        for index, scorer in adapter.scorers.items()
+        for key, value in scorer.state_dict().items()
+    }
+    scratch = folder / f".{SCORER_FILE}"
+    save_file(weights, scratch)
+    os.replace(scratch, folder / SCORER_FILE)
+    save_ladder(adapter.ladder, folder)
+    manifest = asdict(adapter.manifest) | {
+        "format": FORMAT,
+        "scales": {index: scorer.scale for index, scorer in adapter.scorers.items()},
+    }
+    _write_json(folder / MANIFEST_FILE, manifest)
+    return replace(adapter, folder=folder)
+
+
+def save_ladder(ladder: Ladder, folder: Path) -> None:
+    """Write ladder.json, whole or not at all."""
+    _write_json(folder / LADDER_FILE, ladder.to_dict())
+
+
+def load_adapter(path: str | Path, model: nn.Module) -> Adapter:
+    """Read an adapter for this model; an adapter of another model is refused by name."""
+    folder = Path(path)
+    data = _read_json(folder / MANIFEST_FILE)
+    manifest = _manifest_from_dict(data, folder)
+    _check_base(manifest.base, fingerprint(model, manifest.base.name), folder, model)
+    if not (folder / SCORER_FILE).is_file():
+        raise AdapterError(f"{folder} has no {SCORER_FILE}; distill again")
+    weights = load_file(folder / SCORER_FILE)
+    device = next(model.parameters()).device
+    scorers = {
+        index: _load_scorer(index, shape, float(data["scales"][str(index)]), weights, folder).to(device)
+        for index, shape in manifest.shapes.items()
+    }
+    ladder = ladder_from_dict(_read_json(folder / LADDER_FILE))
+    return Adapter(manifest, scorers, ladder, folder)
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions that an adapter's figures depend on."""
+    names = ("torch", "transformers", "safetensors")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def _load_scorer(
+    index: int, shape: ScorerShape, scale: float, weights: Mapping[str, torch.Tensor], folder: Path
+) -> BlockScorer:
+    scorer = BlockScorer(shape, scale)
+    own = {key: weights.get(f"{index}.{key}") for key in scorer.state_dict()}
+    for key, value in own.items():
+        if value is None or not torch.isfinite(value).all():
+            raise AdapterError(
+                f"{folder / SCORER_FILE}: {index}.{key} is missing or not finite; distill again"
+            )
+    scorer.load_state_dict(own)
+    return scorer.eval()
+
+
+def _check_base(own: Fingerprint, other: Fingerprint, folder: Path, model: nn.Module) -> None:
+    if (own.weights_sha256, own.config_sha256) == (other.weights_sha256, other.config_sha256):
+        return
+    config = model.config
+    found = getattr(config, "name_or_path", "") or getattr(config, "model_type", type(model).__name__)
+    what = "configuration" if own.config_sha256 != other.config_sha256 else "weights"
+    raise AdapterError(
+        f"adapter {folder} belongs to model {own.name!r} (weights {own.weights_sha256[:12]}), but it was "
+        f"loaded onto {found!r} (weights {other.weights_sha256[:12]}): the {what} differ; "
+        "distill an adapter for this model, or load the model it belongs to"
+    )
+
+
+def _manifest_from_dict(data: Mapping[str, Any], folder: Path) -> Manifest:
+    if data.get("format") != FORMAT:
+        raise AdapterError(f"{folder}: adapter format is {data.get('format')!r}, this version reads {FORMAT}")
+    try:
+        return Manifest(
+            base=Fingerprint(**data["base"]),
+            shapes={int(index): ScorerShape(**shape) for index, shape in data["shapes"].items()},
+            tokenizer_sha256=data["tokenizer_sha256"],
+            corpus_sha256=data["corpus_sha256"],
+            figures=data["figures"],
+            versions=data["versions"],
+        )
+    except (KeyError, TypeError) as error:
+        raise AdapterError(f"{folder / MANIFEST_FILE} is broken ({error!r}); distill again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path.parent} is no adapter: it has no {path.name}") from error
+    except json.JSONDecodeError as error:
+        raise AdapterError(f"{path} is not JSON ({error}); restore or rebuild the adapter") from error
+    return data
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(json.dumps(data, indent=1, sort_keys=True), encoding="utf-8")
+    os.replace(scratch, path)

@@ -1,0 +1,103 @@
+"""The ladder: rungs from mild to aggressive, each with its thresholds and what was verified about it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from sentei.kernels.hf.models import AdapterError
+from sentei.kernels.scorer.selection import Thresholds
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What held-out text said about a rung, against dense on the same text."""
+
+    dropped_mass_mean: float
+    dropped_mass_p99: float
+    nll_delta: float
+    nll_delta_ci: tuple[float, float]
+    density: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One step of the ladder: mass-share thresholds per layer, KV group and length bin."""
+
+    id: str
+    thresholds: Mapping[int, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    bound_dropped_mass: float = 0.0
+    break_even_tokens: int = 0
+    verified: Verified | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is rung 0, which thins nothing."""
+        return self.id == DENSE
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Rung 0 (`dense`) and the calibrated rungs after it; length bins end before these positions."""
+
+    rungs: tuple[Rung, ...]
+    bin_edges_tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        ids = [rung.id for rung in self.rungs]
+        if not ids or ids[0] != DENSE or len(set(ids)) != len(ids):
+            raise AdapterError(f"rungs are {ids}; the first must be {DENSE!r} and no id may repeat")
+
+    def find(self, rung_id: str) -> Rung:
+        """Return a rung by id, or raise AdapterError that names the ids there are."""
+        for rung in self.rungs:
+            if rung.id == rung_id:
+                return rung
+        known = ", ".join(rung.id for rung in self.rungs)
+        raise AdapterError(f"rung {rung_id!r} is not on this ladder; it has {known}")
+
+    def thresholds(self, rung: Rung, layer: int) -> Thresholds:
+        """Return a layer's thresholds on a rung, ready for the selector."""
+        if layer not in rung.thresholds:
+            raise AdapterError(f"rung {rung.id!r} has no thresholds for layer {layer}; calibrate again")
+        shares = torch.tensor(rung.thresholds[layer], dtype=torch.float32)
+        return Thresholds(shares.clamp_min(1e-30).log(), self.bin_edges_tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {"bin_edges_tokens": list(self.bin_edges_tokens), "rungs": [asdict(r) for r in self.rungs]}
+
+
+def ladder_from_dict(data: Mapping[str, Any]) -> Ladder:
+    """Read back what Ladder.to_dict wrote."""
+    try:
+        rungs = tuple(_rung_from_dict(item) for item in data["rungs"])
+        return Ladder(rungs, tuple(int(edge) for edge in data["bin_edges_tokens"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"the ladder is broken ({error!r}); calibrate again") from error
+
+
+def dense_ladder() -> Ladder:
+    """Return the ladder before calibration: dense alone."""
+    return Ladder((Rung(DENSE),), ())
+
+
+def _rung_from_dict(item: Mapping[str, Any]) -> Rung:
+    verified = item["verified"]
+    if verified is not None:
+        low, high = verified["nll_delta_ci"]
+        verified = Verified(**{**verified, "nll_delta_ci": (low, high)})
+    thresholds = {
+        int(layer): tuple(tuple(float(x) for x in group) for group in groups)
+        for layer, groups in item["thresholds"].items()
+    }
+    return Rung(
+        id=item["id"],
+        thresholds=thresholds,
+        bound_dropped_mass=item["bound_dropped_mass"],
+        break_even_tokens=item["break_even_tokens"],
+        verified=verified,
+    )

@@ -1,0 +1,295 @@
+"""The retrofit: a frozen decoder gets sparse attention for a while, and is itself again afterwards.
+
+One handle per model. It registers an attention function and a mask function under a name of its own, hooks
+the attention modules to learn which KV cache a call belongs to, and takes all of it out again on close.
+"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from sentei.kernels.hf.adapter import Adapter
+from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, dense_ladder
+from sentei.kernels.hf.models import LayerInfo, ModelError, attention_modules, rotary_tables, thinnable_layers
+from sentei.kernels.hf.stats import LayerCall, RetrofitStats
+from sentei.kernels.ops.attention import attend, dense_attend
+from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.scorer.faults import Fault
+from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.scorer.pooled_cache import PooledCache
+from sentei.kernels.scorer.selection import cut_queries, score_blocks, select_blocks
+
+Base = Literal["sdpa", "flex"]
+AttentionResult = tuple[torch.Tensor, None]
+_serial = itertools.count(1)
+
+
+class Retrofit:
+    """A model under retrofit: switch rungs, read statistics, close. One forward pass at a time."""
+
+    def __init__(
+        self, model: nn.Module, adapter: Adapter | None, *, rung: str, base: Base, fault: Fault | None
+    ) -> None:
+        if base not in ("sdpa", "flex"):
+            raise ModelError(f"base is {base!r}; it must be 'sdpa' or 'flex'")
+        self.model = model
+        self.adapter = adapter
+        self.base = base
+        self.fault = fault
+        self._ladder = adapter.ladder if adapter is not None else dense_ladder()
+        self._layers = _match_layers(model, adapter)
+        self._rung = self._ladder.find(rung)
+        self._thresholds = self._read_thresholds()
+        self._stats = RetrofitStats()
+        self._pooled: WeakKeyDictionary[Any, dict[int, PooledCache]] = WeakKeyDictionary()
+        self._cache: Any = None
+        self._table: RotaryTable | None = None
+        self._name = f"sentei_{next(_serial)}"
+        self._previous = model.config._attn_implementation  # type: ignore[union-attr]
+        self._hooks: list[Any] = []
+        self._install()
+
+    @property
+    def rung(self) -> Rung:
+        """The rung in use."""
+        return self._rung
+
+    @property
+    def ladder(self) -> Ladder:
+        """All rungs that can be set."""
+        return self._ladder
+
+    def set_rung(self, rung_id: str) -> None:
+        """Switch to another rung, from the next forward pass on."""
+        self._rung = self._ladder.find(rung_id)
+        self._thresholds = self._read_thresholds()
+
+    def set_fault(self, fault: Fault | None) -> None:
+        """Plant a fault, or take it out."""
+        self.fault = fault
+
+    def stats(self) -> RetrofitStats:
+        """What the attention calls did since the last reset."""
+        return self._stats
+
+    def reset_stats(self) -> None:
+        """Start counting anew."""
+        self._stats = RetrofitStats()
+
+    def reorder(self, cache: Any, rows: torch.Tensor) -> None:
+        """Follow a KV cache whose batch rows were put in another order."""
+        for pooled in self._pooled.get(cache, {}).values():
+            pooled.reorder(rows)
+
+    def close(self) -> None:
+        """Give the model its own attention back; closing twice does nothing."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.model.set_attn_implementation(self._previous)  # type: ignore[operator]
+        AttentionInterface._global_mapping.pop(self._name, None)
+        AttentionMaskInterface._global_mapping.pop(self._name, None)
+        self._pooled.clear()
+        self._cache = None
+
+    def _install(self) -> None:
+        AttentionInterface.register(self._name, self._attend)
+        AttentionMaskInterface.register(self._name, self._make_mask)
+        for _, module in attention_modules(self.model):
+            self._hooks.append(module.register_forward_pre_hook(self._note_cache, with_kwargs=True))
+        self.model.set_attn_implementation(self._name)  # type: ignore[operator]
+
+    def _note_cache(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if cache is not None and getattr(cache, "is_compileable", False) and not self._is_untouched():
+            raise ModelError(
+                f"{type(cache).__name__} has buffers of fixed length; use a DynamicCache instead"
+            )
+        self._cache = cache
+
+    def _is_untouched(self) -> bool:
+        return self._rung.is_dense and self.base == "sdpa"
+
+    def _make_mask(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        padding: torch.Tensor | None = kwargs.get("attention_mask")
+        if not self._is_untouched():
+            if kwargs.get("allow_is_causal_skip") is False:
+                raise ModelError("packed sequences (position_ids that start anew) are not supported")
+            if padding is not None:
+                check_padding(padding, kwargs["q_length"])
+        if self.base == "flex":
+            return None
+        mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
+        if mask is not None:
+            mask.sentei_made = True  # type: ignore[attr-defined]
+        return mask
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> AttentionResult:
+        layer = self._layers.get(module)
+        if layer is not None and not self._rung.is_dense:
+            _check_mask(attention_mask)
+            _check_positions(kwargs.get("position_ids"), key.shape[2])
+            pooled = self._update_pooled(layer, query, key)
+            if key.shape[2] >= self._rung.break_even_tokens:
+                return self._attend_sparse(layer, query, key, value, pooled)
+        if layer is not None:
+            self._stats.add(LayerCall(layer.index, query.shape[2], key.shape[2], "dense", 1.0))
+        if self.base == "flex":
+            out = dense_attend(
+                query,
+                key,
+                value,
+                scale=kwargs.get("scaling"),
+                window=kwargs.get("sliding_window"),
+                q_offset=key.shape[2] - query.shape[2],
+            )
+            return out.transpose(1, 2).contiguous(), None
+        untouched: AttentionResult = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        return untouched
+
+    def _attend_sparse(
+        self,
+        layer: LayerInfo,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pooled: torch.Tensor,
+    ) -> AttentionResult:
+        mask = self._select(layer, query, key, pooled)
+        self._stats.add(LayerCall(layer.index, query.shape[2], key.shape[2], "sparse", float(mask.density())))
+        out, _ = attend(query, key, value, mask, scale=layer.scale)
+        return out.transpose(1, 2).contiguous(), None
+
+    @torch.no_grad()
+    def _select(
+        self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor, pooled: torch.Tensor
+    ) -> BlockMask:
+        assert self.adapter is not None
+        scorer = self.adapter.scorers[layer.index]
+        block = scorer.shape.block_tokens
+        offset = key.shape[2] - query.shape[2]
+        blocks = cut_queries(query, self._rotary(key), block_tokens=block, q_offset=offset)
+        shares = score_blocks(scorer, blocks, key, pooled, q_len_end=key.shape[2])
+        return select_blocks(
+            shares,
+            self._thresholds[layer.index],
+            starts=blocks.starts,
+            q_len=query.shape[2],
+            kv_len=key.shape[2],
+            q_offset=offset,
+            block_q=block,
+            block_k=block,
+            fault=self.fault,
+        )
+
+    @torch.no_grad()
+    def _update_pooled(self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        assert self.adapter is not None
+        scorer = self.adapter.scorers[layer.index]
+        pooled = PooledCache(scorer)
+        if self._cache is not None:
+            pooled = self._pooled.setdefault(self._cache, {}).setdefault(layer.index, pooled)
+        return pooled.update(key, query.shape[2], self._rotary(key))
+
+    def _rotary(self, key: torch.Tensor) -> RotaryTable:
+        needed = key.shape[2]
+        if self._table is None or self._table.length < needed:
+            length = max(1024, 1 << (needed - 1).bit_length())
+            self._table = RotaryTable(*rotary_tables(self.model, length, key.device))
+        return self._table
+
+    def _read_thresholds(self) -> dict[int, Any]:
+        if self._rung.is_dense:
+            return {}
+        return {
+            layer.index: self._ladder.thresholds(self._rung, layer.index) for layer in self._layers.values()
+        }
+
+
+def attach(
+    model: nn.Module,
+    adapter: Adapter | None,
+    *,
+    rung: str = DENSE,
+    base: Base = "sdpa",
+    fault: Fault | None = None,
+) -> Retrofit:
+    """Retrofit a model until `close()` is called; without an adapter only the rung `dense` exists."""
+    return Retrofit(model, adapter, rung=rung, base=base, fault=fault)
+
+
+@contextmanager
+def retrofit(
+    model: nn.Module,
+    adapter: Adapter | None,
+    rung: str = DENSE,
+    *,
+    base: Base = "sdpa",
+    fault: Fault | None = None,
+) -> Iterator[Retrofit]:
+    """Retrofit a model for the length of a `with` block; the model is restored also after an error."""
+    handle = attach(model, adapter, rung=rung, base=base, fault=fault)
+    try:
+        yield handle
+    finally:
+        handle.close()
+
+
+def check_padding(mask: torch.Tensor, q_length: int) -> None:
+    """Accept no padding, or right padding in a prefill; refuse what would move block borders."""
+    if mask.ndim != 2 or bool(mask.all()):
+        return
+    is_prefill = mask.shape[1] == q_length
+    is_right_padded = bool((mask[:, 1:].int() <= mask[:, :-1].int()).all())
+    if is_prefill and is_right_padded:
+        return
+    raise ModelError(
+        "left padding, or decoding after a padded prefill, would move block borders; "
+        "use one request per KV cache, sequences of equal length, or right padding without a cache"
+    )
+
+
+def _match_layers(model: nn.Module, adapter: Adapter | None) -> dict[nn.Module, LayerInfo]:
+    layers = {layer.module: layer for layer in thinnable_layers(model)}
+    if adapter is not None:
+        own, theirs = {layer.index for layer in layers.values()}, set(adapter.scorers)
+        if own != theirs:
+            raise ModelError(
+                f"the adapter has scorers for layers {sorted(theirs)}, the model needs {sorted(own)}"
+            )
+    return layers
+
+
+def _check_mask(mask: torch.Tensor | None) -> None:
+    if mask is not None and not getattr(mask, "sentei_made", False):
+        raise ModelError(
+            "a mask of one's own (4 dimensions) is not supported; pass a 2-dimensional one, or none"
+        )
+
+
+def _check_positions(position_ids: torch.Tensor | None, kv_len: int) -> None:
+    if position_ids is not None and int(position_ids[:, -1].max()) + 1 != kv_len:
+        raise ModelError(
+            f"position_ids end at {int(position_ids[:, -1].max())}, but the KV cache holds {kv_len} tokens; "
+            "sparse attention needs positions that count from 0 without gaps"
+        )

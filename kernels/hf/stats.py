@@ -1,0 +1,53 @@
+"""What a retrofit did: which attention calls were thinned, and how much they kept."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+CALLS_KEPT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """One attention call of one layer."""
+
+    layer: int
+    q_tokens: int
+    kv_tokens: int
+    path: Literal["dense", "sparse"]
+    density: float
+
+
+@dataclass(slots=True)
+class RetrofitStats:
+    """Counts over all calls since the last reset, and the latest calls one by one."""
+
+    num_sparse: int = 0
+    num_dense: int = 0
+    calls: deque[LayerCall] = field(default_factory=lambda: deque(maxlen=CALLS_KEPT))
+
+    @property
+    def has_run_sparse(self) -> bool:
+        """Whether the sparse path ran at all: a proof of activity."""
+        return self.num_sparse > 0
+
+    def add(self, call: LayerCall) -> None:
+        """Take in one call."""
+        self.calls.append(call)
+        if call.path == "sparse":
+            self.num_sparse += 1
+        else:
+            self.num_dense += 1
+
+    def density(self) -> float | None:
+        """Mean density of the latest sparse calls, or None where none ran."""
+        kept = [call.density for call in self.calls if call.path == "sparse"]
+        return sum(kept) / len(kept) if kept else None
+
+    def density_by_layer(self) -> dict[int, float]:
+        """Mean density of the latest sparse calls of each layer."""
+        by_layer: dict[int, list[float]] = {}
+        for call in self.calls:
+            if call.path == "sparse":
+                by_layer.setdefault(call.layer, []).append(call.density)
+        return {layer: sum(values) / len(values) for layer, values in by_layer.items()}

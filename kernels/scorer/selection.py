@@ -1,0 +1,173 @@
+"""From scores to a block mask: a query block keeps what its neediest row needs.
+
+Sink block and diagonal are always kept, and their mass is computed exactly, so that the estimate of every
+other block's share has a sound denominator. Rows are handled in chunks: no matrix of tokens by tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.scorer.faults import Fault
+from sentei.kernels.scorer.features import RotaryTable, unrotate
+from sentei.kernels.scorer.network import BlockScorer, ScorerError
+
+MAX_SCORES_PER_CHUNK = 8_000_000  # 32 MB of fp32: larger chunks were no faster on 2 cores
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """Log of the smallest mass share worth keeping: [KV groups, length bins]; bins end at these positions."""
+
+    log_share: torch.Tensor
+    bin_edges: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryBlocks:
+    """Query rows in blocks: q and q_plain [B, Hq, n, rows, D], the position of each block's first row [n]."""
+
+    q: torch.Tensor
+    q_plain: torch.Tensor
+    starts: torch.Tensor
+
+
+def cut_queries(
+    q: torch.Tensor, table: RotaryTable, *, block_tokens: int, q_offset: int, pad: bool = True
+) -> QueryBlocks:
+    """Cut q [B, Hq, T, D] into blocks; the last one is filled up with copies of the last row."""
+    B, H, T, D = q.shape
+    rows = min(block_tokens, T) if pad else block_tokens
+    num = -(-T // rows)
+    index = torch.arange(num * rows, device=q.device).clamp_max(T - 1)
+    padded = q if num * rows == T else q[:, :, index]
+    plain = unrotate(padded, index + q_offset, table)
+    starts = torch.arange(num, device=q.device) * rows + q_offset
+    return QueryBlocks(padded.view(B, H, num, rows, D), plain.view(B, H, num, rows, D), starts)
+
+
+def forced_lse(
+    blocks: QueryBlocks, k: torch.Tensor, *, scale: float, block_tokens: int, q_len_end: int
+) -> torch.Tensor:
+    """Return the exact log of the summed weights of sink and diagonal blocks: [B, Hq, n, rows]."""
+    B, Hq, n, rows, _ = blocks.q.shape
+    Hkv, kv_len = k.shape[1], k.shape[2]
+    firsts = blocks.starts.div(block_tokens, rounding_mode="floor") * block_tokens
+    width = block_tokens + rows
+    local = firsts[:, None] + torch.arange(width, device=k.device)
+    positions = (blocks.starts[:, None] + torch.arange(rows, device=k.device)).clamp_max(q_len_end - 1)
+    grouped = blocks.q.reshape(B, Hkv, Hq // Hkv, n, rows, -1)
+    near = k[:, :, local.clamp_max(kv_len - 1)]
+    scores = torch.einsum("bhgnrd,bhnwd->bhgnrw", grouped, near).float() * scale
+    scores = scores.masked_fill(local[:, None, :] > positions[:, :, None], float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    sink = k[:, :, : min(block_tokens, kv_len)]
+    far = torch.logsumexp(torch.einsum("bhgnrd,bhwd->bhgnrw", grouped, sink).float() * scale, dim=-1)
+    has_own_sink = (firsts > 0)[:, None]
+    return torch.where(has_own_sink, torch.logaddexp(lse, far), lse).reshape(B, Hq, n, rows)
+
+
+def log_shares(
+    scorer: BlockScorer, blocks: QueryBlocks, keys: torch.Tensor, lse: torch.Tensor
+) -> torch.Tensor:
+    """Return the estimated log share of attention of every block a row may choose.
+
+    Args:
+        keys: encoded pooled keys [B, Hkv, P, E].
+        lse: exact logs of the forced blocks [B, Hq, n, rows].
+
+    Returns:
+        [B, Hq, n, rows, blocks]; -inf for sink, diagonal and what lies ahead.
+    """
+    B, Hq, n, rows, _ = blocks.q.shape
+    encoded = scorer.encode_queries(blocks.q.flatten(2, 3), blocks.q_plain.flatten(2, 3))
+    logits = scorer.block_logits(encoded, keys).view(B, Hq, n, rows, -1)
+    own = blocks.starts.div(scorer.shape.block_tokens, rounding_mode="floor")
+    index = torch.arange(logits.shape[-1], device=own.device)
+    distances = own[:, None] - index
+    logits = logits + scorer.bias(distances)[None, :, :, None, :]
+    closed = (index < 1) | (distances < 1)
+    logits = logits.masked_fill(closed[:, None, :], float("-inf"))
+    total = torch.logaddexp(torch.logsumexp(logits, dim=-1), lse)
+    return logits - total[..., None]
+
+
+def score_blocks(
+    scorer: BlockScorer, blocks: QueryBlocks, k: torch.Tensor, keys: torch.Tensor, *, q_len_end: int
+) -> torch.Tensor:
+    """Return the neediest row's estimated log share per query block and key block: [B, Hq, n, blocks]."""
+    block_tokens, per_block = scorer.shape.block_tokens, scorer.shape.block_tokens // scorer.shape.pool_tokens
+    B, Hq, n, rows, _ = blocks.q.shape
+    num_blocks = -(-k.shape[2] // block_tokens)
+    result = torch.full((B, Hq, n, num_blocks), float("-inf"), device=k.device)
+    last_row = int(blocks.starts[-1]) + rows
+    step = max(1, MAX_SCORES_PER_CHUNK // max(1, B * Hq * rows * (last_row // scorer.shape.pool_tokens)))
+    first_row = int(blocks.starts[0])
+    for first in range(0, n, step):
+        part = slice(first, min(first + step, n))
+        chunk = QueryBlocks(blocks.q[:, :, part], blocks.q_plain[:, :, part], blocks.starts[part])
+        visible = (first_row + (part.stop - 1) * rows) // block_tokens
+        if visible < 2:
+            continue  # only sink and diagonal are in sight
+        lse = forced_lse(chunk, k, scale=scorer.scale, block_tokens=block_tokens, q_len_end=q_len_end)
+        shares = log_shares(scorer, chunk, keys[:, :, : visible * per_block], lse)
+        result[:, :, part, : shares.shape[-1]] = shares.amax(dim=3)
+    if torch.isnan(result).any():
+        raise ScorerError(
+            "the scorer gave NaN; queries, keys or adapter weights hold NaN or infinite values: "
+            "serve dense and check the adapter"
+        )
+    return result
+
+
+def select_blocks(
+    shares: torch.Tensor,
+    thresholds: Thresholds,
+    *,
+    starts: torch.Tensor,
+    q_len: int,
+    kv_len: int,
+    q_offset: int,
+    block_q: int,
+    block_k: int,
+    fault: Fault | None = None,
+) -> BlockMask:
+    """Keep every block whose share passes the threshold, plus sink and diagonal."""
+    if fault is not None:
+        shares = fault.shift(shares, starts)
+    keep = (shares > per_head_thresholds(thresholds, starts, shares.shape[1])) | forced_blocks(
+        starts, shares.shape[-1], q_end=q_offset + q_len, block_q=block_q, block_k=block_k
+    )
+    counts = keep.sum(dim=-1, dtype=torch.int32)
+    order = torch.argsort(keep.to(torch.int8), dim=-1, descending=True, stable=True)
+    width = int(counts.max())  # the one host sync: how wide the lists are
+    indices = order[..., :width].to(torch.int32)
+    indices = indices.masked_fill(torch.arange(width, device=counts.device) >= counts[..., None], -1)
+    return BlockMask(
+        counts=counts,
+        indices=indices,
+        q_len=q_len,
+        kv_len=kv_len,
+        block_q=block_q,
+        block_k=block_k,
+        q_offset=q_offset,
+    )
+
+
+def per_head_thresholds(thresholds: Thresholds, starts: torch.Tensor, query_heads: int) -> torch.Tensor:
+    """Return the log threshold for each query head and query block: [Hq, n, 1]."""
+    edges = torch.tensor(thresholds.bin_edges, device=starts.device)
+    bins = torch.bucketize(starts, edges, right=True).clamp_max(thresholds.log_share.shape[1] - 1)
+    per_group = thresholds.log_share.to(starts.device)[:, bins]
+    return per_group.repeat_interleave(query_heads // per_group.shape[0], dim=0)[:, :, None]
+
+
+def forced_blocks(
+    starts: torch.Tensor, num_blocks: int, *, q_end: int, block_q: int, block_k: int
+) -> torch.Tensor:
+    """Return [n, blocks], true for the sink block and the blocks that a query block's own rows lie in."""
+    index = torch.arange(num_blocks, device=starts.device)
+    first = starts.div(block_k, rounding_mode="floor")[:, None]
+    last = (starts + block_q - 1).clamp_max(q_end - 1).div(block_k, rounding_mode="floor")[:, None]
+    return (index == 0) | ((index >= first) & (index <= last))

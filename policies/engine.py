@@ -1,32 +1,15 @@
-"""decide(): policy, state, signals and the time in; new state, actions and a reason out. Nothing else happens here.
+"""decide(): policy, state, signals and the time in; new state, actions and a reason out.
 
-Every tick walks STEPS in order. A step may *protect* (roll back, fall back, pause), may *hold* (name why nothing
-grows), or may do nothing. The first hold gives the decision its reason, but a hold never stops the walk: a later step
-still protects, so no waiting state can delay a rollback. Steps that grow traffic do nothing once something holds, so
-a tick advances exactly one stage at most, also after an outage.
+Every tick walks STEPS in order. A step may *protect* (roll back, fall back, pause), may *hold* (name why
+nothing grows), or may do nothing. The first hold gives the decision its reason, but a hold never stops the
+walk: a later step still protects, so no waiting state can delay a rollback. Steps that grow traffic do
+nothing once something holds, so a tick advances exactly one stage at most, also after an outage.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sentei.policies.gates import (
-    check_approval,
-    check_benefit,
-    check_freeze,
-    check_hold,
-    check_safe,
-    grow,
-)
-from sentei.policies.guards import (
-    check_breaker,
-    check_data,
-    check_harm,
-    check_signals,
-    check_srm,
-    handle_commands,
-    observe,
-)
 from sentei.policies.judge import GuardrailReport
 from sentei.policies.machine import Phase
 from sentei.policies.schema import Policy
@@ -39,7 +22,24 @@ from sentei.policies.state import (
     state_from_json,
     state_to_json,
 )
-from sentei.policies.tick import Action, Tick, effective_rung
+from sentei.policies.steps.gates import (
+    check_approval,
+    check_benefit,
+    check_freeze,
+    check_hold,
+    check_safe,
+    grow,
+)
+from sentei.policies.steps.guards import (
+    check_breaker,
+    check_data,
+    check_harm,
+    check_signals,
+    check_srm,
+    handle_commands,
+    observe,
+)
+from sentei.policies.steps.tick import Action, Tick, effective_rung
 
 __all__ = [
     "STEPS",
@@ -90,7 +90,7 @@ class Decision:
 def initial_state(
     policy: Policy, rollout_id: str, now_s: float, *, quarantine: tuple[str, ...] = ()
 ) -> RolloutState:
-    """The state of a new rollout, in the first stage; QuarantineError if this digest failed at one of its rungs."""
+    """A new rollout in its first stage; QuarantineError if this digest failed at one of its rungs."""
     for stage in policy.spec.stages:
         if f"{policy.digest}+{stage.rung}" in quarantine:
             raise QuarantineError(
@@ -112,7 +112,7 @@ def initial_state(
 
 
 def decide(policy: Policy, state: RolloutState, signals: Signals, now_s: float) -> Decision:
-    """One decision; pure, and the same inputs give the same bytes. PolicyStateError for another policy's state."""
+    """One decision; the same inputs give the same bytes. PolicyStateError for another policy's state."""
     if state.policy_digest != policy.digest:
         raise PolicyStateError(
             f"the state of rollout {state.rollout_id!r} belongs to policy digest {state.policy_digest[:12]}, "
@@ -130,7 +130,7 @@ def decide(policy: Policy, state: RolloutState, signals: Signals, now_s: float) 
 
 
 def routing(policy: Policy, state: RolloutState) -> RoutingTable:
-    """Where requests go in this state; dense for everybody once it is rolled back, and always in mode `advise`."""
+    """Where requests go: dense for everybody once it is rolled back, and always in mode `advise`."""
     stage = policy.stage(state.stage_id)
     is_off = state.phase == Phase.ROLLED_BACK
     routes = []

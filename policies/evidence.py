@@ -1,13 +1,14 @@
 """Evidence that may be looked at after every unit: e-processes, in log space, one frozen state each.
 
-The base fact (Ville): if E >= 0 starts at 1 and does not grow on average under the null hypothesis, then it ever
-reaches 1/a with probability at most a. So each state keeps its running maximum, and a null once rejected stays
-rejected. The statistical unit is the session: one value per session, never one per request, or correlation inside
-sessions breaks every guarantee (reference/rollout.md 5.1: 32 to 68 % false "safe").
+The base fact (Ville): if E >= 0 starts at 1 and does not grow on average under the null hypothesis, then it
+ever reaches 1/a with probability at most a. So each state keeps its running maximum, and a null once
+rejected stays rejected. The statistical unit is the session: one value per session, never one per request,
+or correlation inside sessions breaks every guarantee (reference/rollout.md 5.1: 32 to 68 % false "safe").
 
-Each state has a constant size, `update` returns a new one, feeding units one by one or in any batches gives the same
-bytes, and `log_e_max >= ln(1/a)` is the decision. The vectorised `*_paths` functions do the same over many
-simulated streams at once. The formula numbers F1..F15 are those of reference/rollout.md, section 5.
+Each state has a constant size, `update` returns a new one, feeding units one by one or in any batches gives
+the same bytes, and `log_e_max >= ln(1/a)` is the decision. The vectorised `*_paths` functions do the same
+over many simulated streams at once. The formula numbers F1..F15 are those of reference/rollout.md, section
+5.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ def log_threshold(alpha: float) -> float:
 class Betting:
     """F1: betting e-process for a bounded mean, one direction.
 
-    Source: Waudby-Smith and Ramdas 2024 (JRSS-B, arXiv 2010.09686), predictable plug-in bets. Guarantee: for values in
-    [0, 1] with conditional mean at most `bound` ("harm"; at least `bound` for "safe"), P(log_e ever >= ln(1/a)) <= a,
-    for every a; `alpha` only tunes the size of the bets. `cut` in (0, 1) keeps every factor positive.
+    Source: Waudby-Smith and Ramdas 2024 (JRSS-B, arXiv 2010.09686), predictable plug-in bets. Guarantee:
+    for values in [0, 1] with conditional mean at most `bound` ("harm"; at least `bound` for "safe"),
+    P(log_e ever >= ln(1/a)) <= a, for every a; `alpha` only tunes the size of the bets. `cut` in (0, 1)
+    keeps every factor positive.
     """
 
     bound: float
@@ -94,10 +96,10 @@ class Betting:
 class BetaBinomial:
     """F5: one-sided beta-binomial mixture for a proportion against `bound`.
 
-    A truncated Beta(PRIOR_STRENGTH * bound, PRIOR_STRENGTH * (1 - bound)) over the alternatives, in units of 0 and 1.
-    Source: reference/rollout.md F5 (Robbins' mixture; Lindon and Malek 2022 for its use). Guarantee: as `Betting`,
-    for each unit's conditional probability at most ("harm") or at least ("safe") `bound`. A latency SLO becomes a
-    proportion: "p95 <= L" is "P(latency > L) <= 5 %".
+    A truncated Beta(PRIOR_STRENGTH * bound, PRIOR_STRENGTH * (1 - bound)) over the alternatives, in units
+    of 0 and 1. Source: reference/rollout.md F5 (Robbins' mixture; Lindon and Malek 2022 for its use).
+    Guarantee: as `Betting`, for each unit's conditional probability at most ("harm") or at least ("safe")
+    `bound`. A latency SLO becomes a proportion: "p95 <= L" is "P(latency > L) <= 5 %".
     """
 
     bound: float
@@ -132,11 +134,12 @@ def _beta_binomial_log_e(hits: int, units: int, bound: float, direction: Directi
 class Split:
     """F6 and F7: did units go to the candidate as often as they should, when the intended share moves?
 
-    Each unit is a coin with its own null probability p; the evidence averages likelihood ratios whose odds are tilted
-    by exp(c) for each c in `tilts`. With SRM_TILTS it is the ramp-aware sample-ratio test (two-sided, F7). With
-    RATIO_TILTS and p = share*r / (share*r + 1 - share) it tests, given an event, whether the candidate's event rate
-    exceeds r times the control's, without denominators (F6; Lindon, Sanden, Shirikian et al., arXiv 2205.14762);
-    negated tilts prove the opposite. Guarantee: as `Betting`, whatever the ramp, as p is fixed before each unit.
+    Each unit is a coin with its own null probability p; the evidence averages likelihood ratios whose odds
+    are tilted by exp(c) for each c in `tilts`. With SRM_TILTS it is the ramp-aware sample-ratio test
+    (two-sided, F7). With RATIO_TILTS and p = share*r / (share*r + 1 - share) it tests, given an event,
+    whether the candidate's event rate exceeds r times the control's, without denominators (F6; Lindon,
+    Sanden, Shirikian et al., arXiv 2205.14762); negated tilts prove the opposite. Guarantee: as `Betting`,
+    whatever the ramp, as p is fixed before each unit.
     """
 
     tilts: tuple[float, ...]
@@ -191,9 +194,9 @@ class Detector:
     """F14: e-CUSUM, the watch that a long good past does not blind.
 
     M <- max(M, 1) * (1 + l * (x - bound)), averaged over the bets l in DETECTOR_BETS cut at `cut` / bound.
-    Source: Shin, Ramdas, Rinaldo (arXiv 2203.03532). Guarantee: while the conditional mean is at most `bound`, the
-    average number of units before M >= A is at least A. Table 5.1: after 2000 good units it saw a doubled bound after 39
-    units, where a plain e-process saw nothing in 3000.
+    Source: Shin, Ramdas, Rinaldo (arXiv 2203.03532). Guarantee: while the conditional mean is at most
+    `bound`, the average number of units before M >= A is at least A. Table 5.1: after 2000 good units it
+    saw a doubled bound after 39 units, where a plain e-process saw nothing in 3000.
     """
 
     bound: float
@@ -215,7 +218,7 @@ class Detector:
         )
 
 
-Evidence = Betting | BetaBinomial | Split | Detector
+Evidence = Betting | BetaBinomial | Split  # what a verdict rests on, in one direction
 Stream = TypeVar("Stream", Betting, BetaBinomial, Detector)
 
 
@@ -229,9 +232,10 @@ def update_all(evidence: Stream, values: Iterable[float]) -> Stream:
 def paired_excess(value: float, floor: float, floor_cap: float) -> float:
     """F13: value minus its own noise floor, scaled to [0, 1]; value and floor must lie in [0, 1].
 
-    At most `floor_cap` of noise is excused. With floor_cap 1 this is Z = (D + 1) / 2 of F13; a smaller one shrinks the
-    range of D to [-floor_cap, 1], which makes harm provable in far fewer units and can only make safety harder to
-    prove (D grows). Noise above the cap then counts against the candidate: choose it above the floor you see.
+    At most `floor_cap` of noise is excused. With floor_cap 1 this is Z = (D + 1) / 2 of F13; a smaller one
+    shrinks the range of D to [-floor_cap, 1], which makes harm provable in far fewer units and can only
+    make safety harder to prove (D grows). Noise above the cap then counts against the candidate: choose it
+    above the floor you see.
     """
     return (value - min(floor, floor_cap) + floor_cap) / (1 + floor_cap)
 

@@ -1,8 +1,8 @@
-"""Observations to evidence: clean a value, scale it to [0, 1], feed it to the cell of its guardrail and slice.
+"""Observations to evidence: clean a value, scale it to [0, 1], feed it to its guardrail and slice.
 
-Quality belongs to (rung, slice) and is collected from shadow on (F15); operational values count from the moment a
-stage began. A value that is not a number, or out of its metric's range, is a missing audit: the worst case for
-promotion, left out for rollback (F12). It is never read as zero.
+Quality belongs to (rung, slice) and is collected from shadow on (F15); operational values count from the
+moment a stage began. A value that is not a number, or out of its metric's range, is a missing audit: the
+worst case for promotion, left out for rollback (F12). It is never read as zero.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from sentei.policies.evidence import (
     paired_excess,
 )
 from sentei.policies.judge import harm_alpha
-from sentei.policies.metrics import METRICS, Metric
 from sentei.policies.schema import Benefit, Guardrail, Policy
 from sentei.policies.signals import Observation, SliceTraffic
+from sentei.policies.spec.metrics import METRICS, Metric
 from sentei.policies.state import ALL_SLICES, Cell, RolloutState
 
 RATIO_CAP = 2.0  # of audit.compute_ratio: twice dense is as bad as it gets
@@ -105,7 +105,7 @@ def new_cell(policy: Policy, gate: Guardrail | Benefit, slice_id: str, rung_id: 
 
 
 def scaled_bound(policy: Policy, gate: Guardrail | Benefit) -> float:
-    """The bound on the scale of the evidence, in (0, 1); a ratio stays a ratio, and an assignment has none."""
+    """The bound on the scale of the evidence, in (0, 1); a ratio stays one, an assignment has none."""
     scale = _scale(policy, gate)
     if isinstance(gate, Benefit):
         return gate.want.max / scale
@@ -160,19 +160,22 @@ def _feed(policy: Policy, gate: Guardrail | Benefit, cell: Cell, item: Observati
     value = None if item.missing else _clean(policy, gate, item)
     if isinstance(gate, Guardrail) and gate.test == "event_split":
         return _feed_arms(gate, cell, value, item.variant == "sparse", share)
+    harm, safe, watch = cell.harm, cell.safe, cell.watch
+    assert not isinstance(harm, Split)
+    assert not isinstance(safe, Split)
     if value is None:
-        worst = None if cell.safe is None else cell.safe.update(1.0)  # type: ignore[call-arg, arg-type]
+        worst = None if safe is None else safe.update(1.0)
         return replace(cell, safe=worst, missing=cell.missing + 1)
     return replace(
         cell,
-        harm=cell.harm.update(value),  # type: ignore[call-arg, arg-type]
-        safe=None if cell.safe is None else cell.safe.update(value),  # type: ignore[call-arg, arg-type]
-        watch=None if cell.watch is None else cell.watch.update(value),
+        harm=harm.update(value),
+        safe=None if safe is None else safe.update(value),
+        watch=None if watch is None else watch.update(value),
     )
 
 
 def _feed_arms(gate: Guardrail, cell: Cell, value: float | None, is_candidate: bool, share: float) -> Cell:
-    """One request of either arm: only events move the evidence (F6), and every request shows that its arm is seen."""
+    """One request of either arm: only events move the evidence (F6); any request shows its arm is seen."""
     assert gate.bound is not None
     assert gate.bound.ratio is not None
     assert isinstance(cell.harm, Split)

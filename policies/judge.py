@@ -1,9 +1,9 @@
 """One guardrail, one slice and its evidence to one verdict with both numbers.
 
-The error budget (F10): rollback is any-of, so every guardrail x slice, and every time its evidence starts afresh (a new
-rung for quality, a new stage for operational values), gets its own part of `alpha_total`: over a whole rollout a healthy
-candidate is rolled back with probability at most alpha_total. Promotion is all-of, so each proof of safety is tested
-at the full alpha_total.
+The error budget (F10): rollback is any-of, so every guardrail x slice, and every time its evidence starts
+afresh (a new rung for quality, a new stage for operational values), gets its own part of `alpha_total`:
+over a whole rollout a healthy candidate is rolled back with probability at most alpha_total. Promotion is
+all-of, so each proof of safety is tested at the full alpha_total.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sentei.policies.evidence import Split, log_threshold
-from sentei.policies.schema import Benefit, Guardrail, Policy
+from sentei.policies.schema import Guardrail, Policy
 from sentei.policies.signals import Verdict
 from sentei.policies.state import Cell
 
@@ -125,7 +125,7 @@ def judge(
     )
 
 
-def is_benefit_disproved(policy: Policy, benefit: Benefit, cell: Cell | None) -> bool:
+def is_benefit_disproved(policy: Policy, cell: Cell | None) -> bool:
     """Whether the wanted gain is proven absent in this slice (it stops the ramp, it never rolls back)."""
     alpha = policy.spec.guardrails.alpha_total / len(policy.routed_slices)
     return cell is not None and cell.harm.log_e_max >= log_threshold(alpha)

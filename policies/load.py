@@ -1,5 +1,6 @@
-"""YAML text to a Policy, or one PolicyError with everything that is wrong: file, line, path, value, what is allowed.
+"""YAML text to a Policy, or one PolicyError with everything that is wrong.
 
+Each fault names file, line, path, value and what is allowed.
 Whatever the text is, nothing but PolicyError comes out of `load_policy`.
 """
 
@@ -13,8 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from sentei.policies.rules import Path, dotted_path, find_faults, nearest
 from sentei.policies.schema import Policy, Spec, to_document
+from sentei.policies.spec.rules import Path, dotted_path, find_faults, nearest
 
 MAX_CHARACTERS = 200_000
 MAX_DEPTH = 30
@@ -156,7 +157,7 @@ class _Reader:
 
     def _scalar(self, node: yaml.Node, path: Path) -> Any:
         try:
-            value = yaml.SafeLoader("").construct_object(node)  # type: ignore[no-untyped-call]
+            value = yaml.SafeLoader("").construct_object(node)
         except (yaml.YAMLError, ValueError, OverflowError) as error:
             self.add(path, node.value, f"cannot be read: {str(error).splitlines()[0]}")
             return None

@@ -1,14 +1,15 @@
 """The life of a rollout: every phase, every event, every legal transition, in one table.
 
-A rollout is `running` from its start. A running rollout may `advance` one stage at a time; after its last stage has
-baked it is `promote`d. An operator, or a sample-ratio alarm, may `pause` it: shares stay as they are, nothing grows,
-and every protective event still applies. `resume` goes on; time spent paused does not count as time in the stage.
-A `rollback` is legal from every phase that routes traffic, also from `promoted`, because the watch goes on after the
-last stage. From `rolled_back` only an operator's `retry` leads out, with fresh evidence, after the cool-off.
+A rollout is `running` from its start. A running rollout may `advance` one stage at a time; after its last
+stage has baked it is `promote`d. An operator, or a sample-ratio alarm, may `pause` it: shares stay as they
+are, nothing grows, and every protective event still applies. `resume` goes on; time spent paused does not
+count as time in the stage. A `rollback` is legal from every phase that routes traffic, also from
+`promoted`, because the watch goes on after the last stage. From `rolled_back` only an operator's `retry`
+leads out, with fresh evidence, after the cool-off.
 
-Slices are the second axis, in table SLICE_TRANSITIONS: a slice is `routed` at a rung, may go a `rung_down` (it stays
-routed, at a milder rung, until there is none), or `to_dense`, from where only the retry of the whole rollout leads
-back. When no slice is routed any more the whole rollout is rolled back.
+Slices are the second axis, in table SLICE_TRANSITIONS: a slice is `routed` at a rung, may go a `rung_down`
+(it stays routed, at a milder rung, until there is none), or `to_dense`, from where only the retry of the
+whole rollout leads back. When no slice is routed any more the whole rollout is rolled back.
 """
 
 from __future__ import annotations

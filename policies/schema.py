@@ -1,8 +1,8 @@
 """The `sentei/v1` RolloutPolicy: frozen pydantic models, one per section of the file.
 
 Unknown keys are refused, every field describes itself, and the rules that tie fields together live in
-`policies.rules`. A word of the design that nothing acts on yet is refused by name (`policies.load.NOT_YET`),
-so that a policy never promises what the system does not do.
+`policies.spec.rules`. A word of the design that nothing acts on yet is refused by name
+(`policies.load.NOT_YET`), so that a policy never promises what the system does not do.
 """
 
 from __future__ import annotations
@@ -12,10 +12,21 @@ import json
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import Field, StrictInt, model_validator
 
-from sentei.policies.metrics import COLUMNS, METRICS, Metric
-from sentei.policies.units import Number, Seconds, Share, WeeklyWindow, parse_window
+from sentei.policies.spec.metrics import COLUMNS, METRICS, Metric
+from sentei.policies.spec.operations import (
+    Breaker,
+    Count,
+    Data,
+    Identifier,
+    Positive,
+    Record,
+    Rollback,
+    Schedule,
+    Section,
+)
+from sentei.policies.spec.units import Number, Seconds, Share
 
 __all__ = [
     "COLUMNS",
@@ -29,18 +40,6 @@ __all__ = [
     "to_document",
 ]
 
-Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
-Positive = Annotated[StrictInt, Field(ge=1, le=10**9)]
-Count = Annotated[StrictInt, Field(ge=0, le=10**9)]
-
-
-class Section(BaseModel):
-    """A part of the policy: immutable, and no unknown key."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, ser_json_inf_nan="constants"
-    )
-
 
 class Metadata(Section):
     """Who owns the rollout."""
@@ -53,7 +52,7 @@ class Variant(Section):
     """One side of the comparison."""
 
     deployment: Literal["dense", "sparse"]
-    model: str | None = Field(None, description="model reference; both sides must name the same one")
+    model: str | None = Field(default=None, description="model reference; both sides must name the same one")
 
 
 class Variants(Section):
@@ -74,8 +73,8 @@ class Slice(Section):
 
     id: Identifier
     range: tuple[Count, Positive] = Field(description="[from, to) in prompt tokens")
-    pin: Literal["control"] | None = Field(None, description="never routed to the candidate")
-    max_rung: Identifier | None = Field(None, description="the boldest rung this slice may use")
+    pin: Literal["control"] | None = Field(default=None, description="never routed to the candidate")
+    max_rung: Identifier | None = Field(default=None, description="the boldest rung this slice may use")
 
     @property
     def is_pinned(self) -> bool:
@@ -111,11 +110,13 @@ class Stage(Section):
     id: Identifier
     share: Share
     rung: Identifier
-    audit: Share | None = Field(None, description="share of sessions audited; default audit.select.fraction")
-    hold_min: Seconds = Field(0.0, description="least time in this stage")
-    max: Seconds | None = Field(None, description="longest time in this stage, then advance.on_max")
+    audit: Share | None = Field(
+        default=None, description="share of sessions audited; default audit.select.fraction"
+    )
+    hold_min: Seconds = Field(default=0.0, description="least time in this stage")
+    max: Seconds | None = Field(default=None, description="longest time in this stage, then advance.on_max")
     approval: Approval | None = None
-    bake: Seconds | None = Field(None, description="last stage only: time to stay before `promoted`")
+    bake: Seconds | None = Field(default=None, description="last stage only: time to stay before `promoted`")
 
 
 class Advance(Section):
@@ -123,7 +124,9 @@ class Advance(Section):
 
     need: Literal["all_safe", "no_harm"]
     min_units: Positive = Field(description="audited sessions per slice and rung; never delays a rollback")
-    min_served_units: Count = Field(0, description="of these, served by sparse in this stage (share > 0)")
+    min_served_units: Count = Field(
+        default=0, description="of these, served by sparse in this stage (share > 0)"
+    )
     on_max: Literal["hold", "rollback"] = "hold"
 
 
@@ -137,7 +140,7 @@ class AuditSelect(Section):
 class KlValue(Section):
     """How KL is bounded."""
 
-    cap: Number = Field(2.0, description="nats; X = min(KL, cap) / cap")
+    cap: Number = Field(default=2.0, description="nats; X = min(KL, cap) / cap")
 
 
 class AuditValues(Section):
@@ -157,7 +160,7 @@ class MissingAudits(Section):
 
     promote: Literal["worst_case"] = "worst_case"
     rollback: Literal["drop"] = "drop"
-    max_share: Share = Field(0.10, description="more missing than this: verdict ERROR, which holds")
+    max_share: Share = Field(default=0.10, description="more missing than this: verdict ERROR, which holds")
 
 
 class Audit(Section):
@@ -172,13 +175,17 @@ class Audit(Section):
 class Bound(Section):
     """What is still acceptable; exactly one of max, excess_over_floor and ratio."""
 
-    max: Number | None = Field(None, description="the largest acceptable mean")
-    excess_over_floor: Number | None = Field(None, description="mean of value - floor, in the metric's unit")
+    max: Number | None = Field(default=None, description="the largest acceptable mean")
+    excess_over_floor: Number | None = Field(
+        default=None, description="mean of value - floor, in the metric's unit"
+    )
     ratio: Annotated[float, Field(ge=1, le=100)] | None = Field(
         None, description="sparse rate over dense rate"
     )
-    over: Seconds | None = Field(None, description="count values above this time; then max is a share")
-    floor_cap: Number | None = Field(None, description="the most noise that is excused per session")
+    over: Seconds | None = Field(
+        default=None, description="count values above this time; then max is a share"
+    )
+    floor_cap: Number | None = Field(default=None, description="the most noise that is excused per session")
 
 
 TestKind = Literal["betting", "betting_paired", "beta_binomial", "event_split", "split_ramp"]
@@ -194,8 +201,10 @@ class Guardrail(Section):
     test: TestKind
     per: Literal["slice", "all"] = "slice"
     action: GuardrailAction
-    advance: Literal["all_safe", "no_harm"] | None = Field(None, description="default: advance.need")
-    alpha: Annotated[float, Field(gt=0, lt=0.5)] | None = Field(None, description="own share of alpha_total")
+    advance: Literal["all_safe", "no_harm"] | None = Field(default=None, description="default: advance.need")
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] | None = Field(
+        default=None, description="own share of alpha_total"
+    )
 
     @property
     def metric(self) -> Metric:
@@ -235,106 +244,11 @@ class Signal(Section):
     column: str
     action: Literal["hold", "rollback"] = "hold"
     consecutive: Annotated[StrictInt, Field(ge=1, le=100)] = 1
-    window_units: Annotated[StrictInt, Field(ge=5, le=10**6)] = Field(100, description="sessions per window")
-    calibrate: Literal["aa_windows"] = "aa_windows"
-    no_data: Literal["hold", "ignore"] = Field("hold", description="before its first full window")
-
-
-class RequestBreaker(Section):
-    """What one failing request does; the only behaviour there is, written out for the reader."""
-
-    before_first_token: Literal["retry_on_control"] = "retry_on_control"
-    max_retries: Literal[1] = 1
-    count_as: Literal["candidate_failure"] = "candidate_failure"
-
-
-class VariantBreaker(Section):
-    """A blunt stop for catastrophes; no statistics."""
-
-    window: Seconds
-    min_requests: Positive
-    failure_share: Share
-    no_replica_for: Seconds = Field(30.0, description="sparse without a ready replica")
-    action: Literal["rollback"] = "rollback"
-
-
-class Breaker(Section):
-    """Immediate protection."""
-
-    request: RequestBreaker = RequestBreaker()
-    variant: VariantBreaker
-
-
-class NoData(Section):
-    """What silence does: after `grace` do `then`, after `after` do `finally`."""
-
-    grace: Seconds
-    then: Literal["hold", "rollback"] = "hold"
-    after: Seconds
-    last: Literal["hold", "rollback"] = Field("rollback", alias="finally")
-
-
-class Data(Section):
-    """What "no news" means."""
-
-    max_age: Seconds
-    no_data: NoData
-    monitor_lease: Seconds = Field(
-        description="the router goes dense when the table is not renewed for so long"
+    window_units: Annotated[StrictInt, Field(ge=5, le=10**6)] = Field(
+        default=100, description="sessions per window"
     )
-
-
-class Quarantine(Section):
-    """A digest and rung that failed cannot start again by itself."""
-
-    key: Literal["policy_digest+rung"] = "policy_digest+rung"
-    release: Literal["manual"] = "manual"
-
-
-class Retry(Section):
-    """How often, and how soon, an operator may try a rolled-back rollout again; evidence starts afresh."""
-
-    max: Count = 0
-    cool_off: Seconds = Field(0.0)
-    fresh_evidence: Literal[True] = True
-
-
-class Rollback(Section):
-    """How traffic goes back."""
-
-    mode: Literal["immediate"] = "immediate"
-    quarantine: Quarantine = Quarantine()
-    retry: Retry = Retry()
-
-
-def _readable_window(value: str) -> str:
-    parse_window(value)
-    return value
-
-
-class Schedule(Section):
-    """When the controller looks, and when it must not grow traffic (it always protects)."""
-
-    check_every: Seconds = Field(60.0)
-    misfire: Literal["run_once_now"] = "run_once_now"
-    freeze: tuple[Annotated[str, AfterValidator(_readable_window)], ...] = ()
-
-    @cached_property
-    def windows(self) -> tuple[WeeklyWindow, ...]:
-        """The freeze windows, parsed."""
-        return tuple(parse_window(text) for text in self.freeze)
-
-
-class MlflowRecord(Section):
-    """Where MLflow keeps the mirror: one parent run per rollout, one child run per stage."""
-
-    experiment: Annotated[str, Field(min_length=1, max_length=128)]
-
-
-class Record(Section):
-    """What is kept."""
-
-    mlflow: MlflowRecord = MlflowRecord(experiment="sentei-rollouts")
+    calibrate: Literal["aa_windows"] = "aa_windows"
+    no_data: Literal["hold", "ignore"] = Field(default="hold", description="before its first full window")
 
 
 class Spec(Section):
@@ -368,7 +282,7 @@ class Policy(Section):
 
     @model_validator(mode="after")
     def _keeps_the_rules(self) -> Policy:
-        from sentei.policies.rules import find_faults  # the rules need these models
+        from sentei.policies.spec.rules import find_faults  # the rules need these models
 
         faults = find_faults({name: getattr(self.spec, name) for name in type(self.spec).model_fields})
         if faults:
@@ -395,7 +309,8 @@ class Policy(Section):
     def gates_by_value(self) -> dict[str, tuple[Guardrail | Benefit, ...]]:
         """Guardrails and benefits under the name of the value they watch."""
         gates: dict[str, tuple[Guardrail | Benefit, ...]] = {}
-        for gate in (*self.spec.guardrails.items, *self.spec.benefit):
+        everything: tuple[Guardrail | Benefit, ...] = (*self.spec.guardrails.items, *self.spec.benefit)
+        for gate in everything:
             gates[gate.value] = (*gates.get(gate.value, ()), gate)
         return gates
 

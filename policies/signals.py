@@ -1,7 +1,7 @@
 """Value types that flow into a decision: observations, health, drift, operator commands; and the verdicts.
 
-Everything here is a frozen dataclass with units in its names. Monitors make these values, the store and the event
-log carry them as JSON, and `policies.engine.decide` reads them. No clock, no I/O.
+Everything here is a frozen dataclass with units in its names. Monitors make these values, the store and the
+event log carry them as JSON, and `policies.engine.decide` reads them. No clock, no I/O.
 """
 
 from __future__ import annotations

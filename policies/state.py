@@ -1,7 +1,7 @@
 """What a rollout remembers between two ticks, and its canonical bytes.
 
-The state is the only memory of `decide`: a controller that is killed and started again from these bytes goes on as if
-nothing had happened. Its size does not grow with the number of sessions.
+The state is the only memory of `decide`: a controller that is killed and started again from these bytes
+goes on as if nothing had happened. Its size does not grow with the number of sessions.
 """
 
 from __future__ import annotations
@@ -113,13 +113,11 @@ class RolloutState:
         return next((cell for cell in self.cells if cell.key == key), None)
 
 
-_EVIDENCE: dict[str, type[Evidence]] = {
-    kind.__name__: kind for kind in (Betting, BetaBinomial, Split, Detector)
-}
+_EVIDENCE: dict[str, Any] = {kind.__name__: kind for kind in (Betting, BetaBinomial, Split, Detector)}
 
 
 def state_to_json(state: RolloutState) -> bytes:
-    """Canonical bytes: sorted keys, no spaces, ASCII, shortest exact floats; equal states give equal bytes."""
+    """Canonical bytes: sorted keys, no spaces, ASCII, exact floats; equal states give equal bytes."""
     document = asdict(state) | {"schema": SCHEMA, "cells": [_pack_cell(cell) for cell in state.cells]}
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return text.encode("ascii")
@@ -151,6 +149,8 @@ def _pack_cell(cell: Cell) -> dict[str, Any]:
 def _unpack_cell(packed: dict[str, Any]) -> Cell:
     for name in ("harm", "safe", "watch"):
         if packed[name] is not None:
-            fields = {key: tuple(v) if isinstance(v, list) else v for key, v in packed[name].items()}
+            fields: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in packed[name].items()
+            }
             packed[name] = _EVIDENCE[fields.pop("kind")](**fields)
     return Cell(**packed)

@@ -1,21 +1,21 @@
-"""Steps 7 to 12 of the decision: what stands between a stage and the next. Each only ever holds; `grow` is the last."""
+"""Steps 7 to 12 of the decision: what stands between a stage and the next; `grow` is the last."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from sentei.policies.intake import METRICS
 from sentei.policies.judge import is_benefit_disproved
 from sentei.policies.machine import Event, Phase, next_phase
 from sentei.policies.schema import Policy, Stage
 from sentei.policies.signals import Command
+from sentei.policies.spec.metrics import METRICS
+from sentei.policies.spec.units import format_duration
 from sentei.policies.state import Cell
-from sentei.policies.tick import Tick, active_slices, effective_rung, is_paused, roll_back
-from sentei.policies.units import format_duration
+from sentei.policies.steps.tick import Tick, active_slices, effective_rung, is_paused, roll_back
 
 
 def check_hold(tick: Tick) -> Tick:
-    """Step 7: the longest and least time, and the least number of units; a paused or promoted rollout stays."""
+    """Step 7: the longest and least time, the least number of units; paused or promoted stays as it is."""
     policy, state = tick.policy, tick.state
     stage = policy.stage(state.stage_id)
     if state.phase == Phase.PROMOTED:
@@ -52,7 +52,7 @@ def _check_units(tick: Tick, stage: Stage) -> Tick:
 
 
 def _num_units(tick: Tick, slice_id: str) -> int:
-    """The fewest units that any quality guardrail has in this slice at its rung (any guardrail, if none is of quality)."""
+    """The fewest units of any quality guardrail in this slice at its rung (of any, if none is of quality)."""
     own = [item for item in tick.reports if item.slice_id == slice_id and item.is_required]
     values = {item.id: item.value for item in tick.policy.spec.guardrails.items}
     quality = [item.units for item in own if METRICS[values[item.id]].family == "quality"]
@@ -75,7 +75,7 @@ def check_benefit(tick: Tick) -> Tick:
     for benefit in tick.policy.spec.benefit:
         for slice_id in active_slices(tick.policy, tick.state):
             cell = _benefit_cell(tick.policy, tick, benefit.id, slice_id)
-            if is_benefit_disproved(tick.policy, benefit, cell):
+            if is_benefit_disproved(tick.policy, cell):
                 tick = tick.with_hold(
                     f"{benefit.id} in {slice_id}: a gain of {benefit.want.max:.3g} is disproved"
                 )
@@ -87,7 +87,7 @@ def _benefit_cell(policy: Policy, tick: Tick, benefit_id: str, slice_id: str) ->
 
 
 def check_approval(tick: Tick) -> Tick:
-    """Step 10: the human gate comes after the evidence; an approval that came too early is refused, not kept."""
+    """Step 10: the human gate comes after the evidence; an approval that came too early is refused."""
     stage = tick.policy.stage(tick.state.stage_id)
     if stage.approval is not None and not tick.state.is_approved:
         if tick.hold is None or stage.approval.when == "any_time":

@@ -1,4 +1,4 @@
-"""One tick on its way through the steps: what it has read, what it has changed so far, and why nothing grows."""
+"""One tick on its way through the steps: what it read, what it changed so far, why nothing grows."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Tick:
 
 
 def effective_rung(policy: Policy, state: RolloutState, slice_id: str) -> str:
-    """The rung of a slice now: the stage's, its own limit's or its ceiling's, whichever is mildest; or "dense"."""
+    """The rung of a slice now: the mildest of the stage's, its own limit and its ceiling; or "dense"."""
     item = next(item for item in policy.routed_slices if item.id == slice_id)
     own = state.slice_state(slice_id)
     if own.is_dense:

@@ -1,4 +1,4 @@
-"""Steps 1 to 6 of the decision: orders, and everything that protects users. None of them ever raises a share."""
+"""Steps 1 to 6 of the decision: orders, and all that protects users. None of them ever raises a share."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from sentei.policies.intake import fold_observations, fold_traffic, own_mean
 from sentei.policies.judge import GuardrailReport, judge
 from sentei.policies.machine import Event, IllegalEventError, Phase, is_possible, next_phase
 from sentei.policies.signals import Command, DriftSignal, Verdict
+from sentei.policies.spec.units import format_duration
 from sentei.policies.state import ALL_SLICES, DriftTrack, SliceState
-from sentei.policies.tick import Tick, active_slices, effective_rung, fall_back, pause, roll_back
-from sentei.policies.units import format_duration
+from sentei.policies.steps.tick import Tick, active_slices, effective_rung, fall_back, pause, roll_back
 
 
 def observe(tick: Tick) -> Tick:
-    """New units become evidence and evidence becomes verdicts; a rollout that is rolled back learns nothing more."""
+    """New units become evidence, evidence becomes verdicts; what is rolled back learns nothing more."""
     state, signals = tick.state, tick.signals
     if state.phase == Phase.ROLLED_BACK:
         return tick
@@ -166,7 +166,7 @@ def _newest(tick: Tick, track: DriftTrack) -> int:
 
 
 def check_breaker(tick: Tick) -> Tick:
-    """Step 2: no statistics; a candidate that mostly fails, or has no replica for too long, goes dense at once."""
+    """Step 2: no statistics; a candidate that mostly fails, or has long no replica, goes dense at once."""
     rule = tick.policy.spec.breaker.variant
     if tick.policy.stage(tick.state.stage_id).share == 0:
         return tick
@@ -212,7 +212,7 @@ def check_harm(tick: Tick) -> Tick:
 
 
 def check_srm(tick: Tick) -> Tick:
-    """Step 4: sessions that do not go where they should make every comparison doubtful: freeze, or roll back."""
+    """Step 4: sessions that do not go where they should spoil every comparison: freeze, or roll back."""
     for report in tick.reports:
         if report.verdict is not Verdict.SRM:
             continue

@@ -1,7 +1,7 @@
 """The rules that tie fields of a policy together; each gives the path, what was found and what is allowed.
 
-A rule names the sections it needs as its parameters and runs only when those are well formed, so one broken section
-never hides what is wrong with another.
+A rule names the sections it needs as its parameters and runs only when those are well formed, so one broken
+section never hides what is wrong with another.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sentei.policies.metrics import COLUMNS, METRICS
 from sentei.policies.schema import (
     Advance,
     Assignment,
     Audit,
     Benefit,
     Bound,
-    Data,
     Guardrail,
     Guardrails,
     LadderRung,
@@ -29,6 +27,8 @@ from sentei.policies.schema import (
     Stage,
     Variants,
 )
+from sentei.policies.spec.metrics import COLUMNS, METRICS
+from sentei.policies.spec.operations import Data
 
 RATIO_LIMIT = 2.0  # audit.compute_ratio is capped at twice dense
 RESERVED_IDS = frozenset({"breaker", "no_data", "stage_max", "operator", "evidence", "dense"})
@@ -226,7 +226,7 @@ def ids_are_unique(
     guardrails: Guardrails, signals: tuple[Signal, ...], benefit: tuple[Benefit, ...]
 ) -> Iterator[Fault]:
     """Guardrails, signals and benefits share one name space: an id says who rolled back."""
-    ids = [item.id for item in (*guardrails.items, *signals, *benefit)]
+    ids = [*(g.id for g in guardrails.items), *(s.id for s in signals), *(b.id for b in benefit)]
     yield from _twice(("guardrails", "items"), ids, "guardrail, signal or benefit")
     for word in sorted(RESERVED_IDS.intersection(ids)):
         yield Fault(("guardrails", "items"), word, f'"{word}" is reserved; choose another id')

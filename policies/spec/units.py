@@ -18,7 +18,8 @@ _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)(ms|s|m|h|d)")
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,6})?)\s*%")
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _WINDOW = re.compile(
-    r"(?P<d1>[A-Z][a-z]{2}) (?P<h1>\d{2}):(?P<m1>\d{2})-(?P<d2>[A-Z][a-z]{2}) (?P<h2>\d{2}):(?P<m2>\d{2}) (?P<tz>\S+)"
+    r"(?P<d1>[A-Z][a-z]{2}) (?P<h1>\d{2}):(?P<m1>\d{2})-"
+    r"(?P<d2>[A-Z][a-z]{2}) (?P<h2>\d{2}):(?P<m2>\d{2}) (?P<tz>\S+)"
 )
 _WEEK_MINUTES = 7 * 24 * 60
 

@@ -12,13 +12,15 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
-from sentei.policies.load import PolicyError, load_policy
 
+from sentei.monitors.errors import StoreError
 from sentei.monitors.records import Rollout
 from sentei.monitors.store import Store
 from sentei.pipeline.events import Event, EventLog
 from sentei.pipeline.plain import to_plain
-from sentei.pipeline.rollout import EVIDENCE, start_rollout
+from sentei.pipeline.rollout import EVIDENCE, RolloutError, start_rollout
+from sentei.policies.engine import QuarantineError
+from sentei.policies.load import PolicyError, load_policy
 from sentei.serving.errors import RequestError, ServingError
 from sentei.serving.gateway import Gateway
 from sentei.serving.openai import parse_request
@@ -35,6 +37,7 @@ class StartBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
     policy: str
     source: str = "policy.yaml"
+    release_quarantine: bool = False  # start a policy that was rolled back before
     rollout_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
 
 
@@ -145,14 +148,20 @@ class RolloutDesk:
             raise RequestError(str(error), code="invalid_policy", param="policy") from error
         self._check_rungs([rung.id for rung in policy.spec.ladder])
         self._check_none_runs()
-        rollout = start_rollout(
-            self._store,
-            body.policy,
-            now_s=self._now_s(),
-            about=self._about,
-            rollout_id=body.rollout_id,
-            source=body.source,
-        )
+        try:
+            rollout = start_rollout(
+                self._store,
+                body.policy,
+                now_s=self._now_s(),
+                about=self._about,
+                rollout_id=body.rollout_id,
+                releases_quarantine=body.release_quarantine,
+            )
+        except QuarantineError as error:
+            text = f"{error}; send release_quarantine=true to try it again"
+            raise RequestError(text, status=409, code="quarantined", param="policy") from error
+        except (RolloutError, StoreError) as error:
+            raise RequestError(str(error), code="invalid_value", param="rollout_id") from error
         return {"rollout_id": rollout.rollout_id, "policy_name": policy.metadata.name}
 
     def list_all(self) -> list[dict[str, Any]]:
@@ -165,7 +174,9 @@ class RolloutDesk:
         found = self._store.read_routing()
         routes = found[0].routes if found is not None and found[0].rollout_id == rollout_id else ()
         events = list(self._log.read(rollout_id))
-        verdicts = next((e.payload["verdicts"] for e in reversed(events) if "verdicts" in e.payload), [])
+        verdicts: list[dict[str, Any]] = next(
+            (e.payload["verdicts"] for e in reversed(events) if "verdicts" in e.payload), []
+        )
         decisions = [_event_view(event) for event in events if event.kind != EVIDENCE]
         return {
             **self._summary(rollout),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI
-from ray.serve.handle import DeploymentHandle
+from ray import serve
 
 from sentei.monitors.store import Store
 from sentei.pipeline.home import sentei_home
@@ -16,7 +16,7 @@ from sentei.serving.admin import add_admin_routes
 from sentei.serving.auditor import Auditor
 from sentei.serving.controller import Controller, Mirror
 from sentei.serving.gateway import Gateway
-from sentei.serving.handles import RayAuditDesk, RayVariant
+from sentei.serving.handles import RayAuditDesk, RayVariant, count_running_replicas
 from sentei.serving.ingress import build_api
 from sentei.serving.loading import load_tokenizer
 from sentei.serving.ports import AuditJob, Variant
@@ -26,7 +26,7 @@ from sentei.serving.writer import RecordWriter
 
 NO_MIRROR = "off"
 
-Handle = DeploymentHandle[Any]
+Handle: TypeAlias = Any  # a ray.serve DeploymentHandle; Ray is not typed for us
 
 
 def set_up_logging() -> None:
@@ -105,11 +105,14 @@ class AuditorServer:
 class ControllerServer:
     """The controller in a replica of its own; Serve starts it again when it dies."""
 
-    async def __init__(self, args: AppArgs) -> None:
+    # Async, so that it runs on the loop that the scheduler needs.
+    async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         set_up_logging()
         home = sentei_home().create()
         store = Store.open(args.resolved_store_url())
-        self._controller = Controller(store, mirror=_mirror(args, store), reports=Path(home.reports))
+        self._controller = Controller(
+            store, mirror=_mirror(args, store), reports=Path(home.reports), replicas=_replicas
+        )
         self._controller.start(
             tick_every_s=args.tick_every_s,
             drift_every_s=args.drift_every_s,
@@ -119,6 +122,10 @@ class ControllerServer:
     async def status(self) -> dict[str, Any]:
         """Say how the controller fares."""
         return self._controller.status()
+
+
+def _replicas() -> dict[str, int]:
+    return count_running_replicas(serve.get_replica_context().app_name)
 
 
 def _mirror(args: AppArgs, store: Store) -> Mirror | None:

@@ -166,9 +166,13 @@ class Gateway:
         self._spawn(self._submit_audit(self._desk, job))
 
     async def _submit_audit(self, desk: AuditDesk, job: AuditJob) -> None:
-        if not await desk.submit(job):
-            log.warning("audit of request %s was not taken", job.request_id)
-            self.writer.put(job.unscored(AuditStatus.MISSING, time.time()))
+        is_taken = False
+        try:
+            is_taken = await desk.submit(job)
+        finally:  # also when the ingress stops in the middle: an audit that was lost must show
+            if not is_taken:
+                log.warning("audit of request %s was not taken", job.request_id)
+                self.writer.put(job.unscored(AuditStatus.MISSING, time.time()))
 
     def _assign(self, prompt_tokens: int, unit: str) -> Assignment:
         table = self.lease.table(self._clock()) if SPARSE in self.variants else None

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -87,3 +88,13 @@ class RayAuditDesk:
         except (TimeoutError, RayError, RayServeException):
             return False
         return is_taken
+
+
+def count_running_replicas(app_name: str) -> dict[str, int]:
+    """Ask Serve how many replicas of each variant run; the controller's breaker wants to know."""
+    status = serve.status().applications.get(app_name)
+    deployments = status.deployments if status is not None else {}
+    return {
+        variant: int(deployments[name].replica_states.get("RUNNING", 0)) if name in deployments else 0
+        for variant, name in (("dense", "Dense"), ("sparse", "Sparse"))
+    }

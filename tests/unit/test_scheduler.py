@@ -20,18 +20,23 @@ from sentei.serving.engine.scheduler import Scheduler, Step, StepKind
 from sentei.serving.errors import BadLogitsError, EngineBusyError, EngineError, EngineRefusedError
 from tests.fakes_serving import FakeRunner
 
-LIMITS = EngineLimits(max_running=2, max_queued=3, max_scores=1, max_context_tokens=16, score_patience_steps=3)
+LIMITS = EngineLimits(
+    max_running=2, max_queued=3, max_scores=1, max_context_tokens=16, score_patience_steps=3
+)
 
 
 def ask(name: str, *, prompt: int = 4, max_tokens: int = 4, **options: Any) -> EngineRequest:
+    """A generation request over ids 1, 2, 3 ..."""
     return EngineRequest(name, tuple(range(1, prompt + 1)), max_tokens, **options)
 
 
 def replay(name: str, *, prompt: int = 2, served: int = 2) -> ScoreRequest:
+    """A replay of `served` tokens."""
     return ScoreRequest(name, tuple(range(prompt + served)), prompt)
 
 
 def step(kind: StepKind, *names: str) -> Step:
+    """The step that is expected."""
     return Step(kind, names)
 
 

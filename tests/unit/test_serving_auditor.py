@@ -1,0 +1,110 @@
+"""Audits: what is replayed, how it is scored, and what becomes of failures."""
+
+from __future__ import annotations
+
+import pytest
+
+from sentei.monitors.records import AuditStatus
+from sentei.serving.auditor import Auditor
+from sentei.serving.engine.request import ScoreResult
+from sentei.serving.errors import EngineBusyError
+from sentei.serving.ports import AuditJob
+from sentei.serving.writer import RecordWriter
+from tests.fakes_serving import FakeStore, FakeVariant, crash, perfect_scores
+
+SERVED = (10, 11, 12, 13)
+
+
+def job(name: str = "a", *, served: tuple[int, ...] = SERVED) -> AuditJob:
+    """An answer that dense served."""
+    return AuditJob(name, "session", "r1", "long", "medium", "dense", (1, 2, 3), served)
+
+
+def make_auditor(
+    sparse: FakeVariant | None = None, *, max_queued: int = 4
+) -> tuple[Auditor, FakeVariant, FakeVariant, FakeStore]:
+    """An auditor over fakes, with the fakes."""
+    dense, sparse = FakeVariant("dense"), sparse or FakeVariant("sparse")
+    store = FakeStore()
+    auditor = Auditor({"dense": dense, "sparse": sparse}, RecordWriter(store), max_queued=max_queued)
+    return auditor, dense, sparse, store
+
+
+def disagreeing(served: tuple[int, ...], *, at: int) -> ScoreResult:
+    """Scores of a model that would have said something else at one position."""
+    other = tuple(99 if i == at else token for i, token in enumerate(served))
+    return perfect_scores(other, second=98)
+
+
+async def test_agreement_scores_zero() -> None:
+    """A sparse variant that says what dense says has nothing to answer for."""
+    auditor, _, _, _ = make_auditor()
+
+    score = await auditor.audit(job())
+
+    assert (score.status, score.tokens) == (AuditStatus.SCORED, 4)
+    assert (score.token_disagreement, score.kl, score.first_divergence) == (0.0, pytest.approx(0.0), None)
+    assert (score.dense_compute_s, score.sparse_compute_s) == (1.0, 1.0)
+
+
+async def test_disagreement_is_found_and_floor_is_measured() -> None:
+    """One other token in four is a quarter; the noise floor comes from dense against dense."""
+    sparse = FakeVariant("sparse", score_results={"sparse": disagreeing(SERVED, at=2)})
+    auditor, _, _, _ = make_auditor(sparse)
+
+    score = await auditor.audit(job())
+
+    assert (score.token_disagreement, score.first_divergence) == (0.25, 2)
+    assert score.kl is not None
+    assert score.kl > 0.1
+    assert (score.token_disagreement_floor, score.kl_floor) == (0.0, pytest.approx(0.0))
+
+
+async def test_replays_follow_the_way_it_was_served() -> None:
+    """Dense twice with different chunks, sparse once at the route's rung, all over the served tokens."""
+    auditor, dense, sparse, _ = make_auditor()
+
+    await auditor.audit(job())
+
+    assert [r.request_id for r in dense.scored] == ["a/dense", "a/again"]
+    assert dense.scored[0].served_chunk_tokens == sparse.scored[0].served_chunk_tokens == 1
+    assert dense.scored[1].prompt_chunk_tokens != dense.scored[0].prompt_chunk_tokens
+    assert [r.rung_id for r in (*dense.scored, *sparse.scored)] == ["dense", "dense", "medium"]
+    assert sparse.scored[0].ids == (1, 2, 3, *SERVED)
+
+
+@pytest.mark.parametrize("failure", [crash("sparse"), EngineBusyError("full")])
+async def test_failed_replay_is_an_error_score(failure: Exception) -> None:
+    """A replay that fails is written as an error, never left out."""
+    auditor, _, _, _ = make_auditor(FakeVariant("sparse", failure=failure))
+
+    score = await auditor.audit(job())
+
+    assert (score.status, score.kl, score.request_id) == (AuditStatus.ERROR, None, "a")
+
+
+async def test_replay_of_another_length_is_an_error_score() -> None:
+    """Numbers that do not fit the served tokens are an error, not a score."""
+    short = perfect_scores(SERVED[:2])
+    auditor, _, _, _ = make_auditor(FakeVariant("sparse", score_results={"sparse": short}))
+
+    assert (await auditor.audit(job())).status == AuditStatus.ERROR
+
+
+async def test_full_queue_refuses() -> None:
+    """A full queue says no instead of growing."""
+    auditor, _, _, _ = make_auditor(max_queued=1)
+
+    assert [await auditor.submit(job("a")), await auditor.submit(job("b"))] == [True, False]
+
+
+async def test_jobs_left_at_the_end_are_missing() -> None:
+    """What was taken and never replayed is written as missing."""
+    auditor, _, _, store = make_auditor()
+    await auditor.submit(job("a"))
+
+    await auditor.stop()
+    auditor._writer.start()
+    auditor._writer.stop()
+
+    assert [(s.request_id, s.status) for s in store.audits] == [("a", AuditStatus.MISSING)]

@@ -207,9 +207,9 @@ class RolloutRunner:
 
 
 def event_kind(decision: Decision) -> str:
-    """Return the name of what was decided: the first action, or "evidence" where only that has grown."""
+    """Return the name of what was decided: the last action, or "evidence" where only that has grown."""
     if decision.actions:
-        return str(decision.actions[0].kind)
+        return str(decision.actions[-1].kind)
     return EVIDENCE
 
 

@@ -19,6 +19,8 @@ TEXT_SUFFIXES = frozenset(
     {".txt", ".md", ".rst", ".py", ".text", ".html", ".c", ".h", ".js", ".ts", ".rs", ".go"}
 )
 STDLIB = "stdlib"
+# Foreign packages, and what reads as tables rather than text; some systems ship the tests apart, too.
+SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "encodings", "lib-dynload"})
 
 
 class CorpusError(ValueError):
@@ -129,12 +131,12 @@ def _load_stdlib() -> Corpus:
 def _read_library(root: Path) -> Iterator[Document]:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if "site-packages" in path.parts or "dist-packages" in path.parts or name == "pydoc_data/topics.py":
+        if SKIPPED_FOLDERS.intersection(path.relative_to(root).parts) or name == "pydoc_data/topics.py":
             continue
         try:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
-            continue  # the test suite holds broken files on purpose
+            continue
         if text.strip():
             yield Document(path=name, name=name, text=text)
 

@@ -8,7 +8,7 @@ from typing import Protocol
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 920, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 34
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 26, 34
 _GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MARKS = {"rollback": "harm", "to_dense": "harm", "rung_down": "harm", "promote": "safe", "pause": "hold"}
 
@@ -104,13 +104,13 @@ def _stage_names(marks: Sequence[Mark], x: _Axis, end: float) -> Markup:
         width = x(until) - x(at_s)
         names.append(
             Markup('<line class="stage" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(
-                x(at_s), TOP, HEIGHT - BOTTOM
+                x(at_s), TOP - 10, HEIGHT - BOTTOM
             )
         )
         if width > 7 * len(stage_id) + 8:
             names.append(
                 Markup('<text class="name" x="{:.1f}" y="{}">{}</text>').format(
-                    x(at_s) + 5, TOP + 10, stage_id
+                    x(at_s) + 4, TOP - 8, stage_id
                 )
             )
     return Markup("").join(names)

@@ -16,7 +16,7 @@ import numpy as np
 from sentei.monitors.records import FAILED_OUTCOMES, AuditStatus, Outcome
 
 Row = Mapping[str, Any]
-MIN_REQUESTS = 5  # fewer than this in an arm: no percentile is shown
+MIN_REQUESTS = 20  # fewer than this in an arm: no percentile is shown
 
 
 @dataclass(frozen=True, slots=True)

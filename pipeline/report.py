@@ -221,7 +221,9 @@ def _described(verdict: dict[str, Any], item: Any) -> Mapping[str, Any]:
         kind = next(
             name for name in ("max", "excess_over_floor", "ratio") if getattr(bound, name) is not None
         )
-    unit = "share over " + f"{bound.over:g} s" if bound is not None and bound.over else item.metric.unit
+    unit = "share of sessions" if item.metric.is_event else item.metric.unit
+    if bound is not None and bound.over:
+        unit = f"share of sessions over {bound.over:g} s"
     return {**verdict, "value": item.value, "unit": unit, "bound_kind": kind, "about": item.metric.summary}
 
 

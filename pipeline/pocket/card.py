@@ -76,7 +76,8 @@ def write_card(folder: Path, facts: RunFacts, held_out: Sequence[Document]) -> N
     tokenizer = AutoTokenizer.from_pretrained(folder)
     loss, unigram = measure_loss(model, tokenizer, held_out)
     rows = []
-    for name in MAKERS:
+    names: tuple[TaskName, ...] = ("passkey", "key_value", "copy")
+    for name in names:
         for tokens in LENGTHS:
             num = TASKS_PER_CELL if tokens < 8192 else TASKS_PER_CELL // 2
             shares = measure_recall(model, tokenizer, name, tokens=tokens, depths=DEPTHS, num=num)

@@ -1,8 +1,8 @@
 """The pocket model before training: a small Llama whose first two layers start as an induction circuit.
 
-Left to chance, copying by content takes longer to appear than the whole training lasts on a CPU. So one head
-of the first layer starts by looking one token back, and two heads of the second by looking for their own token
-among those and copying what came after. Training changes every weight from there.
+Left to chance, copying by content takes longer to appear than the training lasts on a CPU. So one head
+of the first layer starts by looking one token back, and two heads of the second by looking for their own
+token among those and copying what came after. Training changes every weight from there.
 """
 
 from typing import Any
@@ -62,7 +62,7 @@ def _start_previous_head(attention: Any) -> torch.Tensor:
         attention.q_proj.weight[pair, CONSTANT] = gain
         attention.k_proj.weight[pair, CONSTANT] = gain * torch.cos(turn)
         attention.k_proj.weight[pair + 32, CONSTANT] = gain * torch.sin(turn)
-    projection = torch.linalg.qr(torch.randn(127, HEAD)).Q.T
+    projection: torch.Tensor = torch.linalg.qr(torch.randn(127, HEAD)).Q.T
     attention.v_proj.weight[:HEAD] = 0.0
     attention.v_proj.weight[:HEAD, TOKEN] = projection
     attention.o_proj.weight[:, :HEAD] = 0.0

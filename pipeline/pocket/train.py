@@ -105,7 +105,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = pick_lr(step, len(self._plan))
         losses = compute_losses(self._model, self._make_batch(self._plan[step], step))
-        losses.sum().backward()
+        torch.autograd.backward(losses.sum())
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

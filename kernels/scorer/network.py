@@ -1,6 +1,6 @@
 """The learned scorer of one layer: a query token against pooled keys, for prefill and decode alike.
 
-    score = gain * scale * q . mean(k)  +  (W_q q') . (W_k mean(k'))  +  bias[distance]
+    score = gain * scale * q . mean(k)  +  (W_q norm(q')) . (W_k norm(mean(k')))  +  bias[distance]
 
 q and k carry their rotation, q' and k' do not. W_q, the bias and the log gain start at zero, so that the
 start is the untrained score exactly and training can only move away from it where that helps.
@@ -54,6 +54,8 @@ class BlockScorer(nn.Module):
         super().__init__()
         self.shape = shape
         self.scale = scale
+        # One optimiser step moves all of query_map at once; this keeps its effect on a score near the step.
+        self._step_scale = (shape.head_dim * shape.rank) ** -0.5
         generator = torch.Generator().manual_seed(seed)
         key_map = torch.randn(shape.kv_heads, shape.head_dim, shape.rank, generator=generator)
         self.key_map = nn.Parameter(key_map / shape.head_dim**0.5)
@@ -64,11 +66,12 @@ class BlockScorer(nn.Module):
     def encode_queries(self, q: torch.Tensor, q_plain: torch.Tensor) -> torch.Tensor:
         """Return [B, Hq, T, D + rank] from rotated and unrotated queries [B, Hq, T, D]."""
         gain = (self.log_gain.exp() * self.scale)[:, None, None].to(q.dtype)
-        return torch.cat([q * gain, q_plain @ self.query_map.to(q.dtype)], dim=-1)
+        learned = _normalise(q_plain) @ (self.query_map * self._step_scale).to(q.dtype)
+        return torch.cat([q * gain, learned], dim=-1)
 
     def encode_keys(self, pooled: torch.Tensor, pooled_plain: torch.Tensor) -> torch.Tensor:
         """Return [B, Hkv, P, D + rank] from pooled rotated and unrotated keys [B, Hkv, P, D]."""
-        return torch.cat([pooled, pooled_plain @ self.key_map.to(pooled.dtype)], dim=-1)
+        return torch.cat([pooled, _normalise(pooled_plain) @ self.key_map.to(pooled.dtype)], dim=-1)
 
     def block_logits(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Return log mass of each full block before normalisation, [B, Hq, T, blocks], without the bias."""
@@ -87,3 +90,7 @@ class BlockScorer(nn.Module):
         """Return the learned bias [Hq, ...] for distances in blocks [...]."""
         bins = torch.log2(distances.clamp_min(1).float()).mul(2).long().clamp_max(NUM_DISTANCES - 1)
         return self.distance_bias[:, bins]
+
+
+def _normalise(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)

@@ -70,15 +70,15 @@ def forced_lse(
 
 def log_shares(
     scorer: BlockScorer, blocks: QueryBlocks, keys: torch.Tensor, lse: torch.Tensor
-) -> torch.Tensor:
-    """Return the estimated log share of attention of every block a row may choose.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the estimated log share of attention of every block a row may choose, and of the forced ones.
 
     Args:
         keys: encoded pooled keys [B, Hkv, P, E].
         lse: exact logs of the forced blocks [B, Hq, n, rows].
 
     Returns:
-        [B, Hq, n, rows, blocks]; -inf for sink, diagonal and what lies ahead.
+        [B, Hq, n, rows, blocks], -inf for sink, diagonal and what lies ahead; [B, Hq, n, rows].
     """
     B, Hq, n, rows, _ = blocks.q.shape
     encoded = scorer.encode_queries(blocks.q.flatten(2, 3), blocks.q_plain.flatten(2, 3))
@@ -90,7 +90,7 @@ def log_shares(
     closed = (index < 1) | (distances < 1)
     logits = logits.masked_fill(closed[:, None, :], float("-inf"))
     total = torch.logaddexp(torch.logsumexp(logits, dim=-1), lse)
-    return logits - total[..., None]
+    return logits - total[..., None], lse - total
 
 
 def score_blocks(
@@ -111,7 +111,7 @@ def score_blocks(
         if visible < 2:
             continue  # only sink and diagonal are in sight
         lse = forced_lse(chunk, k, scale=scorer.scale, block_tokens=block_tokens, q_len_end=q_len_end)
-        shares = log_shares(scorer, chunk, keys[:, :, : visible * per_block], lse)
+        shares, _ = log_shares(scorer, chunk, keys[:, :, : visible * per_block], lse)
         result[:, :, part, : shares.shape[-1]] = shares.amax(dim=3)
     if torch.isnan(result).any():
         raise ScorerError(

@@ -1,0 +1,51 @@
+"""Look at a frozen model's attention inputs while it runs densely, and stop once the last layer was seen."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from sentei.kernels.hf.models import LayerInfo, text_decoder, thinnable_layers
+from sentei.kernels.ops.attention import dense_attend
+
+Observer = Callable[[LayerInfo, torch.Tensor, torch.Tensor], None]
+NAME = "sentei_observe"
+
+
+class _SeenError(Exception):
+    """The last layer of interest was seen; the rest of the pass would be wasted."""
+
+
+@torch.no_grad()
+def observe_attention(model: nn.Module, input_ids: torch.Tensor, observer: Observer) -> None:
+    """Run the decoder on input_ids [1, T] and call observer(layer, q, k) at each thinnable layer."""
+    layers = {layer.module: layer for layer in thinnable_layers(model)}
+    last = max(layer.index for layer in layers.values())
+
+    def attention(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        layer = layers.get(module)
+        if layer is not None:
+            observer(layer, query, key)
+            if layer.index == last:
+                raise _SeenError
+        out = dense_attend(
+            query, key, value, scale=kwargs.get("scaling"), window=kwargs.get("sliding_window")
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    previous = model.config._attn_implementation  # type: ignore[union-attr]
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+    try:
+        model.set_attn_implementation(NAME)  # type: ignore[operator]
+        text_decoder(model)(input_ids=input_ids, use_cache=False)
+    except _SeenError:
+        pass
+    finally:
+        model.set_attn_implementation(previous)  # type: ignore[operator]
+        AttentionInterface._global_mapping.pop(NAME, None)
+        AttentionMaskInterface._global_mapping.pop(NAME, None)

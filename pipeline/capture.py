@@ -1,0 +1,152 @@
+"""Frozen activations as training and calibration records: sampled query blocks and each row's true mass."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sentei.kernels.hf.models import LayerInfo, rotary_tables
+from sentei.kernels.hf.observe import observe_attention
+from sentei.kernels.ops.block_mass import block_mass
+from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
+from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.kernels.scorer.selection import QueryBlocks, forced_lse, log_shares
+from sentei.pipeline.corpus import Document, token_windows
+from sentei.pipeline.models import LoadedModel
+from sentei.pipeline.tasks import make_key_value, make_passkey
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """What one layer saw in some query blocks of one text, and where its attention truly went."""
+
+    q: torch.Tensor  # [1, Hq, n, rows, D], bf16
+    starts: torch.Tensor  # [n]
+    pooled: torch.Tensor  # [1, Hkv, P, D]
+    pooled_plain: torch.Tensor  # [1, Hkv, P, D]
+    lse: torch.Tensor  # [1, Hq, n, rows], exact log weight of the forced blocks
+    mass: torch.Tensor  # [1, Hq, n, rows, blocks], true share of each key block, fp16
+
+    @property
+    def is_open(self) -> torch.Tensor:
+        """[n, blocks]: blocks a scorer may choose, that is, neither sink nor diagonal nor ahead."""
+        index = torch.arange(self.mass.shape[-1])
+        own = self.starts // (self.mass.shape[3])
+        return (index >= 1) & (index < own[:, None])
+
+    def query_blocks(self, table: RotaryTable) -> QueryBlocks:
+        """Return the queries with and without rotation, in fp32."""
+        q = self.q.float()
+        positions = self.starts[:, None] + torch.arange(q.shape[3])
+        return QueryBlocks(q, unrotate(q, positions, table), self.starts)
+
+
+Records = dict[int, list[LayerRecord]]
+
+
+def make_texts(
+    loaded: LoadedModel, documents: Sequence[Document], *, window_tokens: int, num: int, seed: int
+) -> list[torch.Tensor]:
+    """Return `num` token sequences: two thirds running text, one third recall prompts with their answers."""
+    num_recall = num // 3
+    head = bos_tokens(loaded)
+    windows = token_windows(
+        loaded.tokenizer, documents, window_tokens - len(head), num - num_recall, seed=seed
+    )
+    texts = [torch.tensor([*head, *window.tolist()]) for window in windows]
+    makers = (make_key_value, make_passkey)
+    for i in range(num_recall):
+        task = makers[i % 2](
+            loaded.tokenizer,
+            prompt_tokens=window_tokens - 16,
+            depth=(i + 0.5) / num_recall,
+            seed=seed * 1000 + i,
+            documents=documents,
+        )
+        ids = loaded.tokenizer(f"{task.prompt} {task.answer}", verbose=False)["input_ids"]
+        texts.append(torch.tensor(ids[:window_tokens]))
+    return texts
+
+
+def bos_tokens(loaded: LoadedModel) -> list[int]:
+    """Return what the tokenizer puts before a text: the start token, or nothing."""
+    ids: list[int] = loaded.tokenizer("a")["input_ids"]
+    return ids[:1] if ids[0] == loaded.tokenizer.bos_token_id else []
+
+
+def capture(
+    loaded: LoadedModel,
+    texts: Sequence[torch.Tensor],
+    shapes: dict[int, ScorerShape],
+    *,
+    blocks_per_text: int,
+    seed: int,
+    progress: Progress,
+    label: str,
+) -> Records:
+    """Run the frozen model over the texts; keep records of sampled query blocks of each thinnable layer."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(len(text) for text in texts)
+    table = RotaryTable(*rotary_tables(loaded.model, longest, torch.device("cpu")))
+    records: Records = {index: [] for index in shapes}
+    for i, text in enumerate(texts):
+        progress(label, i, len(texts))
+        size = next(iter(shapes.values())).block_tokens
+        chosen = sample_blocks(len(text) // size, blocks_per_text, generator)
+
+        def keep(layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, chosen: torch.Tensor = chosen) -> None:
+            shape = shapes[layer.index]
+            records[layer.index].append(record_layer(layer, q, k, shape=shape, chosen=chosen, table=table))
+
+        observe_attention(loaded.model, text[None], keep)
+    progress(label, len(texts), len(texts))
+    return records
+
+
+def sample_blocks(num_blocks: int, wanted: int, generator: torch.Generator) -> torch.Tensor:
+    """Choose query blocks that have something to choose from; the last one is always among them."""
+    first = 2
+    if num_blocks <= first:
+        raise ValueError(f"the text has {num_blocks} blocks; at least {first + 1} are needed to learn from")
+    order = torch.randperm(num_blocks - first - 1, generator=generator) + first
+    return torch.cat([order[: max(0, wanted - 1)], torch.tensor([num_blocks - 1])]).sort().values
+
+
+def record_layer(
+    layer: LayerInfo,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    shape: ScorerShape,
+    chosen: torch.Tensor,
+    table: RotaryTable,
+) -> LayerRecord:
+    """Reduce one layer's attention inputs to what training and calibration need."""
+    size = shape.block_tokens
+    rows = (chosen[:, None] * size + torch.arange(size)).flatten()
+    H, D, n = layer.query_heads, layer.head_dim, len(chosen)
+    _, mass = block_mass(q, k, scale=layer.scale, block_k=size, rows=rows)
+    own = q[:, :, rows].float().view(1, H, n, size, D)
+    keys = k.float()
+    blocks = QueryBlocks(own, own, chosen * size)
+    plain = unrotate(keys, torch.arange(keys.shape[2]), table)
+    return LayerRecord(
+        q=own.bfloat16(),
+        starts=chosen * size,
+        pooled=pool_tokens(keys, shape.pool_tokens),
+        pooled_plain=pool_tokens(plain, shape.pool_tokens),
+        lse=forced_lse(blocks, keys, scale=layer.scale, block_tokens=size, q_len_end=keys.shape[2]),
+        mass=mass.view(1, H, n, size, -1).half(),
+    )
+
+
+def row_shares(
+    scorer: BlockScorer, record: LayerRecord, table: RotaryTable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scorer's log shares [1, Hq, n, rows, blocks] and those of the forced blocks."""
+    keys = scorer.encode_keys(record.pooled, record.pooled_plain)
+    shares, forced = log_shares(scorer, record.query_blocks(table), keys, record.lse)
+    missing = record.mass.shape[-1] - shares.shape[-1]
+    return torch.nn.functional.pad(shares, (0, missing), value=float("-inf")), forced

@@ -79,8 +79,6 @@ class MlflowTracker:
         """`artifact_root` is for databases written directly; a tracking server decides by itself."""
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        for name in ("mlflow", "alembic", "urllib3.connectionpool"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         self.tracking_uri = tracking_uri
         self._artifact_root = artifact_root
         self._experiment_ids: dict[str, str] = {}
@@ -88,7 +86,7 @@ class MlflowTracker:
 
     def ensure_run(self, experiment: str, spec: RunSpec) -> str:
         """Find the run by its key tag, or create it."""
-        with self._answering() as client:
+        with self.answering() as client:
             experiment_id = self._experiment_id(client, experiment)
             found = client.search_runs(
                 [experiment_id], filter_string=f"tags.`{_KEY_TAG}` = '{spec.key}'", max_results=1
@@ -99,7 +97,7 @@ class MlflowTracker:
 
     def log(self, run_id: str, metrics: Sequence[MetricPoint], tags: Mapping[str, str]) -> None:
         """Write points in batches; MLflow keeps equal points once."""
-        with self._answering() as client:
+        with self.answering() as client:
             from mlflow.entities import Metric, RunTag
 
             points = [Metric(m.name, m.value, int(m.at_s * 1000), m.step) for m in metrics]
@@ -112,12 +110,12 @@ class MlflowTracker:
 
     def save_text(self, run_id: str, text: str, artifact_path: str) -> None:
         """Write the text below the run's artifacts."""
-        with self._answering() as client:
+        with self.answering() as client:
             client.log_text(run_id, text, artifact_path)
 
     def save_file(self, run_id: str, path: Path, folder: str) -> None:
         """Copy a file or a folder below the run's artifacts."""
-        with self._answering() as client:
+        with self.answering() as client:
             if path.is_dir():
                 client.log_artifacts(run_id, str(path), folder)
             else:
@@ -125,11 +123,11 @@ class MlflowTracker:
 
     def finish(self, run_id: str, end_s: float, *, is_ok: bool) -> None:
         """End the run as FINISHED or FAILED."""
-        with self._answering() as client:
+        with self.answering() as client:
             client.set_terminated(run_id, "FINISHED" if is_ok else "FAILED", int(end_s * 1000))
 
     @contextmanager
-    def _answering(self) -> Iterator[Any]:
+    def answering(self) -> Iterator[Any]:
         """Yield the client; whatever says that MLflow is away becomes a TrackingError."""
         with warnings.catch_warnings():
             # MLflow's own deprecations (SQLAlchemy's noload, pandas 3); they are not ours to mend.
@@ -141,6 +139,9 @@ class MlflowTracker:
 
             try:
                 if self._client is None:
+                    # Only now: importing MLflow sets its own levels.
+                    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+                        logging.getLogger(name).setLevel(logging.ERROR)
                     self._client = MlflowClient(tracking_uri=self.tracking_uri)
                 yield self._client
             except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:

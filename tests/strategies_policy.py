@@ -1,0 +1,249 @@
+"""Builders and Hypothesis strategies for policies, states and signals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hypothesis import strategies as st
+
+from sentei.policies.engine import Decision, RolloutState, decide, initial_state
+from sentei.policies.load import load_policy
+from sentei.policies.schema import Policy
+from sentei.policies.signals import Command, DriftSignal, Observation, Signals, SliceTraffic, VariantHealth
+
+EXAMPLES = Path(__file__).parents[1] / "policies" / "examples"
+
+TWO_SLICES = """
+apiVersion: sentei/v1
+kind: RolloutPolicy
+metadata: {name: two-slices}
+spec:
+  ladder: [{id: mild}, {id: medium}]
+  slices:
+    buckets:
+      - {id: short, range: [0, 100], pin: control}
+      - {id: mid, range: [100, 200]}
+      - {id: long, range: [200, 400]}
+  assignment: {salt: test}
+  stages:
+    - {id: shadow, share: 0, rung: mild}
+    - {id: half, share: 50%, rung: mild, hold_min: 10s, max: 1h}
+    - {id: half-medium, share: 50%, rung: medium, hold_min: 10s, approval: {by: [ann]}}
+    - {id: full, share: 90%, rung: medium, bake: 20s}
+  advance: {need: all_safe, min_units: 10}
+  audit: {select: {fraction: 1.0}}
+  guardrails:
+    items:
+      - {id: agree, value: audit.token_disagreement, bound: {excess_over_floor: 0.2, floor_cap: 0.1},
+         test: betting_paired, action: previous_rung}
+      - {id: quality, value: audit.kl, bound: {excess_over_floor: 0.4, floor_cap: 0.2}, test: betting_paired,
+         action: rollback_slice}
+      - {id: errors, value: serve.failed, bound: {max: 20%}, test: beta_binomial, per: all, action: rollback,
+         advance: no_harm}
+      - {id: srm, value: assignment, test: split_ramp, alpha: 0.001, action: freeze}
+  benefit:
+    - {id: gain, value: audit.compute_ratio, want: {max: 0.9}}
+  signals:
+    - {id: kl_drift, column: kl, action: rollback, consecutive: 2, no_data: ignore}
+    - {id: input_drift, column: prompt_tokens, no_data: ignore}
+  breaker: {variant: {window: 60s, min_requests: 10, failure_share: 50%, no_replica_for: 5s}}
+  data:
+    max_age: 60s
+    no_data: {grace: 120s, then: hold, after: 300s, finally: rollback}
+    monitor_lease: 10s
+  rollback: {retry: {max: 1, cool_off: 30s}}
+  schedule: {freeze: ["Fri 16:00-Mon 08:00 UTC"]}
+"""
+
+
+def monday(hour: int = 12) -> float:
+    """Noon of a Monday, outside the freeze window of TWO_SLICES."""
+    return 4 * 86_400.0 + hour * 3600.0
+
+
+def make_policy(change: Callable[[dict[str, Any]], None] | None = None, text: str = TWO_SLICES) -> Policy:
+    """The policy of TWO_SLICES, after `change` has edited its plain values."""
+    document = yaml.safe_load(text)
+    if change is not None:
+        change(document)
+    return load_policy(yaml.safe_dump(document), "test.yaml")
+
+
+def without_approval(document: dict[str, Any]) -> None:
+    """Take the human gate out."""
+    del document["spec"]["stages"][2]["approval"]
+
+
+class Story:
+    """A rollout that is told tick by tick; every tick goes through the state's bytes in tests that ask for it."""
+
+    def __init__(self, policy: Policy, now_s: float | None = None) -> None:
+        self.policy = policy
+        self.now_s = monday() if now_s is None else now_s
+        self.state = initial_state(policy, "r1", self.now_s)
+        self.seq = 0
+
+    def audits(
+        self, count: int, *, excess: float = 0.0, slices: tuple[str, ...] = ("mid", "long"), **changes: Any
+    ) -> tuple[Observation, ...]:
+        """`count` audited sessions per slice, each with KL (twice the excess), disagreement and compute ratio."""
+        stage = self.policy.stage(self.state.stage_id)
+        found = []
+        for slice_id in slices:
+            for _ in range(count):
+                self.seq += 1
+                base = Observation(
+                    seq=self.seq,
+                    value_name="audit.kl",
+                    slice_id=slice_id,
+                    rung_id=stage.rung,
+                    session_id=f"s{self.seq}",
+                    variant="sparse" if stage.share else "dense",
+                    at_s=self.now_s,
+                    value=excess * 2 + 0.01,
+                    floor=0.01,
+                )
+                other = replace(base, value_name="audit.token_disagreement", value=excess + 0.01)
+                found += [replace(base, **changes), replace(other, **changes)]
+                found.append(replace(base, value_name="audit.compute_ratio", value=0.5, floor=None))
+        return tuple(found)
+
+    def served(
+        self, count: int, *, failed: int = 0, slice_id: str = "long", variant: str = "sparse", **changes: Any
+    ) -> tuple[Observation, ...]:
+        """`count` sessions that were served, the first `failed` of them without success."""
+        found = []
+        for index in range(count):
+            self.seq += 1
+            value = float(index < failed)
+            base = Observation(
+                self.seq, "serve.failed", slice_id, "mild", f"s{self.seq}", variant, self.now_s, value
+            )
+            found.append(replace(base, **changes))
+        return tuple(found)
+
+    def tick(
+        self,
+        observations: tuple[Observation, ...] = (),
+        *,
+        after_s: float = 1.0,
+        is_news: bool = True,
+        **signals: Any,
+    ) -> Decision:
+        """Let time go by, decide, and remember the state."""
+        self.now_s += after_s
+        given: dict[str, Any] = {
+            "observations": observations,
+            "cursor": self.seq,
+            "newest_data_at_s": self.now_s if is_news else None,
+        }
+        decision = decide(self.policy, self.state, Signals(**(given | signals)), self.now_s)
+        self.state = decision.state
+        return decision
+
+    def fair_traffic(self, total: int = 20) -> tuple[SliceTraffic, ...]:
+        """New sessions that went where they should."""
+        share = self.policy.stage(self.state.stage_id).share
+        self.seq += 1
+        return tuple(SliceTraffic(s, share, round(total * share), total) for s in ("mid", "long"))
+
+    def good_tick(self, count: int = 40, after_s: float = 30.0, **signals: Any) -> Decision:
+        """A tick in which everything that can be seen is clean."""
+        self.now_s += after_s
+        share = self.policy.stage(self.state.stage_id).share
+        seen = self.audits(count) + (self.served(count) if share else ())
+        return self.tick(seen, after_s=0.0, traffic=self.fair_traffic(), **signals)
+
+    def run_to(self, stage_id: str, limit: int = 12) -> None:
+        """Clean ticks until the rollout is in that stage; the human gate is opened on the way."""
+        for _ in range(limit):
+            if self.state.stage_id == stage_id:
+                return
+            self.good_tick()
+            self.good_tick(commands=self.order("approve", by="ann"))
+        raise AssertionError(f"{stage_id} was not reached, but {self.state.stage_id}")
+
+    def order(self, kind: str, by: str = "ann") -> tuple[Command, ...]:
+        """One order of an operator."""
+        return (Command(self.state.command_seq + 1, kind, by),)
+
+
+def sparse_health(requests: int = 0, failures: int = 0, replicas: int = 1) -> tuple[VariantHealth, ...]:
+    """Health of both variants, the dense one well."""
+    return (
+        VariantHealth("dense", 60.0, 100, 0, 1),
+        VariantHealth("sparse", 60.0, requests, failures, replicas),
+    )
+
+
+def drift(status: str, window_id: int, signal_id: str = "kl_drift") -> tuple[DriftSignal, ...]:
+    """One drift check of one window."""
+    return (DriftSignal(signal_id, status, 0.5, 0.1, 100, window_id, "kl 0.5 over 0.1"),)
+
+
+unit_values = st.floats(0.0, 1.0, allow_nan=False)
+any_values = st.one_of(unit_values, st.sampled_from([float("nan"), float("inf"), -1.0, 7.0]))
+
+
+@st.composite
+def observation_lists(draw: st.DrawFn, max_size: int = 30) -> tuple[Observation, ...]:
+    """Observations of any value, slice, rung and arm, also impossible ones; seq grows from 1."""
+    size = draw(st.integers(0, max_size))
+    return tuple(
+        Observation(
+            seq=index + 1,
+            value_name=draw(st.sampled_from(["audit.kl", "audit.token_disagreement", "serve.failed", "other"])),
+            slice_id=draw(st.sampled_from(["short", "mid", "long", "nowhere"])),
+            rung_id=draw(st.sampled_from(["mild", "medium", "dense"])),
+            session_id=f"s{index}",
+            variant=draw(st.sampled_from(["dense", "sparse"])),
+            at_s=monday() + index,
+            value=draw(any_values),
+            floor=draw(st.one_of(st.none(), any_values)),
+            missing=draw(st.booleans()),
+        )
+        for index in range(size)
+    )
+
+
+@st.composite
+def signal_lists(draw: st.DrawFn, max_ticks: int = 12) -> list[Signals]:
+    """Any world, tick by tick: data, silence, drift, orders, failures, lost leases."""
+    ticks = []
+    cursor = command_seq = 0
+    for _ in range(draw(st.integers(1, max_ticks))):
+        items = draw(observation_lists(max_size=6))
+        items = tuple(replace(item, seq=cursor + item.seq) for item in items)
+        cursor += len(items) + 1
+        kinds = draw(st.lists(st.sampled_from(["pause", "resume", "approve", "retry", "abort", "jump"]), max_size=1))
+        commands = tuple(Command(command_seq + i + 1, kind, "ann") for i, kind in enumerate(kinds))
+        command_seq += len(commands)
+        ticks.append(
+            Signals(
+                observations=items,
+                health=draw(st.sampled_from([(), sparse_health(50, 1), sparse_health(50, 40)])),
+                drift=draw(st.sampled_from([(), drift("drift", cursor), drift("clear", cursor), drift("error", 0)])),
+                traffic=draw(st.sampled_from([(), (SliceTraffic("mid", 0.5, 5, 10),)])),
+                commands=commands,
+                cursor=cursor,
+                newest_data_at_s=draw(st.sampled_from([None, monday() + cursor])),
+                has_lease=draw(st.sampled_from([True, True, True, False])),
+                read_error=draw(st.sampled_from([None, None, None, "disk full"])),
+            )
+        )
+    return ticks
+
+
+def rerun(policy: Policy, ticks: list[Signals], step_s: float = 10.0) -> list[tuple[RolloutState, Decision]]:
+    """Decide tick after tick; each state with the decision that followed it."""
+    state = initial_state(policy, "r1", monday())
+    told = []
+    for index, signals in enumerate(ticks):
+        decision = decide(policy, state, signals, monday() + step_s * (index + 1))
+        told.append((state, decision))
+        state = decision.state
+    return told

@@ -7,7 +7,7 @@ import hmac
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -29,6 +29,9 @@ from sentei.serving.router import SPARSE
 TOKEN_VARIABLE = "SENTEI_ADMIN_TOKEN"
 MAX_BODY_BYTES = 1 << 20
 MAX_EVENTS = 500
+STATUS_TIMEOUT_S = 3.0
+
+StatusCall = Callable[[], Awaitable[Any]]
 
 
 class StartBody(BaseModel):
@@ -74,6 +77,7 @@ def add_admin_routes(
     *,
     allow_faults: bool = False,
     about: dict[str, str] | None = None,
+    workers: Mapping[str, StatusCall] | None = None,
     now_s: Callable[[], float] = time.time,
 ) -> None:
     """Add `/admin/v1` to the app."""
@@ -106,9 +110,11 @@ def add_admin_routes(
     async def routing() -> Any:
         return await asyncio.to_thread(desk.routing)
 
-    @router.get("/variants")
-    async def variants() -> Any:
-        return {"variants": [to_plain(await v.describe()) for v in gateway.variants.values()]}
+    @router.get("/status")
+    async def status() -> Any:
+        calls = {**{v.name: v.describe for v in gateway.variants.values()}, **(workers or {})}
+        answers = await asyncio.gather(*(_ask(call) for call in calls.values()))
+        return {**gateway.readiness(), "workers": dict(zip(calls, answers, strict=True))}
 
     _add_fault_route(router, gateway, allow_faults)
     api.include_router(router)
@@ -258,6 +264,14 @@ def _event_view(event: Event) -> dict[str, Any]:
         "reason": event.payload.get("reason", ""),
         "hash": event.hash,
     }
+
+
+async def _ask(call: StatusCall) -> dict[str, Any]:
+    """Ask one worker how it fares; one that is away says so instead of holding up the others."""
+    try:
+        return {"is_up": True, **to_plain(await asyncio.wait_for(call(), STATUS_TIMEOUT_S))}
+    except Exception as error:  # whatever Ray wraps it in: a page for operators must come
+        return {"is_up": False, "error": f"{type(error).__name__}: {error}"[:300]}
 
 
 async def _body(request: Request) -> bytes:

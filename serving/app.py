@@ -37,11 +37,11 @@ def build(args: AppArgs) -> Application:
         auditor = _deploy(AuditorServer, "Auditor", max_ongoing_requests=64).bind(args, dense, sparse)
     ingress_class = serve.ingress()(IngressServer)
     ingress = _deploy(ingress_class, "Ingress", max_ongoing_requests=args.limits.max_concurrent * 4)
-    bound = [args, dense, sparse, auditor, note]
+    controller: Any = None
     if args.controller and not note:
-        # Bound only to be started with the app: the ingress and the controller meet in the store.
-        bound.append(_deploy(ControllerServer, "Controller").bind(args))
-    return ingress.bind(*bound)
+        # The ingress only asks it how it fares: orders and routes go through the store.
+        controller = _deploy(ControllerServer, "Controller").bind(args)
+    return ingress.bind(args, dense, sparse, auditor, controller, note)
 
 
 def missing_adapter(args: AppArgs) -> str:

@@ -43,14 +43,19 @@ class IngressServer:
         dense: Handle,
         sparse: Handle | None,
         auditor: Handle | None,
+        controller: Handle | None,
         note: str,
-        *_: Handle,
     ) -> None:
         set_up_logging()
         variants: dict[str, Variant] = {DENSE: RayVariant(DENSE, dense)}
         if sparse is not None:
             variants[SPARSE] = RayVariant(SPARSE, sparse)
         self._args = args
+        self._workers = {
+            name: handle.status.remote
+            for name, handle in (("auditor", auditor), ("controller", controller))
+            if handle is not None
+        }
         self._store = Store.open(args.resolved_store_url())
         self._gateway = Gateway(
             variants,
@@ -68,7 +73,14 @@ class IngressServer:
         """Return the app; Serve calls this once, after the constructor."""
         api = build_api(self._gateway)
         about = {"model": self._args.model, "adapter": str(self._args.adapter_folder())}
-        add_admin_routes(api, self._gateway, self._store, allow_faults=self._args.allow_faults, about=about)
+        add_admin_routes(
+            api,
+            self._gateway,
+            self._store,
+            allow_faults=self._args.allow_faults,
+            about=about,
+            workers=self._workers,
+        )
         return api
 
 

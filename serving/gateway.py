@@ -25,8 +25,8 @@ from sentei.serving.writer import RecordWriter
 
 log = logging.getLogger(__name__)
 
-SESSION_HEADER = "x-session-id"
-MAX_SESSION_CHARS = 256
+SESSION_HEADER, REQUEST_HEADER = "x-session-id", "x-request-id"
+MAX_SESSION_CHARS, MAX_REQUEST_ID_CHARS = 256, 128
 DESCRIBE_RETRY_S = 1.0
 
 
@@ -58,7 +58,7 @@ class Gateway:
         self._desk = desk
         self._clock = clock
         self._answerer = Answerer(variants, limits, Breaker())
-        self._seen = SeenUnits()
+        self._seen, self._seen_ids = SeenUnits(), SeenUnits()
         self._in_flight = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -106,7 +106,7 @@ class Gateway:
         """Turn a parsed request into a question with its assignment; raises RequestError."""
         card = self._card(request.model)
         prompt_ids = await asyncio.to_thread(self._prompt_ids, request, card)
-        request_id = f"req-{uuid.uuid4().hex}"
+        request_id = self._request_id(headers.get(REQUEST_HEADER, ""))
         unit = session_unit(headers, request.user, request_id)
         sampling = sampling_of(request, fallback_seed=secrets.randbits(31))
         return Question(
@@ -173,6 +173,11 @@ class Gateway:
             if not is_taken:
                 log.warning("audit of request %s was not taken", job.request_id)
                 self.writer.put(job.unscored(AuditStatus.MISSING, time.time()))
+
+    def _request_id(self, wanted: str) -> str:
+        """Keep the caller's (or the proxy's) request id if it is usable and new: records are kept by it."""
+        is_usable = 0 < len(wanted) <= MAX_REQUEST_ID_CHARS and wanted.isascii() and wanted.isprintable()
+        return wanted if is_usable and self._seen_ids.add(wanted) else f"req-{uuid.uuid4().hex}"
 
     def _assign(self, prompt_tokens: int, unit: str) -> Assignment:
         table = self.lease.table(self._clock()) if SPARSE in self.variants else None

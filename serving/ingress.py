@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from sentei.serving import wire
 from sentei.serving.answer import Delta, Progress, Question
 from sentei.serving.errors import RequestError
-from sentei.serving.gateway import Gateway
+from sentei.serving.gateway import REQUEST_HEADER, Gateway
 from sentei.serving.openai import ChatRequest, CompletionRequest, GenerationRequest, error_body, parse_request
 
 log = logging.getLogger(__name__)
@@ -103,12 +103,12 @@ async def _answer(
         async with aclosing(deltas):
             pieces = [delta async for delta in deltas]
         whole = writer.whole(pieces, progress, num_prompt)
-        return JSONResponse(whole, headers=_headers(question, progress))
+        return JSONResponse(whole, headers=_headers(http, question, progress))
     # The first piece decides the status and the headers, so it is awaited before anything is sent.
     first = await anext(deltas)
     usage_for = num_prompt if request.wants_usage() else None
     events = _events(writer, deltas, progress, first=first, usage_for=usage_for)
-    return _EventStream(events, media_type="text/event-stream", headers=_headers(question, progress))
+    return _EventStream(events, media_type="text/event-stream", headers=_headers(http, question, progress))
 
 
 async def _events(
@@ -133,14 +133,16 @@ async def _events(
         yield wire.DONE
 
 
-def _headers(question: Question, progress: Progress) -> dict[str, str]:
+def _headers(http: Request, question: Question, progress: Progress) -> dict[str, str]:
     """Say who answers; in a stream, who sent the first token."""
-    return {
-        "x-request-id": question.request_id,
+    headers = {
+        "x-sentei-request-id": question.request_id,
         "x-sentei-variant": progress.variant,
         "x-sentei-rung": progress.rung_id,
         "x-sentei-slice": question.assignment.slice_id,
     }
+    # Ray's proxy gives every request an id and sends it back itself.
+    return headers if REQUEST_HEADER in http.headers else {REQUEST_HEADER: question.request_id, **headers}
 
 
 async def _read_body(http: Request, limit_bytes: int) -> bytes:

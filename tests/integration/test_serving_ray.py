@@ -1,0 +1,276 @@
+"""The whole app on a real local Ray with a tiny random model: official client, killed replica, controller."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sentei.kernels.hf.adapter import new_adapter, save_adapter, uncalibrated_ladder
+from sentei.pipeline.client import AdminClient
+from sentei.pipeline.server import LocalServer
+from sentei.serving.router import position
+
+TOKEN = "test-token"
+PROMPT = "def add(a, b): return a + b\n" * 12
+SALT = "ray-test"
+POLICY = f"""
+apiVersion: sentei/v1
+kind: RolloutPolicy
+metadata: {{name: ray-test}}
+spec:
+  variants:
+    control: {{deployment: dense}}
+    candidate: {{deployment: sparse}}
+  ladder: [{{id: mild}}]
+  slices:
+    by: prompt_tokens
+    buckets:
+      - {{id: short, range: [0, 64], pin: control}}
+      - {{id: long, range: [64, 1024]}}
+  assignment: {{unit: session_id, salt: {SALT}}}
+  stages:
+    - {{id: half, share: 50%, rung: mild, hold_min: 1h}}
+    - {{id: full, share: 95%, rung: mild, hold_min: 1h}}
+  advance: {{need: all_safe, min_units: 1000}}
+  audit: {{select: {{fraction: 1.0}}}}
+  guardrails:
+    alpha_total: 0.05
+    detector_arl: 10000
+    items:
+      - {{id: agree, value: audit.token_disagreement, bound: {{excess_over_floor: 0.9, floor_cap: 0.1}},
+          test: betting_paired, action: rollback}}
+  breaker:
+    variant: {{window: 30s, min_requests: 100, failure_share: 90%, no_replica_for: 120s}}
+  data:
+    max_age: 10m
+    no_data: {{grace: 10m, then: hold, after: 60m, finally: rollback}}
+    monitor_lease: 3s
+  schedule: {{check_every: 1s}}
+"""
+
+
+def save_tiny_model(folder: Path, adapter_folder: Path) -> None:
+    """Write a random Llama over bytes that never ends an answer by itself, and an untrained adapter."""
+    vocabulary = {"<eos>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=257,
+        max_position_embeddings=1024,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight[0] = 0.0  # its logit is 0, and some other one is always above
+    model.save_pretrained(folder)
+    adapter = new_adapter(model, "tiny", rank=8, block_tokens=32)
+    save_adapter(adapter.with_ladder(uncalibrated_ladder(adapter, {"mild": 1e-3})), adapter_folder)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """The app in processes of its own, ended with the module."""
+    folder = tmp_path_factory.mktemp("ray")
+    save_tiny_model(folder / "tiny", folder / "adapter")
+    config = {
+        "model": str(folder / "tiny"),
+        "adapter": str(folder / "adapter"),
+        "mlflow_uri": "off",
+        "tick_every_s": 0.5,
+        "allow_faults": True,
+    }
+    environment = {
+        "SENTEI_HOME": str(folder / "home"),
+        "SENTEI_ADMIN_TOKEN": TOKEN,
+        "RAY_AUTH_MODE": "disabled",
+    }
+    with LocalServer(config, folder / "server", environment=environment) as running:
+        process = running._process
+        yield running
+    assert process is not None
+    assert process.stdout is not None
+    process.stdout.close()  # else its end of the pipe warns when it is collected
+
+
+@pytest.fixture(scope="module")
+def client(server: LocalServer) -> Iterator[openai.OpenAI]:
+    """The official client; retries would hide what we want to see."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0, timeout=60) as made:
+        yield made
+
+
+def admin(server: LocalServer, path: str) -> dict[str, Any]:
+    """Read one page of the operations API."""
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    response = httpx.get(f"{server.url}/admin/v1/{path}", headers=headers, timeout=20, trust_env=False)
+    found: dict[str, Any] = response.raise_for_status().json()
+    return found
+
+
+@pytest.fixture(scope="module")
+def operator(server: LocalServer) -> Iterator[AdminClient]:
+    """The operations client that the CLI uses."""
+    made = AdminClient(server.url, TOKEN)
+    yield made
+    made.close()
+
+
+def wait_for(is_done: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+    """Poll until something is so."""
+    deadline = time.monotonic() + timeout_s
+    while not is_done():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.2)
+
+
+def session(*, candidate: bool) -> str:
+    """A session that the half share gives to sparse, or to dense."""
+    return next(s for s in map(str, range(1000)) if (position(s, SALT) < 0.5) == candidate)
+
+
+def who_answers(client: openai.OpenAI) -> str:
+    """The variant that a candidate session gets now."""
+    raw = client.completions.with_raw_response.create(
+        model="tiny", prompt=PROMPT, max_tokens=1, extra_headers={"x-session-id": session(candidate=True)}
+    )
+    return str(raw.headers["x-sentei-variant"])
+
+
+def test_official_client_lists_chats_and_streams(client: openai.OpenAI) -> None:
+    """The openai package lists the model, chats, and streams the same answer with usage."""
+    messages: Any = [{"role": "user", "content": "hello"}]
+    whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8)
+    stream = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=8, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert whole.usage is not None
+    assert (whole.usage.completion_tokens, chunks[-1].usage) == (8, whole.usage)
+    assert whole.system_fingerprint == "dense/dense"
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "code"),
+    [
+        ({"max_tokens": -1}, openai.BadRequestError, "integer_below_min_value"),
+        ({"model": "other"}, openai.NotFoundError, "model_not_found"),
+        ({"prompt": "x" * 2000}, openai.BadRequestError, "context_length_exceeded"),
+    ],
+)
+def test_official_client_understands_our_errors(
+    client: openai.OpenAI, options: dict[str, Any], kind: type[openai.APIStatusError], code: str
+) -> None:
+    """A bad request becomes the client's own exception, with our code in it."""
+    with pytest.raises(kind) as caught:
+        client.completions.create(**{"model": "tiny", "prompt": "hello", **options})
+
+    assert caught.value.code == code
+
+
+def test_admin_needs_the_token(server: LocalServer) -> None:
+    """Without the token nothing is told, and nothing can be ordered."""
+    response = httpx.get(f"{server.url}/admin/v1/status", trust_env=False)
+
+    assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_admin_token")
+
+
+def test_rollout_sends_candidates_to_sparse_and_audits_them(
+    operator: AdminClient, client: openai.OpenAI
+) -> None:
+    """A started rollout is taken up, its share obeyed, and audited answers get their scores."""
+    started = operator.start_rollout(POLICY)
+    wait_for(lambda: who_answers(client) == "sparse", "sparse answers its share")
+
+    control = client.completions.with_raw_response.create(
+        model="tiny", prompt=PROMPT, max_tokens=4, extra_headers={"x-session-id": session(candidate=False)}
+    )
+
+    assert control.headers["x-sentei-variant"] == "dense"
+
+    def units() -> int:
+        return sum(v["units"] for v in operator.rollout(started["rollout_id"])["verdicts"])
+
+    wait_for(lambda: units() >= 2, "two audited sessions reach the evidence")
+    assert operator.rollouts()[0]["rollout_id"] == started["rollout_id"]
+
+
+def test_fault_can_be_planted_and_taken_out(server: LocalServer) -> None:
+    """The local runner plants a fault in the live sparse variant, and refuses what is none."""
+    server.tell({"do": "fault", "fault": {"kind": "pooled_keys_off_by_one", "past_tokens": 64}})
+    planted = admin(server, "status")["workers"]["sparse"]["fault"]
+    server.tell({"do": "fault", "fault": None})
+
+    assert planted == {"kind": "pooled_keys_off_by_one", "past_tokens": 64}
+    assert admin(server, "status")["workers"]["sparse"]["fault"] is None
+
+
+def test_killed_sparse_replica_loses_no_token(server: LocalServer, client: openai.OpenAI) -> None:
+    """Killing the sparse replica inside a stream: the client gets every token, the rest from dense."""
+    wait_for(lambda: who_answers(client) == "sparse", "sparse answers")
+    pid = admin(server, "status")["workers"]["sparse"]["pid"]
+    stream = client.completions.create(
+        model="tiny",
+        prompt=PROMPT,
+        max_tokens=300,
+        stream=True,
+        stream_options={"include_usage": True},
+        logprobs=0,
+        extra_headers={"x-session-id": session(candidate=True)},
+    )
+    tokens, makers, usage = 0, list[str](), None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        if not chunk.choices:
+            continue
+        logprobs = chunk.choices[0].logprobs
+        tokens += len(logprobs.tokens or []) if logprobs is not None else 0
+        makers.append(str(chunk.system_fingerprint))
+        if tokens == 10:
+            os.kill(pid, signal.SIGKILL)
+
+    assert tokens == 300
+    assert usage is not None
+    assert usage.completion_tokens == 300
+    assert (makers[0], makers[-1]) == ("sparse/mild", "dense/dense")
+
+
+def test_killed_controller_means_dense_until_it_is_back(
+    server: LocalServer, operator: AdminClient, client: openai.OpenAI
+) -> None:
+    """Without a controller traffic is dense when the lease ends; after its restart the rollout goes on."""
+    wait_for(lambda: who_answers(client) == "sparse", "the sparse replica is back")
+    before = operator.rollouts()[0]
+    os.kill(admin(server, "status")["workers"]["controller"]["pid"], signal.SIGKILL)
+
+    wait_for(lambda: who_answers(client) == "dense", "dense after the lease", timeout_s=8)
+    wait_for(lambda: who_answers(client) == "sparse", "sparse after the restart")
+
+    after = operator.rollouts()[0]
+    assert (after["rollout_id"], after["stage_id"], after["outcome"]) == (
+        before["rollout_id"],
+        before["stage_id"],
+        None,
+    )

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.live import Live
-from sentei.pipeline.cli.view import history_table, rollout_panel, rollouts_table
 
 from sentei.pipeline.cli.output import ExitCode, Output
+from sentei.pipeline.cli.view import history_table, rollout_panel, rollouts_table
 from sentei.pipeline.client import AdminClient
 
 app = typer.Typer(no_args_is_help=True)

@@ -1,0 +1,168 @@
+"""`sentei distill`, `calibrate`, `evaluate`, `register`: the offline steps."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sentei.pipeline.cli.output import Output
+from sentei.pipeline.home import sentei_home
+
+Model = Annotated[str, typer.Option("--model", help="pocket, gemma-3-270m, a checkpoint folder or a hub id.")]
+CorpusName = Annotated[
+    str | None,
+    typer.Option("--corpus", help="A text file, .jsonl or folder [default: the standard library]."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Windows = Annotated[int | None, typer.Option("--windows", help="Number of text windows.", min=1)]
+
+
+def run_distill(
+    model: Model = "pocket",
+    corpus: CorpusName = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens per training window.", min=256)] = None,
+    windows: Windows = None,
+    as_json: Json = False,
+) -> None:
+    """Teach the scorer which key blocks hold each row's attention mass."""
+    from sentei.pipeline.distill import DistillOptions
+    from sentei.pipeline.steps import distill_step
+
+    output = Output(as_json=as_json)
+    options = _changed(DistillOptions(), window_tokens=tokens, num_windows=windows)
+    bench = open_bench(model, corpus, output)
+    with output.progress() as progress:
+        adapter = distill_step(bench, options, progress)
+    output.say(f"adapter in [bold]{bench.adapter_dir}[/]: next, `sentei calibrate --model {model}`")
+    output.emit(
+        {"model": model, "adapter": str(bench.adapter_dir), "figures": dict(adapter.manifest.figures)}
+    )
+
+
+def run_calibrate(
+    model: Model = "pocket",
+    corpus: CorpusName = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens per held-out window.", min=256)] = None,
+    windows: Windows = None,
+    as_json: Json = False,
+) -> None:
+    """Turn scores into a ladder of rungs, each verified on held-out text."""
+    from sentei.pipeline.calibrate import CalibrateOptions
+    from sentei.pipeline.plain import to_plain
+    from sentei.pipeline.steps import calibrate_step
+
+    output = Output(as_json=as_json)
+    options = _changed(CalibrateOptions(), window_tokens=tokens, num_windows=windows)
+    bench = open_bench(model, corpus, output)
+    with output.progress() as progress:
+        ladder = calibrate_step(bench, options, progress)
+    rungs = [to_plain(rung) for rung in ladder.rungs]
+    output.say(_ladder_table(rungs))
+    output.emit({"model": model, "adapter": str(bench.adapter_dir), "rungs": rungs})
+
+
+def run_evaluate(
+    model: Model = "pocket",
+    corpus: CorpusName = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens per evaluated window.", min=256)] = None,
+    windows: Windows = None,
+    as_json: Json = False,
+) -> None:
+    """Measure every rung beside dense and the baselines: quality, latency, memory, cost."""
+    from sentei.pipeline.evaluate import EvaluateOptions
+
+    from sentei.pipeline.steps import TRADEOFF_FILE, evaluate_step
+
+    output = Output(as_json=as_json)
+    options = _changed(EvaluateOptions(), window_tokens=tokens, num_windows=windows)
+    bench = open_bench(model, corpus, output)
+    with output.progress() as progress:
+        evaluation = evaluate_step(bench, options, progress)
+    document = evaluation.to_dict()
+    output.say(evaluation_table(document), f"trade-off plot: {bench.adapter_dir / TRADEOFF_FILE}")
+    output.emit(document)
+
+
+def run_register(
+    model: Model = "pocket",
+    alias: Annotated[str, typer.Option(help="Alias of the new version.")] = "candidate",
+    as_json: Json = False,
+) -> None:
+    """Register the adapter in MLflow under an alias."""
+    from sentei.pipeline.plain import to_plain
+    from sentei.pipeline.register import register_adapter
+    from sentei.pipeline.tracking import MlflowTracker
+
+    output = Output(as_json=as_json)
+    home = sentei_home().create()
+    name = model.rstrip("/").rsplit("/", 1)[-1]
+    tracker = MlflowTracker(home.mlflow_uri, home.mlflow_artifacts)
+    version = register_adapter(tracker, home.adapters / name, name=f"sentei-{name}", alias=alias)
+    output.say(f"registered: {to_plain(version)}")
+    output.emit(to_plain(version))
+
+
+def open_bench(model: str, corpus: str | None, output: Output) -> Any:
+    """Load model and corpus, and say so."""
+    from sentei.pipeline.corpus import load_corpus
+    from sentei.pipeline.models import resolve_model
+    from sentei.pipeline.steps import Workbench
+
+    with output.errors.status(f"loading {model}"):
+        bench = Workbench(resolve_model(model), load_corpus(corpus), sentei_home().create())
+    dtype = next(bench.loaded.model.parameters()).dtype
+    output.say(f"[bold]{model}[/] in {str(dtype).removeprefix('torch.')}, corpus {bench.corpus.name}")
+    return bench
+
+
+def evaluation_table(document: dict[str, Any]) -> Table:
+    """Show an evaluation: one line per rung."""
+    table = Table(
+        "rung", "density", "NLL difference (95% CI)", "perplexity", "dropped mass", "prefill s", "tasks"
+    )
+    for rung in document["rungs"]:
+        low, high = rung["nll_delta_ci"]
+        tasks = ", ".join(f"{name} {_task(value)}" for name, value in rung["tasks"].items())
+        table.add_row(
+            rung["rung"],
+            f"{rung['density']:.1%}",
+            f"{rung['nll_delta']:+.4f} ({low:+.4f} to {high:+.4f})",
+            f"{rung['ppl_cost_pct']:+.2f}%",
+            f"{rung['dropped_mass_mean']:.3f}",
+            f"{rung['prefill_s']:.2f}" if rung["prefill_s"] is not None else "",
+            tasks,
+        )
+    return table
+
+
+def _task(value: Any) -> str:
+    return f"{value:.0%}" if isinstance(value, float) else str(value)
+
+
+def _ladder_table(rungs: list[dict[str, Any]]) -> Table:
+    table = Table(
+        "rung", "density", "dropped mass, bound", "verified mean", "verified p99", "NLL difference (CI)"
+    )
+    for rung in rungs:
+        found = rung["verified"]
+        if found is None:
+            table.add_row(rung["id"], "100%", "0", "", "", "")
+            continue
+        low, high = found["nll_delta_ci"]
+        table.add_row(
+            rung["id"],
+            f"{found['density']:.1%}",
+            f"{rung['bound_dropped_mass']:.3f}",
+            f"{found['dropped_mass_mean']:.3f}",
+            f"{found['dropped_mass_p99']:.3f}",
+            f"{found['nll_delta']:+.4f} ({low:+.4f} to {high:+.4f})",
+        )
+    return table
+
+
+def _changed(options: Any, **changes: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(options, **{name: value for name, value in changes.items() if value is not None})

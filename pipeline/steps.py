@@ -1,0 +1,136 @@
+"""The offline steps as commands run them: do the work, keep the result at home, track it in MLflow.
+
+Tracking never loses work: a tracker that does not answer is reported, and the step's result stays.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sentei.pipeline.evaluate import EvaluateOptions, Evaluation, evaluate
+from sentei.pipeline.plots import tradeoff_figure
+
+from sentei.kernels.hf.adapter import MANIFEST_FILE, Adapter, load_adapter
+from sentei.kernels.hf.ladder import Ladder
+from sentei.pipeline.calibrate import CalibrateOptions, calibrate, ladder_summary
+from sentei.pipeline.corpus import Corpus
+from sentei.pipeline.distill import DistillOptions, distill
+from sentei.pipeline.home import Home
+from sentei.pipeline.models import LoadedModel
+from sentei.pipeline.plain import to_plain
+from sentei.pipeline.runs import StepRecord, log_step
+from sentei.pipeline.tracking import MlflowTracker, TrackingError
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]
+EVALUATION_FILE = "evaluation.json"
+TRADEOFF_FILE = "tradeoff.html"
+
+
+@dataclass(frozen=True, slots=True)
+class Workbench:
+    """A loaded model, its corpus and where its adapter lives."""
+
+    loaded: LoadedModel
+    corpus: Corpus
+    home: Home
+
+    @property
+    def adapter_dir(self) -> Path:
+        """The folder of this model's adapter."""
+        return self.home.adapters / Path(self.loaded.name).name
+
+    def adapter(self) -> Adapter:
+        """Load the adapter made before; a missing one names the command that makes it."""
+        if not (self.adapter_dir / MANIFEST_FILE).is_file():
+            raise FileNotFoundError(
+                f"no adapter in {self.adapter_dir}; make one with: sentei distill --model {self.loaded.name}"
+            )
+        return load_adapter(self.adapter_dir, self.loaded.model)
+
+
+def distill_step(bench: Workbench, options: DistillOptions, progress: Progress) -> Adapter:
+    """Distil the scorers, save the adapter, track the run."""
+    started_s = time.time()
+    adapter = distill(bench.loaded, bench.corpus, bench.adapter_dir, options, progress)
+    metrics = {f"distill/{name}": value for name, value in adapter.manifest.figures.items()}
+    _track(bench, "distill", started_s, to_plain(options), metrics, files={"adapter": bench.adapter_dir})
+    return adapter
+
+
+def calibrate_step(bench: Workbench, options: CalibrateOptions, progress: Progress) -> Ladder:
+    """Calibrate the ladder, save it with the adapter, track the run."""
+    started_s = time.time()
+    ladder = calibrate(bench.loaded, bench.adapter(), bench.corpus, options, progress)
+    metrics: dict[str, float] = {}
+    for row in ladder_summary(ladder):
+        metrics[f"calibrate/{row['rung']}/bound_dropped_mass"] = float(row["bound_dropped_mass"])
+        for name, value in (to_plain(row["verified"]) or {}).items():
+            if isinstance(value, float):
+                metrics[f"calibrate/{row['rung']}/{name}"] = value
+    _track(bench, "calibrate", started_s, to_plain(options), metrics, files={"adapter": bench.adapter_dir})
+    return ladder
+
+
+def evaluate_step(bench: Workbench, options: EvaluateOptions, progress: Progress) -> Evaluation:
+    """Evaluate every rung beside dense and the baselines, save JSON and plot, track the run."""
+    started_s = time.time()
+    evaluation = evaluate(bench.loaded, bench.adapter(), bench.corpus, options, progress)
+    document = evaluation.to_dict()
+    plot = tradeoff_figure(document)
+    (bench.adapter_dir / EVALUATION_FILE).write_text(json.dumps(document, indent=2), encoding="utf-8")
+    (bench.adapter_dir / TRADEOFF_FILE).write_text(plot, encoding="utf-8")
+    texts = {f"evaluation/{EVALUATION_FILE}": json.dumps(document, indent=2), "plots/tradeoff.html": plot}
+    _track(bench, "evaluate", started_s, to_plain(options), _rung_metrics(document), texts=texts)
+    return evaluation
+
+
+def read_evaluation(bench: Workbench) -> dict[str, Any] | None:
+    """Return the newest evaluation of this model's adapter, or None."""
+    path = bench.adapter_dir / EVALUATION_FILE
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _rung_metrics(document: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        f"evaluate/{rung['rung']}/{name}": float(value)
+        for rung in document["rungs"]
+        for name, value in rung.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _track(
+    bench: Workbench,
+    kind: str,
+    started_s: float,
+    options: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    *,
+    files: Mapping[str, Path] | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    record = StepRecord(
+        name=bench.loaded.name,
+        started_s=started_s,
+        ended_s=time.time(),
+        params={"model": bench.loaded.name, "corpus": bench.corpus.name, "corpus_sha256": bench.corpus.digest}
+        | dict(options),
+        metrics=metrics,
+        files=files or {},
+        texts=texts or {},
+    )
+    tracker = MlflowTracker(bench.home.create().mlflow_uri, bench.home.mlflow_artifacts)
+    try:
+        log_step(tracker, kind, record)
+    except TrackingError as error:
+        logger.warning("the %s run was not tracked (%s); its result is in %s", kind, error, bench.adapter_dir)

@@ -110,7 +110,8 @@ class Database:
             connection = connection.execution_options(**{_IS_WRITE: True})
             with connection.begin():
                 METADATA.create_all(connection)
-                found = dict(connection.execute(sa.select(COUNTERS.c.name, COUNTERS.c.value)).tuples().all())
+                rows = connection.execute(sa.select(COUNTERS.c.name, COUNTERS.c.value)).all()
+                found = {row.name: row.value for row in rows}
                 for name, value in ((WRITES, 0), (SCHEMA, SCHEMA_VERSION)):
                     if name not in found:
                         connection.execute(sa.insert(COUNTERS).values(name=name, value=value))

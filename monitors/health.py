@@ -24,7 +24,7 @@ def read_health(
         .where(REQUESTS.c.rollout_id == rollout_id, REQUESTS.c.at_s > now_s - window_s)
         .group_by(REQUESTS.c.variant_assigned)
     )
-    counts = {variant: (int(n), int(bad)) for variant, n, bad in connection.execute(query).tuples()}
+    counts = {variant: (int(n), int(bad)) for variant, n, bad in connection.execute(query)}
     return tuple(
         VariantHealth(
             variant, window_s, *counts.get(variant, (0, 0)), replicas_ready=replicas.get(variant, 0)
@@ -49,7 +49,7 @@ def read_traffic(
         .group_by(REQUESTS.c.slice_id, REQUESTS.c.share)
         .order_by(REQUESTS.c.slice_id, REQUESTS.c.share)
     )
-    rows = connection.execute(query).tuples()
+    rows = connection.execute(query)
     return tuple(
         SliceTraffic(slice_id, share, int(hits), int(total)) for slice_id, share, hits, total in rows
     )

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
-from sentei.monitors.audit import AuditNumbers, TokenScores, score_audit
+from sentei.monitors.audit import KL_CAP_NATS, AuditNumbers, TokenScores, score_audit
 from sentei.monitors.errors import AuditError
 from sentei.monitors.records import AuditScore, AuditStatus
 from sentei.serving.engine.request import DENSE_RUNG, ScoreRequest, ScoreResult
@@ -36,8 +36,10 @@ class Auditor:
         *,
         max_queued: int = 256,
         concurrency: int = 1,
+        kl_cap_nats: Callable[[str], float] = lambda _: KL_CAP_NATS,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self._kl_cap_nats = kl_cap_nats  # by rollout id: the policy says it
         self._variants = variants
         self._writer = writer
         self._queue: asyncio.Queue[AuditJob] = asyncio.Queue(max_queued)
@@ -81,6 +83,7 @@ class Auditor:
                 _token_scores(dense),
                 dense_again=_token_scores(again),
                 sparse=_token_scores(sparse),
+                kl_cap_nats=self._kl_cap_nats(job.rollout_id),
                 dropped_mass=sparse.dropped_mass,
             )
         except (EngineError, VariantError, AuditError) as error:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from fastapi import FastAPI
 from ray import serve
 
+from sentei.monitors.audit import KL_CAP_NATS
 from sentei.monitors.store import Store
 from sentei.pipeline.home import sentei_home
+from sentei.policies.load import load_policy
 from sentei.serving.admin import add_admin_routes
 from sentei.serving.auditor import Auditor
 from sentei.serving.controller import Controller, Mirror
@@ -90,9 +93,14 @@ class AuditorServer:
     def __init__(self, args: AppArgs, dense: Handle, sparse: Handle) -> None:
         set_up_logging()
         variants = {DENSE: RayVariant(DENSE, dense), SPARSE: RayVariant(SPARSE, sparse)}
-        self._writer = RecordWriter(Store.open(args.resolved_store_url()))
+        store = Store.open(args.resolved_store_url())
+        self._writer = RecordWriter(store)
         self._auditor = Auditor(
-            variants, self._writer, max_queued=args.audit_queue, concurrency=args.audit_concurrency
+            variants,
+            self._writer,
+            max_queued=args.audit_queue,
+            concurrency=args.audit_concurrency,
+            kl_cap_nats=lru_cache(maxsize=64)(partial(_kl_cap_nats, store)),
         )
         self._has_started = False
 
@@ -134,6 +142,11 @@ class ControllerServer:
     async def status(self) -> dict[str, Any]:
         """Say how the controller fares."""
         return self._controller.status()
+
+
+def _kl_cap_nats(store: Store, rollout_id: str) -> float:
+    rollout = store.read_rollout(rollout_id)
+    return KL_CAP_NATS if rollout is None else load_policy(rollout.policy_text).spec.audit.values.kl.cap
 
 
 def _replicas() -> dict[str, int]:

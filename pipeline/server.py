@@ -1,4 +1,4 @@
-"""The app in a process group of its own on this machine: started, waited for, told things, and surely ended."""
+"""The app in a process group of its own: started, waited for, told things, and surely ended."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ class LocalServer:
 
     def tell(self, message: dict[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
         """Send one order as a JSON line and return the answer that repeats its key `do`."""
-        assert self._process is not None and self._process.stdin is not None
+        assert self._process is not None
+        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(message) + "\n")
         self._process.stdin.flush()
         return self._wait_for("done", timeout_s)

@@ -7,7 +7,7 @@ Inside the listed blocks attention stays causal token by token; that is the oper
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class BlockMask:
         return self
 
     def to_dense(self) -> Tensor:
-        """The same selection as bool [B, H, Q, Kb]: for tests, training and pictures, not for the hot path."""
+        """The same selection as bool [B, H, Q, Kb]: for tests, training, pictures; not for the hot path."""
         batch, heads, rows, width = self.indices.shape
         dense = torch.zeros(
             batch, heads, rows, self.num_k_blocks + 1, dtype=torch.bool, device=self.indices.device
@@ -69,6 +69,21 @@ class BlockMask:
         kept = slots < self.counts[..., None]
         target = torch.where(kept, self.indices, self.num_k_blocks).long()
         return dense.scatter_(-1, target, True)[..., :-1]
+
+    def within(self, window: int | None) -> BlockMask:
+        """The mask without the blocks that lie wholly before the window of all rows of their query block."""
+        if window is None:
+            return self
+        rows = torch.arange(self.counts.shape[2], device=self.indices.device)
+        oldest = (self.q_offset + rows * self.block_q - window + 1)[:, None]
+        is_gone = (self.indices >= 0) & ((self.indices + 1) * self.block_k <= oldest)
+        num_gone = is_gone.sum(-1, dtype=torch.int32)
+        counts = self.counts - num_gone
+        width = max(1, int(counts.max()))
+        slots = torch.arange(width, device=self.indices.device)
+        places = (num_gone[..., None] + slots).clamp(max=self.indices.shape[3] - 1)
+        indices = torch.where(slots < counts[..., None], self.indices.gather(-1, places), -1)
+        return replace(self, counts=counts, indices=indices)
 
     @classmethod
     def from_dense(
@@ -147,8 +162,8 @@ def _check_layout(mask: BlockMask) -> None:
         )
     if mask.counts.shape[2] != mask.num_q_blocks:
         raise MaskError(
-            f"counts have {mask.counts.shape[2]} query blocks; q_len {mask.q_len} in blocks of {mask.block_q} "
-            f"has {mask.num_q_blocks}"
+            f"counts have {mask.counts.shape[2]} query blocks; q_len {mask.q_len} has {mask.num_q_blocks} "
+            f"of {mask.block_q} rows"
         )
 
 

@@ -22,10 +22,10 @@ def block_mass(
     q_offset: int = 0,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Exact causal attention mass per key block in fp32: (lse [B, Hq, R], mass [B, Hq, R, Kb]); mass sums to 1.
+    """Exact causal attention mass per key block in fp32: (lse [B, Hq, R], mass [B, Hq, R, Kb]).
 
     q [B, Hq, Tq, D], k [B, Hkv, Tk, D]. `rows` [R] int64 samples query rows, in any order; None takes all.
-    Memory beyond the result stays below about 200 MiB, whatever the length.
+    A row's mass sums to 1. Memory beyond the result stays below about 200 MiB, whatever the length.
     """
     batch, q_heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
@@ -59,7 +59,7 @@ def dropped_mass(lse_sparse: Tensor, lse_dense: Tensor) -> Tensor:
 def _mass_of_rows(
     queries: Tensor, keys: Tensor, position: Tensor, block_k: int, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Scaled queries [G, R, D] against one head's keys: (lse [G, R], mass [G, R, blocks up to the last row])."""
+    """Scaled queries [G, R, D] against one head's keys: (lse [G, R], mass [G, R, blocks so far])."""
     end = min(num_blocks(int(position.max()) + 1, block_k) * block_k, keys.shape[0])
     scores = queries @ keys[:end].T
     index = torch.arange(end, device=keys.device)
@@ -72,4 +72,4 @@ def _mass_of_rows(
     overhang = -end % block_k
     if overhang:
         weights = torch.nn.functional.pad(weights, (0, overhang))
-    return lse, weights.unflatten(-1, (-1, block_k)).sum(-1)
+    return lse, weights.view(*weights.shape[:-1], -1, block_k).sum(-1)

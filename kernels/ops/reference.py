@@ -13,8 +13,8 @@ def attend_reference(
 ) -> tuple[Tensor, Tensor]:
     """Attention in fp32: (out [B, Hq, Tq, D] in q's dtype, lse [B, Hq, Tq] fp32).
 
-    A row with nothing to read gives zeros, and an LSE of -inf. `window` keeps the last `window` keys of a row,
-    its own included.
+    A row with nothing to read gives zeros, and an LSE of -inf. `window` keeps the last `window` keys of a
+    row, its own included.
     """
     batch, q_heads, q_len, _ = q.shape
     out = torch.zeros(batch, q_heads, q_len, v.shape[-1], device=q.device)

@@ -36,12 +36,14 @@ class AttendFn(Protocol):
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, scale: float, window: int | None = None
-    ) -> tuple[Tensor, Tensor | None]: ...
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute it; `scale` multiplies the scores, `window` bounds each row's reach in keys."""
+        ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A named way to compute attention: `refuse` gives the reason against a request, `load` imports and returns it."""
+    """A named way to compute attention: `refuse` gives the reason against a request, `load` imports it."""
 
     name: str
     refuse: Callable[[Request], str | None]
@@ -113,7 +115,7 @@ def _why_no_cpu_flex() -> str | None:
     return why_no_compiler()
 
 
-def _accept(request: Request) -> str | None:
+def _accept(_request: Request) -> str | None:
     return None
 
 

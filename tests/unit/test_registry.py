@@ -1,0 +1,92 @@
+"""Which backend is picked, and what the others say."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from sentei.kernels.ops import flex, registry
+from sentei.kernels.ops.attention import attend
+from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.errors import BackendError
+from sentei.kernels.ops.registry import Request, pick_backend
+
+PREFILL = Request("cpu", torch.float32, 512)
+
+
+@pytest.fixture(autouse=True)
+def _compiler_present(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_why_no_cpu_flex", lambda: None)
+    monkeypatch.setattr(registry, "_broken", {})
+
+
+def test_prefill_takes_flex_and_decode_takes_gather() -> None:
+    """Long calls go to the compiled program, few rows to the gather path."""
+    assert pick_backend(PREFILL).backend.name == "flex"
+    assert pick_backend(Request("cpu", torch.float32, 1)).backend.name == "gather"
+
+
+def test_flex_refuses_the_lse_on_the_cpu() -> None:
+    """A call that wants the LSE goes to gather, and the choice tells why."""
+    choice = pick_backend(Request("cpu", torch.float32, 512, needs_lse=True))
+
+    assert choice.backend.name == "gather"
+    assert choice.refusals == (("flex", "compiled FlexAttention cannot return the LSE on the CPU"),)
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a C++ compiler flex refuses, and says what to install."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(registry, "_why_no_cpu_flex", registry.why_no_compiler)
+
+    choice = pick_backend(PREFILL)
+
+    assert choice.backend.name == "gather"
+    assert "'no-such-compiler' is not on the path (install g++" in choice.refusals[0][1]
+    with pytest.raises(BackendError, match="backend 'flex' refuses: it needs a C\\+\\+ compiler"):
+        pick_backend(PREFILL, "flex")
+
+
+def test_an_unknown_name_lists_the_known() -> None:
+    """A typo is an error, never a default."""
+    with pytest.raises(BackendError, match="'flux' is unknown; choose auto, flex, gather, reference"):
+        pick_backend(PREFILL, "flux")
+
+
+def test_a_failed_compile_falls_back_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer still comes, from gather; the reason is told once, and stays with the registry."""
+
+    def fail(signature: flex.Signature) -> flex.Program:
+        raise RuntimeError("g++: out of memory\nand more")
+
+    monkeypatch.setattr(flex, "_compile", fail)
+    monkeypatch.setattr(flex, "_programs", {})
+    q = torch.randn(1, 2, 70, 32)
+    mask = BlockMask.causal(70)
+
+    with pytest.warns(
+        RuntimeWarning, match="'flex' is off for this process, it failed here: RuntimeError: g\\+\\+"
+    ):
+        out, _ = attend(q, q, q, mask)
+
+    assert torch.equal(out, attend(q, q, q, mask, backend="gather")[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attend(q, q, q, mask)
+    assert pick_backend(PREFILL).refusals[0][1].startswith("it failed here")
+
+
+def test_a_backend_asked_for_by_name_does_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who names a backend gets it, or its error."""
+
+    def fail(signature: flex.Signature) -> flex.Program:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(flex, "_compile", fail)
+    monkeypatch.setattr(flex, "_programs", {})
+    q = torch.randn(1, 2, 70, 32)
+
+    with pytest.raises(RuntimeError, match="no"):
+        attend(q, q, q, BlockMask.causal(70), backend="flex")

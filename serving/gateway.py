@@ -60,20 +60,21 @@ class Gateway:
         self._answerer = Answerer(variants, limits, Breaker())
         self._seen, self._seen_ids = SeenUnits(), SeenUnits()
         self._in_flight = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._loops: list[asyncio.Task[None]] = []
+        self._audits: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Begin to poll the routing table, to ask the variants who they are, and to write records."""
         self.writer.start()
-        self._spawn(self._poll())
-        for name in self.variants:
-            self._spawn(self._introduce(name))
+        self._loops = [asyncio.create_task(self._poll())]
+        self._loops += [asyncio.create_task(self._introduce(name)) for name in self.variants]
 
     async def stop(self) -> None:
         """Write what waits and end all tasks."""
-        for task in tuple(self._tasks):
+        for task in self._loops:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # Audits on their way are waited for: one that was lost must be written as missing.
+        await asyncio.gather(*self._loops, *self._audits, return_exceptions=True)
         await asyncio.to_thread(self.writer.stop)
 
     def readiness(self) -> dict[str, Any]:
@@ -163,16 +164,14 @@ class Gateway:
         if self._desk is None or not job.served_ids:
             self.writer.put(job.unscored(AuditStatus.MISSING, time.time()))
             return
-        self._spawn(self._submit_audit(self._desk, job))
+        task = asyncio.get_running_loop().create_task(self._submit_audit(self._desk, job))
+        self._audits.add(task)
+        task.add_done_callback(self._audits.discard)
 
     async def _submit_audit(self, desk: AuditDesk, job: AuditJob) -> None:
-        is_taken = False
-        try:
-            is_taken = await desk.submit(job)
-        finally:  # also when the ingress stops in the middle: an audit that was lost must show
-            if not is_taken:
-                log.warning("audit of request %s was not taken", job.request_id)
-                self.writer.put(job.unscored(AuditStatus.MISSING, time.time()))
+        if not await desk.submit(job):
+            log.warning("audit of request %s was not taken", job.request_id)
+            self.writer.put(job.unscored(AuditStatus.MISSING, time.time()))
 
     def _request_id(self, wanted: str) -> str:
         """Keep the caller's (or the proxy's) request id if it is usable and new: records are kept by it."""
@@ -231,11 +230,6 @@ class Gateway:
             except ServingError as error:
                 log.info("variant %s is not up yet: %s", name, error)
                 await asyncio.sleep(DESCRIBE_RETRY_S)
-
-    def _spawn(self, work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def session_unit(headers: Mapping[str, str], user: str | None, request_id: str) -> str:

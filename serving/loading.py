@@ -23,6 +23,7 @@ class ServedModel:
 def load_served_model(options: VariantOptions) -> ServedModel:
     """Load a variant's model."""
     import torch
+
     from sentei.pipeline.models import resolve_model
 
     loaded = resolve_model(options.model)

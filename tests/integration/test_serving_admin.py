@@ -1,0 +1,190 @@
+"""The operations API over a real SQLite store and a real controller, with fakes for the variants."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from sentei.monitors.store import Store
+from sentei.serving.admin import TOKEN_VARIABLE, add_admin_routes, check_token
+from sentei.serving.controller import Controller
+from sentei.serving.errors import RequestError
+from sentei.serving.gateway import Gateway
+from sentei.serving.ingress import build_api
+from sentei.serving.settings import Limits
+from tests.fakes_serving import MODEL, FakeClock, FakeTokenizer, FakeVariant
+
+POLICY = (Path(__file__).parents[2] / "policies" / "examples" / "demo.yaml").read_text(encoding="utf-8")
+HEADERS = {"authorization": "Bearer secret"}
+
+
+@dataclass
+class Office:
+    """An ingress with its operations API, the store behind it, and a controller that tests tick by hand."""
+
+    client: httpx.AsyncClient
+    store: Store
+    controller: Controller
+    sparse: FakeVariant
+    clock: FakeClock
+
+
+@asynccontextmanager
+async def open_office(
+    folder: Path, *, has_sparse: bool = True, allow_faults: bool = False
+) -> AsyncIterator[Office]:
+    """Serve over ASGI with one store for ingress and controller."""
+    sparse, clock = FakeVariant("sparse"), FakeClock()
+    variants = {"dense": FakeVariant("dense"), **({"sparse": sparse} if has_sparse else {})}
+    with Store.open(f"sqlite:///{folder / 'state.db'}") as store:
+        limits = Limits(poll_every_s=60)
+        gateway = Gateway(
+            variants, store, tokenizer=FakeTokenizer(), model_name=MODEL, limits=limits, note="no adapter"
+        )
+        api = build_api(gateway)
+        add_admin_routes(api, gateway, store, allow_faults=allow_faults, now_s=clock)
+        controller = Controller(store, mirror=None, reports=folder, clock=clock)
+        async with api.router.lifespan_context(api):
+            for name in variants:
+                await gateway.introduce_once(name)
+            transport = httpx.ASGITransport(app=api)
+            async with httpx.AsyncClient(transport=transport, base_url="http://t", headers=HEADERS) as client:
+                yield Office(client, store, controller, sparse, clock)
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operations API is on."""
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+
+
+async def start(office: Office, **fields: Any) -> httpx.Response:
+    """Start the demo's policy."""
+    return await office.client.post("/admin/v1/rollouts", json={"policy": POLICY, **fields})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "status", "code"),
+    [
+        ("", "secret", 401, "invalid_admin_token"),
+        ("Bearer wrong", "secret", 401, "invalid_admin_token"),
+        ("secret", "secret", 401, "invalid_admin_token"),
+        ("Bearer ", "", 403, "admin_disabled"),
+        ("Bearer é", "secret", 401, "invalid_admin_token"),
+    ],
+)
+def test_token_is_needed(given: str, expected: str, status: int, code: str) -> None:
+    """A wrong token is a 401; no token set where the app runs switches the API off."""
+    with pytest.raises(RequestError) as caught:
+        check_token(given, expected)
+
+    assert (caught.value.status, caught.value.code) == (status, code)
+
+
+async def test_rollout_is_started_taken_up_and_shown(tmp_path: Path) -> None:
+    """A started rollout waits for the controller; after its first tick the page shows where it stands."""
+    async with open_office(tmp_path) as office:
+        started = await start(office)
+        path = f"/admin/v1/rollouts/{started.json()['rollout_id']}"
+        before = (await office.client.get(path)).json()
+        office.controller.tick()
+        after = (await office.client.get(path)).json()
+        routing = (await office.client.get("/admin/v1/routing")).json()
+
+    assert (started.status_code, before["phase"], before["routes"]) == (201, "waiting", [])
+    assert (after["phase"], after["stage_id"], after["rung_id"]) == ("running", "shadow", "medium")
+    assert [route["slice_id"] for route in after["routes"]] == ["short", "long"]
+    assert after["events"][0]["kind"] == "started"
+    assert (routing["table"]["rollout_id"], routing["renewals"]) == (after["rollout_id"], 1)
+    assert not routing["is_obeyed"]
+
+
+async def test_command_acts_at_the_next_tick(tmp_path: Path) -> None:
+    """An abort is taken at once and carried out by the controller; then a new rollout may start."""
+    async with open_office(tmp_path) as office:
+        rollout_id = (await start(office)).json()["rollout_id"]
+        office.controller.tick()
+        second = await start(office)
+        order = {"kind": "abort", "by": "ann", "reason": "drill"}
+        taken = await office.client.post(f"/admin/v1/rollouts/{rollout_id}/commands", json=order)
+        office.clock.now_s += 1
+        office.controller.tick()
+        listed = (await office.client.get("/admin/v1/rollouts")).json()["rollouts"]
+
+    assert (second.status_code, second.json()["error"]["code"]) == (409, "rollout_running")
+    assert taken.status_code == 202
+    assert (listed[0]["outcome"], listed[0]["policy_name"]) == ("rolled_back", "demo")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("rollouts", {"policy": POLICY.replace("stages:", "stagse:")}, 400, "stages"),
+        ("rollouts", {"policy": "["}, 400, "policy.yaml"),
+        ("rollouts", {"policy": POLICY.replace("id: bold", "id: wild")}, 400, "'wild'"),
+        ("rollouts", {}, 400, "policy is missing"),
+        ("rollouts", {"policy": POLICY, "rollout_id": "../x"}, 400, "rollout_id"),
+        ("rollouts/none/commands", {"kind": "abort", "by": "ann"}, 404, "'none'"),
+        ("rollouts/none/commands", {"kind": "explode", "by": "ann"}, 400, "'explode'"),
+    ],
+)
+async def test_bad_orders(tmp_path: Path, path: str, body: dict[str, Any], status: int, words: str) -> None:
+    """A bad order is refused by name and changes nothing."""
+    async with open_office(tmp_path) as office:
+        response = await office.client.post(f"/admin/v1/{path}", json=body)
+        rollouts = office.store.read_rollouts()
+
+    assert response.status_code == status
+    assert words in response.json()["error"]["message"]
+    assert rollouts == ()
+
+
+async def test_dense_only_app_refuses_a_rollout(tmp_path: Path) -> None:
+    """Without an adapter there is nothing to roll out, and the refusal says why."""
+    async with open_office(tmp_path, has_sparse=False) as office:
+        response = await start(office)
+
+    assert (response.status_code, response.json()["error"]["code"]) == (409, "no_sparse_variant")
+    assert "no adapter" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("allow_faults", [True, False])
+async def test_faults_only_where_allowed(tmp_path: Path, allow_faults: bool) -> None:
+    """Faults are planted only in an app that was started for drills."""
+    fault = {"kind": "pooled_keys_off_by_one", "past_tokens": 8}
+    async with open_office(tmp_path, allow_faults=allow_faults) as office:
+        response = await office.client.put("/admin/v1/fault", json={"fault": fault})
+
+    assert response.status_code == (200 if allow_faults else 403)
+    assert office.sparse.fault == (fault if allow_faults else None)
+
+
+async def test_status_page_names_workers_that_are_away(tmp_path: Path) -> None:
+    """The status page comes also when somebody on it does not answer."""
+    async with open_office(tmp_path) as office:
+        found = (await office.client.get("/admin/v1/status")).json()
+
+    assert found["workers"]["sparse"]["is_up"]
+    assert found["workers"]["dense"]["rung_ids"] == ["dense", "mild", "medium", "bold"]
+
+
+async def test_second_controller_waits_for_the_lease(tmp_path: Path) -> None:
+    """A controller that starts while another holds the lease waits until it has run out, then goes on."""
+    async with open_office(tmp_path) as office:
+        await start(office)
+        office.controller.tick()
+        successor = Controller(office.store, mirror=None, reports=tmp_path, clock=office.clock)
+        renewals = [office.store.read_routing()]
+        successor.tick()
+        renewals.append(office.store.read_routing())
+        office.clock.now_s += 10
+        successor.tick()
+        renewals.append(office.store.read_routing())
+
+    assert [found[1] for found in renewals if found is not None] == [1, 1, 2]

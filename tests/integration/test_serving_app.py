@@ -1,0 +1,90 @@
+"""The graph's arguments and Ray's errors, without starting Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from sentei.serving.errors import BadLogitsError, ConfigError, EngineBusyError, VariantError
+from sentei.serving.settings import AppArgs
+
+# Importing Ray Serve warns inside pydantic; it is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
+
+
+def test_app_without_adapter_is_dense_only() -> None:
+    """The default adapter may be absent: the app says where it looked and how to make one."""
+    from sentei.serving.app import missing_adapter
+
+    assert "adapters/pocket" in missing_adapter(AppArgs())
+    assert "sentei distill" in missing_adapter(AppArgs())
+
+
+def test_named_adapter_must_exist(tmp_path: Path) -> None:
+    """An adapter that was asked for by name and is not there is an error."""
+    from sentei.serving.app import missing_adapter
+
+    with pytest.raises(ConfigError, match=r"manifest\.json"):
+        missing_adapter(AppArgs(adapter=str(tmp_path)))
+
+
+def test_shipped_serve_config_fits_the_arguments() -> None:
+    """The file that the guide deploys has known arguments, listens on loopback, and names the builder."""
+    path = Path(__file__).parents[2] / "infra" / "serve.yaml"
+    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    (application,) = config["applications"]
+
+    assert config["http_options"]["host"] == "127.0.0.1"
+    assert application["import_path"] == "sentei.serving.app:build"
+    assert AppArgs.model_validate(application["args"]).model == "pocket"
+
+
+@pytest.mark.parametrize("option", [{"modle": "x"}, {"threads": 0}, {"limits": {"max_concurrent": 0}}])
+def test_bad_option_is_refused(option: dict[str, Any]) -> None:
+    """An unknown or impossible option is an error, never a default."""
+    with pytest.raises(ValidationError):
+        AppArgs.model_validate(option)
+
+
+def test_local_file_errors_name_the_file(tmp_path: Path) -> None:
+    """A local config with an unknown key names file and key."""
+    from sentei.serving.local import read_options
+
+    path = tmp_path / "serve.yaml"
+    path.write_text("modle: pocket\n", encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=r"serve\.yaml(.|\n)*modle"):
+        read_options(path)
+
+
+@pytest.mark.parametrize("order", [{"do": "dance"}, {}])
+def test_local_runner_refuses_unknown_orders(order: dict[str, Any]) -> None:
+    """An order that is none gets an answer that says so."""
+    from sentei.serving.local import obey
+
+    assert "the only one is 'fault'" in obey(order)["error"]
+
+
+def test_ray_errors_get_our_names() -> None:
+    """A dead actor is a crash, NaN logits and a full queue keep their words, anything else is an error."""
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    from sentei.serving.handles import translate
+
+    def raised(cause: Exception) -> Exception:
+        return RayTaskError("generate", "traceback", cause)
+
+    died = translate("sparse", ActorDiedError())
+    nan = translate("sparse", raised(BadLogitsError("NaN")))
+    busy = translate("sparse", raised(EngineBusyError("full")))
+    other = translate("sparse", raised(RuntimeError("boom")))
+
+    assert isinstance(died, VariantError)
+    assert isinstance(nan, VariantError)
+    assert isinstance(other, VariantError)
+    assert (died.reason, nan.reason, other.reason) == ("crash", "nan_logits", "error")
+    assert isinstance(busy, EngineBusyError)

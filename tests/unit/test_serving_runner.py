@@ -1,0 +1,164 @@
+"""The model runner and the sampler on a tiny random Llama: caches, continuation, replays, broken logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sentei.serving.engine.request import EngineRequest, Sampling, ScoreRequest
+from sentei.serving.engine.runner import ModelRunner
+from sentei.serving.engine.sampler import sample_token
+from sentei.serving.errors import BadLogitsError, EngineRefusedError
+
+PROMPT = tuple(range(5, 45))
+
+
+class FakeRetrofit:
+    """Remembers which rungs were set."""
+
+    def __init__(self) -> None:
+        self.rungs: list[str] = []
+
+    def set_rung(self, rung_id: str) -> None:
+        self.rungs.append(rung_id)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A random two-layer Llama in float64, where two ways to the same logits agree to many digits."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+        max_position_embeddings=256,
+    )
+    return LlamaForCausalLM(config).double().eval()
+
+
+def answer(runner: ModelRunner, request: EngineRequest) -> list[int]:
+    """Run one request to its end and drop it."""
+    ids = [*request.sent_ids, runner.prefill(request)[0].token_id]
+    while len(ids) < request.max_tokens:
+        ids.append(runner.decode(request.request_id)[0].token_id)
+    runner.drop(request.request_id)
+    return ids
+
+
+def greedy(model: Any, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+    """The same without any cache."""
+    ids = list(prompt)
+    for _ in range(num_tokens):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_cached_decode_equals_the_whole_forward(model: Any) -> None:
+    """Prefill and decode through the cache give the tokens that the plain model gives."""
+    assert answer(ModelRunner(model), EngineRequest("a", PROMPT, 8)) == greedy(model, PROMPT, 8)
+
+
+def test_requests_do_not_mix(model: Any) -> None:
+    """Two requests in turn, each with its own cache, get the tokens that each would get alone."""
+    runner = ModelRunner(model)
+    requests = [EngineRequest("a", PROMPT, 4), EngineRequest("b", PROMPT[::-1], 4)]
+    found = {r.request_id: [runner.prefill(r)[0].token_id] for r in requests}
+    for _ in range(3):
+        for name, ids in found.items():
+            ids.append(runner.decode(name)[0].token_id)
+
+    assert runner.num_caches == 2
+    assert [found["a"], found["b"]] == [greedy(model, r.prompt_ids, 4) for r in requests]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_continuation_goes_on_as_if_nothing_had_happened(model: Any, temperature: float) -> None:
+    """An answer continued behind its first tokens, greedy or sampled, is the answer in one go."""
+    runner, sampling = ModelRunner(model), Sampling(temperature=temperature, seed=3)
+    whole = answer(runner, EngineRequest("a", PROMPT, 8, sampling=sampling))
+
+    rest = answer(runner, EngineRequest("b", PROMPT, 8, sampling=sampling, sent_ids=tuple(whole[:5])))
+
+    assert rest == whole
+    assert runner.num_caches == 0
+
+
+@pytest.mark.parametrize(("prompt_chunk", "served_chunk"), [(None, None), (None, 1), (7, None), (13, 2)])
+def test_replay_is_the_same_in_any_chunks(
+    model: Any, prompt_chunk: int | None, served_chunk: int | None
+) -> None:
+    """However the sequence is cut, a replay of a greedy answer would have chosen each of its tokens."""
+    served = greedy(model, PROMPT, 6)
+    with torch.no_grad():
+        logits = model(torch.tensor([[*PROMPT, *served]])).logits[0].log_softmax(-1)
+
+    found = ModelRunner(model).score(
+        ScoreRequest(
+            "a",
+            (*PROMPT, *served),
+            len(PROMPT),
+            num_top=5,
+            prompt_chunk_tokens=prompt_chunk,
+            served_chunk_tokens=served_chunk,
+        )
+    )
+
+    assert list(found.argmax_ids) == served
+    assert [top[0] for top in found.top_ids] == served
+    expected = [float(logits[len(PROMPT) - 1 + i, token]) for i, token in enumerate(served)]
+    assert found.token_logprobs == pytest.approx(expected, abs=1e-5)
+    assert all(len(top) == 5 for top in found.top_logprobs)
+
+
+def test_rung_is_set_only_when_it_changes(model: Any) -> None:
+    """Requests at different rungs share a model; the rung is switched before the pass that needs it."""
+    retrofit = FakeRetrofit()
+    runner = ModelRunner(model, retrofit)
+    for name, rung in (("a", "mild"), ("b", "mild"), ("c", "dense")):
+        runner.prefill(EngineRequest(name, PROMPT, 4, rung_id=rung))
+    runner.decode("a")
+
+    assert retrofit.rungs == ["mild", "dense", "mild"]
+
+
+def test_rung_without_adapter_is_refused(model: Any) -> None:
+    """A dense-only model does not pretend to run a rung."""
+    with pytest.raises(EngineRefusedError, match="'medium'"):
+        ModelRunner(model).prefill(EngineRequest("a", PROMPT, 4, rung_id="medium"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_broken_logits_are_a_typed_error(value: float) -> None:
+    """NaN or infinite logits never become a token."""
+    logits = torch.tensor([0.0, value, 1.0])
+
+    with pytest.raises(BadLogitsError, match="1 of 3 logits"):
+        sample_token(logits, Sampling(), 0)
+
+
+def test_same_seed_same_token_and_top_p_cuts_the_tail() -> None:
+    """Draws repeat by seed and position, and never leave the nucleus."""
+    logits = torch.tensor([2.0, 1.9, -3.0, -3.0])
+    sampling = Sampling(temperature=1.0, top_p=0.9, seed=5)
+
+    drawn = [sample_token(logits, sampling, i).token_id for i in range(50)]
+
+    assert drawn == [sample_token(logits, sampling, i).token_id for i in range(50)]
+    assert set(drawn) == {0, 1}
+
+
+def test_logprobs_of_chosen_and_best() -> None:
+    """The chosen token's log-probability comes with as many alternatives as were asked for."""
+    found = sample_token(torch.tensor([0.0, 1.0, 0.0]), Sampling(num_top_logprobs=2), 0)
+
+    assert found.token_id == found.top[0][0] == 1
+    assert found.logprob == pytest.approx(found.top[0][1])
+    assert len(found.top) == 2

@@ -119,7 +119,7 @@ def _widen(lists: Tensor, mask: BlockMask) -> Tensor:
     if lists.dim() == 4:
         size.append(max(2, mask.num_k_blocks))
     wide = torch.zeros(size, dtype=torch.int32, device=lists.device)
-    wide[:, :, : lists.shape[2], ...].narrow(-1, 0, lists.shape[-1]).copy_(lists)
+    wide[:, :, : lists.shape[2], ...].narrow(-1, 0, lists.shape[-1]).copy_(lists.clamp(min=0))
     return wide
 
 

@@ -43,7 +43,7 @@ def test_density_is_a_share_of_the_causal_blocks(mask: BlockMask) -> None:
 
 
 @given(block_masks(), st.none() | st.integers(1, 400))
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=60)
 def test_flex_lists_hold_each_visible_block_once(mask: BlockMask, window: int | None) -> None:
     """Full blocks are visible in every token, partial ones are the rest, none is listed twice or lost."""
     lists = to_flex_lists(mask, window)
@@ -62,12 +62,12 @@ def test_flex_lists_hold_each_visible_block_once(mask: BlockMask, window: int | 
 
 
 def _unpack(counts: torch.Tensor, indices: torch.Tensor, mask: BlockMask) -> torch.Tensor:
-    dense = torch.zeros(*mask.counts.shape, mask.num_k_blocks, dtype=torch.bool)
-    for b, h, row in torch.cartesian_prod(*(torch.arange(size) for size in mask.counts.shape)).tolist():
-        listed = indices[b, h, row, : counts[b, h, row]].long()
-        assert listed.unique().numel() == listed.numel()
-        dense[b, h, row, listed] = True
-    return dense
+    counts, indices = counts[:, :, : mask.num_q_blocks], indices[:, :, : mask.num_q_blocks]
+    listed = torch.arange(indices.shape[3]) < counts[..., None]
+    times = torch.zeros(*mask.counts.shape, max(2, mask.num_k_blocks), dtype=torch.int32)
+    times.scatter_add_(-1, indices.long(), listed.to(torch.int32))
+    assert int(times.max()) <= 1
+    return times[..., : mask.num_k_blocks].bool()
 
 
 def _by_block(tokens: torch.Tensor, mask: BlockMask, *, every: bool) -> torch.Tensor:

@@ -1,111 +1,55 @@
-"""The compiled path answers to the definition, and one program serves every length."""
+"""The lists that FlexAttention reads, and what is compiled in; tests/integration/test_flex.py compiles."""
 
 from __future__ import annotations
 
-import threading
-
-import pytest
 import torch
-from torch._dynamo.utils import counters
-from torch.nn.functional import scaled_dot_product_attention
 
 from sentei.kernels.ops import flex
-from sentei.kernels.ops.attention import attend, dense_attend
 from sentei.kernels.ops.block_mask import BlockMask
-from sentei.kernels.ops.reference import attend_reference, token_mask
-from sentei.kernels.ops.registry import why_no_compiler
-from sentei.kernels.ops.tolerances import ERROR_FLOOR, allowed_error
 from tests.strategies_masks import random_mask
 
-pytestmark = [
-    pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler())),
-    pytest.mark.timeout(600),  # the first compile on a cold, busy machine
-    # torch 2.13 imports modules of its own that it has deprecated.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
-]
+
+def test_only_the_diagonal_is_partial() -> None:
+    """Blocks below the diagonal need no token mask."""
+    lists = flex.to_flex_lists(BlockMask.causal(256))
+
+    assert lists.full_counts.tolist() == [[[0, 1, 2, 3]]]
+    assert lists.partial_counts.tolist() == [[[1, 1, 1, 1]]]
+    assert lists.partial_indices[0, 0, :, 0].tolist() == [0, 1, 2, 3]
 
 
-def make_qkv(q_len: int, past: int = 0, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Random q with 4 heads, k and v with 2, of one head size, so that few programs are compiled."""
-    generator = torch.Generator().manual_seed(4)
-    sizes = ((4, q_len), (2, past + q_len), (2, past + q_len))
-    return [torch.randn(1, heads, length, 32, generator=generator).to(dtype) for heads, length in sizes]
+def test_a_window_makes_its_edge_partial() -> None:
+    """With a window of 100 keys the oldest blocks leave, and those across the edge need the token mask."""
+    lists = flex.to_flex_lists(BlockMask.causal(256), window=100)
+
+    assert lists.full_counts.tolist() == [[[0, 0, 0, 0]]]
+    assert lists.partial_counts.tolist() == [[[1, 2, 3, 3]]]
+    assert lists.partial_indices[0, 0, 3, :3].tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    ("q_len", "past"), [(63, 0), (65, 0), (111, 0), (1000, 0), (64, 0), (17, 300), (100, 311)]
-)
-@pytest.mark.parametrize("window", [None, 50, 512])
-def test_output_equals_the_definition(q_len: int, past: int, window: int | None) -> None:
-    """Awkward lengths, chunks with a past, and windows agree with the reference."""
-    q, k, v = make_qkv(q_len, past)
-    mask = random_mask(2, q_len, q_offset=past)
+def test_no_list_has_a_size_of_one() -> None:
+    """One token still gives lists of 2 x 2, as torch compiles sizes of 1 in."""
+    lists = flex.to_flex_lists(BlockMask.causal(1))
 
-    out, lse = attend(q, k, v, mask, window=window, backend="flex")
-
-    exact, _ = attend_reference(q, k, v, mask, scale=32**-0.5, window=window)
-    assert lse is None
-    assert float((out - exact).abs().max()) < ERROR_FLOOR[torch.float32]
+    assert lists.full_indices.shape == (1, 1, 2, 2)
+    assert lists.partial_counts.tolist() == [[[1, 0]]]
 
 
-def test_lengths_do_not_recompile() -> None:
-    """After the first call of a signature no length, offset or window compiles anything."""
-    attend(*make_qkv(100), random_mask(2, 100), backend="flex")
-    programs, graphs = flex.num_programs(), counters["stats"]["unique_graphs"]
+def test_the_example_has_no_two_sizes_alike() -> None:
+    """Sizes that are equal by chance in the example would be compiled in as always equal."""
+    q, k = torch.zeros(1, 4, 300, 32), torch.zeros(1, 2, 300, 32)
 
-    for q_len, past in (
-        (2, 0),
-        (63, 0),
-        (64, 0),
-        (128, 0),
-        (129, 0),
-        (300, 0),
-        (64, 64),
-        (200, 1),
-        (640, 640),
-    ):
-        attend(
-            *make_qkv(q_len, past), random_mask(2, q_len, q_offset=past), window=past or None, backend="flex"
-        )
+    example = flex._example(flex._signature(q, k, k, random_mask(2, 300), 1.0))
 
-    assert flex.num_programs() == programs
-    assert counters["stats"]["unique_graphs"] == graphs
+    sizes = [example[0].shape[2], example[1].shape[2], *example[4].shape[2:]]
+    assert len({*sizes, 1, 2, 4, 32, 64}) == len(sizes) + 5
 
 
-def test_nothing_selected_gives_zeros() -> None:
-    """Rows without a block give zeros, never NaN."""
-    mask = BlockMask.from_dense(torch.zeros(1, 2, 2, 2, dtype=torch.bool), q_len=100, kv_len=100)
+def test_what_is_compiled_in_does_not_depend_on_lengths() -> None:
+    """Another length, offset or list width asks for the same program."""
+    q, k = torch.zeros(1, 4, 300, 32), torch.zeros(1, 2, 300, 32)
+    first = flex._signature(q, k, k, random_mask(2, 300), 1.0)
 
-    out, _ = attend(*make_qkv(100), mask, backend="flex")
+    second = flex._signature(q[:, :, :65].clone(), k, k, random_mask(2, 65, q_offset=235), 1.0)
 
-    assert not out.any()
-
-
-def test_low_precision_error_is_at_most_twice_torchs_own() -> None:
-    """bf16 inputs may lose at most twice what torch's own operator loses against fp32."""
-    q, k, v = make_qkv(111, dtype=torch.bfloat16)
-    mask = random_mask(2, 111, share=1.0)
-    allowed = token_mask(mask.to_dense()[0, 0], mask, None)
-
-    out, _ = attend(q, k, v, mask, backend="flex")
-
-    plain = scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
-    exact, _ = attend_reference(q.float(), k.float(), v.float(), mask, scale=32**-0.5)
-    assert out.dtype == torch.bfloat16
-    assert float((out.float() - exact).abs().max()) <= allowed_error(plain, exact)
-
-
-def test_a_worker_thread_compiles_and_keeps_gradients_out() -> None:
-    """A thread beside the main one, tensors that want gradients, heads in another memory order."""
-    q, k, v = (
-        tensor.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in make_qkv(150)
-    )
-    results: list[torch.Tensor] = []
-
-    thread = threading.Thread(target=lambda: results.append(dense_attend(q, k, v, window=60, backend="flex")))
-    thread.start()
-    thread.join()
-
-    exact, _ = attend_reference(q, k, v, BlockMask.causal(150), scale=32**-0.5, window=60)
-    assert not results[0].requires_grad
-    assert float((results[0] - exact).abs().max()) < ERROR_FLOOR[torch.float32]
+    assert first == second

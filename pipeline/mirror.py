@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 
-from sentei.pipeline.report import build_report, render_html, render_json
-
 from sentei.monitors.errors import StoreError
 from sentei.monitors.means import read_means
 from sentei.monitors.records import DriftResult, Rollout
 from sentei.monitors.store import Store
 from sentei.pipeline.events import Event, EventLog
+from sentei.pipeline.report import build_report, render_html, render_json
 from sentei.pipeline.tracking import MetricPoint, RunSpec, Tracker, TrackingError
 from sentei.policies.engine import routing
 from sentei.policies.load import load_policy
@@ -116,7 +115,7 @@ class Mirror:
             self._tracker.finish(run, last.event.at_s, is_ok=last.state.outcome == "promoted")
 
     def _finish(self, parent: str, rollout: Rollout, moment: Moment) -> None:
-        report = build_report(self._store, rollout.rollout_id)
+        report = build_report(self._store, rollout.rollout_id, upto_event=moment.event.seq)
         self._tracker.save_text(parent, render_html(report), "reports/comparison.html")
         self._tracker.save_text(parent, render_json(report), "reports/comparison.json")
         self._tracker.finish(parent, moment.event.at_s, is_ok=moment.state.outcome == "promoted")

@@ -114,11 +114,15 @@ def build_report(
     now_s: float | None = None,
     price: Price | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    upto_event: int | None = None,
 ) -> Report:
-    """Gather a rollout's report from the store; `evaluation` is the document of `sentei evaluate`."""
+    """Gather a rollout's report from the store; `evaluation` is the document of `sentei evaluate`.
+
+    With `upto_event` the report holds what was known when that event was decided, however late it is made.
+    """
     rollout = store.read_rollout(rollout_id)
     log = EventLog(store)
-    events = list(log.read(rollout_id))
+    events = [event for event in log.read(rollout_id) if upto_event is None or event.seq <= upto_event]
     if rollout is None or not events:
         known = ", ".join(repr(r.rollout_id) for r in store.read_rollouts()) or "none"
         raise ReportError(f"rollout {rollout_id!r} has no events in {store.url}; the store holds: {known}.")
@@ -127,6 +131,10 @@ def build_report(
     last = states[-1]
     shares = [_share(policy, state) for state in states]
     requests, audits = store.read_requests(rollout_id), store.read_audits(rollout_id)
+    drift = [result for _, result in store.read_drift(rollout_id)]
+    if upto_event is not None:
+        requests, audits = ([row for row in rows if row["seq"] <= last.cursor] for rows in (requests, audits))
+        drift = [result for result in drift if result.at_s <= events[-1].at_s]
     slices = slice_figures(requests, [item.id for item in policy.spec.slices.buckets])
     saved = savings(slices, audits)
     outcome = last.outcome or last.phase
@@ -150,7 +158,7 @@ def build_report(
         quality=quality_figures(audits),
         savings=saved,
         audit=audit_overhead(requests, audits),
-        drift=tuple(result for _, result in store.read_drift(rollout_id)),
+        drift=tuple(drift),
         timeline=_timeline(events, states, shares),
         shares=tuple((event.at_s, share) for event, share in zip(events, shares, strict=True)),
         num_events=len(events),

@@ -21,37 +21,7 @@ from sentei.pipeline.rollout import (
 )
 from sentei.policies.engine import QuarantineError
 from sentei.policies.load import PolicyError, load_policy
-from tests.fakes_records import ROLLOUT, FlakyStore, make_audit, make_request
-
-START_S = 1000.0
-POLICY = """
-apiVersion: sentei/v1
-kind: RolloutPolicy
-metadata: {name: test}
-spec:
-  ladder: [{id: medium}]
-  slices:
-    by: prompt_tokens
-    buckets: [{id: long, range: [0, 32768]}]
-  assignment: {unit: session_id, salt: test}
-  stages:
-    - {id: shadow, share: 0, rung: medium}
-    - {id: half, share: 50%, rung: medium}
-    - {id: full, share: 95%, rung: medium, bake: 2s}
-  advance: {need: all_safe, min_units: 20}
-  audit: {select: {fraction: 1.0}}
-  guardrails:
-    items:
-      - {id: agree, value: audit.token_disagreement, bound: {excess_over_floor: 0.10, floor_cap: 0.10},
-         test: betting_paired, action: rollback}
-  breaker:
-    variant: {window: 30s, min_requests: 10, failure_share: 50%}
-  data:
-    max_age: 60s
-    no_data: {grace: 60s, after: 300s}
-    monitor_lease: 3s
-  schedule: {check_every: 1s}
-"""
+from tests.fakes_records import POLICY, ROLLOUT, START_S, FlakyStore, make_audit, make_request
 
 
 @pytest.fixture

@@ -1,0 +1,144 @@
+"""The mirror: the whole story reaches the tracker, however often it was away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sentei.monitors.records import DriftResult
+from sentei.monitors.store import Store
+from sentei.pipeline.mirror import Mirror
+from sentei.pipeline.rollout import RolloutRunner, RunnerOptions, start_rollout
+from tests.fakes_records import POLICY, ROLLOUT, START_S, FakeTracker, make_audit, make_request
+
+PARENT = f"sentei-rollouts/rollout:{ROLLOUT}"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """A store in a file of its own."""
+    with Store.open(f"sqlite:///{tmp_path}/state.db") as opened:
+        yield opened
+
+
+def play(store: Store, seconds: int, mirror: Mirror | None = None, **changes: Any) -> RolloutRunner:
+    """Traffic and ticks; the mirror runs after each tick if there is one."""
+    start_rollout(store, POLICY, now_s=START_S, rollout_id=ROLLOUT, about={"model": "pocket"})
+    runner = RolloutRunner.open(store, ROLLOUT, RunnerOptions("me"))
+    for second in range(seconds):
+        for i in range(second * 8, second * 8 + 8):
+            store.add_request(make_request(i, at_s=START_S + second, share=0.5))
+            store.add_audit(make_audit(i, at_s=START_S + second, **changes))
+        runner.tick(START_S + second + 0.5)
+        if mirror:
+            mirror.run_once()
+    return runner
+
+
+def test_rollout_is_one_run_with_a_run_per_stage(store: Store) -> None:
+    """A promoted rollout: parent with params and report, children in order, all ended."""
+    play(store, 15)
+    tracker = FakeTracker()
+
+    result = Mirror(store, tracker).run_once()
+
+    parent = tracker.runs[PARENT]
+    assert result.reason == ""
+    assert parent["params"]["model"] == "pocket"
+    assert (parent["status"], parent["tags"]["outcome"], parent["name"]) == ("FINISHED", "promoted", ROLLOUT)
+    assert set(parent["artifacts"]) == {
+        "policy/policy.yaml",
+        "reports/comparison.html",
+        "reports/comparison.json",
+    }
+    children = [run for run in tracker.runs.values() if run["parent"] == PARENT]
+    assert [child["name"] for child in children] == ["shadow", "half", "full"]
+    assert [child["status"] for child in children] == ["FINISHED"] * 3
+
+
+def test_share_and_evidence_are_charts_over_events(store: Store) -> None:
+    """Every event is one step with the share, the evidence and the means of what it has read."""
+    play(store, 15)
+    tracker = FakeTracker()
+    Mirror(store, tracker).run_once()
+
+    metrics = tracker.runs[PARENT]["metrics"]
+
+    shares = [m.value for m in sorted((m for m in metrics if m.name == "policy/share"), key=lambda m: m.step)]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0.0, 0.95)
+    names = {m.name for m in metrics}
+    assert {"evidence/agree/long/log_e_safe", "evidence/agree/long/mean"} <= names
+    assert {"quality/kl", "latency/ttft_ms_sparse", "serve/failed_share_sparse"} <= names
+
+
+def test_rolled_back_rollout_is_a_failed_run_that_names_the_guardrail(store: Store) -> None:
+    """The runs show at a glance that it failed, and by what."""
+    play(store, 10, token_disagreement=0.6)
+    tracker = FakeTracker()
+
+    Mirror(store, tracker).run_once()
+
+    tags = tracker.runs[PARENT]["tags"]
+    assert (tags["outcome"], tags["by"]) == ("rolled_back", "agree")
+    assert tracker.runs[PARENT]["status"] == "FAILED"
+    assert tracker.runs[f"sentei-rollouts/rollout:{ROLLOUT}:stage:shadow:0"]["status"] == "FAILED"
+
+
+@pytest.mark.parametrize("failures", [1, 2, 5, 17])
+def test_tracker_that_was_away_ends_with_the_same_content(tmp_path: Path, failures: int) -> None:
+    """Ticks go on while the tracker fails, at any call; in the end it holds what it would have held."""
+    contents = []
+    for num_failures in (0, failures):
+        tracker = FakeTracker(num_failures)
+        with Store.open(f"sqlite:///{tmp_path}/{num_failures}.db") as store:
+            play(store, 15, Mirror(store, tracker))
+            while Mirror(store, tracker).run_once().reason:
+                pass
+        contents.append(tracker.runs)
+
+    assert contents[0] == contents[1]
+
+
+def test_tracker_that_is_away_gives_a_reason_and_keeps_the_cursor(store: Store) -> None:
+    """Nothing is skipped: the next run begins where this one could not."""
+    play(store, 3)
+    tracker = FakeTracker(failures=1)
+    mirror = Mirror(store, tracker)
+
+    away, back, idle = mirror.run_once(), mirror.run_once(), mirror.run_once()
+
+    assert (away.num_events, away.reason) == (0, "the fake tracker is away")
+    assert back.num_events > 0
+    assert (idle.num_events, idle.reason) == (0, "")
+
+
+def test_mirror_of_a_new_process_goes_on(store: Store) -> None:
+    """The cursor is in the store: a restarted mirror repeats nothing."""
+    play(store, 3)
+    tracker = FakeTracker()
+    Mirror(store, tracker).run_once()
+
+    assert Mirror(store, tracker).run_once().num_events == 0
+
+
+def test_drift_reports_are_kept_with_the_rollout(store: Store, tmp_path: Path) -> None:
+    """Evidently's page becomes an artifact, its score a chart; a page that is gone is no error."""
+    play(store, 1)
+    page = tmp_path / "kl-0001.html"
+    page.write_text("<html>drift")
+    store.add_drift(DriftResult(ROLLOUT, "kl", 1.0, "drift", 3.0, 2.0, 10, 1, html_path=str(page)))
+    store.add_drift(
+        DriftResult(ROLLOUT, "kl", 2.0, "error", None, None, 10, 2, html_path=str(tmp_path / "gone"))
+    )
+    tracker = FakeTracker()
+
+    result = Mirror(store, tracker).run_once()
+
+    run = tracker.runs[PARENT]
+    assert result.num_drift == 2
+    assert run["artifacts"]["evidently/kl-0001.html"] == "<html>drift"
+    assert sorted(m.value for m in run["metrics"] if m.name == "drift/kl/is_drift") == [0.0, 1.0]

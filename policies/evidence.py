@@ -125,8 +125,10 @@ def _beta_binomial_log_e(hits: int, units: int, bound: float, direction: Directi
     a, b = PRIOR_STRENGTH * bound, PRIOR_STRENGTH * (1 - bound)
     post_a, post_b = a + hits, b + units - hits
     tail = betaincc if direction == "harm" else betainc
-    share = max(float(tail(post_a, post_b, bound)), 1e-300) / float(tail(a, b, bound))
-    mixture = float(betaln(post_a, post_b) - betaln(a, b)) + math.log(share)
+    left = float(tail(post_a, post_b, bound))
+    if left < 1e-290:  # the units lie so far on the null's side that a float cannot hold how little is left
+        return -_FAR
+    mixture = float(betaln(post_a, post_b) - betaln(a, b)) + math.log(left / float(tail(a, b, bound)))
     return mixture - hits * math.log(bound) - (units - hits) * math.log1p(-bound)
 
 

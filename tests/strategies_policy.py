@@ -163,8 +163,8 @@ class Story:
         for _ in range(limit):
             if self.state.stage_id == stage_id:
                 return
-            self.good_tick()
-            self.good_tick(commands=self.order("approve", by="ann"))
+            gate = self.policy.stage(self.state.stage_id).approval
+            self.good_tick(commands=self.order("approve", by="ann") if gate else ())
         raise AssertionError(f"{stage_id} was not reached, but {self.state.stage_id}")
 
     def order(self, kind: str, by: str = "ann") -> tuple[Command, ...]:
@@ -196,7 +196,9 @@ def observation_lists(draw: st.DrawFn, max_size: int = 30) -> tuple[Observation,
     return tuple(
         Observation(
             seq=index + 1,
-            value_name=draw(st.sampled_from(["audit.kl", "audit.token_disagreement", "serve.failed", "other"])),
+            value_name=draw(
+                st.sampled_from(["audit.kl", "audit.token_disagreement", "serve.failed", "other"])
+            ),
             slice_id=draw(st.sampled_from(["short", "mid", "long", "nowhere"])),
             rung_id=draw(st.sampled_from(["mild", "medium", "dense"])),
             session_id=f"s{index}",
@@ -219,14 +221,18 @@ def signal_lists(draw: st.DrawFn, max_ticks: int = 12) -> list[Signals]:
         items = draw(observation_lists(max_size=6))
         items = tuple(replace(item, seq=cursor + item.seq) for item in items)
         cursor += len(items) + 1
-        kinds = draw(st.lists(st.sampled_from(["pause", "resume", "approve", "retry", "abort", "jump"]), max_size=1))
+        kinds = draw(
+            st.lists(st.sampled_from(["pause", "resume", "approve", "retry", "abort", "jump"]), max_size=1)
+        )
         commands = tuple(Command(command_seq + i + 1, kind, "ann") for i, kind in enumerate(kinds))
         command_seq += len(commands)
         ticks.append(
             Signals(
                 observations=items,
                 health=draw(st.sampled_from([(), sparse_health(50, 1), sparse_health(50, 40)])),
-                drift=draw(st.sampled_from([(), drift("drift", cursor), drift("clear", cursor), drift("error", 0)])),
+                drift=draw(
+                    st.sampled_from([(), drift("drift", cursor), drift("clear", cursor), drift("error", 0)])
+                ),
                 traffic=draw(st.sampled_from([(), (SliceTraffic("mid", 0.5, 5, 10),)])),
                 commands=commands,
                 cursor=cursor,

@@ -1,0 +1,196 @@
+"""Properties that hold for any world: any data, silence, drift, orders and failures, in any order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sentei.policies.engine import decide, initial_state, routing, state_from_json, state_to_json
+from sentei.policies.evidence import (
+    SRM_TILTS,
+    BetaBinomial,
+    Betting,
+    Detector,
+    Split,
+    betting_paths,
+    update_all,
+)
+from sentei.policies.judge import GuardrailReport
+from sentei.policies.machine import Phase
+from sentei.policies.schema import Policy
+from sentei.policies.signals import Observation, Signals, Verdict
+from tests.strategies_policy import (
+    Story,
+    make_policy,
+    monday,
+    observation_lists,
+    rerun,
+    signal_lists,
+    unit_values,
+    without_approval,
+)
+
+
+@lru_cache
+def policy() -> Policy:
+    """The policy of these tests, loaded once."""
+    return make_policy(without_approval)
+
+
+def shares(state: object) -> list[float]:
+    """The candidate share of every slice."""
+    return [route.share for route in routing(policy(), state).routes]  # type: ignore[arg-type]
+
+
+@settings(max_examples=60)
+@given(signal_lists())
+def test_any_order_of_events_keeps_the_machine_legal(ticks: list[Signals]) -> None:
+    """Whatever happens: a known phase, a known stage, shares in [0, 1), pinned slices dense, versions never fall."""
+    for before, decision in rerun(policy(), ticks):
+        state = decision.state
+        assert state.phase in set(Phase)
+        assert policy().stage_index(state.stage_id) <= policy().stage_index(before.stage_id) + 1
+        assert all(0 <= share < 1 for share in shares(state))
+        assert shares(state)[0] == 0
+        assert state.version >= before.version
+        assert decision.reason
+        if state.phase == Phase.ROLLED_BACK:
+            assert state.outcome == "rolled_back"
+            assert shares(state) == [0, 0, 0]
+
+
+@settings(max_examples=60)
+@given(signal_lists())
+def test_a_guardrail_that_cannot_pass_never_raises_a_share(ticks: list[Signals]) -> None:
+    """If any required verdict stands in the way, no slice's share is higher after the tick."""
+    for before, decision in rerun(policy(), ticks):
+        if any(not report.can_advance for report in decision.verdicts):
+            assert all(new <= old for new, old in zip(shares(decision.state), shares(before), strict=True))
+
+
+@settings(max_examples=60)
+@given(signal_lists())
+def test_there_is_no_way_to_safe_without_units(ticks: list[Signals]) -> None:
+    """SAFE and HARM rest on at least one measured unit, and NO_DATA is what zero units are called."""
+    for _, decision in rerun(policy(), ticks):
+        for report in decision.verdicts:
+            if report.verdict in (Verdict.SAFE, Verdict.HARM):
+                assert report.units > 0
+            if report.units == 0 and report.missing == 0:
+                assert report.verdict is Verdict.NO_DATA
+
+
+@settings(max_examples=40)
+@given(signal_lists(), st.integers(0, 11))
+def test_a_restart_at_any_tick_goes_on_with_the_same_bytes(ticks: list[Signals], at: int) -> None:
+    """Saving and loading the state at one tick changes nothing that follows."""
+    straight = rerun(policy(), ticks)[-1][1].state
+    state = initial_state(policy(), "r1", monday())
+    for index, signals in enumerate(ticks):
+        if index == at:
+            state = state_from_json(state_to_json(state))
+        state = decide(policy(), state, signals, monday() + 10.0 * (index + 1)).state
+
+    assert state_to_json(state) == state_to_json(straight)
+
+
+@settings(max_examples=40)
+@given(signal_lists())
+def test_the_same_inputs_give_the_same_decision(ticks: list[Signals]) -> None:
+    """decide has no memory of its own."""
+    assert rerun(policy(), ticks) == rerun(policy(), ticks)
+
+
+@settings(max_examples=60)
+@given(observation_lists())
+def test_feeding_in_ticks_or_at_once_gives_the_same_evidence(items: tuple[Observation, ...]) -> None:
+    """How observations fall into ticks does not matter to the evidence they are."""
+
+    def fold(chunks: list[tuple[Observation, ...]]) -> bytes:
+        state = initial_state(policy(), "r1", monday())
+        for chunk in chunks:
+            cursor = max((item.seq for item in chunk), default=state.cursor)
+            state = decide(
+                policy(), state, Signals(chunk, cursor=cursor, newest_data_at_s=monday()), monday()
+            ).state
+        return repr((state.cells, state.outcome)).encode()
+
+    at_once = fold([items])
+    one_by_one = fold([(item,) for item in items])
+
+    if b"rolled_back" not in one_by_one and b"rolled_back" not in at_once:
+        assert at_once == one_by_one
+
+
+@settings(max_examples=60)
+@given(st.lists(unit_values, min_size=1, max_size=40), st.data())
+def test_more_harm_never_delays_a_rollback(values: list[float], data: st.DataObject) -> None:
+    """If a stream is rolled back, so is every stream with one unit made worse, and not later."""
+    at = data.draw(st.integers(0, len(values) - 1))
+    worse = list(values)
+    worse[at] = 1.0
+
+    def ticks_to_harm(stream: list[float]) -> int:
+        story = Story(policy())
+        for index, value in enumerate(stream):
+            seen = story.audits(1, slices=("mid",), value_name="audit.kl", value=2 * value, floor=0.0)[:1]
+            if story.tick(seen).state.slice_state("mid").is_dense:
+                return index
+        return len(stream)
+
+    # A worse unit also makes the bets that follow it smaller, by less than one unit is worth.
+    assert ticks_to_harm(worse) <= ticks_to_harm(values) + 1
+
+
+@given(st.lists(unit_values, max_size=60), st.integers(0, 60))
+def test_every_state_restarts_where_it_stopped(values: list[float], at: int) -> None:
+    """Streaming in two parts is streaming in one, for each kind of evidence."""
+    hits = [float(value > 0.5) for value in values]
+    for start in (Betting(0.2, "harm", 0.05), Betting(0.2, "safe", 0.05, 0.9)):
+        assert update_all(update_all(start, values[:at]), values[at:]) == update_all(start, values)
+    watch = Detector(0.2)
+    assert update_all(update_all(watch, values[:at]), values[at:]) == update_all(watch, values)
+    counts = BetaBinomial(0.2, "safe")
+    assert update_all(update_all(counts, hits[:at]), hits[at:]) == update_all(counts, hits)
+
+
+@given(st.lists(unit_values, min_size=1, max_size=60), st.data())
+def test_a_betting_path_only_depends_on_the_past(values: list[float], data: st.DataObject) -> None:
+    """Changing a later unit leaves every earlier point of the path alone: bets are predictable."""
+    import numpy as np
+
+    at = data.draw(st.integers(0, len(values) - 1))
+    other = [*values[:at], 1.0 - values[at], *values[at + 1 :]]
+
+    first = betting_paths(np.array([values]), bound=0.3, direction="harm", alpha=0.05)[0, :at]
+    second = betting_paths(np.array([other]), bound=0.3, direction="harm", alpha=0.05)[0, :at]
+
+    assert first.tolist() == second.tolist()
+
+
+@given(st.integers(0, 50), st.integers(0, 50), st.floats(0.01, 0.99))
+def test_the_sample_ratio_evidence_is_a_likelihood_ratio_average(
+    hits: int, misses: int, share: float
+) -> None:
+    """Summed over all outcomes of one coin, weighted by the null, the evidence averages to exactly one."""
+    start = Split.start(SRM_TILTS).update(hits, hits + misses, share)
+
+    import math
+
+    up, down = start.update(1, 1, share), start.update(0, 1, share)
+    average = share * math.exp(up.log_e - start.log_e) + (1 - share) * math.exp(down.log_e - start.log_e)
+
+    assert abs(average - 1) < 1e-9
+
+
+def test_reports_say_what_they_need() -> None:
+    """A report that is not required never stands in the way; a required one without units always does."""
+    story = Story(policy())
+    reports: dict[str, GuardrailReport] = {item.id: item for item in story.tick().verdicts}
+
+    assert reports["errors"].can_advance
+    assert not reports["agree"].can_advance
+    assert replace(reports["errors"], is_required=True).can_advance is False

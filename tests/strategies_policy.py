@@ -79,7 +79,7 @@ def without_approval(document: dict[str, Any]) -> None:
 
 
 class Story:
-    """A rollout that is told tick by tick; every tick goes through the state's bytes in tests that ask for it."""
+    """A rollout that is told tick by tick."""
 
     def __init__(self, policy: Policy, now_s: float | None = None) -> None:
         self.policy = policy
@@ -90,7 +90,7 @@ class Story:
     def audits(
         self, count: int, *, excess: float = 0.0, slices: tuple[str, ...] = ("mid", "long"), **changes: Any
     ) -> tuple[Observation, ...]:
-        """`count` audited sessions per slice, each with KL (twice the excess), disagreement and compute ratio."""
+        """`count` audited sessions per slice: KL (twice the excess), disagreement and compute ratio."""
         stage = self.policy.stage(self.state.stage_id)
         found = []
         for slice_id in slices:

@@ -48,7 +48,7 @@ def shares(state: object) -> list[float]:
 @settings(max_examples=60)
 @given(signal_lists())
 def test_any_order_of_events_keeps_the_machine_legal(ticks: list[Signals]) -> None:
-    """Whatever happens: a known phase, a known stage, shares in [0, 1), pinned slices dense, versions never fall."""
+    """A known phase, a known stage, shares in [0, 1), pinned slices dense, versions never fall."""
     for before, decision in rerun(policy(), ticks):
         state = decision.state
         assert state.phase in set(Phase)

@@ -1,4 +1,4 @@
-"""decide(): the order of evaluation as a truth table, a breach in every waiting state, and each order of an operator."""
+"""decide(): the order as a truth table, a breach in every waiting state, each order of an operator."""
 
 from __future__ import annotations
 
@@ -442,7 +442,7 @@ def test_an_order_that_cannot_be_obeyed_is_refused_with_a_reason(kind: str, by: 
 
     decision = story.good_tick(commands=story.order(kind, by))
 
-    assert [action.kind for action in decision.actions][0] == "refuse"
+    assert decision.actions[0].kind == "refuse"
     assert text in decision.actions[0].detail
     assert decision.state.command_seq == 1
 
@@ -488,7 +488,7 @@ def test_an_order_is_obeyed_once() -> None:
 
 
 def test_a_retry_waits_starts_afresh_and_is_limited() -> None:
-    """Cool-off first, then the first stage with no evidence and the quarantine released, and only so often."""
+    """Cool-off first, then the first stage without evidence, quarantine released, and only so often."""
     story = staged()
     story.tick(commands=story.order("abort"))
     early = story.tick(commands=story.order("retry"))
@@ -559,7 +559,7 @@ def test_a_restart_at_every_tick_gives_the_same_bytes() -> None:
 
 
 def test_the_breaker_trips_on_a_share_of_failures_and_on_lost_replicas() -> None:
-    """Enough requests that mostly fail, or no replica for long enough; in shadow there is nobody to protect."""
+    """Enough requests that mostly fail, or no replica for long; in shadow there is nobody to protect."""
     story = staged()
     few = story.tick(story.audits(1), health=sparse_health(9, 9))
     gone = story.tick(story.audits(1), health=sparse_health(0, 0, replicas=0))

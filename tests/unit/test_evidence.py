@@ -1,4 +1,4 @@
-"""The statistics: the table of reference/rollout.md 5.1, streaming = batch, and what each number guarantees."""
+"""The statistics: the table of reference/rollout.md 5.1, streaming = batch, what each guarantees."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_an_impossible_assignment_is_a_mismatch_at_once(hits: int, probability: 
 
 
 def test_event_split_proves_a_higher_rate_without_denominators() -> None:
-    """At three times the control's failure rate the events lean to the candidate; at the same rate they do not."""
+    """At three times the control's rate the events lean to the candidate; at the same rate they do not."""
     rng = np.random.default_rng(4)
     share, ratio = 0.5, 1.25
     null = share * ratio / (share * ratio + 1 - share)
@@ -230,7 +230,7 @@ def test_a_mean_needs_a_unit() -> None:
 
 
 def test_units_to_prove_knows_what_cannot_be_proven() -> None:
-    """A value on the wrong side of its bound is never proven; one on the right side is, sooner the further."""
+    """The wrong side of a bound is never proven; the right side is, sooner the further away."""
     arguments = {"bound": 0.1, "alpha": 0.05, "cut": 0.9}
 
     assert units_to_prove(0.2, direction="safe", **arguments) is None  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""One guardrail and its evidence to one verdict: every verdict, its limits, its two numbers; and the error budget."""
+"""One guardrail and its evidence to one verdict: its limits, its two numbers; and the error budget."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_kl_is_capped() -> None:
 
 
 def test_a_latency_limit_becomes_a_proportion() -> None:
-    """Values over the limit are events, an endless wait is one of them, and the share is compared with the bound."""
+    """Values over the limit are events, an endless wait is one of them; their share is bounded."""
     story = Story(with_gates(SLO))
     story.run_to("half")
     slow = story.served(3, value_name="serve.ttft_ms", value=math.inf)

@@ -38,7 +38,7 @@ def test_a_shipped_policy_loads_and_starts_dense(name: str) -> None:
 
     assert policy.metadata.name == name
     assert all(route.share == 0 for route in table.routes)
-    assert [route.min_tokens for route in table.routes][0] == 0
+    assert table.routes[0].min_tokens == 0
 
 
 def play(

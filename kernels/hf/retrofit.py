@@ -5,7 +5,7 @@ the attention modules to learn which KV cache a call belongs to, and takes all o
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -29,6 +29,8 @@ from sentei.kernels.scorer.selection import cut_queries, score_blocks, select_bl
 
 Base = Literal["sdpa", "flex"]
 AttentionResult = tuple[torch.Tensor, None]
+# Chooses blocks in place of the learned scorer, from (layer, q, k): for baselines.
+Selector = Callable[[LayerInfo, torch.Tensor, torch.Tensor], BlockMask]
 _serial = itertools.count(1)
 
 
@@ -44,6 +46,7 @@ class Retrofit:
         self.adapter = adapter
         self.base = base
         self.fault = fault
+        self.selector: Selector | None = None
         self._ladder = adapter.ladder if adapter is not None else dense_ladder()
         self._layers = _match_layers(model, adapter)
         self._rung = self._ladder.find(rung)
@@ -71,6 +74,10 @@ class Retrofit:
         """Switch to another rung, from the next forward pass on."""
         self._rung = self._ladder.find(rung_id)
         self._thresholds = self._read_thresholds()
+
+    def set_selector(self, selector: Selector | None) -> None:
+        """Choose blocks by another rule than the learned scorer's, or by the scorer again."""
+        self.selector = selector
 
     def set_fault(self, fault: Fault | None) -> None:
         """Plant a fault, or take it out."""
@@ -175,7 +182,10 @@ class Retrofit:
         value: torch.Tensor,
         pooled: torch.Tensor,
     ) -> AttentionResult:
-        mask = self._select(layer, query, key, pooled)
+        if self.selector is not None:
+            mask = self.selector(layer, query, key)
+        else:
+            mask = self._select(layer, query, key, pooled)
         self._stats.add(LayerCall(layer.index, query.shape[2], key.shape[2], "sparse", float(mask.density())))
         out, _ = attend(query, key, value, mask, scale=layer.scale)
         return out.transpose(1, 2).contiguous(), None

@@ -1,0 +1,98 @@
+"""Other ways to choose blocks, at the same density, so that the learned scorer has something to beat."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sentei.kernels.hf.models import LayerInfo
+from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.block_mass import block_mass
+from sentei.kernels.scorer.features import RotaryTable, pool_tokens
+from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.kernels.scorer.selection import (
+    Thresholds,
+    cut_queries,
+    forced_blocks,
+    score_blocks,
+    select_blocks,
+)
+
+Kind = Literal["untrained", "local", "oracle"]
+KINDS: tuple[Kind, ...] = ("untrained", "local", "oracle")
+
+
+@dataclass(frozen=True, slots=True)
+class RankSelector:
+    """Keeps a layer's best-scored blocks up to a density; sink and diagonal are kept as in ours.
+
+    `untrained` is the scorer before training, `local` the nearest blocks, `oracle` the true mass of the
+    neediest row. The threshold is read off the text itself, which favours these baselines.
+    """
+
+    kind: Kind
+    density_by_layer: Mapping[int, float]
+    shapes: Mapping[int, ScorerShape]
+    table: RotaryTable
+
+    def __call__(self, layer: LayerInfo, q: torch.Tensor, k: torch.Tensor) -> BlockMask:
+        """Return the mask for one prefill."""
+        block = self.shapes[layer.index].block_tokens
+        q_offset = k.shape[2] - q.shape[2]
+        scores, starts = self._score(layer, q, k, q_offset)
+        threshold = self._threshold(scores, starts, self.density_by_layer[layer.index], q_offset + q.shape[2])
+        return select_blocks(
+            scores,
+            Thresholds(torch.tensor([[threshold]]), ()),
+            starts=starts,
+            q_len=q.shape[2],
+            kv_len=k.shape[2],
+            q_offset=q_offset,
+            block_q=block,
+            block_k=block,
+        )
+
+    def _score(
+        self, layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, q_offset: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = self.shapes[layer.index]
+        blocks = cut_queries(q, self.table, block_tokens=shape.block_tokens, q_offset=q_offset)
+        if self.kind == "untrained":
+            scorer = BlockScorer(shape, layer.scale)
+            pooled = pool_tokens(k, shape.pool_tokens)
+            with torch.no_grad():
+                keys = scorer.encode_keys(pooled, pooled)
+                return score_blocks(scorer, blocks, k, keys, q_len_end=k.shape[2]), blocks.starts
+        num_k = -(-k.shape[2] // shape.block_tokens)
+        if self.kind == "local":
+            own = blocks.starts // shape.block_tokens
+            near = (torch.arange(num_k) - own[:, None]).float()
+            return near.expand(q.shape[0], q.shape[1], *near.shape).clone(), blocks.starts
+        return self._true_needs(layer, q, k, num_k, len(blocks.starts)), blocks.starts
+
+    def _true_needs(
+        self, layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, num_k: int, num_q: int
+    ) -> torch.Tensor:
+        size = self.shapes[layer.index].block_tokens
+        offset = k.shape[2] - q.shape[2]
+        needs = torch.empty(q.shape[0], q.shape[1], num_q, num_k)
+        for i in range(num_q):
+            rows = torch.arange(i * size, min((i + 1) * size, q.shape[2]))
+            _, mass = block_mass(q, k, scale=layer.scale, block_k=size, rows=rows, q_offset=offset)
+            needs[:, :, i] = mass.amax(dim=2)
+        return needs.log()
+
+    def _threshold(self, scores: torch.Tensor, starts: torch.Tensor, density: float, q_end: int) -> float:
+        size = next(iter(self.shapes.values())).block_tokens
+        forced = forced_blocks(starts, scores.shape[-1], q_end=q_end, block_q=size, block_k=size)
+        own = starts // size
+        is_open = (torch.arange(scores.shape[-1]) < own[:, None]) & ~forced
+        heads = scores.shape[0] * scores.shape[1]
+        budget = int(density * float((own + 1).sum()) * heads) - int(forced.sum()) * heads
+        ranked = scores[:, :, is_open].flatten()
+        if budget <= 0:
+            return float("inf")
+        if budget >= ranked.numel():
+            return float("-inf")
+        return float(ranked.kthvalue(ranked.numel() - budget).values)

@@ -1,0 +1,219 @@
+"""Calibrate: turn scores into a ladder of rungs, and verify each rung on text that it was not tuned on.
+
+A rung aims at a density. Per layer and length bin, one mass-share threshold over all heads is read off the
+quantile of held-out scores that gives this density. A KV group that would drop more true attention mass
+than the rung's bound gets a lower threshold of its own, so the bound holds on the calibration text.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from sentei.kernels.hf.adapter import Adapter, save_ladder
+from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
+from sentei.kernels.hf.models import rotary_tables
+from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.scorer.network import BlockScorer
+from sentei.pipeline.capture import LayerRecord, Progress, Records, capture, make_texts, row_shares
+from sentei.pipeline.corpus import Corpus
+from sentei.pipeline.models import LoadedModel
+from sentei.pipeline.splits import split_text
+from sentei.pipeline.verify import VerifyOptions, verify_ladder
+
+MIN_SHARE, MAX_SHARE = 1e-6, 0.999
+NUM_BOUND_STEPS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class RungTarget:
+    """What a rung aims at: a density, and a bound on the mean mass that any KV group may drop."""
+
+    id: str
+    density: float
+    bound_dropped_mass: float
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateOptions:
+    """How much held-out text to calibrate on, and the rungs to make."""
+
+    window_tokens: int = 8192
+    num_windows: int = 4
+    blocks_per_window: int = 32
+    bin_edges_tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+    min_blocks: int = 6
+    break_even_tokens: int = 1024
+    targets: tuple[RungTarget, ...] = (
+        RungTarget("mild", 0.35, 0.15),
+        RungTarget("medium", 0.20, 0.30),
+        RungTarget("bold", 0.11, 0.45),
+    )
+    verify: VerifyOptions = field(default_factory=VerifyOptions)
+    seed: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One layer's scores and truth for the query blocks of one length bin, over all records."""
+
+    needs: list[torch.Tensor]  # per record [Hq, n, blocks]: neediest row's log share, -inf where closed
+    mass: list[torch.Tensor]  # per record [Hq, n, rows, blocks]: true share, 0 where closed
+    causal: list[torch.Tensor]  # per record [n]: causal blocks of each query block
+
+
+def calibrate(
+    loaded: LoadedModel,
+    adapter: Adapter,
+    corpus: Corpus,
+    options: CalibrateOptions | None = None,
+    progress: Progress = lambda _label, _done, _total: None,
+) -> Ladder:
+    """Fit the ladder on one part of the held-out text and verify it on another; save and return it."""
+    options = options if options is not None else CalibrateOptions()
+    window = min(options.window_tokens, loaded.max_tokens)
+    parts = split_text(corpus)
+    texts = make_texts(
+        loaded, parts.calibrate, window_tokens=window, num=options.num_windows, seed=options.seed
+    )
+    records = capture(
+        loaded,
+        texts,
+        dict(adapter.manifest.shapes),
+        blocks_per_text=options.blocks_per_window,
+        seed=options.seed,
+        progress=progress,
+        label="capture calibration text",
+    )
+    ladder = fit_ladder(adapter, loaded, records, options)
+    verified = verify_ladder(loaded, adapter.with_ladder(ladder), parts.verify, options.verify, progress)
+    ladder = replace(
+        ladder, rungs=tuple(replace(rung, verified=verified.get(rung.id)) for rung in ladder.rungs)
+    )
+    if adapter.folder is not None:
+        save_ladder(ladder, adapter.folder)
+    return ladder
+
+
+def fit_ladder(adapter: Adapter, loaded: LoadedModel, records: Records, options: CalibrateOptions) -> Ladder:
+    """Read thresholds off calibration records; they never fall from a milder rung to a bolder one."""
+    longest = max(record.mass.shape[-1] * record.mass.shape[3] for record in next(iter(records.values())))
+    table = RotaryTable(*rotary_tables(loaded.model, longest, torch.device("cpu")))
+    per_rung: dict[str, dict[int, torch.Tensor]] = {target.id: {} for target in options.targets}
+    for index, scorer in adapter.scorers.items():
+        bins = score_bins(scorer, records[index], table, options.bin_edges_tokens)
+        floor = torch.zeros(scorer.shape.kv_heads, len(bins))
+        for target in options.targets:
+            found = torch.stack(
+                [_fit_bin(scored, scorer.shape.kv_heads, target, options.min_blocks) for scored in bins],
+                dim=1,
+            )
+            floor = torch.maximum(floor, _fill_empty_bins(found))
+            per_rung[target.id][index] = floor
+    rungs = [Rung(DENSE)]
+    for target in options.targets:
+        rungs.append(
+            Rung(
+                target.id,
+                {index: _as_tuples(shares) for index, shares in per_rung[target.id].items()},
+                bound_dropped_mass=target.bound_dropped_mass,
+                break_even_tokens=options.break_even_tokens,
+            )
+        )
+    return Ladder(tuple(rungs), options.bin_edges_tokens)
+
+
+@torch.no_grad()
+def score_bins(
+    scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable, edges: Sequence[int]
+) -> list[Scored]:
+    """Score every record and sort its query blocks into length bins."""
+    bins = [Scored([], [], []) for _ in range(len(edges) + 1)]
+    for record in records:
+        shares, _ = row_shares(scorer, record, table)
+        is_open = record.is_open
+        needs = shares[0].amax(dim=2)
+        mass = record.mass[0].float() * is_open[None, :, None, :]
+        causal = record.starts // scorer.shape.block_tokens + 1
+        which = torch.bucketize(record.starts, torch.tensor(edges), right=True)
+        for b, scored in enumerate(bins):
+            inside = which == b
+            if bool(inside.any()):
+                scored.needs.append(needs[:, inside])
+                scored.mass.append(mass[:, inside])
+                scored.causal.append(causal[inside])
+    return bins
+
+
+def _fit_bin(scored: Scored, kv_heads: int, target: RungTarget, min_blocks: int) -> torch.Tensor:
+    """Return the share threshold of each KV group [Hkv] in one bin; NaN where the bin has no text."""
+    if not scored.needs:
+        return torch.full((kv_heads,), float("nan"))
+    causal = torch.cat(scored.causal).float()
+    heads = scored.needs[0].shape[0]
+    density = max(target.density, min(1.0, min_blocks / float(causal.mean())))
+    budget = int((density * float(causal.sum()) - 2 * len(causal)) * heads)
+    shared = _share_at_rank(torch.cat([needs.flatten() for needs in scored.needs]), budget)
+    group = heads // kv_heads
+    return torch.tensor(
+        [
+            _hold_bound(scored, slice(h * group, (h + 1) * group), shared, target.bound_dropped_mass)
+            for h in range(kv_heads)
+        ]
+    )
+
+
+def _share_at_rank(needs: torch.Tensor, rank: int) -> float:
+    finite = needs[torch.isfinite(needs)]
+    if rank <= 0 or finite.numel() == 0:
+        return MAX_SHARE
+    if rank >= finite.numel():
+        return MIN_SHARE
+    # The rank-th largest need is kept, the next one is not: the threshold lies at the next one.
+    value = float(finite.kthvalue(finite.numel() - rank).values.exp())
+    return min(MAX_SHARE, max(MIN_SHARE, value))
+
+
+def _hold_bound(scored: Scored, heads: slice, share: float, bound: float) -> float:
+    """Lower a group's threshold until the mean mass that it drops is within the bound."""
+    for _ in range(NUM_BOUND_STEPS):
+        if share <= MIN_SHARE or dropped_rows(scored, heads, share).mean() <= bound:
+            break
+        share *= 0.7
+    return max(share, MIN_SHARE)
+
+
+def dropped_rows(scored: Scored, heads: slice, share: float) -> torch.Tensor:
+    """Return the true mass that each row of some heads would lose under a share threshold."""
+    log_share = torch.tensor(share).log()
+    return torch.cat(
+        [
+            (mass[heads] * (needs[heads] <= log_share)[:, :, None, :]).sum(dim=-1).flatten()
+            for needs, mass in zip(scored.needs, scored.mass, strict=True)
+        ]
+    )
+
+
+def _fill_empty_bins(shares: torch.Tensor) -> torch.Tensor:
+    """Give a bin without text the threshold of the nearest shorter bin with some, else of the next longer."""
+    filled = shares.clone()
+    known = [b for b in range(shares.shape[1]) if not bool(torch.isnan(shares[:, b]).any())]
+    for b in range(shares.shape[1]):
+        if b not in known:
+            shorter = [other for other in known if other < b]
+            filled[:, b] = shares[:, shorter[-1] if shorter else known[0]]
+    return filled
+
+
+def _as_tuples(shares: torch.Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(x) for x in group) for group in shares)
+
+
+def ladder_summary(ladder: Ladder) -> list[Mapping[str, Any]]:
+    """Return one plain row per calibrated rung, for tables and trackers."""
+    return [
+        {"rung": rung.id, "bound_dropped_mass": rung.bound_dropped_mass, "verified": rung.verified}
+        for rung in ladder.rungs
+        if not rung.is_dense
+    ]

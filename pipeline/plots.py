@@ -1,0 +1,65 @@
+"""The trade-off, drawn: what each rung saves against what it costs in quality."""
+
+from pathlib import Path
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from sentei.kernels.hf.ladder import DENSE
+from sentei.pipeline.evaluate import Evaluation
+
+
+def save_trade_off(evaluation: Evaluation, path: Path) -> Path:
+    """Write one HTML page: perplexity cost by density and by prefill time, with baselines and intervals."""
+    figure = make_subplots(
+        rows=1, cols=2, subplot_titles=("Quality cost by density", "Quality cost by prefill time")
+    )
+    rungs = [rung for rung in evaluation.rungs if rung.rung != DENSE]
+    error = {
+        "type": "data",
+        "symmetric": False,
+        "array": [rung.nll_delta_ci[1] - rung.nll_delta for rung in rungs],
+        "arrayminus": [rung.nll_delta - rung.nll_delta_ci[0] for rung in rungs],
+    }
+    for col, x in ((1, [rung.density for rung in rungs]), (2, [rung.prefill_s for rung in rungs])):
+        figure.add_trace(
+            go.Scatter(
+                x=x,
+                y=[rung.nll_delta for rung in rungs],
+                error_y=error,
+                text=[rung.rung for rung in rungs],
+                mode="lines+markers+text",
+                textposition="top center",
+                name="Sentei",
+                showlegend=col == 1,
+                line={"color": "#1f5f4a"},
+            ),
+            row=1,
+            col=col,
+        )
+    for baseline in evaluation.baselines:
+        figure.add_trace(
+            go.Scatter(
+                x=[baseline.density],
+                y=[baseline.nll_delta],
+                mode="markers",
+                name=baseline.kind,
+                marker={"size": 10},
+            ),
+            row=1,
+            col=1,
+        )
+    if rungs:
+        for name, seconds in rungs[0].prefill_s_by_baseline.items():
+            figure.add_vline(x=seconds, line_dash="dot", annotation_text=name, row=1, col=2)
+    figure.add_hline(y=0, line_color="#888888")
+    figure.update_xaxes(title_text="blocks kept, share of causal", row=1, col=1)
+    figure.update_xaxes(title_text=f"prefill of {evaluation.window_tokens} tokens, s", row=1, col=2)
+    figure.update_yaxes(title_text="NLL against dense, nats per token", row=1, col=1)
+    figure.update_layout(
+        title=f"{evaluation.model}: what sparse attention saves and costs, with 95% intervals",
+        template="plotly_white",
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_html(path, include_plotlyjs=True)
+    return path

@@ -1,0 +1,182 @@
+"""What a rung costs in quality, measured against dense on the same text, token by token."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+
+from sentei.kernels.hf.adapter import Adapter
+from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, Verified
+from sentei.kernels.hf.models import rotary_tables, text_decoder
+from sentei.kernels.hf.retrofit import Retrofit, retrofit
+from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.scorer.selection import per_head_thresholds
+from sentei.pipeline.capture import LayerRecord, Progress, bos_tokens, capture, row_shares
+from sentei.pipeline.corpus import Document, token_windows
+from sentei.pipeline.models import LoadedModel
+
+SEGMENT_TOKENS = 32  # neighbouring tokens share their fate; segments are treated as independent
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyOptions:
+    """How much held-out text to verify on; positions are spread evenly over the window's later part."""
+
+    window_tokens: int = 4096
+    num_windows: int = 3
+    max_positions: int = 2048
+    first_position: int = 1024
+    blocks_per_window: int = 24
+    seed: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDelta:
+    """A mean difference with its 95% confidence interval."""
+
+    mean: float
+    ci: tuple[float, float]
+
+
+def make_windows(
+    loaded: LoadedModel, documents: Sequence[Document], *, window_tokens: int, num: int, seed: int
+) -> list[torch.Tensor]:
+    """Return `num` windows of running text with the start token that the model expects."""
+    head = bos_tokens(loaded)
+    windows = token_windows(loaded.tokenizer, documents, window_tokens - len(head), num, seed=seed)
+    return [torch.tensor([*head, *window.tolist()]) for window in windows]
+
+
+def pick_positions(length: int, options: VerifyOptions) -> torch.Tensor:
+    """Choose the positions whose next token is judged."""
+    first = min(options.first_position, length // 2)
+    step = max(1, math.ceil((length - 1 - first) / options.max_positions))
+    return torch.arange(first, length - 1, step)
+
+
+@torch.no_grad()
+def token_losses(loaded: LoadedModel, text: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return the negative log likelihood, in nats, of the token after each position."""
+    hidden = text_decoder(loaded.model)(input_ids=text[None], use_cache=False).last_hidden_state[0]
+    losses = []
+    for part in torch.split(positions, 256):
+        logits = loaded.model.lm_head(hidden[part]).float()
+        losses.append(torch.nn.functional.cross_entropy(logits, text[part + 1], reduction="none"))
+    result = torch.cat(losses)
+    if not torch.isfinite(result).all():
+        raise FloatingPointError(
+            f"model {loaded.name!r} gave a loss that is not finite on held-out text; "
+            "check its weights and its precision"
+        )
+    return result
+
+
+def paired_delta(sparse: torch.Tensor, dense: torch.Tensor) -> PairedDelta:
+    """Compare losses of the same tokens, in segments; Student's t over the segments' means."""
+    difference = (sparse - dense).double()
+    num = max(2, difference.numel() // SEGMENT_TOKENS)
+    means = torch.stack([part.mean() for part in difference.chunk(num)])
+    error = float(means.std()) / len(means) ** 0.5
+    reach = float(stats.t.ppf(0.975, len(means) - 1)) * error
+    mean = float(difference.mean())
+    return PairedDelta(mean, (mean - reach, mean + reach))
+
+
+def verify_ladder(
+    loaded: LoadedModel,
+    adapter: Adapter,
+    documents: Sequence[Document],
+    options: VerifyOptions,
+    progress: Progress,
+) -> dict[str, Verified]:
+    """Measure every calibrated rung on held-out text: losses in live passes, dropped mass on dense rows."""
+    window = min(options.window_tokens, loaded.max_tokens)
+    windows = make_windows(
+        loaded, documents, window_tokens=window, num=options.num_windows, seed=options.seed
+    )
+    positions = pick_positions(window, options)
+    sparse = [rung for rung in adapter.ladder.rungs if not rung.is_dense]
+    losses: dict[str, list[torch.Tensor]] = {rung.id: [] for rung in adapter.ladder.rungs}
+    densities: dict[str, list[float]] = {rung.id: [] for rung in sparse}
+    with retrofit(loaded.model, adapter, DENSE, base="flex") as handle:
+        for i, text in enumerate(windows):
+            progress("verify rungs", i, len(windows))
+            for rung in adapter.ladder.rungs:
+                losses[rung.id].append(_run_rung(handle, rung, loaded, text, positions))
+                if not rung.is_dense:
+                    densities[rung.id].append(_require_density(handle, rung))
+    progress("verify rungs", len(windows), len(windows))
+    dropped = dropped_by_rung(loaded, adapter, windows, options, progress)
+    dense = torch.cat(losses[DENSE])
+    result = {}
+    for rung in sparse:
+        delta = paired_delta(torch.cat(losses[rung.id]), dense)
+        mean, p99 = dropped[rung.id]
+        density = sum(densities[rung.id]) / len(densities[rung.id])
+        result[rung.id] = Verified(mean, p99, delta.mean, delta.ci, density)
+    return result
+
+
+def dropped_by_rung(
+    loaded: LoadedModel,
+    adapter: Adapter,
+    texts: Sequence[torch.Tensor],
+    options: VerifyOptions,
+    progress: Progress,
+) -> dict[str, tuple[float, float]]:
+    """Return each rung's dropped mass over sampled rows of all layers and heads: (mean, 99th percentile)."""
+    records = capture(
+        loaded,
+        texts,
+        dict(adapter.manifest.shapes),
+        blocks_per_text=options.blocks_per_window,
+        seed=options.seed,
+        progress=progress,
+        label="measure dropped mass",
+    )
+    longest = max(len(text) for text in texts)
+    table = RotaryTable(*rotary_tables(loaded.model, longest, torch.device("cpu")))
+    rows: dict[str, list[torch.Tensor]] = {rung.id: [] for rung in adapter.ladder.rungs if not rung.is_dense}
+    with torch.no_grad():
+        for index, scorer in adapter.scorers.items():
+            for record in records[index]:
+                needs = row_shares(scorer, record, table)[0][0].amax(dim=2)
+                for rung_id, found in rows.items():
+                    rung = adapter.ladder.find(rung_id)
+                    found.append(dropped_rows(adapter.ladder, rung, index, record, needs))
+    return {rung_id: _mean_and_p99(torch.cat(found)) for rung_id, found in rows.items()}
+
+
+def dropped_rows(
+    ladder: Ladder, rung: Rung, layer: int, record: LayerRecord, needs: torch.Tensor
+) -> torch.Tensor:
+    """Return the true mass that a rung drops from each row of a record, all heads in one vector."""
+    limits = per_head_thresholds(ladder.thresholds(rung, layer), record.starts, needs.shape[0])
+    is_dropped = (needs <= limits) & record.is_open & (record.starts >= rung.break_even_tokens)[:, None]
+    return (record.mass[0].float() * is_dropped[:, :, None, :]).sum(dim=-1).flatten()
+
+
+def _run_rung(
+    handle: Retrofit, rung: Rung, loaded: LoadedModel, text: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    handle.set_rung(rung.id)
+    handle.reset_stats()
+    return token_losses(loaded, text, positions)
+
+
+def _require_density(handle: Retrofit, rung: Rung) -> float:
+    density = handle.stats().density()
+    if density is None:
+        raise ValueError(
+            f"rung {rung.id!r} ran dense on this text: it is shorter than break_even_tokens "
+            f"{rung.break_even_tokens}; verify on longer windows"
+        )
+    return density
+
+
+def _mean_and_p99(rows: torch.Tensor) -> tuple[float, float]:
+    # kthvalue, because quantile refuses more than 2^24 values.
+    rank = max(1, math.ceil(0.99 * rows.numel()))
+    return float(rows.mean()), float(rows.kthvalue(rank).values)

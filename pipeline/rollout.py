@@ -16,8 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sentei.policies.load import load_policy
-
 from sentei.monitors.drift import DriftSpec, run_drift
 from sentei.monitors.errors import StoreError
 from sentei.monitors.records import DriftResult, Rollout
@@ -34,6 +32,7 @@ from sentei.policies.engine import (
     state_from_json,
     state_to_json,
 )
+from sentei.policies.load import load_policy
 from sentei.policies.schema import Policy
 from sentei.policies.signals import Signals
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from sentei.pipeline.evaluate import EvaluateOptions
 
 from sentei.monitors.store import Store
 from sentei.pipeline.calibrate import CalibrateOptions
 from sentei.pipeline.client import ADMIN_TOKEN_VARIABLE, AdminClient
 from sentei.pipeline.corpus import split_documents
 from sentei.pipeline.distill import DistillOptions
+from sentei.pipeline.evaluate import EvaluateOptions
 from sentei.pipeline.mirror import Mirror
 from sentei.pipeline.report import build_report, save_report
 from sentei.pipeline.server import LocalServer
@@ -46,6 +46,7 @@ class DemoSize:
     evaluate: EvaluateOptions
     mix: MixOptions
     clients: int
+    think_s: float  # a client's pause between sessions: audits of all sessions must keep up on the same cores
     fault_past_tokens: int
     attention: str
     max_rollout_s: float
@@ -201,7 +202,8 @@ def _run_story(
     prefix = f"{story.name}-{int(time.time())}"
     prompts = prompt_mix(bench.loaded.tokenizer, held_out, options=size.mix, seed=seed, prefix=prefix)
     model_name = Path(bench.loaded.name).name
-    with TrafficDriver(server.url, model_name, prompts, clients=size.clients) as traffic:
+    driver = TrafficDriver(server.url, model_name, prompts, clients=size.clients, think_s=size.think_s)
+    with driver as traffic:
         time.sleep(LEAD_S)
         started = time.monotonic()
         rollout_id = admin.start_rollout(demo_policy(f"demo-{story.name}", size), "demo.yaml")["rollout_id"]

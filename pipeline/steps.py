@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sentei.pipeline.evaluate import EvaluateOptions, Evaluation, evaluate
-from sentei.pipeline.plots import tradeoff_figure
-
 from sentei.kernels.hf.adapter import MANIFEST_FILE, Adapter, load_adapter
 from sentei.kernels.hf.ladder import Ladder
 from sentei.pipeline.calibrate import CalibrateOptions, calibrate, ladder_summary
 from sentei.pipeline.corpus import Corpus
 from sentei.pipeline.distill import DistillOptions, distill
+from sentei.pipeline.evaluate import EvaluateOptions, Evaluation, evaluate
 from sentei.pipeline.home import Home
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.plain import to_plain
+from sentei.pipeline.plots import save_trade_off
 from sentei.pipeline.runs import StepRecord, log_step
 from sentei.pipeline.tracking import MlflowTracker, TrackingError
 
@@ -83,11 +82,11 @@ def evaluate_step(bench: Workbench, options: EvaluateOptions, progress: Progress
     started_s = time.time()
     evaluation = evaluate(bench.loaded, bench.adapter(), bench.corpus, options, progress)
     document = evaluation.to_dict()
-    plot = tradeoff_figure(document)
-    (bench.adapter_dir / EVALUATION_FILE).write_text(json.dumps(document, indent=2), encoding="utf-8")
-    (bench.adapter_dir / TRADEOFF_FILE).write_text(plot, encoding="utf-8")
-    texts = {f"evaluation/{EVALUATION_FILE}": json.dumps(document, indent=2), "plots/tradeoff.html": plot}
-    _track(bench, "evaluate", started_s, to_plain(options), _rung_metrics(document), texts=texts)
+    saved = bench.adapter_dir / EVALUATION_FILE
+    saved.write_text(json.dumps(document, indent=2), encoding="utf-8")
+    plot = save_trade_off(evaluation, bench.adapter_dir / TRADEOFF_FILE)
+    files = {"evaluation": saved, "plots": plot}
+    _track(bench, "evaluate", started_s, to_plain(options), _rung_metrics(document), files=files)
     return evaluation
 
 
@@ -117,7 +116,6 @@ def _track(
     metrics: Mapping[str, float],
     *,
     files: Mapping[str, Path] | None = None,
-    texts: Mapping[str, str] | None = None,
 ) -> None:
     record = StepRecord(
         name=bench.loaded.name,
@@ -127,7 +125,6 @@ def _track(
         | dict(options),
         metrics=metrics,
         files=files or {},
-        texts=texts or {},
     )
     tracker = MlflowTracker(bench.home.create().mlflow_uri, bench.home.mlflow_artifacts)
     try:

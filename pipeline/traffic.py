@@ -45,7 +45,7 @@ class MixOptions:
 def prompt_mix(
     tokenizer: Any, documents: Sequence[Document], *, options: MixOptions, seed: int, prefix: str
 ) -> Iterator[Prompt]:
-    """Yield prompts without end; one seed gives the same prompts, `prefix` keeps the sessions of two runs apart."""
+    """Yield prompts without end; a seed gives the same prompts, `prefix` keeps sessions of two runs apart."""
     rng = random.Random(f"traffic {seed}")
     for number in itertools.count():
         session = f"{prefix}-{number:05d}"
@@ -103,9 +103,12 @@ class TrafficTotals:
 class TrafficDriver:
     """A fixed number of clients in a thread of their own; each sends its next session when the last ends."""
 
-    def __init__(self, url: str, model: str, prompts: Iterator[Prompt], *, clients: int = 2) -> None:
+    def __init__(
+        self, url: str, model: str, prompts: Iterator[Prompt], *, clients: int = 2, think_s: float = 0.0
+    ) -> None:
         self.totals = TrafficTotals()
         self._url, self._model, self._prompts, self._clients = url, model, prompts, clients
+        self._think_s = think_s
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sentei-traffic", daemon=True)
@@ -132,7 +135,7 @@ class TrafficDriver:
                 await self._send(client, prompt)
             except (httpx.HTTPError, ValueError) as error:
                 self.totals.add_failure(f"{type(error).__name__}: {error}")
-                await asyncio.sleep(0.2)
+            await asyncio.sleep(self._think_s)
 
     def _next(self) -> Prompt:
         with self._lock:

@@ -27,9 +27,8 @@ def run_demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Distil, calibrate, evaluate, serve; one rollout promoted, one rolled back."""
-    from sentei.pipeline.demo_sizes import demo_size
-
     from sentei.pipeline.demo import DemoResult, is_as_expected, prepare, run_stories
+    from sentei.pipeline.demo_sizes import demo_size
     from sentei.pipeline.steps import read_evaluation
 
     output = Output(as_json=as_json)

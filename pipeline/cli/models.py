@@ -72,7 +72,6 @@ def run_evaluate(
 ) -> None:
     """Measure every rung beside dense and the baselines: quality, latency, memory, cost."""
     from sentei.pipeline.evaluate import EvaluateOptions
-
     from sentei.pipeline.steps import TRADEOFF_FILE, evaluate_step
 
     output = Output(as_json=as_json)

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
-from sentei.policies.load import PolicyError, load_policy, policy_json_schema
 
 from sentei.pipeline.cli.output import ExitCode, Output
+from sentei.policies.load import PolicyError, load_policy, policy_json_schema
 
 app = typer.Typer(no_args_is_help=True)
 

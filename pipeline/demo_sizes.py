@@ -1,0 +1,61 @@
+"""How large the demo is for each model: what fits on two cores, and what each choice was made for."""
+
+from __future__ import annotations
+
+from sentei.pipeline.calibrate import CalibrateOptions
+from sentei.pipeline.demo import DemoSize
+from sentei.pipeline.distill import DistillOptions
+from sentei.pipeline.evaluate import EvaluateOptions
+from sentei.pipeline.models import POCKET
+from sentei.pipeline.traffic import MixOptions
+from sentei.pipeline.verify import VerifyOptions
+
+POCKET_SIZE = DemoSize(
+    # 2,048-token windows hold the recall distance of the demo's prompts; the held-out KL stops falling here.
+    distill=DistillOptions(
+        window_tokens=2048, num_windows=12, num_held_out=3, blocks_per_window=8, max_epochs=6
+    ),
+    calibrate=CalibrateOptions(
+        window_tokens=4096,
+        num_windows=3,
+        blocks_per_window=16,
+        verify=VerifyOptions(window_tokens=4096, num_windows=2, blocks_per_window=12),
+    ),
+    evaluate=EvaluateOptions(window_tokens=4096, num_windows=2),
+    mix=MixOptions(prompt_tokens=(256, 1280, 1536, 2048), answer_tokens=8, text_tokens=16, text_share=0.25),
+    clients=1,
+    think_s=0.5,
+    fault_past_tokens=1024,
+    attention="flex",
+    max_rollout_s=240.0,
+)
+
+# Models of some hundred million parameters: a forward pass over 8k tokens takes half a minute on two cores.
+LARGE_SIZE = DemoSize(
+    distill=DistillOptions(
+        window_tokens=4096, num_windows=10, num_held_out=2, blocks_per_window=10, max_epochs=6
+    ),
+    calibrate=CalibrateOptions(
+        window_tokens=8192,
+        num_windows=2,
+        blocks_per_window=24,
+        verify=VerifyOptions(window_tokens=8192, num_windows=1),
+    ),
+    evaluate=EvaluateOptions(window_tokens=8192, num_windows=1),
+    mix=MixOptions(prompt_tokens=(1280, 1536, 2048), answer_tokens=8, text_tokens=8),
+    clients=1,
+    think_s=2.0,
+    fault_past_tokens=512,
+    attention="flex",
+    max_rollout_s=900.0,
+    threads=2,
+    policy_changes={
+        "spec.breaker.variant.window": "120s",
+        "spec.data.max_age": "180s",
+    },
+)
+
+
+def demo_size(model: str) -> DemoSize:
+    """Return the demo's size for a model."""
+    return POCKET_SIZE if model == POCKET else LARGE_SIZE

@@ -33,7 +33,7 @@ def load_served_model(options: VariantOptions) -> ServedModel:
     config = model.config.get_text_config()
     return ServedModel(
         model=model,
-        fingerprint=str(loaded.fingerprint),
+        fingerprint=loaded.fingerprint.weights_sha256[:16],
         max_context_tokens=int(config.max_position_embeddings),
         vocab_size=int(config.vocab_size),
         eos_ids=_eos_ids(model, loaded.tokenizer),

@@ -39,7 +39,7 @@ class VariantOptions(_Options):
     max_context_tokens: int | None = Field(default=None, ge=2)
     max_running: int = Field(default=4, ge=1)
     max_queued: int = Field(default=32, ge=1)
-    score_patience_steps: int = Field(default=16, ge=0)
+    score_patience_steps: int = Field(default=8, ge=0)
     stall_after_s: float = Field(default=300.0, gt=0, description="a longer step counts as unhealthy")
 
     def limits(self, max_context_tokens: int) -> EngineLimits:
@@ -63,6 +63,9 @@ class AppArgs(_Options):
     dtype: Literal["float32", "bfloat16"] | None = None
     max_context_tokens: int | None = Field(default=None, ge=2)
     max_running: int = Field(default=4, ge=1)
+    score_patience_steps: int = Field(
+        default=8, ge=0, description="engine steps for users before a waiting audit replay gets its turn"
+    )
     dense_replicas: int = Field(default=1, ge=1)
     sparse_replicas: int = Field(default=1, ge=1)
     replica_cpus: float = Field(default=0.4, gt=0)
@@ -101,4 +104,5 @@ class AppArgs(_Options):
             dtype=self.dtype,
             max_context_tokens=self.max_context_tokens,
             max_running=self.max_running,
+            score_patience_steps=self.score_patience_steps,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sentei.serving.engine.loop import Engine
 from sentei.serving.engine.request import DENSE_RUNG, EngineRequest, ScoreRequest, ScoreResult, TokenChunk
@@ -13,6 +13,11 @@ from sentei.serving.errors import ConfigError, ServingError
 from sentei.serving.loading import ServedModel, attach_retrofit, load_served_model, make_fault
 from sentei.serving.ports import ModelCard
 from sentei.serving.settings import VariantOptions
+
+if TYPE_CHECKING:
+    from sentei.serving.engine.runner import ModelRunner
+
+WARM_UP_TOKENS = 1024
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +36,9 @@ class ModelServer:
         self._served: ServedModel = load_served_model(options)
         self._retrofit = attach_retrofit(self._served.model, options, None)
         self._limits = options.limits(self._served.max_context_tokens)
-        self._engine = Engine(ModelRunner(self._served.model, self._retrofit), self._limits)
+        runner = ModelRunner(self._served.model, self._retrofit)
+        self._warm_up(runner)
+        self._engine = Engine(runner, self._limits)
         self._engine.start()
         log.info("variant %s of %s is up (pid %d)", options.variant, options.model, os.getpid())
 
@@ -86,6 +93,17 @@ class ModelServer:
         if (stalled_s := self._engine.stalled_s()) > self._options.stall_after_s:
             raise ServingError(
                 f"one step of variant {self._options.variant!r} has been running for {stalled_s:.0f} s"
+            )
+
+    def _warm_up(self, runner: ModelRunner) -> None:
+        """Run the boldest rung once, so that no user waits for its compiler (4 s for the pocket model)."""
+        if self._retrofit is None:
+            return
+        num_prompt = min(WARM_UP_TOKENS, self._limits.max_context_tokens - 2)
+        if num_prompt > 0:
+            ids = (1,) * (num_prompt + 1)
+            runner.score(
+                ScoreRequest("warm-up", ids, num_prompt, self._rung_ids()[-1], served_chunk_tokens=1)
             )
 
     def _rung_ids(self) -> tuple[str, ...]:

@@ -94,4 +94,4 @@ class EngineLimits:
     max_queued: int = 32
     max_scores: int = 64
     max_context_tokens: int = 8192
-    score_patience_steps: int = 16  # after so many steps a waiting replay goes before user work
+    score_patience_steps: int = 8  # after so many steps a waiting replay goes before user work

@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
@@ -19,6 +20,7 @@ from sentei.policies.spec.rules import Path, dotted_path, find_faults, nearest
 
 MAX_CHARACTERS = 200_000
 MAX_DEPTH = 30
+MAX_VALUES = 10_000  # with aliases expanded
 
 # Words of the design that nothing acts on yet: refused by name, so that no setting is silently dead.
 NOT_YET: dict[tuple[str, ...], str] = {
@@ -90,6 +92,20 @@ def policy_json_schema() -> dict[str, Any]:
     return Policy.model_json_schema(by_alias=True)
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which gives up on deep nesting before Python's stack does."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
 class _Reader:
     """One text on its way to plain values, with the line of every path."""
 
@@ -97,6 +113,7 @@ class _Reader:
         self.source = source
         self.faults: list[PolicyFault] = []
         self.lines: dict[Path, int] = {(): 1}
+        self._num_values = 0
 
     def add(self, path: Path, value: object, message: str, line: int | None = None) -> None:
         self.faults.append(
@@ -115,7 +132,7 @@ class _Reader:
             self.add((), len(text), f"a policy has at most {MAX_CHARACTERS} characters")
             return None
         try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            node = yaml.compose(text, Loader=_Loader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             self.add((), None, f"not YAML: {error.problem or error.context}", (mark.line + 1) if mark else 1)
@@ -130,8 +147,10 @@ class _Reader:
 
     def _plain(self, node: yaml.Node, path: Path, above: frozenset[int]) -> Any:
         self.lines.setdefault(path, node.start_mark.line + 1)
-        if id(node) in above or len(above) > MAX_DEPTH:
-            self.add(path, None, "nested too deeply, or an alias that contains itself")
+        self._num_values += 1
+        if id(node) in above or self._num_values > MAX_VALUES:
+            if self._num_values <= MAX_VALUES + 1:
+                self.add(path, None, f"an alias that contains itself, or more than {MAX_VALUES} values")
             return None
         above |= {id(node)}
         if isinstance(node, yaml.MappingNode):
@@ -196,10 +215,7 @@ class _Reader:
                 self.add(path, None, f'"{path[-1]}" is required')
                 return None
             return field.get_default(call_default_factory=True)
-        annotation: Any = field.annotation
-        if field.metadata:
-            annotation = Annotated[annotation, *field.metadata]
-        adapter = TypeAdapter(annotation)
+        annotation, adapter = _adapter(owner, name)
         try:
             return adapter.validate_python(value)
         except ValidationError as error:
@@ -236,6 +252,16 @@ class _Reader:
             None,
             f'unknown key "{path[-1]}"; allowed: {", ".join(known)}{nearest(str(path[-1]), known)}',
         )
+
+
+@lru_cache
+def _adapter(owner: type[BaseModel], name: str) -> tuple[Any, TypeAdapter[Any]]:
+    """The annotation of one field with its limits, and what validates it."""
+    field = owner.model_fields[name]
+    annotation: Any = field.annotation
+    if field.metadata:
+        annotation = Annotated[annotation, *field.metadata]
+    return annotation, TypeAdapter(annotation)
 
 
 def _grouped(error: ValidationError) -> Iterator[dict[str, Any]]:

@@ -45,7 +45,7 @@ def shares(state: object) -> list[float]:
     return [route.share for route in routing(policy(), state).routes]  # type: ignore[arg-type]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(signal_lists())
 def test_any_order_of_events_keeps_the_machine_legal(ticks: list[Signals]) -> None:
     """A known phase, a known stage, shares in [0, 1), pinned slices dense, versions never fall."""
@@ -62,7 +62,7 @@ def test_any_order_of_events_keeps_the_machine_legal(ticks: list[Signals]) -> No
             assert shares(state) == [0, 0, 0]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(signal_lists())
 def test_a_guardrail_that_cannot_pass_never_raises_a_share(ticks: list[Signals]) -> None:
     """If any required verdict stands in the way, no slice's share is higher after the tick."""
@@ -71,7 +71,7 @@ def test_a_guardrail_that_cannot_pass_never_raises_a_share(ticks: list[Signals])
             assert all(new <= old for new, old in zip(shares(decision.state), shares(before), strict=True))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(signal_lists())
 def test_there_is_no_way_to_safe_without_units(ticks: list[Signals]) -> None:
     """SAFE and HARM rest on at least one measured unit, and NO_DATA is what zero units are called."""

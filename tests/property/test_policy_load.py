@@ -72,14 +72,14 @@ def loads_or_explains(text: str) -> None:
         assert "p.yaml:" in str(item)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(mutated_texts())
 def test_a_mutated_policy_loads_or_explains_itself(text: str) -> None:
     """Values replaced, dropped or renamed: no other exception; what loads survives a YAML round trip."""
     loads_or_explains(text)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(st.sampled_from(TEXTS), st.data())
 def test_a_text_with_a_hole_or_a_graft_loads_or_explains_itself(text: str, data: st.DataObject) -> None:
     """Characters cut out or put in anywhere never raise anything but PolicyError."""

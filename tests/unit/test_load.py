@@ -114,7 +114,7 @@ def test_an_unknown_key_hides_no_rule() -> None:
         ("a: 1\na: 2", 'key "a" is given twice; first in line 1'),
         ("? [1]\n: 2", "a key must be plain text; merge keys (<<) are not supported"),
         ("x: &x {a: 1}\ny: {<<: *x}", "a key must be plain text; merge keys (<<) are not supported"),
-        ("a: &a [*a]", "nested too deeply, or an alias that contains itself"),
+        ("a: &a [*a]", "an alias that contains itself, or more than 10000 values"),
         ("a: 2026-11-24", "dates, binary and tagged values are not allowed"),
         ("a: !!python/none x", "cannot be read: could not determine a constructor"),
         ("a: !!int x", "cannot be read"),
@@ -135,7 +135,17 @@ def test_a_tower_of_lists_is_refused_before_python_gives_up() -> None:
     """Depth is limited, so no text can exhaust the stack."""
     errors = errors_of("a: " + "[" * 5000 + "]" * 5000)
 
-    assert any("not YAML" in error or "nested too deeply" in error for error in errors)
+    assert any("not YAML: nested too deeply" in error for error in errors)
+
+
+def test_a_bomb_of_aliases_is_one_error() -> None:
+    """Nine aliases of nine aliases nine times over end at a limit, not in memory."""
+    lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+
+    errors = errors_of("\n".join(lines))
+
+    assert len(errors) == 1
+    assert "more than 10000 values" in errors[0]
 
 
 @pytest.mark.parametrize(

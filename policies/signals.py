@@ -24,16 +24,20 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One measured value of one statistical unit (a session), read from the store in the order of `seq`."""
+    """One measured value of one statistical unit, read from the store in the order of `seq`.
+
+    The unit is the session: each comes once per value, slice and rung (serve.*: also per share), or the error
+    bounds of the evidence do not hold. serve.* comes from both arms.
+    """
 
     seq: int  # id in the store, strictly growing: the cursor of a rollout points at it
     value_name: str  # a name of policies.schema.METRICS, such as "audit.kl" or "serve.failed"
     slice_id: str
     rung_id: str  # the rung that was measured (for audits: the rung that was replayed)
     session_id: str
-    variant: str  # "dense" or "sparse": who served the request
+    variant: str  # "dense" or "sparse": who served it; for serve.* who it was assigned to
     at_s: float  # epoch seconds
-    value: float  # in the metric's own unit; NaN is an error, not a number
+    value: float  # in the metric's own unit; NaN is an error, not a number; inf only where "later than any"
     floor: float | None = (
         None  # the same value measured dense against dense (noise floor), where there is one
     )
@@ -70,7 +74,7 @@ class DriftSignal:
 
 @dataclass(frozen=True, slots=True)
 class SliceTraffic:
-    """How requests of one slice were assigned since the rollout's cursor, for the sample-ratio test."""
+    """How new sessions of one slice were assigned since the rollout's cursor, for the sample-ratio test."""
 
     slice_id: str
     share: float  # the intended candidate share while these were assigned

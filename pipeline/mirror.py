@@ -125,12 +125,12 @@ class Mirror:
         for rollout in self._store.read_rollouts():
             cursor_name = f"{DRIFT_CURSOR}.{rollout.rollout_id}"
             for seq, result in self._store.read_drift(rollout.rollout_id, after=self._cursor(cursor_name)):
-                self._mirror_drift_result(result, seq)
+                self._mirror_drift_result(result)
                 self._store.save_value(cursor_name, str(seq))
                 num_results += 1
         return num_results
 
-    def _mirror_drift_result(self, result: DriftResult, seq: int) -> None:
+    def _mirror_drift_result(self, result: DriftResult) -> None:
         rollout, policy = self._rollout(result.rollout_id)
         parent = self._ensure_parent(rollout, policy)
         path = Path(result.html_path)
@@ -142,7 +142,7 @@ class Mirror:
             f"{prefix}/threshold": result.threshold,
             f"{prefix}/is_drift": float(result.status == "drift"),
         }
-        self._tracker.log(parent, list(_points(values, seq, result.at_s)), {})
+        self._tracker.log(parent, list(_points(values, result.window_id, result.at_s)), {})
 
     def _rollout(self, rollout_id: str) -> tuple[Rollout, Policy]:
         if rollout_id not in self._policies:

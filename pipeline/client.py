@@ -29,9 +29,15 @@ class AdminClient:
         headers = {"authorization": f"Bearer {token}"} if token else {}
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
 
-    def start_rollout(self, policy_text: str, source: str = "policy.yaml") -> dict[str, Any]:
-        """Start a rollout of a policy's YAML text; returns at least `rollout_id`."""
-        return self._call("POST", "/admin/v1/rollouts", {"policy": policy_text, "source": source})
+    def start_rollout(
+        self, policy_text: str, source: str = "policy.yaml", *, release_quarantine: bool = False
+    ) -> dict[str, Any]:
+        """Start a rollout of a policy's YAML text; returns at least `rollout_id`.
+
+        A policy that was rolled back is quarantined by digest and rung until somebody releases it by hand.
+        """
+        body = {"policy": policy_text, "source": source, "release_quarantine": release_quarantine}
+        return self._call("POST", "/admin/v1/rollouts", body)
 
     def rollouts(self) -> list[dict[str, Any]]:
         """Return every rollout, newest first."""

@@ -206,7 +206,9 @@ def _run_story(
     with driver as traffic:
         time.sleep(LEAD_S)
         started = time.monotonic()
-        rollout_id = admin.start_rollout(demo_policy(f"demo-{story.name}", size), "demo.yaml")["rollout_id"]
+        policy = demo_policy(f"demo-{story.name}", size)
+        # An earlier demo in the same home has left the second story's policy in quarantine.
+        rollout_id = admin.start_rollout(policy, "demo.yaml", release_quarantine=True)["rollout_id"]
         found = admin.rollout(rollout_id)
         while found["outcome"] not in OUTCOMES and time.monotonic() - started < size.max_rollout_s:
             time.sleep(POLL_S)

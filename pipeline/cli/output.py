@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -64,12 +65,15 @@ class Output:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.errors, transient=False) as bars:
+        with Progress(*columns, console=self.errors, disable=not self.errors.is_terminal) as bars:
             yield ProgressBars(bars)
 
 
 class ProgressBars:
-    """One bar per step name: the `progress(step, done, total)` callable that pipeline steps take."""
+    """One bar per step name: the `progress(step, done, total)` callable that pipeline steps take.
+
+    Where stderr is a file, each step gets a line when it begins and one when it ends.
+    """
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
@@ -80,3 +84,6 @@ class ProgressBars:
         if step not in self._tasks:
             self._tasks[step] = self._bars.add_task(step, total=total)
         self._bars.update(self._tasks[step], completed=done, total=total)
+        if self._bars.disable and done in (0, total):
+            clock = time.strftime("%H:%M:%S")
+            self._bars.console.print(f"{clock} {step}: {done} of {total}", highlight=False)

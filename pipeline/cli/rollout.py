@@ -29,12 +29,16 @@ OUTCOMES = ("promoted", "rolled_back")
 @app.command()
 def start(
     policy: Annotated[Path, typer.Argument(help="A policy file (YAML, sentei/v1).")],
+    release: Annotated[
+        bool, typer.Option("--release-quarantine", help="Start a policy that was rolled back before.")
+    ] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Start a rollout."""
     output = Output(as_json=as_json)
-    answer = AdminClient(url).start_rollout(policy.read_text(encoding="utf-8"), str(policy))
+    text = policy.read_text(encoding="utf-8")
+    answer = AdminClient(url).start_rollout(text, str(policy), release_quarantine=release)
     output.say(f"started [bold]{answer['rollout_id']}[/]: watch it with `sentei rollout watch`")
     output.emit(answer)
 

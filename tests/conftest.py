@@ -48,7 +48,7 @@ def purity(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         return
 
     def refuse_connect(self: socket.socket, address: object) -> NoReturn:
-        raise RuntimeError(f"a {folder} test may not open a connection (to {address!r}): move it to tests/integration")
+        raise RuntimeError(f"a {folder} test may not connect (to {address!r}): move it to tests/integration")
 
     def refuse_sleep(seconds: float) -> NoReturn:
         raise RuntimeError(f"a {folder} test may not sleep ({seconds} s): move a FakeClock instead")

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_transformers_model_imports_from_the_root() -> None:
-    """Importing a Transformers model with the repository's root first on the path works beside our `kernels/`."""
+    """A Transformers model imports with the repository's root, and so our `kernels/`, first on the path."""
     code = "from transformers import LlamaForCausalLM; import sentei.kernels; print('ok')"
 
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -20,7 +20,7 @@ def test_transformers_model_imports_from_the_root() -> None:
 
 
 def test_kernels_package_is_free_of_imports() -> None:
-    """`kernels/__init__.py` has no code and no version, so that a second import under its bare name is harmless."""
+    """`kernels/__init__.py` has no code and no version: a second import under its bare name is harmless."""
     text = (ROOT / "kernels" / "__init__.py").read_text()
 
     assert "import " not in text

@@ -67,7 +67,8 @@ class RankSelector:
         num_k = -(-k.shape[2] // shape.block_tokens)
         if self.kind == "local":
             own = blocks.starts // shape.block_tokens
-            near = (torch.arange(num_k) - own[:, None]).float()
+            ahead = torch.arange(num_k) - own[:, None]
+            near = ahead.float().masked_fill(ahead > 0, float("-inf"))
             return near.expand(q.shape[0], q.shape[1], *near.shape).clone(), blocks.starts
         return self._true_needs(layer, q, k, num_k, len(blocks.starts)), blocks.starts
 

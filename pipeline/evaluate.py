@@ -43,7 +43,7 @@ class EvaluateOptions:
     blocks_per_window: int = 24
     num_tasks: int = 4
     timed_runs: int = 3
-    baseline_rung: str = "medium"
+    baseline_rung: str = "bold"
     with_baselines: bool = True
     prices: Path = PRICES_FILE
     seed: int = 3

@@ -38,6 +38,10 @@ class Rung:
         """Whether this is rung 0, which thins nothing."""
         return self.id == DENSE
 
+    def thins(self, layer: int) -> bool:
+        """Whether any KV group of a layer may drop blocks at any length."""
+        return any(share > 0.0 for group in self.thresholds.get(layer, ()) for share in group)
+
 
 @dataclass(frozen=True, slots=True)
 class Ladder:

@@ -154,9 +154,10 @@ class Retrofit:
         if layer is not None and not self._rung.is_dense:
             _check_mask(attention_mask)
             _check_positions(kwargs.get("position_ids"), key.shape[2])
-            pooled = self._update_pooled(layer, query, key)
-            if key.shape[2] >= self._rung.break_even_tokens:
-                return self._attend_sparse(layer, query, key, value, pooled)
+            if self._rung.thins(layer.index):
+                pooled = self._update_pooled(layer, query, key)
+                if key.shape[2] >= self._rung.break_even_tokens:
+                    return self._attend_sparse(layer, query, key, value, pooled)
         if layer is not None:
             self._stats.add(LayerCall(layer.index, query.shape[2], key.shape[2], "dense", 1.0))
         if self.base == "flex":

@@ -40,14 +40,14 @@ class RetrofitStats:
             self.num_dense += 1
 
     def density(self) -> float | None:
-        """Mean density of the latest sparse calls, or None where none ran."""
-        kept = [call.density for call in self.calls if call.path == "sparse"]
-        return sum(kept) / len(kept) if kept else None
+        """Mean density of the latest calls, dense layers included; None if every call was dense."""
+        if not self.has_run_sparse:
+            return None
+        return sum(call.density for call in self.calls) / len(self.calls)
 
     def density_by_layer(self) -> dict[int, float]:
-        """Mean density of the latest sparse calls of each layer."""
+        """Mean density of the latest calls of each layer."""
         by_layer: dict[int, list[float]] = {}
         for call in self.calls:
-            if call.path == "sparse":
-                by_layer.setdefault(call.layer, []).append(call.density)
+            by_layer.setdefault(call.layer, []).append(call.density)
         return {layer: sum(values) / len(values) for layer, values in by_layer.items()}

@@ -1,0 +1,81 @@
+"""The command line: errors are one readable line and an exit code, documents are JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sentei.pipeline.cli.app import app, run
+from sentei.pipeline.cli.output import ExitCode
+from sentei.pipeline.client import AdminClient, AdminError
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO_POLICY = ROOT / "policies" / "examples" / "demo.yaml"
+
+
+def test_lint_accepts_a_shipped_policy() -> None:
+    """`policy lint --json` of a good policy prints one document that says ok, and exits with 0."""
+    done = CliRunner().invoke(app, ["policy", "lint", str(DEMO_POLICY), "--json"])
+
+    assert done.exit_code == ExitCode.OK
+    assert json.loads(done.stdout)["ok"] is True
+
+
+def test_lint_names_the_nearest_known_key(tmp_path: Path) -> None:
+    """`policy lint` of an unknown key names file, line, path and the nearest known key, and exits with 2."""
+    text = DEMO_POLICY.read_text(encoding="utf-8").replace("hold_min: 2s", "hold_mim: 2s", 1)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(text, encoding="utf-8")
+
+    done = CliRunner().invoke(app, ["policy", "lint", str(policy), "--json"])
+
+    assert done.exit_code == ExitCode.BAD_INPUT
+    errors = json.loads(done.stdout)["errors"]
+    line = 1 + text[: text.index("hold_mim")].count("\n")
+    assert any(e["line"] == line and "hold_min" in e["message"] and e["file"] == str(policy) for e in errors)
+
+
+def test_missing_file_is_bad_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is not there is one line on stderr and exit code 2, not a traceback."""
+    monkeypatch.setattr("sys.argv", ["sentei", "policy", "lint", "nowhere.yaml"])
+
+    with pytest.raises(SystemExit) as ended:
+        run()
+
+    assert ended.value.code == ExitCode.BAD_INPUT
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_schema_is_json() -> None:
+    """`policy schema` prints a JSON Schema."""
+    done = CliRunner().invoke(app, ["policy", "schema"])
+
+    assert json.loads(done.stdout)["type"] == "object"
+
+
+def test_doctor_reports_each_package() -> None:
+    """`doctor --json` names what it looked at."""
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+
+    assert {"torch", "ray", "home"} <= {check["name"] for check in json.loads(done.stdout)["checks"]}
+
+
+def test_unreachable_app_names_address_and_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client whose app is away says which address, and how to name another."""
+    import httpx
+
+    def refuse(self: httpx.Client, *args: object, **kwargs: object) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(httpx.Client, "request", refuse)
+    client = AdminClient("http://127.0.0.1:9")
+
+    with pytest.raises(AdminError, match=r"127\.0\.0\.1:9 .*--url") as caught:
+        client.rollouts()
+    client.close()
+    assert caught.value.unreachable

@@ -1,0 +1,112 @@
+"""Adapters on disk: what is written comes back, and only onto the model it belongs to."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sentei.kernels.hf.adapter import (
+    LADDER_FILE,
+    MANIFEST_FILE,
+    SCORER_FILE,
+    load_adapter,
+    new_adapter,
+    save_adapter,
+    uncalibrated_ladder,
+)
+from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, Verified
+from sentei.kernels.hf.models import AdapterError, fingerprint
+from tests.fakes_models import make_gemma, make_llama
+
+
+def test_an_adapter_survives_the_disk(tmp_path: Path) -> None:
+    """Weights, thresholds and verified figures come back as they were."""
+    model = make_llama()
+    adapter = new_adapter(model, "tiny", rank=4)
+    verified = Verified(0.01, 0.2, 0.003, (-0.001, 0.007), 0.2)
+    rung = Rung("mild", {0: ((0.1,), (0.2,)), 1: ((0.3,), (0.4,))}, 0.05, 256, verified)
+    with torch.no_grad():
+        adapter.scorers[1].query_map.normal_()
+
+    save_adapter(adapter.with_ladder(Ladder((Rung(DENSE), rung), ())), tmp_path)
+    loaded = load_adapter(tmp_path, model)
+
+    assert loaded.ladder.find("mild") == rung
+    assert loaded.manifest == adapter.manifest
+    torch.testing.assert_close(loaded.scorers[1].query_map, adapter.scorers[1].query_map)
+    assert {path.name for path in tmp_path.iterdir()} == {SCORER_FILE, LADDER_FILE, MANIFEST_FILE}
+
+
+@pytest.mark.parametrize("other", [make_gemma, lambda: make_llama(seed=1)])
+def test_an_adapter_of_another_model_is_refused_by_name(tmp_path: Path, other) -> None:  # type: ignore[no-untyped-def]
+    """Another architecture, or the same with other weights, is told whose adapter this is."""
+    save_adapter(new_adapter(make_llama(), "tiny-llama"), tmp_path)
+
+    with pytest.raises(AdapterError, match=r"belongs to model 'tiny-llama'.*loaded onto"):
+        load_adapter(tmp_path, other())
+
+
+def test_loading_in_another_precision_is_the_same_model() -> None:
+    """The fingerprint knows weights, not the precision that a bf16 checkpoint was loaded in."""
+    half = make_llama().to(torch.bfloat16)
+    full = make_llama()
+    full.load_state_dict(half.state_dict())
+
+    assert fingerprint(half, "x").weights_sha256 == fingerprint(full, "x").weights_sha256
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (MANIFEST_FILE, None, "is no adapter"),
+        (MANIFEST_FILE, "{", "is not JSON"),
+        (MANIFEST_FILE, '{"format": 99}', "format is 99"),
+        (LADDER_FILE, '{"rungs": []}', "the ladder is broken"),
+        (SCORER_FILE, None, "has no scorer.safetensors"),
+    ],
+)
+def test_a_broken_folder_says_what_is_broken(
+    tmp_path: Path, name: str, text: str | None, message: str
+) -> None:
+    """Each missing or damaged file has its own message."""
+    model = make_llama()
+    save_adapter(new_adapter(model, "tiny"), tmp_path)
+    if text is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(text)
+
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(tmp_path, model)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    """A NaN in the file is found on loading, not while serving."""
+    model = make_llama()
+    adapter = new_adapter(model, "tiny")
+    with torch.no_grad():
+        adapter.scorers[0].key_map[0, 0, 0] = float("inf")
+    save_adapter(adapter, tmp_path)
+
+    with pytest.raises(AdapterError, match=r"0\.key_map is missing or not finite"):
+        load_adapter(tmp_path, model)
+
+
+def test_a_ladder_must_start_dense_and_repeat_no_id() -> None:
+    """Rung 0 is dense, always."""
+    with pytest.raises(AdapterError, match="first must be 'dense'"):
+        Ladder((Rung("mild"),), ())
+    with pytest.raises(AdapterError, match="no id may repeat"):
+        Ladder((Rung(DENSE), Rung("mild"), Rung("mild")), ())
+
+
+def test_an_uncalibrated_ladder_has_one_threshold_everywhere() -> None:
+    """It serves trials before calibration and claims no bound."""
+    adapter = new_adapter(make_llama(), "tiny")
+
+    rung = uncalibrated_ladder(adapter, {"mild": 0.25}).find("mild")
+
+    assert rung.thresholds == {0: ((0.25,), (0.25,)), 1: ((0.25,), (0.25,))}
+    assert rung.verified is None
+    assert json.loads(json.dumps(rung.bound_dropped_mass)) == 1.0

@@ -1,0 +1,91 @@
+"""Distill, calibrate and evaluate on the shipped pocket model, small: the steps fit and learning helps."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sentei.kernels.hf.adapter import load_adapter
+from sentei.pipeline.calibrate import CalibrateOptions, calibrate
+from sentei.pipeline.corpus import load_corpus
+from sentei.pipeline.distill import DistillOptions, distill
+from sentei.pipeline.evaluate import EvaluateOptions, Evaluation, evaluate
+from sentei.pipeline.models import resolve_model
+from sentei.pipeline.plots import save_trade_off
+from sentei.pipeline.verify import VerifyOptions
+
+# torch 2.13 imports modules of its own that it has deprecated, when FlexAttention is compiled.
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"), pytest.mark.timeout(900)]
+
+RUNG_KEYS = {
+    "rung",
+    "density",
+    "nll_delta",
+    "nll_delta_ci",
+    "ppl_cost_pct",
+    "dropped_mass_mean",
+    "dropped_mass_p99",
+    "prefill_s",
+    "prefill_s_by_baseline",
+    "peak_mib",
+    "tasks",
+}
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Evaluation, Path, list[str]]:
+    """Run the three steps once, on windows of 2048 tokens."""
+    folder = tmp_path_factory.mktemp("adapter")
+    loaded, corpus = resolve_model("pocket"), load_corpus()
+    seen: list[str] = []
+
+    def note(label: str, _done: int, _total: int) -> None:
+        seen.append(label)
+
+    small = DistillOptions(
+        window_tokens=2048, num_windows=6, num_held_out=3, blocks_per_window=8, max_epochs=4
+    )
+    adapter = distill(loaded, corpus, folder, small, note)
+    verify = VerifyOptions(window_tokens=2048, num_windows=1, blocks_per_window=12)
+    options = CalibrateOptions(window_tokens=2048, num_windows=3, blocks_per_window=16, verify=verify)
+    ladder = calibrate(loaded, adapter, corpus, options, note)
+    tiny = EvaluateOptions(window_tokens=2048, num_windows=1, num_tasks=1, timed_runs=1)
+    evaluation = evaluate(loaded, adapter.with_ladder(ladder), corpus, tiny, note)
+    return load_adapter(folder, loaded.model), evaluation, folder, seen
+
+
+def test_training_beats_the_untrained_score_on_held_out_text(story: Any) -> None:
+    """The held-out KL of every layer falls below that of the start."""
+    figures = story[0].manifest.figures
+
+    for layer in story[0].scorers:
+        assert figures[f"layer_{layer}_kl_held_out"] < 0.8 * figures[f"layer_{layer}_kl_untrained"]
+
+
+def test_the_saved_ladder_is_ordered_and_verified(story: Any) -> None:
+    """Three rungs, verified; thresholds and dropped mass never fall from mild to bold."""
+    rungs = [rung for rung in story[0].ladder.rungs if not rung.is_dense]
+
+    assert [rung.id for rung in rungs] == ["mild", "medium", "bold"]
+    for milder, bolder in itertools.pairwise(rungs):
+        for layer, groups in milder.thresholds.items():
+            for low, high in zip(groups, bolder.thresholds[layer], strict=True):
+                assert all(a <= b for a, b in zip(low, high, strict=True))
+        assert milder.verified.dropped_mass_mean <= bolder.verified.dropped_mass_mean
+        assert milder.verified.density >= bolder.verified.density
+
+
+def test_the_evaluation_has_the_promised_keys(story: Any, tmp_path: Path) -> None:
+    """The JSON has the documented keys, dense is row 0 with no cost, and progress was reported."""
+    data = json.loads(json.dumps(story[1].to_dict()))
+
+    assert data["model"] == "pocket"
+    assert [row["rung"] for row in data["rungs"]] == ["dense", "mild", "medium", "bold"]
+    assert all(set(row) >= RUNG_KEYS for row in data["rungs"])
+    assert data["rungs"][0]["nll_delta"] == 0.0
+    assert set(data["rungs"][1]["prefill_s_by_baseline"]) == {"sdpa", "flex_dense"}
+    assert {row["kind"] for row in data["baselines"]} == {"untrained", "local", "oracle"}
+    assert {"train scorers", "verify rungs", "time prefill"} <= set(story[3])
+    assert save_trade_off(story[1], tmp_path / "plot.html").stat().st_size > 10_000

@@ -22,7 +22,7 @@ POCKET_SIZE = DemoSize(
         blocks_per_window=16,
         verify=VerifyOptions(window_tokens=4096, num_windows=2, blocks_per_window=12),
     ),
-    evaluate=EvaluateOptions(window_tokens=4096, num_windows=2),
+    evaluate=EvaluateOptions(window_tokens=2048, num_windows=2, num_tasks=4),
     mix=MixOptions(prompt_tokens=(256, 1280, 1536, 2048), answer_tokens=8, text_tokens=16, text_share=0.25),
     clients=1,
     think_s=0.5,

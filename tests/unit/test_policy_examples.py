@@ -57,7 +57,7 @@ def play(
             is_sparse = bool(rng.random() < share)
             candidates += is_sparse
             variant = "sparse" if is_sparse else "dense"
-            place = ("long", "medium", f"s{seq}", variant, float(tick))
+            place = ("long", "mild", f"s{seq}", variant, float(tick))
             seen += [
                 Observation(seq, "audit.token_disagreement", *place, value=value, floor=0.0),
                 Observation(seq, "audit.kl", *place, value=value, floor=0.0),

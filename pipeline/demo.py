@@ -133,8 +133,8 @@ def prepare(bench: Workbench, size: DemoSize, progress: Progress) -> None:
 
 def stories(size: DemoSize) -> tuple[Story, Story]:
     """Return the two rollouts: the calibrated rung, and the same with a planted silent fault."""
-    fault = {"kind": "pooled_keys_off_by_one", "past_tokens": size.fault_past_tokens}
-    title = f"(b) silent fault: pooled keys one block off past {size.fault_past_tokens} tokens"
+    fault = {"kind": "pooled_keys_lost", "past_tokens": size.fault_past_tokens}
+    title = f"(b) silent fault: pooled keys lost past {size.fault_past_tokens} tokens"
     return (
         Story("calibrated", "(a) the calibrated rung", "promoted", None),
         Story("planted-fault", title, "rolled_back", fault),

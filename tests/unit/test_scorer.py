@@ -187,6 +187,16 @@ def test_nan_in_the_weights_is_an_error_that_says_what_to_do() -> None:
         find_shares(scorer, q, k, table)
 
 
+def test_lost_pooled_keys_leave_nothing_to_choose_past_the_length() -> None:
+    """The other fault empties the choice past its length, leaves the rest alone, and makes no NaN."""
+    shares = torch.randn(1, 2, 10, 10)
+
+    faulty = Fault("pooled_keys_lost", past_tokens=80).shift(shares, torch.arange(10) * 16)
+
+    torch.testing.assert_close(faulty[:, :, :5], shares[:, :, :5])
+    assert bool(torch.isneginf(faulty[:, :, 5:]).all())
+
+
 def test_the_planted_fault_moves_the_choice_only_past_its_length() -> None:
     """Before the length nothing changes; past it the same scores choose the block before."""
     q, k, table = make_inputs(160)

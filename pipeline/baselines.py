@@ -57,20 +57,20 @@ class RankSelector:
         self, layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, q_offset: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shape = self.shapes[layer.index]
-        blocks = cut_queries(q, self.table, block_tokens=shape.block_tokens, q_offset=q_offset)
+        starts = block_starts(q.shape[2], shape.block_tokens, q_offset, q.device)
         if self.kind == "untrained":
             scorer = BlockScorer(shape, layer.scale)
             pooled = pool_tokens(k, shape.pool_tokens)
             with torch.no_grad():
                 keys = scorer.encode_keys(pooled, pooled)
-                return score_blocks(scorer, blocks, k, keys, q_len_end=k.shape[2]), blocks.starts
+                return score_blocks(scorer, q, k, keys, table=self.table)
         num_k = -(-k.shape[2] // shape.block_tokens)
         if self.kind == "local":
-            own = blocks.starts // shape.block_tokens
+            own = starts // shape.block_tokens
             ahead = torch.arange(num_k) - own[:, None]
             near = ahead.float().masked_fill(ahead > 0, float("-inf"))
-            return near.expand(q.shape[0], q.shape[1], *near.shape).clone(), blocks.starts
-        return self._true_needs(layer, q, k, num_k, len(blocks.starts)), blocks.starts
+            return near.expand(q.shape[0], q.shape[1], *near.shape).clone(), starts
+        return self._true_needs(layer, q, k, num_k, len(starts)), starts
 
     def _true_needs(
         self, layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, num_k: int, num_q: int

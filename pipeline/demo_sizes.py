@@ -11,7 +11,7 @@ from sentei.pipeline.traffic import MixOptions
 from sentei.pipeline.verify import VerifyOptions
 
 POCKET_SIZE = DemoSize(
-    # 2,048-token windows hold the recall distance of the demo's prompts. Pools of 4 tokens, because this model
+    # 2,048-token windows hold the recall distance of the demo's prompts. Pools of 4 tokens: this model
     # recalls by single tokens, which a mean over 16 hides.
     distill=DistillOptions(
         pool_tokens=4, window_tokens=2048, num_windows=12, num_held_out=3, blocks_per_window=8, max_epochs=6

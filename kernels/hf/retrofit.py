@@ -25,7 +25,7 @@ from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.pooled_cache import PooledCache
-from sentei.kernels.scorer.selection import cut_queries, score_blocks, select_blocks
+from sentei.kernels.scorer.selection import score_blocks, select_blocks
 
 Base = Literal["sdpa", "flex"]
 AttentionResult = tuple[torch.Tensor, None]
@@ -199,12 +199,11 @@ class Retrofit:
         scorer = self.adapter.scorers[layer.index]
         block = scorer.shape.block_tokens
         offset = key.shape[2] - query.shape[2]
-        blocks = cut_queries(query, self._rotary(key), block_tokens=block, q_offset=offset)
-        shares = score_blocks(scorer, blocks, key, pooled, q_len_end=key.shape[2])
+        shares, starts = score_blocks(scorer, query, key, pooled, table=self._rotary(key))
         return select_blocks(
             shares,
             self._thresholds[layer.index],
-            starts=blocks.starts,
+            starts=starts,
             q_len=query.shape[2],
             kv_len=key.shape[2],
             q_offset=offset,

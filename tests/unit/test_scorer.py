@@ -8,6 +8,7 @@ import torch
 
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.block_mass import block_mass
+from sentei.kernels.scorer import selection
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError, ScorerShape
@@ -42,9 +43,8 @@ def make_inputs(length: int) -> tuple[torch.Tensor, torch.Tensor, RotaryTable]:
 
 def find_shares(scorer: BlockScorer, q: torch.Tensor, k: torch.Tensor, table: RotaryTable) -> torch.Tensor:
     """Shares of the blocks for queries at the end of the keys."""
-    blocks = cut_queries(q, table, block_tokens=16, q_offset=k.shape[2] - q.shape[2])
     keys = PooledCache(scorer).update(k, k.shape[2], table)
-    return score_blocks(scorer, blocks, k, keys, q_len_end=k.shape[2])
+    return score_blocks(scorer, q, k, keys, table=table)[0]
 
 
 def train_a_little(scorer: BlockScorer) -> None:

@@ -13,7 +13,7 @@ from sentei.kernels.scorer.features import RotaryTable, pool_tokens
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.kernels.scorer.selection import (
     Thresholds,
-    cut_queries,
+    block_starts,
     forced_blocks,
     score_blocks,
     select_blocks,

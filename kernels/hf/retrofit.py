@@ -154,7 +154,8 @@ class Retrofit:
         if layer is not None and not self._rung.is_dense:
             _check_mask(attention_mask)
             _check_positions(kwargs.get("position_ids"), key.shape[2])
-            if self._rung.thins(layer.index):
+            # A planted fault strikes the side cache, so layers that the rung leaves dense are not spared.
+            if self._rung.thins(layer.index) or self.fault is not None:
                 pooled = self._update_pooled(layer, query, key)
                 if key.shape[2] >= self._rung.break_even_tokens:
                     return self._attend_sparse(layer, query, key, value, pooled)

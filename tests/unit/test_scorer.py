@@ -258,6 +258,18 @@ def test_the_side_cache_crops_and_reorders_on_request() -> None:
     torch.testing.assert_close(keys, PooledCache(scorer).update(swapped[:, :, :33], 33, table))
 
 
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores do not depend on how many rows are handled at once."""
+    q, k, table = make_inputs(200)
+    scorer = BlockScorer(SHAPE, SCALE)
+    train_a_little(scorer)
+    whole = find_shares(scorer, q, k, table)
+
+    monkeypatch.setattr(selection, "MAX_SCORES_PER_CHUNK", 1)
+
+    torch.testing.assert_close(find_shares(scorer, q, k, table), whole)
+
+
 @pytest.mark.parametrize(
     ("change", "name"), [({"kv_heads": 3}, "query_heads"), ({"pool_tokens": 5}, "block")]
 )

@@ -15,7 +15,8 @@ from sentei.kernels.scorer.features import RotaryTable, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
 
 # 2 MB of fp32. Swept on one AVX2 core with 32 MB of cache at 0.25M, 0.5M, 1M, 2M and 4M:
-# 286, 279, 318, 379 and 416 ms with heads 4:1 of 256 at 8192 tokens (SDPA: 2370 ms); 60, 59, 73, 77 and 92 ms with 4:2 of 64 at 4096.
+# 286, 279, 318, 379 and 416 ms with heads 4:1 of 256 at 8192 tokens (SDPA: 2370 ms);
+# 60, 59, 73, 77 and 92 ms with heads 4:2 of 64 at 4096.
 MAX_SCORES_PER_CHUNK = 500_000
 
 

@@ -28,6 +28,11 @@ def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     module.chunk_paths = lambda: [part]  # type: ignore[attr-defined]
     module.__spec__ = find_spec("json")
     monkeypatch.setitem(sys.modules, GEMMA_PACKAGE, module)
+    for name in ("gguf", "accelerate"):  # the rest of the extra, where it is not installed
+        if find_spec(name) is None:
+            stand_in = ModuleType(name)
+            stand_in.__spec__ = find_spec("json")
+            monkeypatch.setitem(sys.modules, name, stand_in)
     return part
 
 

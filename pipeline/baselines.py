@@ -25,14 +25,14 @@ KINDS: tuple[Kind, ...] = ("untrained", "local", "oracle")
 
 @dataclass(frozen=True, slots=True)
 class RankSelector:
-    """Keeps a layer's best-scored blocks up to a density; sink and diagonal are kept as in ours.
+    """Keeps a KV group's best-scored blocks up to a density; sink and diagonal are kept as in ours.
 
     `untrained` is the scorer before training, `local` the nearest blocks, `oracle` the true mass of the
     neediest row. The threshold is read off the text itself, which favours these baselines.
     """
 
     kind: Kind
-    density_by_layer: Mapping[int, float]
+    density_by_group: Mapping[int, tuple[float, ...]]
     shapes: Mapping[int, ScorerShape]
     table: RotaryTable
 
@@ -41,10 +41,16 @@ class RankSelector:
         block = self.shapes[layer.index].block_tokens
         q_offset = k.shape[2] - q.shape[2]
         scores, starts = self._score(layer, q, k, q_offset)
-        threshold = self._threshold(scores, starts, self.density_by_layer[layer.index], q_offset + q.shape[2])
+        q_end = q_offset + q.shape[2]
+        thresholds = [
+            [self._threshold(part, starts, density, q_end)]
+            for part, density in zip(
+                scores.chunk(layer.kv_heads, dim=1), self.density_by_group[layer.index], strict=True
+            )
+        ]
         return select_blocks(
             scores,
-            Thresholds(torch.tensor([[threshold]]), ()),
+            Thresholds(torch.tensor(thresholds), ()),
             starts=starts,
             q_len=q.shape[2],
             kv_len=k.shape[2],

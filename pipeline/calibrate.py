@@ -4,6 +4,7 @@ A rung bounds two things per layer, KV group and length bin: the share of *needl
 attention mass it may drop. A needle is a block that holds more than 30% of some row's attention; recall and
 most of the perplexity hang on them, while the mean hardly notices one (measured on the pocket model: a rung
 with 5% of the mass dropped on average had lost every passkey). The threshold is the largest that keeps both.
+Recall questions are rare in running text, so their needles are counted apart, over all lengths.
 Where a head would need most blocks to stay within them, its scorer is too coarse for it: the KV group stays
 dense, which costs little more and risks nothing.
 """
@@ -49,9 +50,9 @@ class CalibrateOptions:
     bin_edges_tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     break_even_tokens: int = 1024
     targets: tuple[RungTarget, ...] = (
-        RungTarget("mild", 0.003, 0.20),
-        RungTarget("medium", 0.01, 0.35),
-        RungTarget("bold", 0.03, 0.50),
+        RungTarget("mild", 0.003, 0.15),
+        RungTarget("medium", 0.01, 0.25),
+        RungTarget("bold", 0.03, 0.40),
     )
     dense_above: float = 0.6
     verify: VerifyOptions = field(default_factory=VerifyOptions)
@@ -106,10 +107,14 @@ def fit_ladder(adapter: Adapter, loaded: LoadedModel, records: Records, options:
     per_rung: dict[str, dict[int, torch.Tensor]] = {target.id: {} for target in options.targets}
     for index, scorer in adapter.scorers.items():
         bins = score_bins(scorer, records[index], table, options.bin_edges_tokens)
+        asking = score_asking(scorer, records[index], table)
         floor = torch.zeros(scorer.shape.kv_heads, len(bins))
         for target in options.targets:
             found = torch.stack(
-                [_fit_bin(scored, scorer.shape.kv_heads, target, options.dense_above) for scored in bins],
+                [
+                    _fit_bin(scored, asking, scorer.shape.kv_heads, target, options.dense_above)
+                    for scored in bins
+                ],
                 dim=1,
             )
             floor = torch.maximum(floor, _fill_empty_bins(found))
@@ -134,33 +139,53 @@ def score_bins(
     """Score every record and sort its query blocks into length bins."""
     bins = [Scored([], []) for _ in range(len(edges) + 1)]
     for record in records:
-        shares, _ = row_shares(scorer, record, table)
-        is_open = record.is_open
-        needs = shares[0].amax(dim=2)
-        mass = record.mass[0].float() * is_open[None, :, None, :]
         which = torch.bucketize(record.starts, torch.tensor(edges), right=True)
-        for b, scored in enumerate(bins):
-            inside = which == b
-            if bool(inside.any()):
-                scored.needs.append(needs[:, inside])
-                scored.mass.append(mass[:, inside])
+        _score_into([(scored, which == b) for b, scored in enumerate(bins)], scorer, record, table)
     return bins
 
 
-def _fit_bin(scored: Scored, kv_heads: int, target: RungTarget, dense_above: float) -> torch.Tensor:
+@torch.no_grad()
+def score_asking(scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable) -> Scored:
+    """Score the query blocks that ask for notes, whatever their length."""
+    asking = Scored([], [])
+    for record in records:
+        _score_into([(asking, record.is_asking)], scorer, record, table)
+    return asking
+
+
+def _score_into(
+    parts: Sequence[tuple[Scored, torch.Tensor]], scorer: BlockScorer, record: LayerRecord, table: RotaryTable
+) -> None:
+    shares, _ = row_shares(scorer, record, table)
+    needs = shares[0].amax(dim=2)
+    mass = record.mass[0].float() * record.is_open[None, :, None, :]
+    for scored, inside in parts:
+        if bool(inside.any()):
+            scored.needs.append(needs[:, inside])
+            scored.mass.append(mass[:, inside])
+
+
+def _fit_bin(
+    scored: Scored, asking: Scored, kv_heads: int, target: RungTarget, dense_above: float
+) -> torch.Tensor:
     """Return the share threshold of each KV group [Hkv] in one bin; NaN where the bin has no text."""
     if not scored.needs:
         return torch.full((kv_heads,), float("nan"))
     group = scored.needs[0].shape[0] // kv_heads
-    shares = [
-        _fit_group(scored, slice(h * group, (h + 1) * group), target, dense_above) for h in range(kv_heads)
-    ]
+    shares = []
+    for h in range(kv_heads):
+        heads = slice(h * group, (h + 1) * group)
+        limit = needle_threshold(asking, heads, target.missed_needles) if asking.needs else MAX_SHARE
+        shares.append(_fit_group(scored, heads, target, limit=limit, dense_above=dense_above))
     return torch.tensor(shares)
 
 
-def _fit_group(scored: Scored, heads: slice, target: RungTarget, dense_above: float) -> float:
-    """Return the largest threshold at which a group stays within both bounds, or 0 where it stays dense."""
-    share = min(MAX_SHARE, max(MIN_SHARE, needle_threshold(scored, heads, target.missed_needles)))
+def _fit_group(
+    scored: Scored, heads: slice, target: RungTarget, *, limit: float, dense_above: float
+) -> float:
+    """Return the largest threshold at which a group stays within all bounds, or 0 where it stays dense."""
+    share = min(limit, needle_threshold(scored, heads, target.missed_needles))
+    share = min(MAX_SHARE, max(MIN_SHARE, share))
     if max_head_density(scored, heads, share) > dense_above:
         return 0.0
     for _ in range(NUM_BOUND_STEPS):

@@ -1,5 +1,7 @@
 """Frozen activations as training and calibration records: sampled query blocks and each row's true mass."""
 
+import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +15,20 @@ from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.kernels.scorer.selection import QueryBlocks, forced_lse, log_shares
 from sentei.pipeline.corpus import Document, token_windows
 from sentei.pipeline.models import LoadedModel
-from sentei.pipeline.tasks import make_key_value, make_passkey
+from sentei.pipeline.tasks import PAIR_NOTE, PAIR_QUESTION, make_key_value
 
 Progress = Callable[[str, int, int], None]
+
+
+RECALL_BLOCKS = 5  # the questions at the end of a recall text take about so many blocks of 64 tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Tokens [T] to run; a recall text ends in questions about notes spread over it."""
+
+    ids: torch.Tensor
+    is_recall: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +41,7 @@ class LayerRecord:
     pooled_plain: torch.Tensor  # [1, Hkv, P, D]
     lse: torch.Tensor  # [1, Hq, n, rows], exact log weight of the forced blocks
     mass: torch.Tensor  # [1, Hq, n, rows, blocks], true share of each key block, fp16
+    is_asking: torch.Tensor  # [n], whether the block lies among a recall text's questions
 
     @property
     def is_open(self) -> torch.Tensor:
@@ -48,26 +62,35 @@ Records = dict[int, list[LayerRecord]]
 
 def make_texts(
     loaded: LoadedModel, documents: Sequence[Document], *, window_tokens: int, num: int, seed: int
-) -> list[torch.Tensor]:
-    """Return `num` token sequences: two thirds running text, one third recall prompts with their answers."""
+) -> list[Text]:
+    """Return `num` texts: two thirds running text, one third with notes that are asked for at the end."""
     num_recall = num // 3
     head = bos_tokens(loaded)
     windows = token_windows(
         loaded.tokenizer, documents, window_tokens - len(head), num - num_recall, seed=seed
     )
-    texts = [torch.tensor([*head, *window.tolist()]) for window in windows]
-    makers = (make_key_value, make_passkey)
+    texts = [Text(torch.tensor([*head, *window.tolist()])) for window in windows]
     for i in range(num_recall):
-        task = makers[i % 2](
-            loaded.tokenizer,
-            prompt_tokens=window_tokens - 16,
-            depth=(i + 0.5) / num_recall,
-            seed=seed * 1000 + i,
-            documents=documents,
-        )
-        ids = loaded.tokenizer(f"{task.prompt} {task.answer}", verbose=False)["input_ids"]
-        texts.append(torch.tensor(ids[:window_tokens]))
+        texts.append(Text(_recall_ids(loaded, documents, window_tokens, seed * 1000 + i), is_recall=True))
     return texts
+
+
+def _recall_ids(
+    loaded: LoadedModel, documents: Sequence[Document], window_tokens: int, seed: int
+) -> torch.Tensor:
+    """Notes of pairs spread over filler, then every pair asked for and answered, in another order."""
+    room = RECALL_BLOCKS * 48
+    task = make_key_value(
+        loaded.tokenizer, prompt_tokens=window_tokens - room, depth=0.5, seed=seed, documents=documents
+    )
+    # The task's own note and question give the pattern by which the notes are found again.
+    before, between, after = PAIR_NOTE.split("{}")
+    pattern = re.escape(before) + r"(\w+)" + re.escape(between) + r"(\w+)" + re.escape(after)
+    pairs = re.findall(pattern, task.prompt)
+    random.Random(seed).shuffle(pairs)
+    questions = "\n".join(f"{PAIR_QUESTION.format(key)} {value}" for key, value in pairs)
+    ids = loaded.tokenizer(f"{task.prompt} {task.answer}\n{questions}", verbose=False)["input_ids"]
+    return torch.tensor(ids[:window_tokens])
 
 
 def bos_tokens(loaded: LoadedModel) -> list[int]:
@@ -78,7 +101,7 @@ def bos_tokens(loaded: LoadedModel) -> list[int]:
 
 def capture(
     loaded: LoadedModel,
-    texts: Sequence[torch.Tensor],
+    texts: Sequence[Text],
     shapes: dict[int, ScorerShape],
     *,
     blocks_per_text: int,
@@ -88,42 +111,51 @@ def capture(
 ) -> Records:
     """Run the frozen model over the texts; keep records of sampled query blocks of each thinnable layer."""
     generator = torch.Generator().manual_seed(seed)
-    longest = max(len(text) for text in texts)
+    longest = max(len(text.ids) for text in texts)
     table = RotaryTable(*rotary_tables(loaded.model, longest, torch.device("cpu")))
     records: Records = {index: [] for index in shapes}
     for i, text in enumerate(texts):
         progress(label, i, len(texts))
         size = next(iter(shapes.values())).block_tokens
-        chosen = sample_blocks(len(text) // size, blocks_per_text, generator)
+        num_last = RECALL_BLOCKS if text.is_recall else 1
+        chosen = sample_blocks(len(text.ids) // size, blocks_per_text, generator, num_last=num_last)
+        is_asking = (chosen >= len(text.ids) // size - num_last) & text.is_recall
+        sampled = Sampled(chosen, is_asking, table)
 
-        def keep(layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, chosen: torch.Tensor = chosen) -> None:
-            shape = shapes[layer.index]
-            records[layer.index].append(record_layer(layer, q, k, shape=shape, chosen=chosen, table=table))
+        def keep(layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, sampled: Sampled = sampled) -> None:
+            records[layer.index].append(record_layer(layer, q, k, shapes[layer.index], sampled))
 
-        observe_attention(loaded.model, text[None], keep)
+        observe_attention(loaded.model, text.ids[None], keep)
     progress(label, len(texts), len(texts))
     return records
 
 
-def sample_blocks(num_blocks: int, wanted: int, generator: torch.Generator) -> torch.Tensor:
-    """Choose query blocks that have something to choose from; the last one is always among them."""
+def sample_blocks(
+    num_blocks: int, wanted: int, generator: torch.Generator, *, num_last: int = 1
+) -> torch.Tensor:
+    """Choose query blocks that have something to choose from; the last ones are always among them."""
     first = 2
-    if num_blocks <= first:
-        raise ValueError(f"the text has {num_blocks} blocks; at least {first + 1} are needed to learn from")
-    order = torch.randperm(num_blocks - first - 1, generator=generator) + first
-    return torch.cat([order[: max(0, wanted - 1)], torch.tensor([num_blocks - 1])]).sort().values
+    if num_blocks < first + num_last:
+        raise ValueError(f"the text has {num_blocks} blocks; at least {first + num_last} are needed")
+    order = torch.randperm(num_blocks - first - num_last, generator=generator) + first
+    last = torch.arange(num_blocks - num_last, num_blocks)
+    return torch.cat([order[: max(0, wanted - num_last)], last]).sort().values
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Which query blocks of a text are recorded, which of them ask, and the rotary table."""
+
+    chosen: torch.Tensor
+    is_asking: torch.Tensor
+    table: RotaryTable
 
 
 def record_layer(
-    layer: LayerInfo,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    *,
-    shape: ScorerShape,
-    chosen: torch.Tensor,
-    table: RotaryTable,
+    layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, shape: ScorerShape, sampled: Sampled
 ) -> LayerRecord:
     """Reduce one layer's attention inputs to what training and calibration need."""
+    chosen, table = sampled.chosen, sampled.table
     size = shape.block_tokens
     rows = (chosen[:, None] * size + torch.arange(size)).flatten()
     H, D, n = layer.query_heads, layer.head_dim, len(chosen)
@@ -139,6 +171,7 @@ def record_layer(
         pooled_plain=pool_tokens(plain, shape.pool_tokens),
         lse=forced_lse(blocks, keys, scale=layer.scale, block_tokens=size, q_len_end=keys.shape[2]),
         mass=mass.view(1, H, n, size, -1).half(),
+        is_asking=sampled.is_asking,
     )
 
 

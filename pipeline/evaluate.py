@@ -176,12 +176,12 @@ def _measure_losses(
     variants = [*(rung.id for rung in adapter.ladder.rungs), *kinds]
     with retrofit(loaded.model, adapter, DENSE, base="flex") as handle:
         for i_text, text in enumerate(texts):
-            by_layer: dict[int, float] = {}
+            by_group: dict[int, tuple[float, ...]] = {}
             for i_variant, variant in enumerate(variants):
                 progress("losses", i_text * len(variants) + i_variant, len(texts) * len(variants))
                 handle.set_rung(options.baseline_rung if variant in kinds else variant)
                 handle.set_selector(
-                    RankSelector(variant, by_layer, adapter.manifest.shapes, table)
+                    RankSelector(variant, by_group, adapter.manifest.shapes, table)
                     if variant in kinds
                     else None
                 )
@@ -190,7 +190,7 @@ def _measure_losses(
                 density = handle.stats().density()
                 densities.setdefault(variant, []).append(1.0 if density is None else density)
                 if variant == options.baseline_rung:
-                    by_layer = handle.stats().density_by_layer()
+                    by_group = handle.stats().density_by_group()
     progress("losses", len(texts) * len(variants), len(texts) * len(variants))
     return _Losses(
         {variant: torch.cat(values) for variant, values in found.items()},

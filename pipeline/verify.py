@@ -13,7 +13,7 @@ from sentei.kernels.hf.models import rotary_tables, text_decoder
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.selection import per_head_thresholds
-from sentei.pipeline.capture import LayerRecord, Progress, bos_tokens, capture, row_shares
+from sentei.pipeline.capture import LayerRecord, Progress, Text, bos_tokens, capture, row_shares
 from sentei.pipeline.corpus import Document, token_windows
 from sentei.pipeline.models import LoadedModel
 
@@ -129,7 +129,7 @@ def dropped_by_rung(
     """Return each rung's dropped mass over sampled rows of all layers and heads: (mean, 99th percentile)."""
     records = capture(
         loaded,
-        texts,
+        [Text(text) for text in texts],
         dict(adapter.manifest.shapes),
         blocks_per_text=options.blocks_per_window,
         seed=options.seed,

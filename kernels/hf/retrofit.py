@@ -160,7 +160,8 @@ class Retrofit:
                 if key.shape[2] >= self._rung.break_even_tokens:
                     return self._attend_sparse(layer, query, key, value, pooled)
         if layer is not None:
-            self._stats.add(LayerCall(layer.index, query.shape[2], key.shape[2], "dense", 1.0))
+            density = (1.0,) * layer.kv_heads
+            self._stats.add(LayerCall(layer.index, query.shape[2], key.shape[2], "dense", density))
         if self.base == "flex":
             out = dense_attend(
                 query,
@@ -188,7 +189,8 @@ class Retrofit:
             mask = self.selector(layer, query, key)
         else:
             mask = self._select(layer, query, key, pooled)
-        self._stats.add(LayerCall(layer.index, query.shape[2], key.shape[2], "sparse", float(mask.density())))
+        density = _density_by_group(mask, layer.kv_heads)
+        self._stats.add(LayerCall(layer.index, query.shape[2], key.shape[2], "sparse", density))
         out, _ = attend(query, key, value, mask, scale=layer.scale)
         return out.transpose(1, 2).contiguous(), None
 
@@ -289,6 +291,13 @@ def _match_layers(model: nn.Module, adapter: Adapter | None) -> dict[nn.Module, 
                 f"the adapter has scorers for layers {sorted(theirs)}, the model needs {sorted(own)}"
             )
     return layers
+
+
+def _density_by_group(mask: BlockMask, kv_heads: int) -> tuple[float, ...]:
+    batch, heads, _ = mask.counts.shape
+    kept = mask.counts.sum(dim=(0, 2)).view(kv_heads, heads // kv_heads).sum(dim=1)
+    causal = int(mask.limits().sum()) * batch * (heads // kv_heads)
+    return tuple(count / causal for count in kept.tolist())
 
 
 def _check_mask(mask: torch.Tensor | None) -> None:

@@ -15,7 +15,12 @@ class LayerCall:
     q_tokens: int
     kv_tokens: int
     path: Literal["dense", "sparse"]
-    density: float
+    density_by_group: tuple[float, ...]
+
+    @property
+    def density(self) -> float:
+        """Kept share of the causal blocks, over all KV groups."""
+        return sum(self.density_by_group) / len(self.density_by_group)
 
 
 @dataclass(slots=True)
@@ -45,9 +50,12 @@ class RetrofitStats:
             return None
         return sum(call.density for call in self.calls) / len(self.calls)
 
-    def density_by_layer(self) -> dict[int, float]:
-        """Mean density of the latest calls of each layer."""
-        by_layer: dict[int, list[float]] = {}
+    def density_by_group(self) -> dict[int, tuple[float, ...]]:
+        """Mean density of the latest calls of each layer, KV group by KV group."""
+        by_layer: dict[int, list[tuple[float, ...]]] = {}
         for call in self.calls:
-            by_layer.setdefault(call.layer, []).append(call.density)
-        return {layer: sum(values) / len(values) for layer, values in by_layer.items()}
+            by_layer.setdefault(call.layer, []).append(call.density_by_group)
+        return {
+            layer: tuple(sum(group) / len(group) for group in zip(*densities, strict=True))
+            for layer, densities in by_layer.items()
+        }

@@ -98,7 +98,7 @@ async def test_rollout_is_started_taken_up_and_shown(tmp_path: Path) -> None:
         routing = (await office.client.get("/admin/v1/routing")).json()
 
     assert (started.status_code, before["phase"], before["routes"]) == (201, "waiting", [])
-    assert (after["phase"], after["stage_id"], after["rung_id"]) == ("running", "shadow", "medium")
+    assert (after["phase"], after["stage_id"], after["rung_id"]) == ("running", "shadow", "mild")
     assert [route["slice_id"] for route in after["routes"]] == ["short", "long"]
     assert after["events"][0]["kind"] == "started"
     assert (routing["table"]["rollout_id"], routing["renewals"]) == (after["rollout_id"], 1)

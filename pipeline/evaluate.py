@@ -17,7 +17,7 @@ from sentei.pipeline.baselines import KINDS, RankSelector
 from sentei.pipeline.capture import Progress
 from sentei.pipeline.corpus import Corpus
 from sentei.pipeline.costs import PRICES_FILE, load_prices, price_rows
-from sentei.pipeline.latency import FLEX_DENSE, Timing, medians, time_prefills
+from sentei.pipeline.latency import BEST_DENSE, Timing, medians, time_prefills
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.recall import make_tasks, recall_by_rung
 from sentei.pipeline.splits import split_text
@@ -209,7 +209,7 @@ def _rung_result(
 ) -> RungResult:
     own, dense = losses.by_variant[rung_id], losses.by_variant[DENSE]
     delta = paired_delta(own, dense)
-    timing = timings[FLEX_DENSE if rung_id == DENSE else rung_id]
+    timing = timings[BEST_DENSE if rung_id == DENSE else rung_id]
     return RungResult(
         rung=rung_id,
         density=losses.density[rung_id],

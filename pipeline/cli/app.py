@@ -11,7 +11,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import typer
 
 from sentei import __version__
-from sentei.pipeline.cli import demo, doctor, models, policy, report, rollout
+from sentei.pipeline.cli import bench, demo, doctor, models, policy, report, rollout
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.client import AdminError
 
@@ -46,6 +46,7 @@ app.command("evaluate")(models.run_evaluate)
 app.command("register")(models.run_register)
 app.command("report")(report.run_report)
 app.command("doctor")(doctor.run_doctor)
+app.add_typer(bench.app, name="bench", help="Measure speed as ratios.")
 app.add_typer(policy.app, name="policy", help="Check and explain policy files.")
 app.add_typer(rollout.app, name="rollout", help="Start, watch and steer rollouts of a running app.")
 

@@ -26,21 +26,6 @@ class StepRecord:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-def log_distill(tracker: Tracker, record: StepRecord) -> str:
-    """Track a distillation; returns the run's id."""
-    return log_step(tracker, "distill", record)
-
-
-def log_calibration(tracker: Tracker, record: StepRecord) -> str:
-    """Track a calibration; returns the run's id."""
-    return log_step(tracker, "calibrate", record)
-
-
-def log_evaluation(tracker: Tracker, record: StepRecord) -> str:
-    """Track an evaluation; returns the run's id."""
-    return log_step(tracker, "evaluate", record)
-
-
 def log_step(tracker: Tracker, kind: str, record: StepRecord) -> str:
     """Track one step of that kind; raises TrackingError, and then it may simply be called again."""
     spec = RunSpec(

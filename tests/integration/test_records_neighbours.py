@@ -17,7 +17,7 @@ from sentei.monitors.store import Store
 from sentei.pipeline.mirror import Mirror
 from sentei.pipeline.register import RegisterError, register_adapter
 from sentei.pipeline.rollout import RolloutRunner, RunnerOptions, start_rollout
-from sentei.pipeline.runs import StepRecord, log_evaluation
+from sentei.pipeline.runs import StepRecord, log_step
 from sentei.pipeline.tracking import MlflowTracker
 from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
 
@@ -163,7 +163,7 @@ def test_offline_step_is_one_run(tracker: MlflowTracker, tmp_path: Path) -> None
         texts={"evaluation.json": "{}"},
     )
 
-    run_id = log_evaluation(tracker, record)
+    run_id = log_step(tracker, "evaluate", record)
 
     with tracker.answering() as client:
         run = client.get_run(run_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import lru_cache
 
 import torch
@@ -11,7 +10,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.errors import MaskError, ShapeError
-from sentei.kernels.ops.registry import DECODE_ROWS_MAX, Request, pick_backend, report_broken
+from sentei.kernels.ops.registry import (
+    COMPILED_BACKENDS,
+    DECODE_ROWS_MAX,
+    Request,
+    give_up_on,
+    pick_backend,
+)
 
 
 def attend(
@@ -33,18 +38,18 @@ def attend(
     """
     check_shapes(q, k, v, mask, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    request = Request(q.device.type, q.dtype, q.shape[2], needs_lse=return_lse)
+    request = Request(q.device.type, q.dtype, q.shape[2], needs_lse=return_lse, block_k=mask.block_k)
     with torch.no_grad():
-        choice = pick_backend(request, backend)
-        try:
-            out, lse = choice.backend.load()(q, k, v, mask, scale=scale, window=window)
-        except Exception as error:  # a compiler can fail in any way; correctness must not depend on it
-            if backend != "auto" or choice.backend.name != "flex":
-                raise
-            _give_up_on(choice.backend.name, error)
-            fallback = pick_backend(request).backend
-            out, lse = fallback.load()(q, k, v, mask, scale=scale, window=window)
-    return out, (lse if return_lse else None)
+        while True:
+            chosen = pick_backend(request, backend).backend
+            try:
+                out, lse = chosen.load()(q, k, v, mask, scale=scale, window=window)
+            except Exception as error:  # a compiler can fail in any way; correctness must not depend on it
+                if backend != "auto" or chosen.name not in COMPILED_BACKENDS:
+                    raise
+                give_up_on(chosen.name, error)
+            else:
+                return out, (lse if return_lse else None)
 
 
 def dense_attend(
@@ -103,15 +108,6 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, window: int |
         )
     if window is not None and window < 1:
         raise ShapeError(f"window is {window}; pass at least 1, or None for no window")
-
-
-def _give_up_on(name: str, error: Exception) -> None:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    reason = f"it failed here: {type(error).__name__}: {first_line}"
-    if report_broken(name, reason):
-        warnings.warn(
-            f"attention backend {name!r} is off for this process, {reason}", RuntimeWarning, stacklevel=3
-        )
 
 
 @lru_cache(maxsize=64)

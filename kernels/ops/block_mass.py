@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sentei.kernels.ops.block_mask import num_blocks
 from sentei.kernels.ops.errors import ShapeError
+from sentei.kernels.ops.registry import is_native_usable
 
 # Scores held at once per KV head: 64 MiB in fp32.
 _SCORES_MAX = 16 * 2**20
@@ -32,6 +33,8 @@ def block_mass(
     if q_heads % kv_heads or q_offset + q_len > kv_len:
         raise ShapeError(f"q {tuple(q.shape)} at offset {q_offset} does not fit k {tuple(k.shape)}")
     rows = torch.arange(q_len, device=q.device) if rows is None else rows
+    if is_native_usable(q.device.type, block_k):
+        return _block_mass_native(q, k, rows, scale, block_k, q_offset, window)
     group = q_heads // kv_heads
     lse = torch.empty(batch, q_heads, rows.numel(), device=q.device)
     mass = torch.zeros(batch, q_heads, rows.numel(), num_blocks(kv_len, block_k), device=q.device)
@@ -49,6 +52,20 @@ def block_mass(
                     lse[b, heads, part] = row_lse
                     mass[b, heads, part, : row_mass.shape[-1]] = row_mass
     return lse, mass
+
+
+def _block_mass_native(
+    q: Tensor, k: Tensor, rows: Tensor, scale: float, block_k: int, q_offset: int, window: int | None
+) -> tuple[Tensor, Tensor]:
+    from sentei.kernels.ops.native import block_mass_native
+
+    parts = [
+        block_mass_native(
+            q[b].index_select(1, rows), k[b], q_offset + rows, scale=scale, block_k=block_k, window=window
+        )
+        for b in range(q.shape[0])
+    ]
+    return torch.stack([lse for lse, _ in parts]), torch.stack([mass for _, mass in parts])
 
 
 def dropped_mass(lse_sparse: Tensor, lse_dense: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,11 +15,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask
 from sentei.kernels.ops.errors import BackendError
+from sentei.kernels.ops.native_build import compiler, load_native
 
-# Calls with at most this many query rows are decode steps: they go to `gather` first.
+# Calls with at most this many query rows are decode steps: without a compiler they go to `gather`.
 DECODE_ROWS_MAX = 16
+# The native programs hold keys in panels of 8 to 32, by processor; this block size fits all of them.
+NATIVE_BLOCK_STEP = 32
+# These build a program at first use: where that fails, the next backend takes over.
+COMPILED_BACKENDS = ("native", "flex")
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Request:
     dtype: torch.dtype
     q_len: int
     needs_lse: bool = False
+    block_k: int = DEFAULT_BLOCK
 
 
 class AttendFn(Protocol):
@@ -77,16 +84,32 @@ def pick_backend(request: Request, name: str = "auto") -> Choice:
     raise BackendError("no backend takes this call: " + "; ".join(f"{n}: {why}" for n, why in refusals))
 
 
-def report_broken(name: str, reason: str) -> bool:
-    """Pass a backend over from now on in this process, as it failed; True the first time."""
-    return _broken.setdefault(name, reason) is reason
+def is_native_usable(device: str, block_k: int) -> bool:
+    """Whether Sentei's own CPU programs run here; the first call builds them, and warns if that fails."""
+    if device != "cpu" or "native" in _broken or _why_no_native(block_k) is not None:
+        return False
+    try:
+        load_native()
+    except (BackendError, OSError) as error:
+        give_up_on("native", error)
+        return False
+    return True
+
+
+def give_up_on(name: str, error: Exception) -> None:
+    """Pass a backend over from now on in this process, and warn the first time."""
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = f"it failed here: {type(error).__name__}: {first_line}"
+    if _broken.setdefault(name, reason) is reason:
+        warnings.warn(
+            f"attention backend {name!r} is off for this process, {reason}", RuntimeWarning, stacklevel=3
+        )
 
 
 def why_no_compiler() -> str | None:
     """Why FlexAttention cannot be compiled for the CPU here, or None if it can."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        return f"it needs a C++ compiler and {compiler!r} is not on the path (install g++ or set CXX)"
+    if (reason := _why_no_cxx()) is not None:
+        return reason
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.exists():
         return f"it needs Python's headers and {header} is missing (install python3-dev)"
@@ -95,7 +118,27 @@ def why_no_compiler() -> str | None:
 
 def _in_order(request: Request) -> tuple[Backend, ...]:
     names = ("gather", "flex") if request.q_len <= DECODE_ROWS_MAX else ("flex", "gather")
-    return tuple(_BACKENDS[name] for name in (*names, "reference"))
+    return tuple(_BACKENDS[name] for name in ("native", *names, "reference"))
+
+
+def _refuse_native(request: Request) -> str | None:
+    if request.device != "cpu":
+        return "it is a CPU program"
+    if request.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 or bfloat16, not {request.dtype}"
+    return _why_no_native(request.block_k)
+
+
+def _why_no_native(block_k: int) -> str | None:
+    if block_k % NATIVE_BLOCK_STEP:
+        return f"it takes key blocks of a multiple of {NATIVE_BLOCK_STEP} tokens, not {block_k}"
+    return _why_no_cxx()
+
+
+def _why_no_cxx() -> str | None:
+    if shutil.which(compiler()) is None:
+        return f"it needs a C++ compiler and {compiler()!r} is not on the path (install g++ or set CXX)"
+    return None
 
 
 def _refuse_flex(request: Request) -> str | None:
@@ -119,6 +162,12 @@ def _accept(_request: Request) -> str | None:
     return None
 
 
+def _load_native() -> AttendFn:
+    from sentei.kernels.ops.native import attend_native
+
+    return attend_native
+
+
 def _load_flex() -> AttendFn:
     from sentei.kernels.ops.flex import attend_flex
 
@@ -138,6 +187,7 @@ def _load_reference() -> AttendFn:
 
 
 _BACKENDS = {
+    "native": Backend("native", _refuse_native, _load_native),
     "flex": Backend("flex", _refuse_flex, _load_flex),
     "gather": Backend("gather", _accept, _load_gather),
     "reference": Backend("reference", _accept, _load_reference),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.registry import is_native_usable
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
@@ -18,6 +19,8 @@ from sentei.kernels.scorer.network import BlockScorer, ScorerError
 # 286, 279, 318, 379 and 416 ms with heads 4:1 of 256 at 8192 tokens (SDPA: 2370 ms);
 # 60, 59, 73, 77 and 92 ms with heads 4:2 of 64 at 4096.
 MAX_SCORES_PER_CHUNK = 500_000
+# Rows whose scorer features the native program is given at once: 8 heads of 64 + 64 take 8 MiB.
+ENCODED_ROWS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +117,36 @@ def score_blocks(
         [B, Hq, n, blocks] and [n].
     """
     block = scorer.shape.block_tokens
-    per_block = block // scorer.shape.pool_tokens
     B, Hq, q_len, _ = q.shape
     kv_len = k.shape[2]
     q_offset = kv_len - q_len
     starts = block_starts(q_len, block, q_offset, q.device)
-    room = MAX_SCORES_PER_CHUNK // (B * Hq * block * per_block)
     result = torch.full((B, Hq, len(starts), -(-kv_len // block)), float("-inf"), device=q.device)
+    if is_native_usable(q.device.type, block):
+        _fill_native(scorer, q, k, keys, table, result)
+    else:
+        _fill_chunks(scorer, q, k, keys, table, starts, result)
+    if torch.isnan(result).any():
+        raise ScorerError(
+            "the scorer gave NaN; queries, keys or adapter weights hold NaN or infinite values: "
+            "serve dense and check the adapter"
+        )
+    return result, starts
+
+
+def _fill_chunks(
+    scorer: BlockScorer,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    keys: torch.Tensor,
+    table: RotaryTable,
+    starts: torch.Tensor,
+    result: torch.Tensor,
+) -> None:
+    block = scorer.shape.block_tokens
+    per_block = block // scorer.shape.pool_tokens
+    q_offset = k.shape[2] - q.shape[2]
+    room = MAX_SCORES_PER_CHUNK // (q.shape[0] * q.shape[1] * block * per_block)
     first = 0
     while first < len(starts):
         row = first * block
@@ -129,16 +155,44 @@ def score_blocks(
         if visible > 1:  # else only sink and diagonal are in sight
             rows = q[:, :, row : last * block]
             blocks = cut_queries(rows, table, block_tokens=block, q_offset=q_offset + row)
-            lse = forced_lse(blocks, k, scale=scorer.scale, block_tokens=block, q_len_end=kv_len)
+            lse = forced_lse(blocks, k, scale=scorer.scale, block_tokens=block, q_len_end=k.shape[2])
             shares, _ = log_shares(scorer, blocks, keys[:, :, : visible * per_block], lse)
             result[:, :, first:last, : shares.shape[-1]] = shares.amax(dim=3)
         first = last
-    if torch.isnan(result).any():
-        raise ScorerError(
-            "the scorer gave NaN; queries, keys or adapter weights hold NaN or infinite values: "
-            "serve dense and check the adapter"
-        )
-    return result, starts
+
+
+@torch.no_grad()
+def _fill_native(
+    scorer: BlockScorer,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    keys: torch.Tensor,
+    table: RotaryTable,
+    result: torch.Tensor,
+) -> None:
+    from sentei.kernels.ops.native import best_shares_native
+
+    block = scorer.shape.block_tokens
+    q_offset = k.shape[2] - q.shape[2]
+    bias = scorer.bias(torch.arange(result.shape[-1] + 1))
+    for row in range(0, q.shape[2], ENCODED_ROWS):
+        part = q[:, :, row : row + ENCODED_ROWS]
+        positions = torch.arange(q_offset + row, q_offset + row + part.shape[2])
+        encoded = scorer.encode_queries(part, unrotate(part, positions, table))
+        for b in range(q.shape[0]):
+            best_shares_native(
+                encoded[b],
+                keys[b],
+                part[b],
+                k[b],
+                bias,
+                result[b],
+                first=q_offset + row,
+                out_first=row // block,
+                scale=scorer.scale,
+                block=block,
+                pool_tokens=scorer.shape.pool_tokens,
+            )
 
 
 def _chunk_blocks(before: int, room: int) -> int:
@@ -166,23 +220,41 @@ def select_blocks(
     """Keep every block whose share passes the threshold, plus sink and diagonal."""
     if fault is not None:
         shares = fault.shift(shares, starts)
-    keep = (shares > per_head_thresholds(thresholds, starts, shares.shape[1])) | forced_blocks(
-        starts, shares.shape[-1], q_end=q_offset + q_len, block_q=block_q, block_k=block_k
+    cut = per_head_thresholds(thresholds, starts, shares.shape[1])
+    if is_native_usable(shares.device.type, block_k):
+        counts, indices = _list_native(shares, cut, q_offset, block_q, block_k, q_offset + q_len)
+    else:
+        forced = forced_blocks(
+            starts, shares.shape[-1], q_end=q_offset + q_len, block_q=block_q, block_k=block_k
+        )
+        counts, indices = _list_sorted((shares > cut) | forced)
+    return BlockMask(counts, indices, q_len, kv_len, block_q, block_k, q_offset)
+
+
+def _list_native(
+    shares: torch.Tensor, cut: torch.Tensor, start: int, block_q: int, block_k: int, q_end: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from sentei.kernels.ops.native import select_native
+
+    B, H, n, _ = shares.shape
+    counts, indices = select_native(
+        shares.flatten(0, 1).float(),
+        cut[..., 0].expand(B, H, n).flatten(0, 1),
+        start=start,
+        block_q=block_q,
+        block_k=block_k,
+        q_end=q_end,
     )
+    width = int(counts.max())
+    return counts.view(B, H, n), indices[..., :width].contiguous().view(B, H, n, width)
+
+
+def _list_sorted(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     counts = keep.sum(dim=-1, dtype=torch.int32)
     order = torch.argsort(keep.to(torch.int8), dim=-1, descending=True, stable=True)
     width = int(counts.max())  # the one host sync: how wide the lists are
     indices = order[..., :width].to(torch.int32)
-    indices = indices.masked_fill(torch.arange(width, device=counts.device) >= counts[..., None], -1)
-    return BlockMask(
-        counts=counts,
-        indices=indices,
-        q_len=q_len,
-        kv_len=kv_len,
-        block_q=block_q,
-        block_k=block_k,
-        q_offset=q_offset,
-    )
+    return counts, indices.masked_fill(torch.arange(width, device=counts.device) >= counts[..., None], -1)
 
 
 def per_head_thresholds(thresholds: Thresholds, starts: torch.Tensor, query_heads: int) -> torch.Tensor:

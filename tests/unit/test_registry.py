@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from sentei.kernels.ops import flex, registry
+from sentei.kernels.ops import flex, native_build, registry
 from sentei.kernels.ops.attention import attend
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.errors import BackendError
@@ -20,20 +23,40 @@ PREFILL = Request("cpu", torch.float32, 512)
 def _compiler_present(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_why_no_cpu_flex", lambda: None)
     monkeypatch.setattr(registry, "_broken", {})
+    native_build.load_native.cache_clear()
 
 
-def test_prefill_takes_flex_and_decode_takes_gather() -> None:
-    """Long calls go to the compiled program, few rows to the gather path."""
-    assert pick_backend(PREFILL).backend.name == "flex"
-    assert pick_backend(Request("cpu", torch.float32, 1)).backend.name == "gather"
+def test_the_native_program_comes_first() -> None:
+    """Prefill and decode on the CPU go to Sentei's own program."""
+    assert pick_backend(PREFILL).backend.name == "native"
+    assert pick_backend(Request("cpu", torch.float32, 1)).backend.name == "native"
+
+
+def test_without_native_prefill_takes_flex_and_decode_takes_gather() -> None:
+    """Where the native program refuses, long calls go to FlexAttention and few rows to gather."""
+    prefill, decode = replace(PREFILL, block_k=48), Request("cpu", torch.float32, 1, block_k=48)
+
+    assert pick_backend(prefill).backend.name == "flex"
+    assert pick_backend(decode).backend.name == "gather"
+    assert pick_backend(prefill).refusals == (
+        ("native", "it takes key blocks of a multiple of 32 tokens, not 48"),
+    )
+
+
+def test_native_takes_neither_half_precision_nor_another_device() -> None:
+    """What the program has no code for is refused by name."""
+    with pytest.raises(BackendError, match="'native' refuses: it takes float32 or bfloat16, not torch"):
+        pick_backend(Request("cpu", torch.float16, 512), "native")
+    with pytest.raises(BackendError, match="'native' refuses: it is a CPU program"):
+        pick_backend(Request("cuda", torch.float32, 512), "native")
 
 
 def test_flex_refuses_the_lse_on_the_cpu() -> None:
     """A call that wants the LSE goes to gather, and the choice tells why."""
-    choice = pick_backend(Request("cpu", torch.float32, 512, needs_lse=True))
+    choice = pick_backend(Request("cpu", torch.float16, 512, needs_lse=True))
 
     assert choice.backend.name == "gather"
-    assert choice.refusals == (("flex", "compiled FlexAttention cannot return the LSE on the CPU"),)
+    assert choice.refusals[1] == ("flex", "compiled FlexAttention cannot return the LSE on the CPU")
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,14 +67,15 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = pick_backend(PREFILL)
 
     assert choice.backend.name == "gather"
-    assert "'no-such-compiler' is not on the path (install g++" in choice.refusals[0][1]
+    for _, reason in choice.refusals:
+        assert "'no-such-compiler' is not on the path (install g++" in reason
     with pytest.raises(BackendError, match="backend 'flex' refuses: it needs a C\\+\\+ compiler"):
         pick_backend(PREFILL, "flex")
 
 
 def test_an_unknown_name_lists_the_known() -> None:
     """A typo is an error, never a default."""
-    with pytest.raises(BackendError, match="'flux' is unknown; choose auto, flex, gather, reference"):
+    with pytest.raises(BackendError, match="'flux' is unknown; choose auto, native, flex, gather, reference"):
         pick_backend(PREFILL, "flux")
 
 
@@ -64,7 +88,7 @@ def test_a_failed_compile_falls_back_and_warns_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(flex, "_compile", fail)
     monkeypatch.setattr(flex, "_programs", {})
     q = torch.randn(1, 2, 70, 32)
-    mask = BlockMask.causal(70)
+    mask = BlockMask.causal(70, block_k=16)
 
     with pytest.warns(
         RuntimeWarning, match="'flex' is off for this process, it failed here: RuntimeError: g\\+\\+"
@@ -75,7 +99,35 @@ def test_a_failed_compile_falls_back_and_warns_once(monkeypatch: pytest.MonkeyPa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attend(q, q, q, mask)
-    assert pick_backend(PREFILL).refusals[0][1].startswith("it failed here")
+    assert pick_backend(replace(PREFILL, block_k=16)).refusals[1][1].startswith("it failed here")
+
+
+def test_a_failed_build_leaves_the_answer_to_flex(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A compiler that fails is told once, with its own words, and another backend answers."""
+    broken = tmp_path / "broken-compiler"
+    broken.write_text("#!/bin/sh\necho 'no space left' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("SENTEI_CACHE", str(tmp_path))
+    native_build.load_native.cache_clear()
+    q = torch.randn(1, 2, 70, 32)
+
+    with pytest.warns(RuntimeWarning, match="'native' is off for this process.*exit code 1: no space left"):
+        assert not registry.is_native_usable("cpu", 64)
+
+    assert not registry.is_native_usable("cpu", 64)
+    assert pick_backend(PREFILL).refusals[0][1].startswith("it failed here: BackendError")
+    assert attend(q, q, q, BlockMask.causal(70), backend="gather")[1] is None
+    assert list((tmp_path / "native").iterdir()) == []
+
+
+def test_a_cache_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No program is loaded from a folder that somebody else can write."""
+    monkeypatch.setenv("SENTEI_CACHE", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+
+    with pytest.raises(BackendError, match="belongs to another user: set SENTEI_CACHE"):
+        native_build.cache_folder()
 
 
 def test_a_backend_asked_for_by_name_does_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:

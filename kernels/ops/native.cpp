@@ -1,0 +1,522 @@
+// Sentei's own CPU programs: block-sparse attention, block mass, block scores, selection. Built by native_build.py.
+//
+// One scheme throughout: keys are packed once into panels of NR keys, [panel][dim][NR], so that a tile of MR rows
+// times NR keys stays in registers while `dim` runs; values are packed into column panels, [column][key][NR].
+// All arithmetic is fp32. Vectors are the compiler's own type, so the same text serves AVX2, AVX-512 and NEON.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16, MR = 12;
+#elif defined(__AVX2__)
+constexpr int VL = 8, MR = 6;
+#else
+constexpr int VL = 4, MR = 8;
+#endif
+constexpr int NR = 2 * VL;
+// Keys per softmax step: MR rows of scores and one column panel of values stay in a 32 KiB cache.
+constexpr int CHUNK = 256;
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+typedef float vec __attribute__((vector_size(VL * 4)));
+typedef int32_t ivec __attribute__((vector_size(VL * 4)));
+
+inline vec load(const float* p) {
+  vec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
+inline vec splat(float x) { return x - vec{}; }
+inline vec larger(vec a, vec b) { return a > b ? a : b; }
+inline float sum(vec x) {
+  float s = 0;
+  for (int i = 0; i < VL; ++i) s += x[i];
+  return s;
+}
+inline float peak(vec x) {
+  float s = -INF;
+  for (int i = 0; i < VL; ++i) s = x[i] > s ? x[i] : s;
+  return s;
+}
+
+// 2^n times a polynomial of degree 6 on [-1/2, 1/2]: relative error below 2e-7. Below -87 it gives 0.
+inline vec exp_of(vec x) {
+  const vec t = larger(x, splat(-87.0f)) * 1.44269504f;
+  const vec magic = splat(12582912.0f);
+  const vec shifted = t + magic;
+  const vec n = shifted - magic;
+  const vec f = t - n;
+  vec p = splat(1.5403530e-4f);
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  const ivec power = ((ivec)shifted - 0x4B400000 + 127) << 23;
+  const vec y = p * (vec)power;
+  return x < -87.0f ? vec{} : (x >= -87.0f ? y : x);  // NaN stays NaN
+}
+
+// Mantissa in [sqrt(1/2), sqrt(2)) by the series of atanh; x must be positive and normal.
+inline vec log_of(vec x) {
+  const ivec bits = (ivec)x;
+  const ivec e = (bits - 0x3F3504F3) >> 23;
+  const vec m = (vec)(bits - (e << 23));
+  const vec z = (m - 1.0f) / (m + 1.0f), w = z * z;
+  vec p = splat(0.22222222f);
+  p = p * w + 0.28571429f;
+  p = p * w + 0.4f;
+  p = p * w + 0.66666667f;
+  p = p * w + 2.0f;
+  return __builtin_convertvector(e, vec) * 0.69314718f + z * p;
+}
+
+inline float widen(float x) { return x; }
+inline float widen(uint16_t x) {  // bfloat16
+  const uint32_t bits = uint32_t(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+inline void narrow(float x, float* y) { *y = x; }
+inline void narrow(float x, uint16_t* y) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  *y = std::isnan(x) ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// c[M, NR] = or += a[M, n] * b[n, NR]
+template <int M, bool ADD>
+inline void tile(int n, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
+  vec left[M], right[M];
+#pragma GCC unroll 16
+  for (int r = 0; r < M; ++r) {
+    left[r] = ADD ? load(c + r * ldc) : vec{};
+    right[r] = ADD ? load(c + r * ldc + VL) : vec{};
+  }
+  for (int i = 0; i < n; ++i) {
+    const vec b0 = load(b + i * NR), b1 = load(b + i * NR + VL);
+#pragma GCC unroll 16
+    for (int r = 0; r < M; ++r) {
+      const vec x = splat(a[r * lda + i]);
+      left[r] += x * b0;
+      right[r] += x * b1;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < M; ++r) {
+    store(c + r * ldc, left[r]);
+    store(c + r * ldc + VL, right[r]);
+  }
+}
+
+template <bool ADD, int M>
+inline void rest(int m, int n, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
+  if constexpr (M > 0) {
+    if (m == M)
+      tile<M, ADD>(n, a, lda, b, c, ldc);
+    else
+      rest<ADD, M - 1>(m, n, a, lda, b, c, ldc);
+  }
+}
+
+template <bool ADD>
+inline void rows_by_panel(int rows, int n, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
+  int r = 0;
+  for (; r + MR <= rows; r += MR) tile<MR, ADD>(n, a + r * lda, lda, b, c + r * ldc, ldc);
+  rest<ADD, MR - 1>(rows - r, n, a + r * lda, lda, b, c + r * ldc, ldc);
+}
+
+inline int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Rows [T, D] to panels [ceil(T / NR)][D][NR]; rows past T are zero.
+template <class S>
+void pack_keys(const S* x, int64_t stride, int64_t first, int64_t T, int64_t D, float* panel) {
+  const int64_t live = T - first < 0 ? 0 : (T - first > NR ? NR : T - first);
+  if (live < NR) std::memset(panel, 0, sizeof(float) * D * NR);
+  for (int64_t j = 0; j < live; ++j)
+    for (int64_t d = 0; d < D; ++d) panel[d * NR + j] = widen(x[(first + j) * stride + d]);
+}
+
+// exp(row - top) in place; the sum.
+inline float exp_row(float* row, int n, float top) {
+  vec total{};
+  for (int j = 0; j < n; j += VL) {
+    const vec p = exp_of(load(row + j) - top);
+    store(row + j, p);
+    total += p;
+  }
+  return sum(total);
+}
+inline float max_row(const float* row, int n) {
+  vec top = splat(-INF);
+  for (int j = 0; j < n; j += VL) top = larger(load(row + j), top);
+  return peak(top);
+}
+
+// Hides from row r (at position first + r) the keys after it and those before its window: key j sits at keys0 + j.
+inline void hide(float* s, int64_t lds, int rows, int64_t first, int64_t keys0, int n, int64_t window) {
+  for (int r = 0; r < rows; ++r) {
+    const int64_t seen = first + r + 1 - keys0;  // keys this row may see, from keys0 on
+    for (int64_t j = seen < 0 ? 0 : seen; j < n; ++j) s[r * lds + j] = -INF;
+    const int64_t old = window > 0 ? seen - window : 0;
+    for (int64_t j = 0; j < old && j < n; ++j) s[r * lds + j] = -INF;
+  }
+}
+
+struct Prefill {
+  int64_t B, Hq, Hkv, Tq, Tk, D, Dv;
+  int64_t q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t;  // strides; the last axis is contiguous
+  int64_t mask_b, mask_h, num_q, width, block_q, block_k, q_offset, window;
+};
+
+struct Scratch {
+  std::vector<float> q, s, o, top, total;
+  Scratch(int64_t rows, int64_t D, int64_t Dv)
+      : q(rows * D), s(rows * CHUNK), o(rows * Dv), top(rows), total(rows) {}
+};
+
+// One query block of one head: online softmax over its listed blocks, CHUNK keys at a time.
+void attend_block(const Prefill& p, Scratch& w, int rows, int64_t first, const int32_t* list, int num,
+                  const float* keys, const float* values, int64_t Tp, int64_t Dp) {
+  std::fill(w.o.begin(), w.o.end(), 0.0f);
+  std::fill(w.top.begin(), w.top.end(), -INF);
+  std::fill(w.total.begin(), w.total.end(), 0.0f);
+  const int bk = int(p.block_k), per_chunk = CHUNK / bk;
+  for (int i = 0; i < num; i += per_chunk) {
+    const int here = num - i < per_chunk ? num - i : per_chunk, n = here * bk;
+    for (int b = 0; b < here; ++b) {
+      const int64_t keys0 = int64_t(list[i + b]) * bk;
+      for (int j = 0; j < bk; j += NR)
+        rows_by_panel<false>(rows, int(p.D), w.q.data(), p.D, keys + (keys0 + j) * p.D, w.s.data() + b * bk + j,
+                             CHUNK);
+      const bool is_crossing = keys0 + bk > first + 1;
+      const bool is_old = p.window > 0 && keys0 <= first + rows - 1 - p.window;
+      if (is_crossing || is_old) hide(w.s.data() + b * bk, CHUNK, rows, first, keys0, bk, p.window);
+    }
+    for (int r = 0; r < rows; ++r) {
+      float* s = w.s.data() + r * CHUNK;
+      const float top = std::fmax(w.top[r], max_row(s, n));
+      if (top == -INF) {
+        std::memset(s, 0, sizeof(float) * n);
+        continue;
+      }
+      const float fade = std::exp(w.top[r] - top);
+      w.total[r] = w.total[r] * fade + exp_row(s, n, top);
+      w.top[r] = top;
+      if (fade != 1.0f)
+        for (int64_t d = 0; d < Dp; d += VL) store(&w.o[r * Dp + d], load(&w.o[r * Dp + d]) * fade);
+    }
+    for (int b = 0; b < here; ++b)
+      for (int64_t d = 0; d < Dp; d += NR)
+        rows_by_panel<true>(rows, bk, w.s.data() + b * bk, CHUNK, values + d * Tp + int64_t(list[i + b]) * bk * NR,
+                            w.o.data() + d, Dp);
+  }
+}
+
+template <class S>
+void prefill(const Prefill& p, const S* q, const S* k, const S* v, const int32_t* counts, const int32_t* indices,
+             S* out, float* lse, float scale, int threads) {
+  const int64_t Tp = up(p.Tk, p.block_k), Dp = up(p.Dv, NR), group = p.Hq / p.Hkv;
+  std::vector<float> keys(Tp * p.D), values(Tp * Dp);
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch w(p.block_q, p.D, Dp);
+    for (int64_t bh = 0; bh < p.B * p.Hkv; ++bh) {
+      const int64_t b = bh / p.Hkv, h_kv = bh % p.Hkv;
+      const S* k0 = k + b * p.k_b + h_kv * p.k_h;
+      const S* v0 = v + b * p.v_b + h_kv * p.v_h;
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < Tp; t += NR) {
+        pack_keys(k0, p.k_t, t, p.Tk, p.D, keys.data() + t * p.D);
+        for (int64_t d = 0; d < Dp; d += NR)
+          for (int64_t j = t; j < t + NR; ++j)
+            for (int64_t c = 0; c < NR; ++c)
+              values[d * Tp + j * NR + c] = j < p.Tk && d + c < p.Dv ? widen(v0[j * p.v_t + d + c]) : 0.0f;
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < p.num_q * group; ++task) {
+        const int64_t i_q = p.num_q - 1 - task / group, h = h_kv * group + task % group;  // the longest first
+        const int64_t at = ((p.mask_b > 1 ? b : 0) * p.mask_h + h * p.mask_h / p.Hq) * p.num_q + i_q;
+        const int64_t row0 = i_q * p.block_q;
+        const int rows = int(p.Tq - row0 < p.block_q ? p.Tq - row0 : p.block_q);
+        const S* q0 = q + b * p.q_b + h * p.q_h + row0 * p.q_t;
+        for (int r = 0; r < rows; ++r)
+          for (int64_t d = 0; d < p.D; ++d) w.q[r * p.D + d] = widen(q0[r * p.q_t + d]) * scale;
+        attend_block(p, w, rows, p.q_offset + row0, indices + at * p.width, counts[at], keys.data(), values.data(), Tp,
+                     Dp);
+        S* o0 = out + b * p.o_b + h * p.o_h + row0 * p.o_t;
+        for (int r = 0; r < rows; ++r) {
+          const float total = w.total[r], share = total > 0.0f ? 1.0f / total : (total == 0.0f ? 0.0f : total);
+          for (int64_t d = 0; d < p.Dv; ++d) narrow(w.o[r * Dp + d] * share, o0 + r * p.o_t + d);
+          lse[(b * p.Hq + h) * p.Tq + row0 + r] = total == 0.0f ? -INF : w.top[r] + std::log(total);
+        }
+      }
+    }
+  }
+}
+
+// A few query rows against selected blocks of a KV cache, read where they lie.
+template <class S>
+void decode(const Prefill& p, const S* q, const S* k, const S* v, const int32_t* counts, const int32_t* indices,
+            S* out, float* lse, float scale, int threads) {
+  const int64_t group = p.Hq / p.Hkv;
+  const bool is_shared = p.mask_h <= p.Hkv;  // one list for a KV group: its heads share each load
+  const int64_t heads = is_shared ? group : 1, tasks = p.B * p.Hq / heads;
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t rows = heads * p.Tq;
+    const int64_t Dp = up(p.D, VL), Vp = up(p.Dv, VL);
+    std::vector<float> qs(rows * Dp), o(rows * Vp), s(rows * p.block_k), top(rows), total(rows);
+    std::vector<float> wide(std::max(Dp, Vp) * p.block_k);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t b = task * heads / p.Hq, h0 = task * heads % p.Hq, h_kv = h0 / group;
+      const int64_t list = (p.mask_b > 1 ? b : 0) * p.mask_h + h0 * p.mask_h / p.Hq;
+      std::fill(qs.begin(), qs.end(), 0.0f);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t d = 0; d < p.D; ++d)
+          qs[r * Dp + d] = widen(q[b * p.q_b + (h0 + r / p.Tq) * p.q_h + (r % p.Tq) * p.q_t + d]) * scale;
+      std::fill(o.begin(), o.end(), 0.0f);
+      std::fill(top.begin(), top.end(), -INF);
+      std::fill(total.begin(), total.end(), 0.0f);
+      for (int i = 0; i < counts[list]; ++i) {
+        const int64_t keys0 = int64_t(indices[list * p.width + i]) * p.block_k;
+        const int64_t n = std::min(p.block_k, p.Tk - keys0);
+        const S* k0 = k + b * p.k_b + h_kv * p.k_h + keys0 * p.k_t;
+        const S* v0 = v + b * p.v_b + h_kv * p.v_h + keys0 * p.v_t;
+        auto widened = [&](const S* x, int64_t stride, int64_t dim, int64_t padded) {
+          for (int64_t j = 0; j < n; ++j) {
+            for (int64_t d = 0; d < dim; ++d) wide[j * padded + d] = widen(x[j * stride + d]);
+            for (int64_t d = dim; d < padded; ++d) wide[j * padded + d] = 0.0f;
+          }
+        };
+        widened(k0, p.k_t, p.D, Dp);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t j = 0; j < n; ++j) {
+            vec x{};
+            for (int64_t d = 0; d < Dp; d += VL) x += load(&qs[r * Dp + d]) * load(&wide[j * Dp + d]);
+            const int64_t position = p.q_offset + r % p.Tq, key = keys0 + j;
+            const bool is_hidden = key > position || (p.window > 0 && key <= position - p.window);
+            s[r * p.block_k + j] = is_hidden ? -INF : sum(x);
+          }
+        widened(v0, p.v_t, p.Dv, Vp);
+        for (int64_t r = 0; r < rows; ++r) {
+          float* row = &s[r * p.block_k];
+          float high = top[r];
+          for (int64_t j = 0; j < n; ++j) high = std::fmax(high, row[j]);
+          if (high == -INF) continue;
+          for (int64_t j = n; j < up(n, VL); ++j) row[j] = -INF;
+          const float fade = std::exp(top[r] - high);
+          total[r] = total[r] * fade + exp_row(row, int(up(n, VL)), high);
+          top[r] = high;
+          for (int64_t d = 0; d < Vp; d += VL) {
+            vec x = load(&o[r * Vp + d]) * fade;
+            for (int64_t j = 0; j < n; ++j) x += load(&wide[j * Vp + d]) * row[j];
+            store(&o[r * Vp + d], x);
+          }
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t h = h0 + r / p.Tq, t = r % p.Tq;
+        const float share = total[r] > 0.0f ? 1.0f / total[r] : (total[r] == 0.0f ? 0.0f : total[r]);
+        for (int64_t d = 0; d < p.Dv; ++d) narrow(o[r * Vp + d] * share, out + b * p.o_b + h * p.o_h + t * p.o_t + d);
+        lse[(b * p.Hq + h) * p.Tq + t] = total[r] == 0.0f ? -INF : top[r] + std::log(total[r]);
+      }
+    }
+  }
+}
+
+// log of the summed exp over `n` values, a multiple of VL.
+inline float log_sum(const float* x, int64_t n) {
+  const float top = max_row(x, int(n));
+  if (top == -INF) return -INF;
+  vec total{};
+  for (int64_t j = 0; j < n; j += VL) total += exp_of(load(x + j) - top);
+  return top + std::log(sum(total));
+}
+
+inline float log_add(float a, float b) {
+  const float top = std::fmax(a, b);
+  return top == -INF ? -INF : top + std::log(std::exp(a - top) + std::exp(b - top));
+}
+
+}  // namespace
+
+extern "C" {
+
+void sentei_prefill_f32(const Prefill* p, const float* q, const float* k, const float* v, const int32_t* counts,
+                        const int32_t* indices, float* out, float* lse, float scale, int threads) {
+  prefill(*p, q, k, v, counts, indices, out, lse, scale, threads);
+}
+void sentei_prefill_bf16(const Prefill* p, const uint16_t* q, const uint16_t* k, const uint16_t* v,
+                         const int32_t* counts, const int32_t* indices, uint16_t* out, float* lse, float scale,
+                         int threads) {
+  prefill(*p, q, k, v, counts, indices, out, lse, scale, threads);
+}
+void sentei_decode_f32(const Prefill* p, const float* q, const float* k, const float* v, const int32_t* counts,
+                       const int32_t* indices, float* out, float* lse, float scale, int threads) {
+  decode(*p, q, k, v, counts, indices, out, lse, scale, threads);
+}
+void sentei_decode_bf16(const Prefill* p, const uint16_t* q, const uint16_t* k, const uint16_t* v,
+                        const int32_t* counts, const int32_t* indices, uint16_t* out, float* lse, float scale,
+                        int threads) {
+  decode(*p, q, k, v, counts, indices, out, lse, scale, threads);
+}
+
+// Attention mass per key block of sampled rows: q [H, R, D] scaled, at `positions` [R]; keys [Hkv, T, D], all
+// contiguous; lse [H, R], mass [H, R, blocks], which the caller has set to zero.
+void sentei_block_mass(const float* q, const float* k, const int64_t* positions, float* lse, float* mass, int64_t H,
+                       int64_t Hkv, int64_t R, int64_t T, int64_t D, int64_t block, int64_t window, int threads) {
+  const int64_t Tp = up(T, block), blocks = Tp / block, group = H / Hkv, tall = 64;
+  std::vector<float> keys(Tp * D);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> s(tall * block), logs(tall * up(blocks, VL));
+    const int64_t ldl = up(blocks, VL);
+    for (int64_t h_kv = 0; h_kv < Hkv; ++h_kv) {
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < Tp; t += NR) pack_keys(k + h_kv * T * D, D, t, T, D, keys.data() + t * D);
+      const int64_t num = (R + tall - 1) / tall;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < num * group; ++task) {
+        const int64_t first = (num - 1 - task / group) * tall, h = h_kv * group + task % group;
+        const int rows = int(std::min(tall, R - first));
+        const float* q0 = q + (h * R + first) * D;
+        int64_t end = 0;
+        for (int r = 0; r < rows; ++r) end = std::max(end, positions[first + r] + 1);
+        const int64_t seen = (end + block - 1) / block;
+        std::fill(logs.begin(), logs.end(), -INF);
+        for (int64_t i = 0; i < seen; ++i) {
+          for (int64_t j = 0; j < block; j += NR)
+            rows_by_panel<false>(rows, int(D), q0, D, keys.data() + (i * block + j) * D, s.data() + j, block);
+          for (int r = 0; r < rows; ++r) {
+            hide(s.data() + r * block, block, 1, positions[first + r], i * block, int(block), window);
+            logs[r * ldl + i] = log_sum(s.data() + r * block, block);
+          }
+        }
+        for (int r = 0; r < rows; ++r) {
+          const float total = log_sum(logs.data() + r * ldl, up(seen, VL));
+          lse[h * R + first + r] = total;
+          float* row = mass + (h * R + first + r) * blocks;
+          int64_t i = 0;
+          for (; i + VL <= seen; i += VL) store(row + i, exp_of(load(&logs[r * ldl + i]) - total));
+          for (; i < seen; ++i) row[i] = std::exp(logs[r * ldl + i] - total);
+        }
+      }
+    }
+  }
+}
+
+struct Scores {
+  int64_t H, Hkv, n, rows, num_rows;      // query blocks, rows in each, rows in all (the last block may be ragged)
+  int64_t E, D, pools, blocks, block;     // pools per block, full key blocks that may be chosen
+  int64_t q_h, q_t, k_h, k_t, T, first;   // raw queries and keys; position of the first row
+  int64_t out_n, out_blocks, out_first;   // the result is [H, out_n, out_blocks], filled from query block out_first
+  int64_t num_bias;
+};
+
+// Largest estimated log share, over a query block's rows, of every block that they may choose. `encoded` [H, R, E]
+// and `pooled` [Hkv, blocks * pools, E] are the scorer's features; sink and diagonal are measured exactly.
+void sentei_scores(const Scores* sp, const float* encoded, const float* pooled, const float* q, const float* k,
+                   const float* bias, float scale, float log_pool, float* out, int threads) {
+  const Scores& p = *sp;
+  const int64_t group = p.H / p.Hkv, columns = up(p.blocks, NR), wide = up(p.block, NR);
+  std::vector<float> packed(columns * p.pools * p.E), sink(wide * p.D);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> s(p.pools * MR * NR), logits(p.rows * columns), near(wide * p.D), exact(p.rows * wide),
+        qs(p.rows * p.D), forced(p.rows);
+    for (int64_t h_kv = 0; h_kv < p.Hkv; ++h_kv) {
+      const float* keys = pooled + h_kv * p.blocks * p.pools * p.E;
+      const float* raw = k + h_kv * p.k_h;
+#pragma omp for schedule(static)
+      for (int64_t c = 0; c < columns; c += NR)  // [column panel][pool][E][NR]: lanes are blocks
+        for (int64_t i = 0; i < p.pools; ++i)
+          pack_keys(keys + i * p.E, p.pools * p.E, c, p.blocks, p.E, packed.data() + (c * p.pools + i * NR) * p.E);
+#pragma omp single
+      for (int64_t t = 0; t < wide; t += NR) pack_keys(raw, p.k_t, t, std::min(p.block, p.T), p.D, sink.data() + t * p.D);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < p.n * group; ++task) {
+        const int64_t i_q = p.n - 1 - task / group, h = h_kv * group + task % group;
+        const int64_t row0 = i_q * p.rows, start = p.first + row0, own = start / p.block;
+        const int rows = int(std::min(p.rows, p.num_rows - row0));
+        const int64_t open = std::min(own, p.blocks);  // blocks 1 .. open - 1 may be chosen
+        if (open <= 1) continue;
+        for (int r = 0; r < rows; ++r)
+          for (int64_t d = 0; d < p.D; ++d) qs[r * p.D + d] = q[h * p.q_h + (row0 + r) * p.q_t + d] * scale;
+        std::fill(forced.begin(), forced.end(), -INF);
+        auto measure = [&](const float* panels, int64_t block_index) {
+          for (int64_t j = 0; j < wide; j += NR)
+            rows_by_panel<false>(rows, int(p.D), qs.data(), p.D, panels + j * p.D, exact.data() + j, wide);
+          for (int r = 0; r < rows; ++r)
+            for (int64_t j = p.block; j < wide; ++j) exact[r * wide + j] = -INF;
+          hide(exact.data(), wide, rows, start, block_index * p.block, int(wide), 0);
+          for (int r = 0; r < rows; ++r) forced[r] = log_add(forced[r], log_sum(exact.data() + r * wide, wide));
+        };
+        measure(sink.data(), 0);
+        for (int64_t i = own; i * p.block < start + rows; ++i) {  // two, where the chunk starts inside a block
+          for (int64_t t = 0; t < wide; t += NR)
+            pack_keys(raw + i * p.block * p.k_t, p.k_t, t, std::min(p.block, p.T - i * p.block), p.D,
+                      near.data() + t * p.D);
+          measure(near.data(), i);
+        }
+        std::fill(logits.begin(), logits.begin() + rows * columns, -INF);
+        const float* enc = encoded + (h * p.num_rows + row0) * p.E;
+        for (int64_t c = 0; c < up(open, NR); c += NR)
+          for (int r0 = 0; r0 < rows; r0 += MR) {
+            const int m = std::min(MR, rows - r0);
+            for (int64_t i = 0; i < p.pools; ++i)
+              rows_by_panel<false>(m, int(p.E), enc + r0 * p.E, p.E, packed.data() + (c * p.pools + i * NR) * p.E,
+                                   s.data() + i * MR * NR, NR);
+            for (int r = 0; r < m; ++r)
+              for (int j = 0; j < NR; j += VL) {
+                vec top = splat(-INF), total{};
+                for (int64_t i = 0; i < p.pools; ++i) top = larger(load(&s[(i * MR + r) * NR + j]), top);
+                for (int64_t i = 0; i < p.pools; ++i) total += exp_of(load(&s[(i * MR + r) * NR + j]) - top);
+                store(&logits[(r0 + r) * columns + c + j], top + log_of(total) + log_pool);
+              }
+          }
+        float* best = out + (h * p.out_n + p.out_first + i_q) * p.out_blocks;
+        for (int r = 0; r < rows; ++r) {
+          float* row = logits.data() + r * columns;
+          for (int64_t j = 1; j < open; ++j) row[j] += bias[h * p.num_bias + own - j];
+          row[0] = -INF;
+          for (int64_t j = open; j < up(open, NR); ++j) row[j] = -INF;
+          const float total = log_add(log_sum(row, up(open, NR)), forced[r]);
+          for (int64_t j = 1; j < open; ++j) {
+            const float share = row[j] - total;
+            best[j] = share > best[j] || std::isnan(share) ? share : best[j];
+          }
+        }
+      }
+    }
+  }
+}
+
+// Lists of the blocks whose share passes, plus sink and diagonal: shares and lists [H, n, blocks], thresholds [H, n].
+void sentei_select(const float* shares, const float* thresholds, int32_t* counts, int32_t* indices, int64_t H,
+                   int64_t n, int64_t blocks, int64_t start, int64_t block_q, int64_t block_k, int64_t end, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t at = 0; at < H * n; ++at) {
+    const int64_t first = start + at % n * block_q, last = std::min(first + block_q, end) - 1;
+    int32_t* list = indices + at * blocks;
+    int32_t num = 0;
+    for (int64_t j = 0; j < blocks; ++j) {
+      const bool is_forced = j == 0 || (j >= first / block_k && j <= last / block_k);
+      if (is_forced || shares[at * blocks + j] > thresholds[at]) list[num++] = int32_t(j);
+    }
+    counts[at] = num;
+    for (int64_t j = num; j < blocks; ++j) list[j] = -1;
+  }
+}
+}

@@ -1,0 +1,148 @@
+"""Sentei's own CPU programs behind tensors: attention over a block mask, mass, scores, selection."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref, c_float, c_int, c_int64
+
+import torch
+from torch import Tensor
+
+from sentei.kernels.ops.block_mask import BlockMask, num_blocks
+from sentei.kernels.ops.native_build import load_native
+from sentei.kernels.ops.registry import DECODE_ROWS_MAX
+
+
+def _fields(names: str) -> list[tuple[str, type[c_int64]]]:
+    return [(name, c_int64) for name in names.split()]
+
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class _Shape(ctypes.Structure):
+    """`Prefill` of native.cpp, field by field."""
+
+    _fields_ = _fields(
+        "B Hq Hkv Tq Tk D Dv q_b q_h q_t k_b k_h k_t v_b v_h v_t o_b o_h o_t "
+        "mask_b mask_h num_q width block_q block_k q_offset window"
+    )
+
+
+class _Scores(ctypes.Structure):
+    """`Scores` of native.cpp, field by field."""
+
+    _fields_ = _fields(
+        "H Hkv n rows num_rows E D pools blocks block q_h q_t k_h k_t T first "
+        "out_n out_blocks out_first num_bias"
+    )
+
+
+def attend_native(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, scale: float, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over selected blocks: (out [B, Hq, Tq, D] in q's dtype, lse [B, Hq, Tq] fp32).
+
+    A prompt packs its keys and values once; a few rows read the selected ones where they lie.
+    """
+    program = "decode" if q.shape[2] <= DECODE_ROWS_MAX else "prefill"
+    return _run(program, q, k, v, mask, scale, window)
+
+
+def _run(
+    program: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    counts, indices = mask.counts.contiguous(), mask.indices.contiguous()
+    batch, q_heads, q_len, dim = q.shape
+    v_dim = v.shape[-1]
+    out = q.new_empty(batch, q_len, q_heads, v_dim).transpose(1, 2)
+    lse = torch.empty(batch, q_heads, q_len)
+    shape = _Shape(
+        batch, q_heads, k.shape[1], q_len, k.shape[2], dim, v_dim,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        *counts.shape, indices.shape[3], mask.block_q, mask.block_k, mask.q_offset, window or 0,
+    )  # fmt: skip
+    call = getattr(load_native(), f"sentei_{program}_{DTYPES[q.dtype]}")
+    call(
+        byref(shape), *map(_pointer, (q, k, v, counts, indices, out, lse)), c_float(scale), c_int(_threads())
+    )
+    return out, lse
+
+
+def block_mass_native(
+    q: Tensor, k: Tensor, positions: Tensor, *, scale: float, block_k: int, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Attention mass per key block of rows q [Hq, R, D] at `positions` [R], keys [Hkv, T, D]: (lse, mass)."""
+    heads, rows, dim = q.shape
+    q, k, positions = (q.float() * scale).contiguous(), k.float().contiguous(), positions.contiguous()
+    lse = torch.empty(heads, rows)
+    mass = torch.zeros(heads, rows, num_blocks(k.shape[1], block_k))
+    sizes = (heads, k.shape[0], rows, k.shape[1], dim, block_k, window or 0)
+    load_native().sentei_block_mass(
+        *map(_pointer, (q, k, positions, lse, mass)), *map(c_int64, sizes), c_int(_threads())
+    )
+    return lse, mass
+
+
+def best_shares_native(
+    encoded: Tensor,
+    pooled: Tensor,
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    *,
+    first: int,
+    out_first: int,
+    scale: float,
+    block: int,
+    pool_tokens: int,
+) -> None:
+    """Fill `out` [H, n, blocks] from query block `out_first` on with the neediest row's log share.
+
+    encoded [H, R, E] and pooled [Hkv, P, E] are the scorer's features; q [H, R, D] and k [Hkv, T, D] the raw
+    heads, for sink and diagonal; bias [H, distances]; `first` is the position of the first row.
+    """
+    encoded, q, k = encoded.float().contiguous(), q.float(), k.float()
+    pools = block // pool_tokens
+    blocks = pooled.shape[1] // pools
+    pooled, bias = pooled[:, : blocks * pools].float().contiguous(), bias.float().contiguous()
+    rows = min(block, encoded.shape[1])
+    shape = _Scores(
+        encoded.shape[0], pooled.shape[0], num_blocks(encoded.shape[1], rows), rows, encoded.shape[1],
+        encoded.shape[2], q.shape[2], pools, blocks, block, *q.stride()[:2], *k.stride()[:2], k.shape[1],
+        first, *out.shape[1:], out_first, bias.shape[1],
+    )  # fmt: skip
+    log_pool = torch.tensor(float(pool_tokens)).log().item()
+    load_native().sentei_scores(
+        byref(shape),
+        *map(_pointer, (encoded, pooled, q, k, bias)),
+        c_float(scale),
+        c_float(log_pool),
+        _pointer(out),
+        c_int(_threads()),
+    )
+
+
+def select_native(
+    shares: Tensor, thresholds: Tensor, *, start: int, block_q: int, block_k: int, q_end: int
+) -> tuple[Tensor, Tensor]:
+    """Blocks whose share [H, n, blocks] passes its threshold [H, n], sink and diagonal: counts, indices."""
+    heads, rows, blocks = shares.shape
+    shares, thresholds = shares.contiguous(), thresholds.float().contiguous()
+    counts = torch.empty(heads, rows, dtype=torch.int32)
+    indices = torch.empty(heads, rows, blocks, dtype=torch.int32)
+    sizes = (heads, rows, blocks, start, block_q, block_k, q_end)
+    load_native().sentei_select(
+        *map(_pointer, (shares, thresholds, counts, indices)), *map(c_int64, sizes), c_int(_threads())
+    )
+    return counts, indices
+
+
+def _pointer(t: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(t.data_ptr())
+
+
+def _threads() -> int:
+    return torch.get_num_threads()

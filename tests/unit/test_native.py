@@ -1,0 +1,168 @@
+"""Sentei's own CPU programs against the fp32 definitions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sentei.kernels.ops import registry
+from sentei.kernels.ops.attention import attend
+from sentei.kernels.ops.block_mask import BlockMask, causal_limits
+from sentei.kernels.ops.native import attend_native
+from sentei.kernels.ops.reference import attend_reference
+from sentei.kernels.ops.tolerances import ERROR_FLOOR, allowed_error
+from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.kernels.scorer.pooled_cache import PooledCache
+from sentei.kernels.scorer.selection import Thresholds, score_blocks, select_blocks
+
+# batch, query heads, KV heads, mask heads, query rows, past, head size, query block, key block
+SHAPES = [
+    (1, 4, 2, 4, 1, 0, 64, 64, 64),
+    (2, 4, 2, 2, 63, 0, 32, 64, 64),
+    (1, 4, 1, 1, 65, 46, 60, 64, 64),
+    (2, 4, 2, 4, 111, 0, 100, 16, 32),
+    (1, 2, 2, 2, 1000, 0, 64, 128, 128),
+    (1, 4, 1, 4, 130, 257, 256, 64, 96),
+    (2, 8, 2, 2, 1, 499, 64, 64, 64),
+    (2, 8, 2, 8, 3, 500, 60, 64, 64),
+]
+
+
+def make_call(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, density: float = 0.4
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, BlockMask]:
+    """Random tensors, q laid out as a model lays it out, and a random legal mask."""
+    batch, q_heads, kv_heads, mask_heads, q_len, past, dim, block_q, block_k = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    kv_len = past + q_len
+    q = torch.randn(batch, q_len, q_heads, dim, generator=generator).to(dtype).transpose(1, 2)
+    k, v = (torch.randn(batch, kv_heads, kv_len, dim, generator=generator).to(dtype) for _ in range(2))
+    limits = causal_limits(q_len, block_q, block_k, past)
+    num_k = -(-kv_len // block_k)
+    keep = torch.rand(batch, mask_heads, len(limits), num_k, generator=generator) < density
+    keep &= torch.arange(num_k) < limits[:, None]
+    sizes = {"q_len": q_len, "kv_len": kv_len, "block_q": block_q, "block_k": block_k, "q_offset": past}
+    return q, k, v, BlockMask.from_dense(keep, **sizes)
+
+
+def attend_exactly(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, *, scale: float, window: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition once more, as one dense softmax in fp64."""
+    q, k, v = (t.double() for t in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    position = mask.q_offset + torch.arange(mask.q_len)[:, None]
+    keys = torch.arange(mask.kv_len)
+    seen = (keys <= position) & (keys > position - (window or mask.kv_len))
+    tokens = mask.to_dense().repeat_interleave(mask.block_q, 2).repeat_interleave(mask.block_k, 3)
+    seen = seen & tokens[:, :, : mask.q_len, : mask.kv_len].repeat_interleave(
+        q.shape[1] // mask.counts.shape[1], 1
+    )
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    scores = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1).nan_to_num(0.0) @ v, scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_native_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype, window: int | None) -> None:
+    """Awkward lengths, heads and blocks: at most twice plain PyTorch's own error, and the same empty rows."""
+    q, k, v, mask = make_call(shape, dtype)
+    exact, exact_lse = attend_exactly(q, k, v, mask, scale=0.2, window=window)
+    plain = attend_reference(q, k, v, mask, scale=0.2, window=window)[0].to(dtype)
+
+    out, lse = attend(q, k, v, mask, scale=0.2, window=window, return_lse=True, backend="native")
+
+    assert out.dtype == dtype
+    assert float((out - exact).abs().max()) <= allowed_error(plain, exact)
+    assert lse is not None
+    torch.testing.assert_close(lse, exact_lse.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_with_nothing_selected_gives_zeros() -> None:
+    """No block, no answer: zeros and an LSE of -inf, never NaN."""
+    q, k, v, mask = make_call(SHAPES[3], density=0.0)
+
+    out, lse = attend_native(q, k, v, mask, scale=1.0)
+
+    assert bool((out == 0).all())
+    assert bool((lse == -torch.inf).all())
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+def test_nan_is_not_swallowed(rows: int) -> None:
+    """A NaN among the selected keys or values reaches the answer, where the guards can see it."""
+    shape = (1, 2, 1, 1, rows, 300 - rows, 32, 64, 64)
+    q, k, v, mask = make_call(shape, density=1.0)
+    bad_k, bad_v = k.clone(), v.clone()
+    bad_k[0, 0, 5, 3] = torch.nan
+    bad_v[0, 0, 5, 3] = torch.nan
+
+    assert bool(attend_native(q, bad_k, v, mask, scale=0.2)[0][:, :, -1].isnan().any())
+    assert bool(attend_native(q, k, bad_v, mask, scale=0.2)[0][:, :, -1].isnan().any())
+
+
+def test_extreme_scores_stay_exact() -> None:
+    """Scores of thousands neither overflow nor lose the largest one."""
+    q, k, v, mask = make_call(SHAPES[4], density=1.0)
+
+    out, _ = attend_native(q * 300, k * 300, v, mask, scale=1.0)
+
+    exact, _ = attend_reference(q * 300, k * 300, v, mask, scale=1.0)
+    plain = attend(q * 300, k * 300, v, mask, scale=1.0, backend="gather")[0]
+    assert float((out - exact).abs().max()) <= allowed_error(plain, exact) + 16 * ERROR_FLOOR[torch.float32]
+
+
+def make_scorer(block: int, pool: int) -> BlockScorer:
+    """A scorer moved away from its start, so that every term counts."""
+    scorer = BlockScorer(ScorerShape(4, 2, 32, rank=16, pool_tokens=pool, block_tokens=block), 32**-0.5)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for weight in (scorer.query_map, scorer.distance_bias, scorer.log_gain):
+            weight.normal_(0, 0.5, generator=generator)
+    return scorer
+
+
+def make_table(length: int) -> RotaryTable:
+    """Angles of a small rotary embedding."""
+    angles = torch.arange(length)[:, None] * (0.1 ** (torch.arange(16) / 16))
+    full = torch.cat([angles, angles], dim=-1)
+    return RotaryTable(full.cos(), full.sin())
+
+
+@pytest.mark.parametrize("q_len", [1, 65, 130, 700])
+@pytest.mark.parametrize(("block", "pool"), [(64, 16), (64, 4), (32, 32), (96, 48)])
+def test_scores_and_lists_equal_the_plain_path(
+    q_len: int, block: int, pool: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scoring and selecting natively gives PyTorch's scores, and a mask that its own lists agree with."""
+    generator = torch.Generator().manual_seed(q_len)
+    q, k = (2 * torch.randn(2, heads, 700, 32, generator=generator) for heads in (4, 2))
+    scorer, table = make_scorer(block, pool), make_table(700)
+    keys = PooledCache(scorer).update(k, 700, table)
+    options = {"q_len": q_len, "kv_len": 700, "q_offset": 700 - q_len, "block_q": block, "block_k": block}
+    with torch.no_grad():
+        native, starts = score_blocks(scorer, q[:, :, -q_len:], k, keys, table=table)
+        thresholds = Thresholds(torch.full((2, 1), -2.0), ())
+        mask = select_blocks(native, thresholds, starts=starts, **options)
+        monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
+        plain, _ = score_blocks(scorer, q[:, :, -q_len:], k, keys, table=table)
+        plain_mask = select_blocks(native, thresholds, starts=starts, **options)
+
+    torch.testing.assert_close(native, plain, rtol=1e-5, atol=1e-5)
+    assert torch.equal(mask.validate().counts, plain_mask.counts)
+    assert torch.equal(mask.indices, plain_mask.indices)
+    assert mask.density() < 1
+
+
+def test_a_wide_list_costs_no_more_than_its_counts() -> None:
+    """Padding past the counts is never read, whatever stands there."""
+    q, k, v, mask = make_call(SHAPES[4])
+    padding = torch.full((*mask.counts.shape, 3), -1, dtype=torch.int32)
+    wide = replace(mask, indices=torch.cat([mask.indices, padding], dim=-1))
+
+    assert torch.equal(attend_native(q, k, v, wide, scale=0.2)[0], attend_native(q, k, v, mask, scale=0.2)[0])

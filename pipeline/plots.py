@@ -1,10 +1,12 @@
 """The trade-off, drawn: what each rung saves against what it costs in quality."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sentei.kernels.bench.run import Row
 from sentei.kernels.hf.ladder import DENSE
 from sentei.pipeline.evaluate import Evaluation
 
@@ -60,6 +62,46 @@ def save_trade_off(evaluation: Evaluation, path: Path) -> Path:
         title=f"{evaluation.model}: what sparse attention saves and costs, with 95% intervals",
         template="plotly_white",
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_html(path, include_plotlyjs=True)
+    return path
+
+
+def save_speedups(rows: Sequence[Row], path: Path) -> Path:
+    """Write one HTML page: speed-up by density against the faster dense baseline, and the line 1/density."""
+    best: dict[tuple[str, float], float] = {}
+    for row in rows:
+        if row.op not in ("prefill", "decode"):
+            continue
+        name = f"{row.op} {row.tokens}, head {row.head_dim}, block {row.block}"
+        key = (name + (", with scorer" if row.with_scorer else ""), row.density)
+        best[key] = min(best.get(key, row.speedup), row.speedup)
+    figure = go.Figure()
+    for name in dict.fromkeys(key for key, _ in best):
+        points = sorted((density, value) for (key, density), value in best.items() if key == name)
+        figure.add_trace(
+            go.Scatter(
+                x=[density for density, _ in points],
+                y=[value for _, value in points],
+                mode="lines+markers",
+                name=name,
+            )
+        )
+    if best:
+        low = min(density for _, density in best)
+        steps = [low * (1 / low) ** (i / 40) for i in range(41)]
+        figure.add_trace(
+            go.Scatter(
+                x=steps,
+                y=[1 / step for step in steps],
+                mode="lines",
+                name="1/density",
+                line={"dash": "dot", "color": "#888888"},
+            )
+        )
+    figure.update_xaxes(title_text="blocks kept, share of causal", type="log")
+    figure.update_yaxes(title_text="times faster than the faster of SDPA and dense FlexAttention", type="log")
+    figure.update_layout(title="Speed-up of block-sparse attention", template="plotly_white")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(path, include_plotlyjs=True)
     return path

@@ -1,4 +1,4 @@
-"""What is timed: shapes and densities, with random causal masks that keep sink and diagonal."""
+"""What is timed: shapes, random tensors and causal masks, and a scorer whose threshold meets a density."""
 
 from __future__ import annotations
 
@@ -7,43 +7,125 @@ from dataclasses import dataclass
 import torch
 
 from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.kernels.scorer.pooled_cache import PooledCache
+from sentei.kernels.scorer.selection import (
+    Thresholds,
+    block_starts,
+    forced_blocks,
+    score_blocks,
+    select_blocks,
+)
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+RANK = 64  # of the timed scorer's learned term, as distilled by default
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """One prefill shape at one density."""
+class Shape:
+    """One attention call: a prompt of `tokens`, or as many keys of a KV cache."""
 
     tokens: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    block: int
-    density: float
+    heads: int = 4
+    kv_heads: int = 1
+    head_dim: int = 64
+    block: int = 64
+    batch: int = 1
 
 
-def make_cases(tokens: tuple[int, ...], densities: tuple[float, ...]) -> tuple[Case, ...]:
-    """Return grouped-query cases 4:1 at head 64 and head 256, block 64."""
-    shapes = ((4, 1, 64), (4, 1, 256))
-    return tuple(Case(n, *shape, 64, density) for n in tokens for shape in shapes for density in densities)
-
-
-def make_tensors(case: Case, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return q [1, Hq, T, D] and k, v [1, Hkv, T, D] in fp32."""
+def make_tensors(shape: Shape, *, q_len: int | None = None, seed: int = 0) -> Tensors:
+    """Return q [B, Hq, Tq, D] and k, v [B, Hkv, T, D] in fp32; `q_len` is the whole prompt if None."""
     generator = torch.Generator().manual_seed(seed)
 
-    def make(heads: int) -> torch.Tensor:
-        return torch.randn(1, heads, case.tokens, case.head_dim, generator=generator)
+    def make(heads: int, tokens: int) -> torch.Tensor:
+        return torch.randn(shape.batch, heads, tokens, shape.head_dim, generator=generator)
 
-    return make(case.heads), make(case.kv_heads), make(case.kv_heads)
+    k, v = make(shape.kv_heads, shape.tokens), make(shape.kv_heads, shape.tokens)
+    return make(shape.heads, shape.tokens if q_len is None else q_len), k, v
 
 
-def make_mask(case: Case, seed: int = 0) -> BlockMask:
-    """Return a random causal mask per query head; sink and diagonal are kept, which floors the density."""
+def make_mask(shape: Shape, density: float, *, q_len: int | None = None, seed: int = 0) -> BlockMask:
+    """Return a random causal mask per query head; sink and diagonal are kept, the rest meets the density."""
     generator = torch.Generator().manual_seed(seed)
-    num = -(-case.tokens // case.block)
-    rows, columns = torch.arange(num)[:, None], torch.arange(num)
-    keep = torch.rand(1, case.heads, num, num, generator=generator) < case.density
-    keep = (keep | (columns == 0) | (columns == rows)) & (columns <= rows)
-    return BlockMask.from_dense(
-        keep, q_len=case.tokens, kv_len=case.tokens, block_q=case.block, block_k=case.block
+    rows = shape.tokens if q_len is None else q_len
+    starts = block_starts(rows, shape.block, shape.tokens - rows, torch.device("cpu"))
+    num = -(-shape.tokens // shape.block)
+    noise = torch.rand(shape.batch, shape.heads, len(starts), num, generator=generator).log()
+    return _select(shape, noise, starts, rows, density)
+
+
+@dataclass(frozen=True, slots=True)
+class TimedScorer:
+    """The whole way from queries and keys to a mask: pooling, encoding, scoring, selecting."""
+
+    shape: Shape
+    scorer: BlockScorer
+    table: RotaryTable
+    thresholds: Thresholds
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor) -> BlockMask:
+        """Choose blocks for one prompt, from nothing but its queries and keys."""
+        shares, starts = _score(self.scorer, self.table, q, k)
+        return _choose(self.shape, shares, starts, q.shape[2], self.thresholds)
+
+
+def make_scorer(
+    shape: Shape, q: torch.Tensor, k: torch.Tensor, density: float, pool_tokens: int
+) -> TimedScorer:
+    """Return a scorer with random weights and the one threshold that gives this density on q and k."""
+    sizes = ScorerShape(shape.heads, shape.kv_heads, shape.head_dim, RANK, pool_tokens, shape.block)
+    scorer = BlockScorer(sizes, shape.head_dim**-0.5)
+    angles = torch.arange(shape.tokens)[:, None] * 1e-4 ** torch.linspace(0, 1, shape.head_dim)
+    table = RotaryTable(angles.cos(), angles.sin())
+    shares, starts = _score(scorer, table, q, k)
+    return TimedScorer(shape, scorer, table, _meet(shape, shares, starts, q.shape[2], density))
+
+
+def _score(
+    scorer: BlockScorer, table: RotaryTable, q: torch.Tensor, k: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        keys = PooledCache(scorer).update(k, k.shape[2], table)
+        return score_blocks(scorer, q, k, keys, table=table)
+
+
+def _select(shape: Shape, scores: torch.Tensor, starts: torch.Tensor, rows: int, density: float) -> BlockMask:
+    own = starts // shape.block
+    open_scores = scores.masked_fill(torch.arange(scores.shape[-1]) > own[:, None], -torch.inf)
+    return _choose(shape, open_scores, starts, rows, _meet(shape, open_scores, starts, rows, density))
+
+
+def _meet(shape: Shape, scores: torch.Tensor, starts: torch.Tensor, rows: int, density: float) -> Thresholds:
+    """One threshold over all heads and rows that keeps `density` of the causal blocks, forced ones too."""
+    forced = forced_blocks(
+        starts, scores.shape[-1], q_end=shape.tokens, block_q=shape.block, block_k=shape.block
+    )
+    own = (shape.tokens - rows + (torch.arange(len(starts)) + 1) * shape.block - 1) // shape.block
+    causal = float((own.clamp(max=scores.shape[-1] - 1) + 1).sum())
+    heads = scores.shape[0] * scores.shape[1]
+    budget = round((density * causal - float(forced.sum())) * heads)
+    ranked = scores.masked_fill(forced, -torch.inf).flatten()
+    ranked = ranked[ranked > -torch.inf]
+    if budget <= 0:
+        cut = torch.inf
+    elif budget >= ranked.numel():
+        cut = -torch.inf
+    else:
+        cut = float(ranked.kthvalue(ranked.numel() - budget).values)
+    return Thresholds(torch.full((shape.kv_heads, 1), cut), ())
+
+
+def _choose(
+    shape: Shape, scores: torch.Tensor, starts: torch.Tensor, rows: int, thresholds: Thresholds
+) -> BlockMask:
+    return select_blocks(
+        scores,
+        thresholds,
+        starts=starts,
+        q_len=rows,
+        kv_len=shape.tokens,
+        q_offset=shape.tokens - rows,
+        block_q=shape.block,
+        block_k=shape.block,
     )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from sentei.pipeline.cli.output import Output
+
+if TYPE_CHECKING:
+    from sentei.kernels.bench.machine import Machine
+    from sentei.kernels.bench.run import Row
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -19,30 +24,86 @@ def _root() -> None:
 
 @app.command()
 def kernels(
-    tokens: Annotated[list[int] | None, typer.Option(help="Prompt length; may be repeated.", min=128)] = None,
-    density: Annotated[list[float] | None, typer.Option(help="Share of blocks; may be repeated.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="prefill, decode or block_mass; repeatable.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Prompt or cache length; repeatable.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="Head size; repeatable.")] = None,
+    block: Annotated[list[int] | None, typer.Option(help="Key and query block; repeatable.")] = None,
+    density: Annotated[list[float] | None, typer.Option(help="Share of blocks; repeatable.")] = None,
+    heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 4,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences of a decode step.", min=1)] = 8,
+    backend: Annotated[str, typer.Option(help="auto, native, flex, gather or reference.")] = "auto",
+    pool_tokens: Annotated[int, typer.Option(help="Tokens per pooled key of the scorer.")] = 64,
     runs: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Time block-sparse prefill against SDPA and compiled dense FlexAttention (attention alone, fp32)."""
-    from sentei.kernels.bench.cases import make_cases
-    from sentei.kernels.bench.run import run_case
+    """Time block-sparse attention in fp32 against SDPA and compiled dense FlexAttention, in one run."""
+    from sentei.kernels.bench.cases import Shape
+    from sentei.kernels.bench.ledger import append_rows
+    from sentei.kernels.bench.machine import measure_machine
+    from sentei.kernels.bench.run import OPS, Options, run_op
+    from sentei.pipeline.home import sentei_home
+    from sentei.pipeline.plots import save_speedups
 
     output = Output(as_json=as_json)
-    cases = make_cases(tuple(tokens or (4096,)), tuple(density or (0.5, 0.2, 0.1)))
-    rows = []
+    wanted = tuple(op or ("prefill",))
+    if unknown := set(wanted) - set(OPS):
+        raise typer.BadParameter(
+            f"{', '.join(sorted(unknown))}; choose from {', '.join(OPS)}", param_hint="--op"
+        )
+    shapes = [
+        (name, Shape(n, heads, kv_heads, dim, size, batch if name == "decode" else 1))
+        for name in wanted
+        for n in tokens or (4096,)
+        for dim in head_dim or (64, 256)
+        for size in block or (64,)
+    ]
+    options, densities = Options(runs, backend, pool_tokens), tuple(density or (0.5, 0.2, 0.1))
+    machine = measure_machine()
+    rows: list[Row] = []
     with output.progress() as progress:
-        for done, case in enumerate(cases):
-            progress("time prefill", done, len(cases))
-            rows += run_case(case, runs=runs)
-        progress("time prefill", len(cases), len(cases))
+        for done, (name, shape) in enumerate(shapes):
+            progress(f"time {name}", done, len(shapes))
+            rows += run_op(name, shape, densities, machine, options)
+        progress("time", len(shapes), len(shapes))
+    folder = sentei_home().create().root / "bench"
+    ledger = append_rows(folder / "kernels.csv", rows, machine)
+    plot = save_speedups(rows, folder / "kernels.html")
+    _show(rows, machine, output)
+    output.say(f"ledger {ledger}\nplot   {plot}")
+    output.emit(
+        {
+            "machine": machine.to_dict(),
+            "rows": [row.to_dict() for row in rows],
+            "ledger": str(ledger),
+            "plot": str(plot),
+        }
+    )
+
+
+def _show(rows: Sequence[Row], machine: Machine, output: Output) -> None:
+    output.say(
+        f"{machine.device}, {machine.threads} threads, torch {machine.torch_version}: "
+        f"{machine.gflops:.0f} GF/s, {machine.gbytes_per_s:.0f} GB/s at best"
+    )
     table = Table(
-        "tokens", "heads", "dim", "density", "against", "ms (p20 to p80)", "dense ms", "speed-up", "of ideal"
+        *("op", "tokens", "heads", "dim", "block", "density", "against", "ms (p20 to p80)"),
+        *("dense ms", "speed-up", "of ideal", "over floor", "extra MiB"),
     )
     for row in rows:
-        spread = f"{row.median_ms:.0f} ({row.p20_ms:.0f} to {row.p80_ms:.0f})"
-        ratios = (f"{row.baseline_ms:.0f}", f"{row.speedup:.2f}", f"{row.share_of_ideal:.2f}")
-        shape = (str(row.tokens), f"{row.heads}:{row.kv_heads}", str(row.head_dim), f"{row.density:.1%}")
-        table.add_row(*shape, row.baseline, spread, *ratios)
+        table.add_row(
+            f"{row.op}{' + scorer' if row.with_scorer and row.op == 'prefill' else ''}",
+            f"{row.batch} x {row.tokens}" if row.batch > 1 else str(row.tokens),
+            f"{row.heads}:{row.kv_heads}",
+            str(row.head_dim),
+            str(row.block),
+            f"{row.density:.1%}",
+            row.baseline,
+            f"{row.median_ms:.3g} ({row.p20_ms:.3g} to {row.p80_ms:.3g})",
+            f"{row.baseline_ms:.4g}",
+            f"{row.speedup:.2f}",
+            f"{row.share_of_ideal:.2f}",
+            f"{row.median_ms / row.floor_ms:.2f}",
+            "" if row.extra_mib is None else f"{row.extra_mib:.0f}",
+        )
     output.say(table)
-    output.emit({"rows": [row.to_dict() for row in rows]})

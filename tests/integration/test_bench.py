@@ -2,42 +2,116 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import pytest
+import torch
 
 from sentei.kernels.bench import run
-from sentei.kernels.bench.cases import Case, make_mask
-from sentei.kernels.bench.run import WrongAnswerError, run_case
+from sentei.kernels.bench.cases import Shape, make_mask, make_scorer, make_tensors
+from sentei.kernels.bench.ledger import append_rows
+from sentei.kernels.bench.machine import Machine, measure_machine
+from sentei.kernels.bench.run import Options, WrongAnswerError, peak_extra_mib, run_op
+from sentei.pipeline.plots import save_speedups
 
 # torch 2.13 imports modules of its own that it has deprecated, while it compiles.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 
-CASE = Case(tokens=512, heads=4, kv_heads=1, head_dim=64, block=64, density=0.3)
+SHAPE = Shape(tokens=1024)
+MACHINE = Machine(device="test", threads=1, torch_version="0", gflops=100.0, gbytes_per_s=10.0)
+ONCE = Options(runs=2)
 
 
-def test_mask_keeps_sink_and_diagonal_and_never_looks_ahead() -> None:
-    """A timed mask is a legal one."""
-    mask = make_mask(CASE)
+@pytest.mark.parametrize("q_len", [None, 1])
+def test_mask_meets_its_density_and_never_looks_ahead(q_len: int | None) -> None:
+    """A timed mask is a legal one, as dense as was asked for, forced blocks included."""
+    mask = make_mask(SHAPE, 0.4, q_len=q_len)
 
     mask.validate()
-    assert 0.3 <= float(mask.density()) < 1.0
+    assert mask.density() == pytest.approx(0.4, abs=0.05)
+
+
+def test_the_timed_scorer_meets_the_density() -> None:
+    """Its threshold is set so that the real way from queries to lists keeps the wanted share."""
+    q, k, _ = make_tensors(SHAPE)
+
+    mask = make_scorer(SHAPE, q, k, 0.4, 16)(q, k)
+
+    assert mask.validate().density() == pytest.approx(0.4, abs=0.05)
 
 
 def test_rows_name_each_dense_alternative() -> None:
-    """Each case is compared with SDPA and with compiled FlexAttention, and the ratio fits the times."""
-    rows = run_case(CASE, runs=2)
+    """Alone, with the scorer, and the scorer by itself: each beside SDPA and compiled FlexAttention."""
+    rows = run_op("prefill", SHAPE, (0.4,), MACHINE, ONCE)
 
-    assert [row.baseline for row in rows] == ["sdpa", "flex"]
+    assert [(row.op, row.with_scorer, row.baseline) for row in rows] == [
+        (op, with_scorer, baseline)
+        for op, with_scorer in (("prefill", False), ("prefill", True), ("score", True))
+        for baseline in ("sdpa", "flex")
+    ]
     assert all(row.speedup == pytest.approx(row.baseline_ms / row.median_ms) for row in rows)
+    assert {row.backend for row in rows} == {"native"}
 
 
-def test_a_wrong_op_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_and_block_mass_have_rows() -> None:
+    """The other ops are timed against a dense decode step and a dense forward."""
+    decode = run_op("decode", Shape(tokens=1024, batch=2), (0.4,), MACHINE, ONCE)
+    mass = run_op("block_mass", SHAPE, (), MACHINE, ONCE)
+
+    assert [(row.op, row.baseline) for row in decode + mass] == [
+        ("decode", "sdpa"),
+        ("block_mass", "sdpa"),
+        ("block_mass", "flex"),
+    ]
+
+
+@pytest.mark.parametrize("op", ["prefill", "decode"])
+def test_a_wrong_op_is_not_timed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the answer is off the reference, there is an error and no figure."""
     right = run.attend
-    monkeypatch.setattr(
-        run,
-        "attend",
-        lambda *args, **kwargs: (right(*args, **kwargs)[0] + 0.1 * (not kwargs), None),
-    )
+
+    def wrong(*args: object, backend: str) -> object:
+        return right(*args, backend=backend)[0] + 0.1 * (backend != "reference"), None  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run, "attend", wrong)
 
     with pytest.raises(WrongAnswerError, match="nothing is reported"):
-        run_case(CASE, runs=1)
+        run_op(op, SHAPE, (0.4,), MACHINE, ONCE)
+
+
+def test_the_floor_is_what_flops_and_bytes_allow() -> None:
+    """2 products of 2 FLOPs for every kept pair of tokens and dimension; decode is bound by its bytes."""
+    mask = make_mask(SHAPE, 1.0)
+    one = make_mask(SHAPE, 1.0, q_len=1)
+
+    pairs = 4 * (16 * 17 / 2) * 64 * 64
+    assert MACHINE.floor_ms(SHAPE, mask, "prefill") == pytest.approx(4 * 64 * pairs / 100e9 * 1e3)
+    keys = 4 * 1024
+    assert MACHINE.floor_ms(SHAPE, one, "decode") == pytest.approx((2 * keys + 2 * 4) * 64 * 4 / 10e9 * 1e3)
+
+
+def test_extra_memory_is_the_peak_and_not_what_is_left() -> None:
+    """A scratch tensor that is gone at the end still counts."""
+    extra = peak_extra_mib(lambda: torch.ones(2**24).sum(), 0)
+
+    assert extra is not None
+    assert 60 <= extra <= 80
+
+
+def test_ledger_and_plot_keep_what_was_measured(tmp_path: Path) -> None:
+    """Each run adds lines; a ledger of other columns is put aside, not mixed."""
+    rows = run_op("decode", Shape(tokens=512), (0.5,), measure_machine(), ONCE)
+    path = tmp_path / "bench" / "kernels.csv"
+
+    append_rows(path, rows, MACHINE)
+    append_rows(path, rows, MACHINE)
+    with path.open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["op"] for line in lines] == ["decode", "decode"]
+    assert lines[0]["device"] == "test"
+
+    path.write_text("other,columns\n1,2\n")
+    append_rows(path, rows, MACHINE)
+    assert len(list(path.parent.glob("kernels*.csv"))) == 2
+    assert "1\\u002fdensity" in save_speedups(rows, tmp_path / "plot.html").read_text()

@@ -1,0 +1,82 @@
+"""What this machine can do at best: the floor under every timed op."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sentei.kernels.bench.cases import RANK, Shape
+from sentei.kernels.ops.block_mask import BlockMask
+
+_MATRIX = 1536
+_COPY_FLOATS = 2**25
+_TRIALS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Measured peaks in fp32, and what measured them."""
+
+    device: str
+    threads: int
+    torch_version: str
+    gflops: float  # of one large matrix product
+    gbytes_per_s: float  # read and written by one large copy
+
+    def floor_ms(self, shape: Shape, mask: BlockMask, op: str) -> float:
+        """The time that FLOPs and bytes alone would take: the larger of the two."""
+        pairs = float(mask.counts.sum()) * mask.block_k * min(mask.block_q, mask.q_len)
+        if mask.counts.shape[1] == 1:
+            pairs *= shape.heads * shape.batch
+        flops = {"block_mass": 2.0, "score": 0.0}.get(op, 4.0) * shape.head_dim * pairs
+        keys = float(shape.batch * shape.kv_heads * shape.tokens)
+        if op == "decode":  # the query heads of a group have lists of their own: each reads its blocks
+            keys = float(mask.counts.sum()) * mask.block_k
+        moved = 4.0 * shape.head_dim * (2 * keys + 2 * shape.batch * shape.heads * mask.q_len)
+        if op == "score":  # each block's mean key against every query row, once
+            flops = 2.0 * (shape.head_dim + RANK) * shape.heads * shape.tokens**2 / (2 * shape.block)
+        return 1e3 * max(flops / (1e9 * self.gflops), moved / (1e9 * self.gbytes_per_s))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+def measure_machine() -> Machine:
+    """Time one matrix product and one copy that is larger than any cache."""
+    left, right = torch.randn(_MATRIX, _MATRIX), torch.randn(_MATRIX, _MATRIX)
+    source, target = torch.randn(_COPY_FLOATS), torch.empty(_COPY_FLOATS)
+    product_s = _median_s(lambda: torch.mm(left, right))
+    copy_s = _median_s(lambda: target.copy_(source))
+    return Machine(
+        device=_processor(),
+        threads=torch.get_num_threads(),
+        torch_version=torch.__version__,
+        gflops=2 * _MATRIX**3 / product_s / 1e9,
+        gbytes_per_s=8 * _COPY_FLOATS / copy_s / 1e9,
+    )
+
+
+def _median_s(work: Callable[[], object]) -> float:
+    spent = []
+    for _ in range(_TRIALS + 1):
+        started = time.perf_counter()
+        work()
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent[1:])
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

@@ -77,7 +77,8 @@ inline vec log_of(vec x) {
   p = p * w + 0.4f;
   p = p * w + 0.66666667f;
   p = p * w + 2.0f;
-  return __builtin_convertvector(e, vec) * 0.69314718f + z * p;
+  const vec y = __builtin_convertvector(e, vec) * 0.69314718f + z * p;
+  return x == x ? y : x;  // NaN stays NaN
 }
 
 inline float widen(float x) { return x; }
@@ -163,6 +164,13 @@ inline float max_row(const float* row, int n) {
   return peak(top);
 }
 
+// Of a row without a largest value: NaN if one is in it, else -inf, as nothing is to be seen.
+inline float nothing(const float* row, int64_t n) {
+  float total = -INF;
+  for (int64_t j = 0; j < n; ++j) total += row[j];
+  return total;
+}
+
 // Hides from row r (at position first + r) the keys after it and those before its window: key j sits at keys0 + j.
 inline void hide(float* s, int64_t lds, int rows, int64_t first, int64_t keys0, int n, int64_t window) {
   for (int r = 0; r < rows; ++r) {
@@ -207,6 +215,7 @@ void attend_block(const Prefill& p, Scratch& w, int rows, int64_t first, const i
       float* s = w.s.data() + r * CHUNK;
       const float top = std::fmax(w.top[r], max_row(s, n));
       if (top == -INF) {
+        w.total[r] += std::isnan(nothing(s, n)) ? NAN : 0.0f;
         std::memset(s, 0, sizeof(float) * n);
         continue;
       }
@@ -314,7 +323,10 @@ void decode(const Prefill& p, const S* q, const S* k, const S* v, const int32_t*
           float* row = &s[r * p.block_k];
           float high = top[r];
           for (int64_t j = 0; j < n; ++j) high = std::fmax(high, row[j]);
-          if (high == -INF) continue;
+          if (high == -INF) {
+            total[r] += std::isnan(nothing(row, n)) ? NAN : 0.0f;
+            continue;
+          }
           for (int64_t j = n; j < up(n, VL); ++j) row[j] = -INF;
           const float fade = std::exp(top[r] - high);
           total[r] = total[r] * fade + exp_row(row, int(up(n, VL)), high);
@@ -339,15 +351,35 @@ void decode(const Prefill& p, const S* q, const S* k, const S* v, const int32_t*
 // log of the summed exp over `n` values, a multiple of VL.
 inline float log_sum(const float* x, int64_t n) {
   const float top = max_row(x, int(n));
-  if (top == -INF) return -INF;
+  if (top == -INF) return nothing(x, n);
   vec total{};
   for (int64_t j = 0; j < n; j += VL) total += exp_of(load(x + j) - top);
   return top + std::log(sum(total));
 }
 
+// Takes the rotary embedding out of one row; a scaled embedding (YaRN) is divided out by cos^2 + sin^2.
+inline void unrotate(const float* x, const float* cos, const float* sin, int64_t D, float* out) {
+  const int64_t half = D / 2;
+  for (int64_t d = 0; d < half; ++d)
+    out[d] = (x[d] * cos[d] + x[d + half] * sin[d]) / std::fmax(cos[d] * cos[d] + sin[d] * sin[d], 1e-6f);
+  for (int64_t d = half; d < D; ++d)
+    out[d] = (x[d] * cos[d] - x[d - half] * sin[d]) / std::fmax(cos[d] * cos[d] + sin[d] * sin[d], 1e-6f);
+}
+
+inline float square(const float* x, int64_t n) {
+  float lanes[VL] = {};
+  int64_t d = 0;
+  for (; d + VL <= n; d += VL)
+    for (int j = 0; j < VL; ++j) lanes[j] += x[d + j] * x[d + j];
+  float total = 0;
+  for (; d < n; ++d) total += x[d] * x[d];
+  for (int j = 0; j < VL; ++j) total += lanes[j];
+  return total;
+}
+
 inline float log_add(float a, float b) {
   const float top = std::fmax(a, b);
-  return top == -INF ? -INF : top + std::log(std::exp(a - top) + std::exp(b - top));
+  return top == -INF ? a + b : top + std::log(std::exp(a - top) + std::exp(b - top));
 }
 
 }  // namespace
@@ -417,34 +449,69 @@ void sentei_block_mass(const float* q, const float* k, const int64_t* positions,
   }
 }
 
+// Means over each full run of `size` keys, with and without their rotation: k [Hkv, T, D] at positions 0 .. T - 1 of
+// the tables, results [Hkv, T / size, D].
+void sentei_pool(const float* k, int64_t k_h, int64_t k_t, const float* cos, const float* sin, float* pooled,
+                 float* plain, int64_t Hkv, int64_t T, int64_t D, int64_t size, int threads) {
+  const int64_t num = T / size;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> row(D);
+#pragma omp for schedule(static)
+    for (int64_t at = 0; at < Hkv * num; ++at) {
+      const int64_t h = at / num, first = at % num * size;
+      float *mean = pooled + at * D, *mean_plain = plain + at * D;
+      std::fill(mean, mean + D, 0.0f);
+      std::fill(mean_plain, mean_plain + D, 0.0f);
+      for (int64_t t = first; t < first + size; ++t) {
+        const float* x = k + h * k_h + t * k_t;
+        unrotate(x, cos + t * D, sin + t * D, D, row.data());
+        for (int64_t d = 0; d < D; ++d) mean[d] += x[d];
+        for (int64_t d = 0; d < D; ++d) mean_plain[d] += row[d];
+      }
+      for (int64_t d = 0; d < D; ++d) mean[d] /= float(size);
+      for (int64_t d = 0; d < D; ++d) mean_plain[d] /= float(size);
+    }
+  }
+}
+
 struct Scores {
-  int64_t H, Hkv, n, rows, num_rows;      // query blocks, rows in each, rows in all (the last block may be ragged)
-  int64_t E, D, pools, blocks, block;     // pools per block, full key blocks that may be chosen
-  int64_t q_h, q_t, k_h, k_t, T, first;   // raw queries and keys; position of the first row
-  int64_t out_n, out_blocks, out_first;   // the result is [H, out_n, out_blocks], filled from query block out_first
-  int64_t num_bias;
+  int64_t H, Hkv, n, rows, num_rows;     // query blocks, rows in each, rows in all (the last block may be ragged)
+  int64_t D, rank, pools, blocks, block;  // pools per block, full key blocks that may be chosen
+  int64_t q_h, q_t, k_h, k_t, T, first;  // raw queries and keys; position of the first row
+  int64_t out_blocks, num_bias;
 };
 
-// Largest estimated log share, over a query block's rows, of every block that they may choose. `encoded` [H, R, E]
-// and `pooled` [Hkv, blocks * pools, E] are the scorer's features; sink and diagonal are measured exactly.
-void sentei_scores(const Scores* sp, const float* encoded, const float* pooled, const float* q, const float* k,
-                   const float* bias, float scale, float log_pool, float* out, int threads) {
+// Largest estimated log share, over a query block's rows, of every block that they may choose: out [H, n, out_blocks].
+// A row's features are [gain * q, norm(unrotated q) * map], a pool's are in `pooled` [Hkv, blocks * pools, D + rank];
+// sink and diagonal are measured exactly. Tables start at position 0; `maps` is [H, D, rank].
+void sentei_scores(const Scores* sp, const float* q, const float* k, const float* pooled, const float* cos,
+                   const float* sin, const float* maps, const float* gains, const float* bias, float scale,
+                   float log_pool, float* out, int threads) {
   const Scores& p = *sp;
-  const int64_t group = p.H / p.Hkv, columns = up(p.blocks, NR), wide = up(p.block, NR);
-  std::vector<float> packed(columns * p.pools * p.E), sink(wide * p.D);
+  const int64_t group = p.H / p.Hkv, columns = up(p.blocks, NR), wide = up(p.block, NR), E = p.D + p.rank;
+  const int64_t padded = up(p.rank, NR), lde = p.D + padded;
+  std::vector<float> packed(columns * p.pools * E), sink(wide * p.D), map(group * padded * p.D);
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> s(p.pools * MR * NR), logits(p.rows * columns), near(wide * p.D), exact(p.rows * wide),
-        qs(p.rows * p.D), forced(p.rows);
+        qs(p.rows * p.D), plain(p.rows * p.D), encoded(p.rows * lde), forced(p.rows);
     for (int64_t h_kv = 0; h_kv < p.Hkv; ++h_kv) {
-      const float* keys = pooled + h_kv * p.blocks * p.pools * p.E;
+      const float* keys = pooled + h_kv * p.blocks * p.pools * E;
       const float* raw = k + h_kv * p.k_h;
 #pragma omp for schedule(static)
       for (int64_t c = 0; c < columns; c += NR)  // [column panel][pool][E][NR]: lanes are blocks
         for (int64_t i = 0; i < p.pools; ++i)
-          pack_keys(keys + i * p.E, p.pools * p.E, c, p.blocks, p.E, packed.data() + (c * p.pools + i * NR) * p.E);
+          pack_keys(keys + i * E, p.pools * E, c, p.blocks, E, packed.data() + (c * p.pools + i * NR) * E);
 #pragma omp single
-      for (int64_t t = 0; t < wide; t += NR) pack_keys(raw, p.k_t, t, std::min(p.block, p.T), p.D, sink.data() + t * p.D);
+      {
+        for (int64_t t = 0; t < wide; t += NR) pack_keys(raw, p.k_t, t, std::min(p.block, p.T), p.D, sink.data() + t * p.D);
+        for (int64_t g = 0; g < group; ++g)
+          for (int64_t c = 0; c < padded; ++c)
+            for (int64_t d = 0; d < p.D; ++d)
+              map[(g * padded + c / NR * NR) * p.D + d * NR + c % NR] =
+                  c < p.rank ? maps[((h_kv * group + g) * p.D + d) * p.rank + c] : 0.0f;
+      }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < p.n * group; ++task) {
         const int64_t i_q = p.n - 1 - task / group, h = h_kv * group + task % group;
@@ -452,8 +519,18 @@ void sentei_scores(const Scores* sp, const float* encoded, const float* pooled, 
         const int rows = int(std::min(p.rows, p.num_rows - row0));
         const int64_t open = std::min(own, p.blocks);  // blocks 1 .. open - 1 may be chosen
         if (open <= 1) continue;
-        for (int r = 0; r < rows; ++r)
-          for (int64_t d = 0; d < p.D; ++d) qs[r * p.D + d] = q[h * p.q_h + (row0 + r) * p.q_t + d] * scale;
+        for (int r = 0; r < rows; ++r) {
+          const float* x = q + h * p.q_h + (row0 + r) * p.q_t;
+          float *own_plain = &plain[r * p.D], *own_encoded = &encoded[r * lde];
+          for (int64_t d = 0; d < p.D; ++d) qs[r * p.D + d] = x[d] * scale;
+          for (int64_t d = 0; d < p.D; ++d) own_encoded[d] = x[d] * gains[h];
+          unrotate(x, cos + (start + r) * p.D, sin + (start + r) * p.D, p.D, own_plain);
+          const float norm = 1.0f / std::sqrt(square(own_plain, p.D) / float(p.D) + 1e-6f);
+          for (int64_t d = 0; d < p.D; ++d) own_plain[d] *= norm;
+        }
+        for (int64_t c = 0; c < padded; c += NR)
+          rows_by_panel<false>(rows, int(p.D), plain.data(), p.D, &map[(task % group * padded + c) * p.D],
+                               encoded.data() + p.D + c, lde);
         std::fill(forced.begin(), forced.end(), -INF);
         auto measure = [&](const float* panels, int64_t block_index) {
           for (int64_t j = 0; j < wide; j += NR)
@@ -471,22 +548,25 @@ void sentei_scores(const Scores* sp, const float* encoded, const float* pooled, 
           measure(near.data(), i);
         }
         std::fill(logits.begin(), logits.begin() + rows * columns, -INF);
-        const float* enc = encoded + (h * p.num_rows + row0) * p.E;
         for (int64_t c = 0; c < up(open, NR); c += NR)
           for (int r0 = 0; r0 < rows; r0 += MR) {
             const int m = std::min(MR, rows - r0);
             for (int64_t i = 0; i < p.pools; ++i)
-              rows_by_panel<false>(m, int(p.E), enc + r0 * p.E, p.E, packed.data() + (c * p.pools + i * NR) * p.E,
+              rows_by_panel<false>(m, int(E), encoded.data() + r0 * lde, lde, packed.data() + (c * p.pools + i * NR) * E,
                                    s.data() + i * MR * NR, NR);
             for (int r = 0; r < m; ++r)
               for (int j = 0; j < NR; j += VL) {
+                if (p.pools == 1) {
+                  store(&logits[(r0 + r) * columns + c + j], load(&s[r * NR + j]) + log_pool);
+                  continue;
+                }
                 vec top = splat(-INF), total{};
                 for (int64_t i = 0; i < p.pools; ++i) top = larger(load(&s[(i * MR + r) * NR + j]), top);
                 for (int64_t i = 0; i < p.pools; ++i) total += exp_of(load(&s[(i * MR + r) * NR + j]) - top);
                 store(&logits[(r0 + r) * columns + c + j], top + log_of(total) + log_pool);
               }
           }
-        float* best = out + (h * p.out_n + p.out_first + i_q) * p.out_blocks;
+        float* best = out + (h * p.n + i_q) * p.out_blocks;
         for (int r = 0; r < rows; ++r) {
           float* row = logits.data() + r * columns;
           for (int64_t j = 1; j < open; ++j) row[j] += bias[h * p.num_bias + own - j];

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from ctypes import byref, c_float, c_int, c_int64
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,8 +35,7 @@ class _Scores(ctypes.Structure):
     """`Scores` of native.cpp, field by field."""
 
     _fields_ = _fields(
-        "H Hkv n rows num_rows E D pools blocks block q_h q_t k_h k_t T first "
-        "out_n out_blocks out_first num_bias"
+        "H Hkv n rows num_rows D rank pools blocks block q_h q_t k_h k_t T first out_blocks num_bias"
     )
 
 
@@ -85,44 +86,65 @@ def block_mass_native(
     return lse, mass
 
 
-def best_shares_native(
-    encoded: Tensor,
-    pooled: Tensor,
-    q: Tensor,
-    k: Tensor,
-    bias: Tensor,
-    out: Tensor,
-    *,
-    first: int,
-    out_first: int,
-    scale: float,
-    block: int,
-    pool_tokens: int,
-) -> None:
-    """Fill `out` [H, n, blocks] from query block `out_first` on with the neediest row's log share.
+@dataclass(frozen=True, slots=True)
+class ScorerWeights:
+    """One layer's scorer as the native program takes it, all fp32 and contiguous.
 
-    encoded [H, R, E] and pooled [Hkv, P, E] are the scorer's features; q [H, R, D] and k [Hkv, T, D] the raw
-    heads, for sink and diagonal; bias [H, distances]; `first` is the position of the first row.
+    maps [Hq, D, rank] scaled, gains [Hq] with the attention scale in them, bias [Hq, distances],
+    cos and sin [positions, D].
     """
-    encoded, q, k = encoded.float().contiguous(), q.float(), k.float()
-    pools = block // pool_tokens
+
+    maps: Tensor
+    gains: Tensor
+    bias: Tensor
+    cos: Tensor
+    sin: Tensor
+    scale: float
+    block: int
+    pool_tokens: int
+
+
+def best_shares_native(q: Tensor, k: Tensor, pooled: Tensor, weights: ScorerWeights, out: Tensor) -> None:
+    """Fill `out` [Hq, n, blocks] with the neediest row's log share of each block it may choose.
+
+    q [Hq, R, D] are the newest rows, k [Hkv, T, D] all keys, pooled [Hkv, P, D + rank] their features.
+    """
+    q, k = (t.float() if t.stride(-1) == 1 else t.float().contiguous() for t in (q, k))
+    pools = weights.block // weights.pool_tokens
     blocks = pooled.shape[1] // pools
-    pooled, bias = pooled[:, : blocks * pools].float().contiguous(), bias.float().contiguous()
-    rows = min(block, encoded.shape[1])
+    pooled = pooled[:, : blocks * pools].float().contiguous()
+    rows = min(weights.block, q.shape[1])
     shape = _Scores(
-        encoded.shape[0], pooled.shape[0], num_blocks(encoded.shape[1], rows), rows, encoded.shape[1],
-        encoded.shape[2], q.shape[2], pools, blocks, block, *q.stride()[:2], *k.stride()[:2], k.shape[1],
-        first, *out.shape[1:], out_first, bias.shape[1],
+        q.shape[0], k.shape[0], out.shape[1], rows, q.shape[1], q.shape[2], weights.maps.shape[2], pools,
+        blocks, weights.block, *q.stride()[:2], *k.stride()[:2], k.shape[1], k.shape[1] - q.shape[1],
+        out.shape[2], weights.bias.shape[1],
     )  # fmt: skip
-    log_pool = torch.tensor(float(pool_tokens)).log().item()
+    tables = (weights.cos, weights.sin, weights.maps, weights.gains, weights.bias)
     load_native().sentei_scores(
         byref(shape),
-        *map(_pointer, (encoded, pooled, q, k, bias)),
-        c_float(scale),
-        c_float(log_pool),
+        *map(_pointer, (q, k, pooled, *tables)),
+        c_float(weights.scale),
+        c_float(math.log(weights.pool_tokens)),
         _pointer(out),
         c_int(_threads()),
     )
+
+
+def pool_native(k: Tensor, cos: Tensor, sin: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Mean of each full run of `size` keys, with and without rotation: [B, Hkv, T, D] to [B, Hkv, P, D].
+
+    `cos` and `sin` [T, D] are fp32 and contiguous, and start at the first key's position.
+    """
+    k = k.float() if k.stride(-1) == 1 else k.float().contiguous()
+    batch, heads, tokens, dim = k.shape
+    pooled, plain = (torch.empty(batch, heads, tokens // size, dim) for _ in range(2))
+    for b in range(batch):
+        load_native().sentei_pool(
+            _pointer(k[b]), *map(c_int64, k.stride()[1:3]),
+            *map(_pointer, (cos, sin, pooled[b], plain[b])),
+            *map(c_int64, (heads, tokens, dim, size)), c_int(_threads()),
+        )  # fmt: skip
+    return pooled, plain
 
 
 def select_native(

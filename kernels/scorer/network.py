@@ -66,8 +66,13 @@ class BlockScorer(nn.Module):
     def encode_queries(self, q: torch.Tensor, q_plain: torch.Tensor) -> torch.Tensor:
         """Return [B, Hq, T, D + rank] from rotated and unrotated queries [B, Hq, T, D]."""
         gain = (self.log_gain.exp() * self.scale)[:, None, None].to(q.dtype)
-        learned = _normalise(q_plain) @ (self.query_map * self._step_scale).to(q.dtype)
+        learned = _normalise(q_plain) @ self.scaled_query_map().to(q.dtype)
         return torch.cat([q * gain, learned], dim=-1)
+
+    def scaled_query_map(self) -> torch.Tensor:
+        """Return what unrotated, normalised queries are multiplied by, [Hq, D, rank]."""
+        scaled: torch.Tensor = self.query_map * self._step_scale
+        return scaled
 
     def encode_keys(self, pooled: torch.Tensor, pooled_plain: torch.Tensor) -> torch.Tensor:
         """Return [B, Hkv, P, D + rank] from pooled rotated and unrotated keys [B, Hkv, P, D]."""

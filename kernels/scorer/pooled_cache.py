@@ -2,8 +2,9 @@
 
 import torch
 
+from sentei.kernels.ops.registry import is_native_usable
 from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
-from sentei.kernels.scorer.network import BlockScorer
+from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 
 
 class PooledCache:
@@ -67,7 +68,19 @@ class PooledCache:
         return self._last_key is None or torch.equal(self._last_key, k[:, :, past - 1])
 
     def _encode(self, k: torch.Tensor, first: int, table: RotaryTable) -> torch.Tensor:
-        size = self._scorer.shape.pool_tokens
-        positions = torch.arange(first, first + k.shape[2], device=k.device)
-        plain = unrotate(k, positions, table)
-        return self._scorer.encode_keys(pool_tokens(k, size), pool_tokens(plain, size))
+        pooled, plain = pool_keys(k, first, table, self._scorer.shape)
+        return self._scorer.encode_keys(pooled.to(k.dtype), plain.to(k.dtype))
+
+
+def pool_keys(
+    k: torch.Tensor, first: int, table: RotaryTable, shape: ScorerShape
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean keys of each pool with and without rotation; k [B, Hkv, T, D] starts at `first`."""
+    last = first + k.shape[2]
+    if is_native_usable(k.device.type, shape.block_tokens):
+        from sentei.kernels.ops.native import pool_native
+
+        cos, sin = (part[first:last].float().contiguous() for part in (table.cos, table.sin))
+        return pool_native(k, cos, sin, shape.pool_tokens)
+    plain = unrotate(k, torch.arange(first, last, device=k.device), table)
+    return pool_tokens(k, shape.pool_tokens), pool_tokens(plain, shape.pool_tokens)

@@ -19,8 +19,6 @@ from sentei.kernels.scorer.network import BlockScorer, ScorerError
 # 286, 279, 318, 379 and 416 ms with heads 4:1 of 256 at 8192 tokens (SDPA: 2370 ms);
 # 60, 59, 73, 77 and 92 ms with heads 4:2 of 64 at 4096.
 MAX_SCORES_PER_CHUNK = 500_000
-# Rows whose scorer features the native program is given at once: 8 heads of 64 + 64 take 8 MiB.
-ENCODED_ROWS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,29 +168,20 @@ def _fill_native(
     table: RotaryTable,
     result: torch.Tensor,
 ) -> None:
-    from sentei.kernels.ops.native import best_shares_native
+    from sentei.kernels.ops.native import ScorerWeights, best_shares_native
 
-    block = scorer.shape.block_tokens
-    q_offset = k.shape[2] - q.shape[2]
-    bias = scorer.bias(torch.arange(result.shape[-1] + 1))
-    for row in range(0, q.shape[2], ENCODED_ROWS):
-        part = q[:, :, row : row + ENCODED_ROWS]
-        positions = torch.arange(q_offset + row, q_offset + row + part.shape[2])
-        encoded = scorer.encode_queries(part, unrotate(part, positions, table))
-        for b in range(q.shape[0]):
-            best_shares_native(
-                encoded[b],
-                keys[b],
-                part[b],
-                k[b],
-                bias,
-                result[b],
-                first=q_offset + row,
-                out_first=row // block,
-                scale=scorer.scale,
-                block=block,
-                pool_tokens=scorer.shape.pool_tokens,
-            )
+    weights = ScorerWeights(
+        maps=scorer.scaled_query_map().float().contiguous(),
+        gains=(scorer.log_gain.exp() * scorer.scale).float().contiguous(),
+        bias=scorer.bias(torch.arange(result.shape[-1] + 1)).float().contiguous(),
+        cos=table.cos.float().contiguous(),
+        sin=table.sin.float().contiguous(),
+        scale=scorer.scale,
+        block=scorer.shape.block_tokens,
+        pool_tokens=scorer.shape.pool_tokens,
+    )
+    for b in range(q.shape[0]):
+        best_shares_native(q[b], k[b], keys[b], weights, result[b])
 
 
 def _chunk_blocks(before: int, room: int) -> int:

@@ -95,13 +95,15 @@ def test_a_row_with_nothing_selected_gives_zeros() -> None:
 
 @pytest.mark.parametrize("rows", [1, 200])
 def test_nan_is_not_swallowed(rows: int) -> None:
-    """A NaN among the selected keys or values reaches the answer, where the guards can see it."""
+    """A NaN in a query, or among the selected keys or values, reaches the answer, where guards can see it."""
     shape = (1, 2, 1, 1, rows, 300 - rows, 32, 64, 64)
     q, k, v, mask = make_call(shape, density=1.0)
-    bad_k, bad_v = k.clone(), v.clone()
+    bad_q, bad_k, bad_v = q.clone(), k.clone(), v.clone()
+    bad_q[0, 0, -1, 3] = torch.nan
     bad_k[0, 0, 5, 3] = torch.nan
     bad_v[0, 0, 5, 3] = torch.nan
 
+    assert bool(attend_native(bad_q, k, v, mask, scale=0.2)[0][:, 0, -1].isnan().all())
     assert bool(attend_native(q, bad_k, v, mask, scale=0.2)[0][:, :, -1].isnan().any())
     assert bool(attend_native(q, k, bad_v, mask, scale=0.2)[0][:, :, -1].isnan().any())
 

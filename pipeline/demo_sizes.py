@@ -34,7 +34,7 @@ POCKET_SIZE = DemoSize(
 # Models of some hundred million parameters: a forward pass over 8k tokens takes half a minute on two cores.
 LARGE_SIZE = DemoSize(
     distill=DistillOptions(
-        window_tokens=4096, num_windows=10, num_held_out=2, blocks_per_window=10, max_epochs=6
+        window_tokens=4096, num_windows=24, num_held_out=3, blocks_per_window=12, max_epochs=6
     ),
     calibrate=CalibrateOptions(
         window_tokens=8192,
@@ -42,7 +42,7 @@ LARGE_SIZE = DemoSize(
         blocks_per_window=24,
         verify=VerifyOptions(window_tokens=8192, num_windows=1),
     ),
-    evaluate=EvaluateOptions(window_tokens=8192, num_windows=1),
+    evaluate=EvaluateOptions(window_tokens=8192, num_windows=2, num_tasks=2),
     mix=MixOptions(prompt_tokens=(1280, 1536, 2048), answer_tokens=8, text_tokens=8),
     clients=1,
     think_s=2.0,

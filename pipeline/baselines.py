@@ -1,7 +1,7 @@
 """Other ways to choose blocks, at the same density, so that the learned scorer has something to beat."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,6 +20,8 @@ from sentei.kernels.scorer.selection import (
 )
 
 Kind = Literal["untrained", "local", "oracle"]
+# The finest means of the study (DESIGN.md, 6): the best of the untrained scores, whatever ours pools.
+UNTRAINED_POOL_TOKENS = 4
 KINDS: tuple[Kind, ...] = ("untrained", "local", "oracle")
 
 
@@ -27,7 +29,7 @@ KINDS: tuple[Kind, ...] = ("untrained", "local", "oracle")
 class RankSelector:
     """Keeps a KV group's best-scored blocks up to a density; sink and diagonal are kept as in ours.
 
-    `untrained` is the scorer before training, `local` the nearest blocks, `oracle` the true mass of the
+    `untrained` is every query token against the mean of every 4 keys, `local` the nearest blocks, `oracle` the true mass of the
     neediest row. The threshold is read off the text itself, which favours these baselines.
     """
 
@@ -65,6 +67,7 @@ class RankSelector:
         shape = self.shapes[layer.index]
         starts = block_starts(q.shape[2], shape.block_tokens, q_offset, q.device)
         if self.kind == "untrained":
+            shape = replace(shape, form="residual", pool_tokens=UNTRAINED_POOL_TOKENS)
             scorer = BlockScorer(shape, layer.scale)
             pooled = pool_tokens(k, shape.pool_tokens)
             with torch.no_grad():

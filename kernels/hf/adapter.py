@@ -15,7 +15,7 @@ from torch import nn
 
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, dense_ladder, ladder_from_dict
 from sentei.kernels.hf.models import AdapterError, Fingerprint, fingerprint, thinnable_layers
-from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
 
 SCORER_FILE, LADDER_FILE, MANIFEST_FILE = "scorer.safetensors", "ladder.json", "manifest.json"
 FORMAT = 1
@@ -54,14 +54,15 @@ def new_adapter(
     rank: int = 64,
     pool_tokens: int = 16,
     block_tokens: int = 64,
+    form: Form = "residual",
     seed: int = 0,
 ) -> Adapter:
-    """Return an adapter whose scorers give the untrained score; its ladder has `dense` only."""
+    """Return an adapter whose scorers have learned nothing yet; its ladder has `dense` only."""
     shapes: dict[int, ScorerShape] = {}
     scorers: dict[int, BlockScorer] = {}
     for layer in thinnable_layers(model):
         shapes[layer.index] = ScorerShape(
-            layer.query_heads, layer.kv_heads, layer.head_dim, rank, pool_tokens, block_tokens
+            layer.query_heads, layer.kv_heads, layer.head_dim, rank, pool_tokens, block_tokens, form
         )
         scorers[layer.index] = BlockScorer(shapes[layer.index], layer.scale, seed=seed + layer.index)
         scorers[layer.index].eval()

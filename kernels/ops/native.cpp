@@ -477,25 +477,27 @@ void sentei_pool(const float* k, int64_t k_h, int64_t k_t, const float* cos, con
 
 struct Scores {
   int64_t H, Hkv, n, rows, num_rows;     // query blocks, rows in each, rows in all (the last block may be ragged)
-  int64_t D, rank, pools, blocks, block;  // pools per block, full key blocks that may be chosen
+  int64_t D, rank, is_residual, pools, blocks, block;  // pools per block, full key blocks that may be chosen
   int64_t q_h, q_t, k_h, k_t, T, first;  // raw queries and keys; position of the first row
   int64_t out_blocks, num_bias;
 };
 
 // Largest estimated log share, over a query block's rows, of every block that they may choose: out [H, n, out_blocks].
-// A row's features are [gain * q, norm(unrotated q) * map], a pool's are in `pooled` [Hkv, blocks * pools, D + rank];
-// sink and diagonal are measured exactly. Tables start at position 0; `maps` is [H, D, rank].
+// A row's features are [gain * q, norm(unrotated q) * map], or [q, unrotated q] * map without the residual; a pool's
+// are in `pooled` [Hkv, blocks * pools, features]. Sink and diagonal are measured exactly. Tables start at position 0;
+// `maps` is [H, D or 2 D, rank].
 void sentei_scores(const Scores* sp, const float* q, const float* k, const float* pooled, const float* cos,
                    const float* sin, const float* maps, const float* gains, const float* bias, float scale,
                    float log_pool, float* out, int threads) {
   const Scores& p = *sp;
-  const int64_t group = p.H / p.Hkv, columns = up(p.blocks, NR), wide = up(p.block, NR), E = p.D + p.rank;
-  const int64_t padded = up(p.rank, NR), lde = p.D + padded;
-  std::vector<float> packed(columns * p.pools * E), sink(wide * p.D), map(group * padded * p.D);
+  const int64_t group = p.H / p.Hkv, columns = up(p.blocks, NR), wide = up(p.block, NR);
+  const int64_t own = p.is_residual ? p.D : 0, E = own + p.rank, W = p.is_residual ? p.D : 2 * p.D;
+  const int64_t padded = up(p.rank, NR), lde = own + padded;
+  std::vector<float> packed(columns * p.pools * E), sink(wide * p.D), map(group * padded * W);
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> s(p.pools * MR * NR), logits(p.rows * columns), near(wide * p.D), exact(p.rows * wide),
-        qs(p.rows * p.D), plain(p.rows * p.D), encoded(p.rows * lde), forced(p.rows);
+        qs(p.rows * p.D), plain(p.rows * W), encoded(p.rows * lde), forced(p.rows);
     for (int64_t h_kv = 0; h_kv < p.Hkv; ++h_kv) {
       const float* keys = pooled + h_kv * p.blocks * p.pools * E;
       const float* raw = k + h_kv * p.k_h;
@@ -508,29 +510,33 @@ void sentei_scores(const Scores* sp, const float* q, const float* k, const float
         for (int64_t t = 0; t < wide; t += NR) pack_keys(raw, p.k_t, t, std::min(p.block, p.T), p.D, sink.data() + t * p.D);
         for (int64_t g = 0; g < group; ++g)
           for (int64_t c = 0; c < padded; ++c)
-            for (int64_t d = 0; d < p.D; ++d)
-              map[(g * padded + c / NR * NR) * p.D + d * NR + c % NR] =
-                  c < p.rank ? maps[((h_kv * group + g) * p.D + d) * p.rank + c] : 0.0f;
+            for (int64_t d = 0; d < W; ++d)
+              map[(g * padded + c / NR * NR) * W + d * NR + c % NR] =
+                  c < p.rank ? maps[((h_kv * group + g) * W + d) * p.rank + c] : 0.0f;
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < p.n * group; ++task) {
         const int64_t i_q = p.n - 1 - task / group, h = h_kv * group + task % group;
-        const int64_t row0 = i_q * p.rows, start = p.first + row0, own = start / p.block;
+        const int64_t row0 = i_q * p.rows, start = p.first + row0, home = start / p.block;
         const int rows = int(std::min(p.rows, p.num_rows - row0));
-        const int64_t open = std::min(own, p.blocks);  // blocks 1 .. open - 1 may be chosen
+        const int64_t open = std::min(home, p.blocks);  // blocks 1 .. open - 1 may be chosen
         if (open <= 1) continue;
         for (int r = 0; r < rows; ++r) {
           const float* x = q + h * p.q_h + (row0 + r) * p.q_t;
-          float *own_plain = &plain[r * p.D], *own_encoded = &encoded[r * lde];
+          float* unrotated = &plain[r * W + W - p.D];
           for (int64_t d = 0; d < p.D; ++d) qs[r * p.D + d] = x[d] * scale;
-          for (int64_t d = 0; d < p.D; ++d) own_encoded[d] = x[d] * gains[h];
-          unrotate(x, cos + (start + r) * p.D, sin + (start + r) * p.D, p.D, own_plain);
-          const float norm = 1.0f / std::sqrt(square(own_plain, p.D) / float(p.D) + 1e-6f);
-          for (int64_t d = 0; d < p.D; ++d) own_plain[d] *= norm;
+          unrotate(x, cos + (start + r) * p.D, sin + (start + r) * p.D, p.D, unrotated);
+          if (p.is_residual) {
+            for (int64_t d = 0; d < p.D; ++d) encoded[r * lde + d] = x[d] * gains[h];
+            const float norm = 1.0f / std::sqrt(square(unrotated, p.D) / float(p.D) + 1e-6f);
+            for (int64_t d = 0; d < p.D; ++d) unrotated[d] *= norm;
+          } else {
+            std::memcpy(&plain[r * W], x, sizeof(float) * p.D);
+          }
         }
         for (int64_t c = 0; c < padded; c += NR)
-          rows_by_panel<false>(rows, int(p.D), plain.data(), p.D, &map[(task % group * padded + c) * p.D],
-                               encoded.data() + p.D + c, lde);
+          rows_by_panel<false>(rows, int(W), plain.data(), W, &map[(task % group * padded + c) * W],
+                               encoded.data() + own + c, lde);
         std::fill(forced.begin(), forced.end(), -INF);
         auto measure = [&](const float* panels, int64_t block_index) {
           for (int64_t j = 0; j < wide; j += NR)
@@ -541,7 +547,7 @@ void sentei_scores(const Scores* sp, const float* q, const float* k, const float
           for (int r = 0; r < rows; ++r) forced[r] = log_add(forced[r], log_sum(exact.data() + r * wide, wide));
         };
         measure(sink.data(), 0);
-        for (int64_t i = own; i * p.block < start + rows; ++i) {  // two, where the chunk starts inside a block
+        for (int64_t i = home; i * p.block < start + rows; ++i) {  // two, where the chunk starts inside a block
           for (int64_t t = 0; t < wide; t += NR)
             pack_keys(raw + i * p.block * p.k_t, p.k_t, t, std::min(p.block, p.T - i * p.block), p.D,
                       near.data() + t * p.D);
@@ -569,7 +575,7 @@ void sentei_scores(const Scores* sp, const float* q, const float* k, const float
         float* best = out + (h * p.n + i_q) * p.out_blocks;
         for (int r = 0; r < rows; ++r) {
           float* row = logits.data() + r * columns;
-          for (int64_t j = 1; j < open; ++j) row[j] += bias[h * p.num_bias + own - j];
+          for (int64_t j = 1; j < open; ++j) row[j] += bias[h * p.num_bias + home - j];
           row[0] = -INF;
           for (int64_t j = open; j < up(open, NR); ++j) row[j] = -INF;
           const float total = log_add(log_sum(row, up(open, NR)), forced[r]);

@@ -35,7 +35,8 @@ class _Scores(ctypes.Structure):
     """`Scores` of native.cpp, field by field."""
 
     _fields_ = _fields(
-        "H Hkv n rows num_rows D rank pools blocks block q_h q_t k_h k_t T first out_blocks num_bias"
+        "H Hkv n rows num_rows D rank is_residual pools blocks block q_h q_t k_h k_t T first "
+        "out_blocks num_bias"
     )
 
 
@@ -90,8 +91,9 @@ def block_mass_native(
 class ScorerWeights:
     """One layer's scorer as the native program takes it, all fp32 and contiguous.
 
-    maps [Hq, D, rank] scaled, gains [Hq] with the attention scale in them, bias [Hq, distances],
-    cos and sin [positions, D].
+    maps [Hq, D or 2 D, rank] scaled, gains [Hq] with the attention scale in them, bias [Hq, distances],
+    cos and sin [positions, D]. Maps of 2 D rows read a query with and without its rotation, and nothing
+    stands beside them; maps of D rows stand beside the untrained score.
     """
 
     maps: Tensor
@@ -107,16 +109,17 @@ class ScorerWeights:
 def best_shares_native(q: Tensor, k: Tensor, pooled: Tensor, weights: ScorerWeights, out: Tensor) -> None:
     """Fill `out` [Hq, n, blocks] with the neediest row's log share of each block it may choose.
 
-    q [Hq, R, D] are the newest rows, k [Hkv, T, D] all keys, pooled [Hkv, P, D + rank] their features.
+    q [Hq, R, D] are the newest rows, k [Hkv, T, D] all keys, pooled [Hkv, P, features] what stands for them.
     """
     q, k = (t.float() if t.stride(-1) == 1 else t.float().contiguous() for t in (q, k))
     pools = weights.block // weights.pool_tokens
     blocks = pooled.shape[1] // pools
     pooled = pooled[:, : blocks * pools].float().contiguous()
     rows = min(weights.block, q.shape[1])
+    is_residual = weights.maps.shape[1] == q.shape[2]
     shape = _Scores(
-        q.shape[0], k.shape[0], out.shape[1], rows, q.shape[1], q.shape[2], weights.maps.shape[2], pools,
-        blocks, weights.block, *q.stride()[:2], *k.stride()[:2], k.shape[1], k.shape[1] - q.shape[1],
+        q.shape[0], k.shape[0], out.shape[1], rows, q.shape[1], q.shape[2], weights.maps.shape[2],
+        is_residual, pools, blocks, weights.block, *q.stride()[:2], *k.stride()[:2], k.shape[1], k.shape[1] - q.shape[1],
         out.shape[2], weights.bias.shape[1],
     )  # fmt: skip
     tables = (weights.cos, weights.sin, weights.maps, weights.gains, weights.bias)

@@ -1,18 +1,22 @@
 """The learned scorer of one layer: a query token against pooled keys, for prefill and decode alike.
 
-    score = gain * scale * q . mean(k)  +  (W_q norm(q')) . (W_k norm(mean(k')))  +  bias[distance]
+    residual   gain * scale * q . mean(k)  +  (W_q norm(q')) . (W_k norm(mean(k')))  +  bias[distance]
+    low_rank   gain * (W_q [q, q']) . mean(W_k [k, k'])  +  bias[distance]
 
-q and k carry their rotation, q' and k' do not. W_q, the bias and the log gain start at zero, so that the
-start is the untrained score exactly and training can only move away from it where that helps.
+q and k carry their rotation, q' and k' do not; the mean runs over a pool of tokens. `residual` starts as the
+untrained score exactly: W_q, the bias and the log gain are zero. `low_rank` costs no more dimensions than its
+rank, so that pools may be single tokens; it starts as the best approximation of q . k of that rank.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 NUM_DISTANCES = 16
+Form = Literal["residual", "low_rank"]
 
 
 class ScorerError(RuntimeError):
@@ -21,7 +25,7 @@ class ScorerError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class ScorerShape:
-    """Sizes of one layer's scorer."""
+    """Form and sizes of one layer's scorer."""
 
     query_heads: int
     kv_heads: int
@@ -29,8 +33,11 @@ class ScorerShape:
     rank: int = 64
     pool_tokens: int = 16
     block_tokens: int = 64
+    form: Form = "residual"
 
     def __post_init__(self) -> None:
+        if self.form not in get_args(Form):
+            raise ScorerError(f"form is {self.form!r}; it must be one of {', '.join(get_args(Form))}")
         if self.query_heads % self.kv_heads:
             raise ScorerError(
                 f"query_heads is {self.query_heads}, not a multiple of kv_heads {self.kv_heads}; "
@@ -40,6 +47,21 @@ class ScorerShape:
             raise ScorerError(
                 f"block_tokens is {self.block_tokens}, not a multiple of pool_tokens {self.pool_tokens}"
             )
+
+    @property
+    def is_residual(self) -> bool:
+        """Whether the untrained score is a part of the score."""
+        return self.form == "residual"
+
+    @property
+    def map_rows(self) -> int:
+        """What the learned maps read of a token: D, or 2 D with and without rotation."""
+        return self.head_dim if self.is_residual else 2 * self.head_dim
+
+    @property
+    def num_features(self) -> int:
+        """Dimensions of an encoded query or pool."""
+        return self.rank + (self.head_dim if self.is_residual else 0)
 
 
 class BlockScorer(nn.Module):
@@ -55,28 +77,57 @@ class BlockScorer(nn.Module):
         self.shape = shape
         self.scale = scale
         # One optimiser step moves all of query_map at once; this keeps its effect on a score near the step.
-        self._step_scale = (shape.head_dim * shape.rank) ** -0.5
+        self._step_scale = (shape.head_dim * shape.rank) ** -0.5 if shape.is_residual else scale
         generator = torch.Generator().manual_seed(seed)
-        key_map = torch.randn(shape.kv_heads, shape.head_dim, shape.rank, generator=generator)
+        key_map = torch.randn(shape.kv_heads, shape.map_rows, shape.rank, generator=generator)
         self.key_map = nn.Parameter(key_map / shape.head_dim**0.5)
-        self.query_map = nn.Parameter(torch.zeros(shape.query_heads, shape.head_dim, shape.rank))
+        self.query_map = nn.Parameter(torch.zeros(shape.query_heads, shape.map_rows, shape.rank))
         self.log_gain = nn.Parameter(torch.zeros(shape.query_heads))
         self.distance_bias = nn.Parameter(torch.zeros(shape.query_heads, NUM_DISTANCES))
 
     def encode_queries(self, q: torch.Tensor, q_plain: torch.Tensor) -> torch.Tensor:
-        """Return [B, Hq, T, D + rank] from rotated and unrotated queries [B, Hq, T, D]."""
-        gain = (self.log_gain.exp() * self.scale)[:, None, None].to(q.dtype)
-        learned = _normalise(q_plain) @ self.scaled_query_map().to(q.dtype)
-        return torch.cat([q * gain, learned], dim=-1)
+        """Return [B, Hq, T, features] from rotated and unrotated queries [B, Hq, T, D]."""
+        maps = self.scaled_query_map().to(q.dtype)
+        if not self.shape.is_residual:
+            return torch.cat([q, q_plain], dim=-1) @ maps
+        gain = self.query_gains()[:, None, None].to(q.dtype)
+        return torch.cat([q * gain, _normalise(q_plain) @ maps], dim=-1)
 
     def scaled_query_map(self) -> torch.Tensor:
-        """Return what unrotated, normalised queries are multiplied by, [Hq, D, rank]."""
+        """Return what queries are multiplied by, [Hq, map_rows, rank], with every factor in it."""
         scaled: torch.Tensor = self.query_map * self._step_scale
-        return scaled
+        return scaled if self.shape.is_residual else scaled * self.log_gain.exp()[:, None, None]
+
+    def query_gains(self) -> torch.Tensor:
+        """Return the factor of the untrained score, [Hq], the attention scale included."""
+        return self.log_gain.exp() * self.scale
 
     def encode_keys(self, pooled: torch.Tensor, pooled_plain: torch.Tensor) -> torch.Tensor:
-        """Return [B, Hkv, P, D + rank] from pooled rotated and unrotated keys [B, Hkv, P, D]."""
-        return torch.cat([pooled, _normalise(pooled_plain) @ self.key_map.to(pooled.dtype)], dim=-1)
+        """Return [B, Hkv, P, features] from pooled rotated and unrotated keys [B, Hkv, P, D]."""
+        maps = self.key_map.to(pooled.dtype)
+        if not self.shape.is_residual:
+            return torch.cat([pooled, pooled_plain], dim=-1) @ maps
+        return torch.cat([pooled, _normalise(pooled_plain) @ maps], dim=-1)
+
+    @torch.no_grad()
+    def start_from(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        """Start a low-rank scorer as the best approximation of scale * q . k on samples of rotated heads.
+
+        q [Hq, N, D], k [Hkv, M, D]. Per KV head: with C = R R the second moments of keys, and those of its
+        queries stacked, the singular vectors of R_q R_k keep the most of the score's variance (Eckart-Young).
+        """
+        shape = self.shape
+        group, D = shape.query_heads // shape.kv_heads, shape.head_dim
+        self.query_map[:, D:] = 0.0
+        for h in range(shape.kv_heads):
+            root, inverse = _root(k[h])
+            stacked = torch.cat([_root(q[h * group + j])[0] @ root for j in range(group)])
+            top = torch.linalg.svd(stacked, full_matrices=False).Vh[: shape.rank].T
+            self.key_map[h, :D] = (inverse @ top).float()
+            self.key_map[h, D:] = 0.0
+            self.query_map[h * group : (h + 1) * group, :D] = (root @ top).float() * (
+                self.scale / self._step_scale
+            )
 
     def block_logits(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Return log mass of each full block before normalisation, [B, Hq, T, blocks], without the bias."""
@@ -95,6 +146,13 @@ class BlockScorer(nn.Module):
         """Return the learned bias [Hq, ...] for distances in blocks [...]."""
         bins = torch.log2(distances.clamp_min(1).float()).mul(2).long().clamp_max(NUM_DISTANCES - 1)
         return self.distance_bias[:, bins]
+
+
+def _root(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The symmetric root of the second moments of x [N, D], and its inverse, in fp64."""
+    values, vectors = torch.linalg.eigh(x.double().T @ x.double() / x.shape[0])
+    values = values.clamp_min(values.max() * 1e-8)
+    return vectors * values.sqrt() @ vectors.T, vectors * values.rsqrt() @ vectors.T
 
 
 def _normalise(x: torch.Tensor) -> torch.Tensor:

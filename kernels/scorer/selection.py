@@ -172,7 +172,7 @@ def _fill_native(
 
     weights = ScorerWeights(
         maps=scorer.scaled_query_map().float().contiguous(),
-        gains=(scorer.log_gain.exp() * scorer.scale).float().contiguous(),
+        gains=scorer.query_gains().float().contiguous(),
         bias=scorer.bias(torch.arange(result.shape[-1] + 1)).float().contiguous(),
         cos=table.cos.float().contiguous(),
         sin=table.sin.float().contiguous(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -86,24 +87,27 @@ def _show(rows: Sequence[Row], machine: Machine, output: Output) -> None:
         f"{machine.device}, {machine.threads} threads, torch {machine.torch_version}: "
         f"{machine.gflops:.0f} GF/s, {machine.gbytes_per_s:.0f} GB/s at best"
     )
-    table = Table(
-        *("op", "tokens", "heads", "dim", "block", "density", "against", "ms (p20 to p80)"),
-        *("dense ms", "speed-up", "of ideal", "over floor", "extra MiB"),
-    )
+    grouped: dict[Row, dict[str, Row]] = {}
     for row in rows:
+        key = replace(row, baseline="", baseline_ms=0.0, speedup=0.0, share_of_ideal=0.0)
+        grouped.setdefault(key, {})[row.baseline] = row
+    names = list(dict.fromkeys(row.baseline for row in rows))
+    table = Table(
+        "op", "shape", "density", "ms (p20-p80)", *(f"vs {name}" for name in names), "of ideal", "floor"
+    )
+    for key, by_name in grouped.items():
+        speedups = [f"{by_name[name].speedup:.2f}" if name in by_name else "" for name in names]
         table.add_row(
-            f"{row.op}{' + scorer' if row.with_scorer and row.op == 'prefill' else ''}",
-            f"{row.batch} x {row.tokens}" if row.batch > 1 else str(row.tokens),
-            f"{row.heads}:{row.kv_heads}",
-            str(row.head_dim),
-            str(row.block),
-            f"{row.density:.1%}",
-            row.baseline,
-            f"{row.median_ms:.3g} ({row.p20_ms:.3g} to {row.p80_ms:.3g})",
-            f"{row.baseline_ms:.4g}",
-            f"{row.speedup:.2f}",
-            f"{row.share_of_ideal:.2f}",
-            f"{row.median_ms / row.floor_ms:.2f}",
-            "" if row.extra_mib is None else f"{row.extra_mib:.0f}",
+            f"{key.op}{' + scorer' if key.with_scorer and key.op == 'prefill' else ''}",
+            f"{key.batch}x{key.tokens} {key.heads}:{key.kv_heads}x{key.head_dim} b{key.block}",
+            f"{key.density:.1%}",
+            f"{key.median_ms:.4g} ({key.p20_ms:.4g}-{key.p80_ms:.4g})",
+            *speedups,
+            f"{min(row.share_of_ideal for row in by_name.values()):.2f}",
+            f"{key.floor_ms:.3g}",
         )
     output.say(table)
+    if extra := [row.extra_mib for row in rows if row.extra_mib is not None]:
+        output.say(
+            f"peak memory of prefill with scorer beyond inputs and outputs: {max(extra):.0f} MiB at most"
+        )

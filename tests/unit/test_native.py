@@ -14,7 +14,7 @@ from sentei.kernels.ops.native import attend_native
 from sentei.kernels.ops.reference import attend_reference
 from sentei.kernels.ops.tolerances import ERROR_FLOOR, allowed_error
 from sentei.kernels.scorer.features import RotaryTable
-from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
 from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import Thresholds, score_blocks, select_blocks
 
@@ -119,9 +119,10 @@ def test_extreme_scores_stay_exact() -> None:
     assert float((out - exact).abs().max()) <= allowed_error(plain, exact) + 16 * ERROR_FLOOR[torch.float32]
 
 
-def make_scorer(block: int, pool: int) -> BlockScorer:
+def make_scorer(block: int, pool: int, form: Form = "residual") -> BlockScorer:
     """A scorer moved away from its start, so that every term counts."""
-    scorer = BlockScorer(ScorerShape(4, 2, 32, rank=16, pool_tokens=pool, block_tokens=block), 32**-0.5)
+    shape = ScorerShape(4, 2, 32, rank=12, pool_tokens=pool, block_tokens=block, form=form)
+    scorer = BlockScorer(shape, 32**-0.5)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for weight in (scorer.query_map, scorer.distance_bias, scorer.log_gain):
@@ -137,19 +138,30 @@ def make_table(length: int) -> RotaryTable:
 
 
 @pytest.mark.parametrize("q_len", [1, 65, 130, 700])
-@pytest.mark.parametrize(("block", "pool"), [(64, 16), (64, 4), (32, 32), (96, 48)])
+@pytest.mark.parametrize(
+    ("block", "pool", "form"),
+    [
+        (64, 16, "residual"),
+        (32, 32, "residual"),
+        (96, 48, "residual"),
+        (64, 1, "low_rank"),
+        (64, 4, "low_rank"),
+    ],
+)
 def test_scores_and_lists_equal_the_plain_path(
-    q_len: int, block: int, pool: int, monkeypatch: pytest.MonkeyPatch
+    q_len: int, block: int, pool: int, form: Form, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scoring and selecting natively gives PyTorch's scores, and a mask that its own lists agree with."""
     generator = torch.Generator().manual_seed(q_len)
     q, k = (2 * torch.randn(2, heads, 700, 32, generator=generator) for heads in (4, 2))
-    scorer, table = make_scorer(block, pool), make_table(700)
+    scorer, table = make_scorer(block, pool, form), make_table(700)
     keys = PooledCache(scorer).update(k, 700, table)
     options = {"q_len": q_len, "kv_len": 700, "q_offset": 700 - q_len, "block_q": block, "block_k": block}
     with torch.no_grad():
         native, starts = score_blocks(scorer, q[:, :, -q_len:], k, keys, table=table)
-        thresholds = Thresholds(torch.full((2, 1), -2.0), ())
+        open_shares = native[native > -torch.inf]
+        cut = float(open_shares.median()) if open_shares.numel() else 0.0
+        thresholds = Thresholds(torch.full((2, 1), cut), ())
         mask = select_blocks(native, thresholds, starts=starts, **options)
         monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
         plain, _ = score_blocks(scorer, q[:, :, -q_len:], k, keys, table=table)

@@ -281,6 +281,30 @@ def test_shapes_that_do_not_divide_are_refused(change: dict[str, int], name: str
         ScorerShape(**sizes)
 
 
+def test_an_unknown_form_is_refused() -> None:
+    """A manifest from elsewhere cannot name a form that nobody computes."""
+    with pytest.raises(ScorerError, match="form is 'cubic'; it must be one of residual, low_rank"):
+        ScorerShape(4, 2, 8, form="cubic")  # type: ignore[arg-type]
+
+
+def test_low_rank_starts_as_the_best_approximation() -> None:
+    """At full rank and single tokens the start is the attention score itself; a lower rank is further off."""
+    q, k, table = make_inputs(64)
+    plain_q, plain_k = (unrotate(x, torch.arange(64), table) for x in (q, k))
+    exact = (q.reshape(1, 2, 128, 8) @ k.mT * SCALE).reshape(1, 4, 64, 64)
+
+    def error(rank: int) -> float:
+        scorer = BlockScorer(ScorerShape(4, 2, 8, rank, 1, 16, "low_rank"), SCALE)
+        scorer.start_from(q[0], k[0])
+        with torch.no_grad():
+            queries, keys = scorer.encode_queries(q, plain_q), scorer.encode_keys(k, plain_k)
+        got = (queries.reshape(1, 2, 128, rank) @ keys.mT).reshape(1, 4, 64, 64)
+        return float((got - exact).square().mean())
+
+    assert error(8) < 1e-9
+    assert error(8) < error(6) < error(3) < float(exact.square().mean())
+
+
 def select(shares: torch.Tensor, share: float, length: int) -> BlockMask:
     """Select with one share for everything."""
     limits = torch.full((2, 1), max(share, 1e-30)).log()

@@ -29,8 +29,8 @@ KINDS: tuple[Kind, ...] = ("untrained", "local", "oracle")
 class RankSelector:
     """Keeps a KV group's best-scored blocks up to a density; sink and diagonal are kept as in ours.
 
-    `untrained` is every query token against the mean of every 4 keys, `local` the nearest blocks, `oracle` the true mass of the
-    neediest row. The threshold is read off the text itself, which favours these baselines.
+    `untrained` is every query token against the mean of every 4 keys, `local` the nearest blocks, `oracle`
+    the true mass of the neediest row. The threshold is read off the text itself, which favours them.
     """
 
     kind: Kind

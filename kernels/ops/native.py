@@ -119,7 +119,8 @@ def best_shares_native(q: Tensor, k: Tensor, pooled: Tensor, weights: ScorerWeig
     is_residual = weights.maps.shape[1] == q.shape[2]
     shape = _Scores(
         q.shape[0], k.shape[0], out.shape[1], rows, q.shape[1], q.shape[2], weights.maps.shape[2],
-        is_residual, pools, blocks, weights.block, *q.stride()[:2], *k.stride()[:2], k.shape[1], k.shape[1] - q.shape[1],
+        is_residual, pools, blocks, weights.block, *q.stride()[:2], *k.stride()[:2], k.shape[1],
+        k.shape[1] - q.shape[1],
         out.shape[2], weights.bias.shape[1],
     )  # fmt: skip
     tables = (weights.cos, weights.sin, weights.maps, weights.gains, weights.bias)

@@ -8,6 +8,7 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -29,13 +30,24 @@ class Request:
     dtype: torch.dtype
     q_len: int
     needs_lse: bool = False
+    needs_softcap: bool = False
+    needs_sinks: bool = False
 
 
 class AttendFn(Protocol):
     """Attention over a block mask: (out, lse or None)."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, scale: float, window: int | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: BlockMask,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute it; `scale` multiplies the scores, `window` bounds each row's reach in keys."""
         ...
@@ -93,12 +105,34 @@ def why_no_compiler() -> str | None:
     return None
 
 
+def why_no_triton(device: str) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device, or None if they can."""
+    if find_spec("triton") is None:
+        return "it needs the package triton, which is not installed (it exists for Linux only)"
+    if device == "cuda":  # ROCm's name too
+        return None
+    if device == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "it runs on GPUs, and on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1: slow)"
+    return f"it runs on CUDA and ROCm devices, not on {device!r}"
+
+
 def _in_order(request: Request) -> tuple[Backend, ...]:
     names = ("gather", "flex") if request.q_len <= DECODE_ROWS_MAX else ("flex", "gather")
-    return tuple(_BACKENDS[name] for name in (*names, "reference"))
+    first = () if request.device == "cpu" else ("triton",)
+    return tuple(_BACKENDS[name] for name in (*first, *names, "reference"))
+
+
+def _refuse_triton(request: Request) -> str | None:
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 or float16, not {request.dtype}"
+    return why_no_triton(request.device)
 
 
 def _refuse_flex(request: Request) -> str | None:
+    if request.needs_softcap or request.needs_sinks:
+        return "its programs are compiled without softcap and sinks"
     if request.device != "cpu":
         return None
     if request.needs_lse:
@@ -131,6 +165,12 @@ def _load_gather() -> AttendFn:
     return attend_gather
 
 
+def _load_triton() -> AttendFn:
+    from sentei.kernels.ops.triton_prefill import attend_triton
+
+    return attend_triton
+
+
 def _load_reference() -> AttendFn:
     from sentei.kernels.ops.reference import attend_reference
 
@@ -138,6 +178,7 @@ def _load_reference() -> AttendFn:
 
 
 _BACKENDS = {
+    "triton": Backend("triton", _refuse_triton, _load_triton),
     "flex": Backend("flex", _refuse_flex, _load_flex),
     "gather": Backend("gather", _accept, _load_gather),
     "reference": Backend("reference", _accept, _load_reference),

@@ -1,0 +1,126 @@
+"""What the Triton kernels share: a launch is a value, to be run here or compiled for a GPU elsewhere."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+LOG2_E = 1.4426950408889634
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with its grid, its arguments and everything that is compiled in."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Tensor | float | None]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def run(self) -> None:
+        """Start it on the device of its tensors."""
+        device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[self.grid](
+                **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+            )
+
+    def compile(self, target: str) -> dict[str, Any]:
+        """Compile for one of TARGETS without a device, as a call with aligned tensors would: its texts."""
+        constants = dict(self.constants)
+        signature: dict[str, str] = {}
+        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        for i_argument, name in enumerate(self.kernel.arg_names):
+            value = self.arguments.get(name)
+            if value is None:
+                constants.setdefault(name, None)
+                signature[name] = "constexpr"
+                continue
+            signature[name] = _type_name(value)
+            is_free = self.kernel.params[i_argument].do_not_specialize
+            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and not is_free):
+                attributes[(i_argument,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        compiled = triton.compile(source, target=TARGETS[target], options=options)
+        return {**compiled.asm, "shared": compiled.metadata.shared}
+
+
+def pick_target(device: torch.device) -> str:
+    """The target of TARGETS whose tiles suit this device; the smallest where none is known."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def pick_precision(dtype: torch.dtype, target: str) -> str:
+    """How fp32 products are made: three tf32 products on NVIDIA, fp32 itself elsewhere; moot below fp32.
+
+    With fp32 arithmetic on NVIDIA the prefill kernel at head 256 spilled 33 kB a thread (ptxas, sm_90).
+    """
+    if triton.knobs.runtime.interpret:
+        return "widened"
+    return "ieee" if target == "gfx942" or dtype != torch.float32 else "tf32x3"
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """A matrix product, added to `acc` if there is one. The interpreter multiplies bf16 only once widened."""
+    if PRECISION == "widened":
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Round to `dtype`. The interpreter would cut fp32 off to bf16; devices round to nearest even."""
+    if PRECISION == "widened" and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+def tile_size(number: int) -> int:
+    """The smallest power of two that holds `number`, and 16 at least: what a matrix instruction takes."""
+    return max(16, 1 << (number - 1).bit_length())
+
+
+def with_unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last axis lies side by side in memory, else a copy that does."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _type_name(value: Tensor | float | int) -> str:
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if abs(value) < 2**31 else "i64"

@@ -108,6 +108,30 @@ def narrow(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def first_slot(listed, count, target):
+    """Index of the first entry at or past `target` in an ascending list."""
+    low = count * 0
+    high = count
+    while low < high:
+        middle = (low + high) // 2
+        is_before = tl.load(listed + middle) < target
+        low = tl.where(is_before, middle + 1, low)
+        high = tl.where(is_before, high, middle)
+    return low
+
+
+@triton.jit
+def scaled_scores(queries, keys_t, scale, cap, PRECISION: tl.constexpr):
+    """Scaled scores times log2(e), through tanh where there is a cap; exact at both ends of it."""
+    scores = product(queries, keys_t, None, PRECISION) * scale
+    if cap is not None:
+        decay = tl.exp2(tl.abs(scores) * -2.8853900817779268)
+        size = (1.0 - decay) / (1.0 + decay)
+        scores = cap * tl.where(scores < 0, -size, size)
+    return scores
+
+
 def tile_size(number: int) -> int:
     """The smallest power of two that holds `number`, and 16 at least: what a matrix instruction takes."""
     return max(16, 1 << (number - 1).bit_length())

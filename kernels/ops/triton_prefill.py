@@ -18,10 +18,12 @@ from sentei.kernels.ops.block_mask import BlockMask, PackedMask, num_blocks
 from sentei.kernels.ops.triton_launch import (
     LOG2_E,
     Launch,
+    first_slot,
     narrow,
     pick_precision,
     pick_target,
     product,
+    scaled_scores,
     tile_size,
     with_unit_stride,
 )
@@ -190,30 +192,6 @@ def _strides(letter: str, tensor: Tensor) -> dict[str, float]:
 
 
 @triton.jit
-def _first_slot(listed, count, target):
-    """Index of the first entry at or past `target` in an ascending list."""
-    low = count * 0
-    high = count
-    while low < high:
-        middle = (low + high) // 2
-        is_before = tl.load(listed + middle) < target
-        low = tl.where(is_before, middle + 1, low)
-        high = tl.where(is_before, high, middle)
-    return low
-
-
-@triton.jit
-def _scores(queries, keys_t, scale, cap, PRECISION: tl.constexpr):
-    """Scaled scores times log2(e), through tanh where there is a cap; exact at both ends of it."""
-    scores = product(queries, keys_t, None, PRECISION) * scale
-    if cap is not None:
-        decay = tl.exp2(tl.abs(scores) * -2.8853900817779268)
-        size = (1.0 - decay) / (1.0 + decay)
-        scores = cap * tl.where(scores < 0, -size, size)
-    return scores
-
-
-@triton.jit
 def _take_tile(
     queries, acc, peak, total, k, v, stride_kt, stride_vt, listed, slot, part, position, kv_len,
     window, scale, cap, IS_MASKED: tl.constexpr, KEYS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -243,7 +221,7 @@ def _take_tile(
             values = tl.load(v_tile)
         else:
             values = tl.load(v_tile, mask=(dims_v < VALUE_DIM)[None, :], other=0.0)
-    scores = _scores(queries, keys_t, scale, cap, PRECISION)
+    scores = scaled_scores(queries, keys_t, scale, cap, PRECISION)
     if IS_MASKED:
         key = first + inner
         is_seen = is_key[None, :] & (key[None, :] <= position[:, None])
@@ -317,9 +295,9 @@ def _prefill_kernel(
     full_start = count * 0
     if window is not None:
         oldest = tl.maximum(first_position - window + 1, 0)
-        start = _first_slot(listed, count, oldest // BLOCK_K)
+        start = first_slot(listed, count, oldest // BLOCK_K)
         oldest_full = tl.maximum(last_position - window + 1, 0)
-        full_start = tl.minimum(_first_slot(listed, count, tl.cdiv(oldest_full, BLOCK_K)), full_end)
+        full_start = tl.minimum(first_slot(listed, count, tl.cdiv(oldest_full, BLOCK_K)), full_end)
 
     acc = tl.zeros([HEADS * ROWS, DIM_V], dtype=tl.float32)
     if sinks is None:

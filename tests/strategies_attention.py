@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from sentei.kernels.ops.block_mask import BlockMask, num_blocks
+from sentei.kernels.ops.block_mask import BlockMask, causal_limits, num_blocks
 from sentei.kernels.ops.paged import BlockLists, PagedCache
+from sentei.kernels.ops.select import Grid
 
 
 def make_qkv(
@@ -76,3 +77,15 @@ def make_lists(
     order = torch.argsort(keep.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
     indices = order.masked_fill(torch.arange(keep.shape[-1]) >= counts[..., None], -1)
     return BlockLists(counts.to(device), indices.to(device), block)
+
+
+def make_scores(
+    grid: Grid, heads: int, *, batch: int = 1, levels: int = 10**6, seed: int = 0
+) -> torch.Tensor:
+    """Log shares [B, H, Q, Kb] of random rows with up to `levels` different values, -inf ahead."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, blocks = num_blocks(grid.q_len, grid.block_q), num_blocks(grid.kv_len, grid.block_k)
+    raw = torch.randn(batch, heads, rows, blocks, generator=generator) * 2
+    raw = raw if levels >= 10**6 else torch.randint(levels, raw.shape, generator=generator).float()
+    limits = causal_limits(grid.q_len, grid.block_q, grid.block_k, grid.q_offset)
+    return raw.masked_fill(torch.arange(blocks) >= limits[:, None], -torch.inf).log_softmax(-1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.select import Grid, Threshold, select_lists
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
@@ -166,23 +167,9 @@ def select_blocks(
     """Keep every block whose share passes the threshold, plus sink and diagonal."""
     if fault is not None:
         shares = fault.shift(shares, starts)
-    keep = (shares > per_head_thresholds(thresholds, starts, shares.shape[1])) | forced_blocks(
-        starts, shares.shape[-1], q_end=q_offset + q_len, block_q=block_q, block_k=block_k
-    )
-    counts = keep.sum(dim=-1, dtype=torch.int32)
-    order = torch.argsort(keep.to(torch.int8), dim=-1, descending=True, stable=True)
-    width = int(counts.max())  # the one host sync: how wide the lists are
-    indices = order[..., :width].to(torch.int32)
-    indices = indices.masked_fill(torch.arange(width, device=counts.device) >= counts[..., None], -1)
-    return BlockMask(
-        counts=counts,
-        indices=indices,
-        q_len=q_len,
-        kv_len=kv_len,
-        block_q=block_q,
-        block_k=block_k,
-        q_offset=q_offset,
-    )
+    limits = per_head_thresholds(thresholds, starts, shares.shape[1])[..., 0]
+    grid = Grid(q_len=q_len, kv_len=kv_len, block_q=block_q, block_k=block_k, q_offset=q_offset)
+    return select_lists(shares, Threshold(limits), grid)
 
 
 def per_head_thresholds(thresholds: Thresholds, starts: torch.Tensor, query_heads: int) -> torch.Tensor:

@@ -10,24 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 LOG2_E = 1.4426950408889634
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 
 
 @dataclass(frozen=True)
@@ -49,29 +33,9 @@ class Launch:
                 **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
             )
 
-    def compile(self, target: str) -> dict[str, Any]:
-        """Compile for one of TARGETS without a device, as a call with aligned tensors would: its texts."""
-        constants = dict(self.constants)
-        signature: dict[str, str] = {}
-        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-        for i_argument, name in enumerate(self.kernel.arg_names):
-            value = self.arguments.get(name)
-            if value is None:
-                constants.setdefault(name, None)
-                signature[name] = "constexpr"
-                continue
-            signature[name] = _type_name(value)
-            is_free = self.kernel.params[i_argument].do_not_specialize
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and not is_free):
-                attributes[(i_argument,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        compiled = triton.compile(source, target=TARGETS[target], options=options)
-        return {**compiled.asm, "shared": compiled.metadata.shared}
-
 
 def pick_target(device: torch.device) -> str:
-    """The target of TARGETS whose tiles suit this device; the smallest where none is known."""
+    """The target (triton_compile.TARGETS) whose tiles suit this device; the smallest where none is known."""
     if torch.version.hip is not None:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
@@ -140,11 +104,3 @@ def tile_size(number: int) -> int:
 def with_unit_stride(tensor: Tensor) -> Tensor:
     """The tensor itself if its last axis lies side by side in memory, else a copy that does."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _type_name(value: Tensor | float | int) -> str:
-    if isinstance(value, Tensor):
-        return _TYPES[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if abs(value) < 2**31 else "i64"

@@ -33,9 +33,8 @@ _FREE = ["q_len", "kv_len", "q_offset", "window"]
 
 @dataclass(frozen=True)
 class _Tile:
-    """Rows (query heads times query rows) and keys that a program holds, and how it is run."""
+    """Keys that a program holds at a time, and how it is run."""
 
-    rows: int
     keys: int
     num_warps: int
     num_stages: int
@@ -104,10 +103,14 @@ def prefill_launch(
         counts, indices = counts[None], indices[None]
     q_heads, kv_heads, mask_heads = q.shape[1], k.shape[1], counts.shape[1]
     dims = (tile_size(q.shape[-1]), tile_size(v.shape[-1]))
-    tile = _pick_tile(max(dims), q.dtype, target)
     rows = tile_size(mask.block_q if is_packed else min(mask.block_q, q.shape[2]))
     group = q_heads // kv_heads
-    heads = 1 if mask_heads > kv_heads else min(triton.next_power_of_2(group), max(1, tile.rows // rows))
+    heads = (
+        1
+        if mask_heads > kv_heads
+        else min(triton.next_power_of_2(group), max(1, _rows_max(max(dims), q.dtype, target) // rows))
+    )
+    tile = _pick_tile(heads * rows, max(dims), q.dtype, target)
     keys = min(tile.keys, tile_size(mask.block_k))
     tiles_per_group = num_blocks(group, heads)
     many = counts.shape[0] > 1
@@ -156,15 +159,24 @@ def prefill_launch(
     return Launch(_prefill_kernel, grid, arguments, constants, tile.num_warps, tile.num_stages)
 
 
-def _pick_tile(dim: int, dtype: torch.dtype, target: str) -> _Tile:
+def _rows_max(dim: int, dtype: torch.dtype, target: str) -> int:
+    """Rows (query heads times query rows) of a program: with 256, four heads of 64 rows share each load."""
+    if dtype == torch.float32 or dim > 128:
+        return 64
+    return 256 if target in ("sm_90", "sm_100") else 128
+
+
+def _pick_tile(rows: int, dim: int, dtype: torch.dtype, target: str) -> _Tile:
     """Not tuned on a device: the largest tiles without spills in the compilers' reports (docs/kernels.md)."""
     if dtype == torch.float32:
-        return _Tile(64, 16, 4, 1) if target == "gfx942" else _Tile(64, 32, 8, 1)
-    if dim > 128:
-        return _Tile(64, 32, 4, 1) if target == "gfx942" else _Tile(64, 32, 8, 2)
+        return _Tile(16, 4, 1) if target == "gfx942" else _Tile(32, 8, 1)
     if target == "gfx942":
-        return _Tile(128, 32, 4, 1)
-    return _Tile(128, 32, 8, 3) if target == "sm_80" else _Tile(128, 64, 8, 3)
+        return _Tile(32, 4, 1)
+    if dim > 128:
+        return _Tile(32, 8, 2)
+    if rows > 128:
+        return _Tile(32, 8, 3 if target == "sm_90" else 2)
+    return _Tile(32 if target == "sm_80" else 64, 8 if rows > 64 else 4, 3)
 
 
 def _sequence_arguments(mask: BlockMask | PackedMask) -> dict[str, Tensor | float | None]:

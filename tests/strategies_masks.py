@@ -36,13 +36,13 @@ def random_mask(
 
 
 @st.composite
-def block_masks(draw: st.DrawFn) -> BlockMask:
+def block_masks(draw: st.DrawFn, max_rows: int = 400, max_past: int = 300) -> BlockMask:
     """Legal masks of all kinds of lengths, offsets, block sizes and heads."""
     return random_mask(
         draw(st.integers(1, 4)),
-        draw(st.integers(1, 400)),
+        draw(st.integers(1, max_rows)),
         share=draw(st.floats(0.0, 1.0)),
-        q_offset=draw(st.integers(0, 300)),
+        q_offset=draw(st.integers(0, max_past)),
         block_q=draw(st.sampled_from([16, 48, 64, 128])),
         block_k=draw(st.sampled_from([16, 32, 64, 128])),
         batch=draw(st.integers(1, 2)),

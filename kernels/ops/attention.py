@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.block_mask import BlockMask, PackedMask
 from sentei.kernels.ops.errors import MaskError, ShapeError
 from sentei.kernels.ops.registry import (
     COMPILED_BACKENDS,
@@ -27,29 +27,93 @@ def attend(
     *,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the selected blocks, causal token by token: (out, lse or None).
 
     q [B, Hq, Tq, D], k and v [B, Hkv, Tk, D]; out as q, lse [B, Hq, Tq] fp32 if asked for. A row with nothing
-    selected gives zeros and an LSE of -inf. `window` keeps the last `window` keys of a row, its own included.
+    selected gives zeros and an LSE of -inf. `window` keeps the last `window` keys of a row, its own included;
+    `softcap` bends scores to softcap * tanh(s / softcap); `sinks` [Hq] adds a valueless logit to each row.
     Inference only: no gradient flows.
     """
     check_shapes(q, k, v, mask, window)
+    _check_extras(q, softcap, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    request = Request(q.device.type, q.dtype, q.shape[2], needs_lse=return_lse, block_k=mask.block_k)
+    request = Request(
+        q.device.type,
+        q.dtype,
+        q.shape[2],
+        needs_lse=return_lse,
+        block_k=mask.block_k,
+        needs_softcap=softcap is not None,
+        needs_sinks=sinks is not None,
+    )
     with torch.no_grad():
         while True:
             chosen = pick_backend(request, backend).backend
             try:
-                out, lse = chosen.load()(q, k, v, mask, scale=scale, window=window)
+                out, lse = chosen.load()(
+                    q, k, v, mask, scale=scale, window=window, softcap=softcap, sinks=sinks
+                )
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # a compiler can fail in any way; correctness must not depend on it
                 if backend != "auto" or chosen.name not in COMPILED_BACKENDS:
                     raise
                 give_up_on(chosen.name, error)
             else:
                 return out, (lse if return_lse else None)
+
+
+def attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: PackedMask,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The same over sequences laid end to end: (out [Tq, Hq, Dv], lse [Hq, Tq]); one launch on a GPU.
+
+    q [Tq, Hq, D], k and v [Tk, Hkv, D]. Elsewhere each sequence goes through `attend` in turn.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    request = Request(q.device.type, q.dtype, q.shape[0], needs_lse=True)
+    if pick_backend(request, backend).backend.name == "triton":
+        from sentei.kernels.ops.triton_prefill import attend_packed_triton
+
+        with torch.no_grad():
+            return attend_packed_triton(
+                q, k, v, mask, scale=scale, window=window, softcap=softcap, sinks=sinks
+            )
+    out, lse = q.new_empty(*q.shape[:2], v.shape[-1]), torch.empty(q.shape[1], q.shape[0], device=q.device)
+    start_q = start_k = 0
+    for part in mask.unpack():
+        rows, keys = slice(start_q, start_q + part.q_len), slice(start_k, start_k + part.kv_len)
+        one_q, one_k, one_v = (tensor.transpose(0, 1)[None] for tensor in (q[rows], k[keys], v[keys]))
+        one, one_lse = attend(
+            one_q,
+            one_k,
+            one_v,
+            part,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            return_lse=True,
+            backend=backend,
+        )
+        assert one_lse is not None
+        out[rows], lse[:, rows] = one[0].transpose(0, 1), one_lse[0]
+        start_q, start_k = rows.stop, keys.stop
+    return out, lse
 
 
 def dense_attend(
@@ -116,6 +180,15 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, window: int |
         )
     if window is not None and window < 1:
         raise ShapeError(f"window is {window}; pass at least 1, or None for no window")
+
+
+def _check_extras(q: Tensor, softcap: float | None, sinks: Tensor | None) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ShapeError(f"softcap is {softcap}; pass a positive number, or None for no cap")
+    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
+        raise ShapeError(
+            f"sinks have shape {tuple(sinks.shape)}; pass one logit per query head: ({q.shape[1]},)"
+        )
 
 
 @lru_cache(maxsize=64)

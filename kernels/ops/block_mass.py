@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sentei.kernels.ops.block_mask import num_blocks
-from sentei.kernels.ops.errors import ShapeError
-from sentei.kernels.ops.registry import is_native_usable
+from sentei.kernels.ops.errors import BackendError, ShapeError
+from sentei.kernels.ops.registry import is_native_usable, why_no_triton
 
 # Scores held at once per KV head: 64 MiB in fp32.
 _SCORES_MAX = 16 * 2**20
@@ -22,18 +22,32 @@ def block_mass(
     rows: Tensor | None = None,
     q_offset: int = 0,
     window: int | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Exact causal attention mass per key block in fp32: (lse [B, Hq, R], mass [B, Hq, R, Kb]).
 
     q [B, Hq, Tq, D], k [B, Hkv, Tk, D]. `rows` [R] int64 samples query rows, in any order; None takes all.
-    A row's mass sums to 1. Memory beyond the result stays below about 200 MiB, whatever the length.
+    A row's mass sums to 1. Memory beyond the result stays below about 200 MiB, whatever the length; Triton
+    needs none. `backend` is auto, triton or torch; auto takes triton on a GPU.
     """
     batch, q_heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1:3]
     if q_heads % kv_heads or q_offset + q_len > kv_len:
         raise ShapeError(f"q {tuple(q.shape)} at offset {q_offset} does not fit k {tuple(k.shape)}")
+    if backend not in ("auto", "triton", "torch"):
+        raise BackendError(f"backend {backend!r} is unknown; choose auto, triton, torch")
     rows = torch.arange(q_len, device=q.device) if rows is None else rows
-    if is_native_usable(q.device.type, block_k):
+    refusal = why_no_triton(q.device.type)
+    if backend == "triton" and refusal is not None:
+        raise BackendError(f"backend 'triton' refuses: {refusal}; backend='auto' picks another")
+    if backend == "triton" or (backend == "auto" and q.is_cuda and refusal is None):
+        from sentei.kernels.ops.triton_mass import block_mass_triton
+
+        with torch.no_grad():
+            return block_mass_triton(
+                q, k, rows, scale=scale, block_k=block_k, q_offset=q_offset, window=window
+            )
+    if backend == "auto" and is_native_usable(q.device.type, block_k):
         return _block_mass_native(q, k, rows, scale, block_k, q_offset, window)
     group = q_heads // kv_heads
     lse = torch.empty(batch, q_heads, rows.numel(), device=q.device)

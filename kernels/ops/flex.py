@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask as TorchBlockMask
 from torch.nn.attention.flex_attention import flex_attention
 
 from sentei.kernels.ops.block_mask import BlockMask, num_blocks
+from sentei.kernels.ops.errors import ShapeError
 
 _NO_WINDOW = 1 << 40
 # Programs per signature before torch gives up: one is expected, the rest is room for strides it tells apart.
@@ -56,9 +57,19 @@ _compile_lock = threading.Lock()
 
 
 def attend_flex(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, None]:
     """Attention by compiled FlexAttention: (out [B, Hq, Tq, D], None), as the CPU's program has no LSE."""
+    if softcap is not None or sinks is not None:
+        raise ShapeError("flex computes neither softcap nor sinks; pass backend='auto' to attend")
     dtype = q.dtype
     q, k, v = (_prepare(tensor) for tensor in (q, k, v))
     signature = _signature(q, k, v, mask, scale)

@@ -32,8 +32,25 @@ class _Tiles:
     blocks: Tensor
 
 
+@dataclass(frozen=True)
+class _Rule:
+    """How scores become weights."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
 def attend_gather(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over gathered blocks: (out [B, Hq, Tq, D] in q's dtype, lse [B, Hq, Tq] fp32)."""
     mask = mask.within(window)
@@ -49,14 +66,16 @@ def attend_gather(
     for tiles in _batches(mask, (batch, q_heads, k.shape[1]), block_q):
         keys = _token_index(tiles.blocks, mask)
         part = queries[tiles.batch, tiles.heads].index_select(1, tiles.rows).float()
-        weights, row_lse = _weigh(part, k[tiles.batch, tiles.kv_head], keys, tiles, mask, scale, window)
+        rule = _Rule(scale, window, softcap)
+        weights, row_lse = _weigh(part, k[tiles.batch, tiles.kv_head], keys, tiles, mask, rule)
         values = v[tiles.batch, tiles.kv_head].index_select(0, keys.flatten()).float()
         result = torch.bmm(weights, values.view(*keys.shape, -1)).view(
             len(tiles.counts), -1, block_q, v.shape[-1]
         )
         out[tiles.batch, tiles.heads].index_copy_(1, tiles.rows, result.transpose(0, 1).to(q.dtype))
         lse[tiles.batch, tiles.heads].index_copy_(1, tiles.rows, row_lse.transpose(0, 1))
-    return out.flatten(2, 3)[:, :, :q_len], lse.flatten(2, 3)[:, :, :q_len]
+    out, lse = out.flatten(2, 3)[:, :, :q_len], lse.flatten(2, 3)[:, :, :q_len]
+    return (out, lse) if sinks is None else _with_sinks(out, lse, sinks)
 
 
 def _batches(mask: BlockMask, shape: tuple[int, int, int], block_q: int) -> Iterator[_Tiles]:
@@ -91,14 +110,16 @@ def _token_index(blocks: Tensor, mask: BlockMask) -> Tensor:
 
 
 def _weigh(
-    part: Tensor, k: Tensor, keys: Tensor, tiles: _Tiles, mask: BlockMask, scale: float, window: int | None
+    part: Tensor, k: Tensor, keys: Tensor, tiles: _Tiles, mask: BlockMask, rule: _Rule
 ) -> tuple[Tensor, Tensor]:
     """Softmax weights [N, G * bq, n] and LSE [N, G, bq]; rows that see nothing weigh 0."""
     group, num, block_q, dim = part.shape
     gathered = k.index_select(0, keys.flatten()).float().view(num, -1, dim)
     rows = part.transpose(0, 1).reshape(num, group * block_q, dim)
-    scores = torch.baddbmm(rows.new_empty(1), rows, gathered.transpose(1, 2), beta=0.0, alpha=scale)
-    start, hidden = _hidden(tiles, mask, window, block_q)
+    scores = torch.baddbmm(rows.new_empty(1), rows, gathered.transpose(1, 2), beta=0.0, alpha=rule.scale)
+    if rule.softcap is not None:
+        scores.div_(rule.softcap).tanh_().mul_(rule.softcap)
+    start, hidden = _hidden(tiles, mask, rule.window, block_q)
     by_row = scores.view(num, group, block_q, -1)
     by_row[..., start:].masked_fill_(hidden[:, None], -torch.inf)
     peak = scores.amax(-1)
@@ -109,6 +130,13 @@ def _weigh(
         weights.view(num, group, block_q, -1).masked_fill_(blind[:, None, :, None], 0.0)
         lse.masked_fill_(blind[:, None], -torch.inf)
     return weights, lse
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """One more logit per head in each row's sum: it takes its share of the weights and carries no value."""
+    logit = sinks.float()[:, None]
+    kept = torch.sigmoid(lse - logit)
+    return (out.float() * kept[..., None]).to(out.dtype), torch.logaddexp(lse, logit)
 
 
 def _hidden(tiles: _Tiles, mask: BlockMask, window: int | None, block_q: int) -> tuple[int, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sentei.kernels.ops.block_mask import BlockMask, num_blocks
+from sentei.kernels.ops.errors import BackendError
 from sentei.kernels.ops.native_build import load_native
 from sentei.kernels.ops.registry import DECODE_ROWS_MAX
 
@@ -41,12 +42,22 @@ class _Scores(ctypes.Structure):
 
 
 def attend_native(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over selected blocks: (out [B, Hq, Tq, D] in q's dtype, lse [B, Hq, Tq] fp32).
 
     A prompt packs its keys and values once; a few rows read the selected ones where they lie.
     """
+    if softcap is not None or sinks is not None:
+        raise BackendError("the native program has no softcap and no sinks; backend='auto' picks another")
     program = "decode" if q.shape[2] <= DECODE_ROWS_MAX else "prefill"
     return _run(program, q, k, v, mask, scale, window)
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +25,7 @@ DECODE_ROWS_MAX = 16
 # The native programs hold keys in panels of 8 to 32, by processor; this block size fits all of them.
 NATIVE_BLOCK_STEP = 32
 # These build a program at first use: where that fails, the next backend takes over.
-COMPILED_BACKENDS = ("native", "flex")
+COMPILED_BACKENDS = ("native", "flex", "triton")
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,24 @@ class Request:
     q_len: int
     needs_lse: bool = False
     block_k: int = DEFAULT_BLOCK
+    needs_softcap: bool = False
+    needs_sinks: bool = False
 
 
 class AttendFn(Protocol):
     """Attention over a block mask: (out, lse or None)."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, scale: float, window: int | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: BlockMask,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute it; `scale` multiplies the scores, `window` bounds each row's reach in keys."""
         ...
@@ -116,9 +128,23 @@ def why_no_compiler() -> str | None:
     return None
 
 
+def why_no_triton(device: str) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device, or None if they can."""
+    if find_spec("triton") is None:
+        return "it needs the package triton, which is not installed (it exists for Linux only)"
+    if device == "cuda":  # ROCm's name too
+        return None
+    if device == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "it runs on GPUs, and on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1: slow)"
+    return f"it runs on CUDA and ROCm devices, not on {device!r}"
+
+
 def _in_order(request: Request) -> tuple[Backend, ...]:
     names = ("gather", "flex") if request.q_len <= DECODE_ROWS_MAX else ("flex", "gather")
-    return tuple(_BACKENDS[name] for name in ("native", *names, "reference"))
+    first = "native" if request.device == "cpu" else "triton"
+    return tuple(_BACKENDS[name] for name in (first, *names, "reference"))
 
 
 def _refuse_native(request: Request) -> str | None:
@@ -126,6 +152,8 @@ def _refuse_native(request: Request) -> str | None:
         return "it is a CPU program"
     if request.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 or bfloat16, not {request.dtype}"
+    if request.needs_softcap or request.needs_sinks:
+        return "it has no softcap and no sinks"
     return _why_no_native(request.block_k)
 
 
@@ -141,7 +169,15 @@ def _why_no_cxx() -> str | None:
     return None
 
 
+def _refuse_triton(request: Request) -> str | None:
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 or float16, not {request.dtype}"
+    return why_no_triton(request.device)
+
+
 def _refuse_flex(request: Request) -> str | None:
+    if request.needs_softcap or request.needs_sinks:
+        return "its programs are compiled without softcap and sinks"
     if request.device != "cpu":
         return None
     if request.needs_lse:
@@ -180,6 +216,12 @@ def _load_gather() -> AttendFn:
     return attend_gather
 
 
+def _load_triton() -> AttendFn:
+    from sentei.kernels.ops.triton_prefill import attend_triton
+
+    return attend_triton
+
+
 def _load_reference() -> AttendFn:
     from sentei.kernels.ops.reference import attend_reference
 
@@ -188,6 +230,7 @@ def _load_reference() -> AttendFn:
 
 _BACKENDS = {
     "native": Backend("native", _refuse_native, _load_native),
+    "triton": Backend("triton", _refuse_triton, _load_triton),
     "flex": Backend("flex", _refuse_flex, _load_flex),
     "gather": Backend("gather", _accept, _load_gather),
     "reference": Backend("reference", _accept, _load_reference),

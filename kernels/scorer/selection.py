@@ -11,6 +11,7 @@ import torch
 
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.registry import is_native_usable
+from sentei.kernels.ops.select import Grid, Threshold, select_lists
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
@@ -209,15 +210,12 @@ def select_blocks(
     """Keep every block whose share passes the threshold, plus sink and diagonal."""
     if fault is not None:
         shares = fault.shift(shares, starts)
-    cut = per_head_thresholds(thresholds, starts, shares.shape[1])
+    cut = per_head_thresholds(thresholds, starts, shares.shape[1])[..., 0]
     if is_native_usable(shares.device.type, block_k):
         counts, indices = _list_native(shares, cut, q_offset, block_q, block_k, q_offset + q_len)
-    else:
-        forced = forced_blocks(
-            starts, shares.shape[-1], q_end=q_offset + q_len, block_q=block_q, block_k=block_k
-        )
-        counts, indices = _list_sorted((shares > cut) | forced)
-    return BlockMask(counts, indices, q_len, kv_len, block_q, block_k, q_offset)
+        return BlockMask(counts, indices, q_len, kv_len, block_q, block_k, q_offset)
+    grid = Grid(q_len=q_len, kv_len=kv_len, block_q=block_q, block_k=block_k, q_offset=q_offset)
+    return select_lists(shares, Threshold(cut), grid)
 
 
 def _list_native(
@@ -228,7 +226,7 @@ def _list_native(
     B, H, n, _ = shares.shape
     counts, indices = select_native(
         shares.flatten(0, 1).float(),
-        cut[..., 0].expand(B, H, n).flatten(0, 1),
+        cut.expand(B, H, n).flatten(0, 1),
         start=start,
         block_q=block_q,
         block_k=block_k,
@@ -236,14 +234,6 @@ def _list_native(
     )
     width = int(counts.max())
     return counts.view(B, H, n), indices[..., :width].contiguous().view(B, H, n, width)
-
-
-def _list_sorted(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    counts = keep.sum(dim=-1, dtype=torch.int32)
-    order = torch.argsort(keep.to(torch.int8), dim=-1, descending=True, stable=True)
-    width = int(counts.max())  # the one host sync: how wide the lists are
-    indices = order[..., :width].to(torch.int32)
-    return counts, indices.masked_fill(torch.arange(width, device=counts.device) >= counts[..., None], -1)
 
 
 def per_head_thresholds(thresholds: Thresholds, starts: torch.Tensor, query_heads: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -111,3 +112,30 @@ def _show(rows: Sequence[Row], machine: Machine, output: Output) -> None:
         output.say(
             f"peak memory of prefill with scorer beyond inputs and outputs: {max(extra):.0f} MiB at most"
         )
+
+
+@app.command()
+def resources(
+    write: Annotated[
+        Path | None, typer.Option(help="Page whose table is replaced (docs/kernels.md).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Compile the Triton kernels for every target, no GPU needed: registers, spills, shared memory."""
+    from sentei.kernels.bench.resources import HEAD_DIMS, KERNELS, TARGET_NAMES, put_table, read_resources
+
+    output = Output(as_json=as_json)
+    total = len(TARGET_NAMES) * ((len(KERNELS) - 1) * len(HEAD_DIMS) + 1)
+    rows = []
+    with output.progress() as progress:
+        for done, row in enumerate(read_resources()):
+            rows.append(row)
+            progress("compile", done + 1, total)
+    table = Table("kernel", "head", "target", "warps", "registers", "spills", "shared KiB")
+    for row in rows:
+        taken = (str(row.registers), str(row.spills), f"{row.shared_bytes / 1024:.0f}")
+        table.add_row(row.kernel, str(row.head_dim or "-"), row.target, str(row.num_warps), *taken)
+    output.say(table)
+    if write is not None:
+        write.write_text(put_table(write.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    output.emit({"rows": [row.to_dict() for row in rows]})

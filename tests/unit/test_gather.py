@@ -79,6 +79,22 @@ def test_rows_that_see_nothing_give_zeros_beside_rows_that_do() -> None:
     assert torch.allclose(lse, exact_lse, rtol=0, atol=ERROR_FLOOR[torch.float32] * 2)
 
 
+@pytest.mark.parametrize("window", [None, 50])
+def test_softcap_and_sinks_equal_the_definition(window: int | None) -> None:
+    """Capped scores and a logit without a value change output and LSE as the reference says."""
+    q, k, v = make_qkv(100, 30, 32)
+    mask, sinks = random_mask(2, 100, q_offset=30), torch.tensor([-1.0, 0.0, 1.0, 4.0])
+
+    out, lse = attend(q, k, v, mask, window=window, softcap=2.0, sinks=sinks, return_lse=True)
+
+    exact, exact_lse = attend_reference(
+        q, k, v, mask, scale=32**-0.5, window=window, softcap=2.0, sinks=sinks
+    )
+    assert lse is not None
+    assert float((out - exact).abs().max()) < ERROR_FLOOR[torch.float32]
+    assert torch.allclose(lse, exact_lse, rtol=0, atol=ERROR_FLOOR[torch.float32] * 2)
+
+
 @pytest.mark.parametrize(("q_len", "past"), [(1, 1000), (200, 0)])
 def test_unselected_blocks_are_never_touched(q_len: int, past: int) -> None:
     """NaN in every block that no list names does not reach the output."""

@@ -75,8 +75,31 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_name_lists_the_known() -> None:
     """A typo is an error, never a default."""
-    with pytest.raises(BackendError, match="'flux' is unknown; choose auto, native, flex, gather, reference"):
+    known = "auto, native, triton, flex, gather, reference"
+    with pytest.raises(BackendError, match=f"'flux' is unknown; choose {known}"):
         pick_backend(PREFILL, "flux")
+
+
+def test_triton_says_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU triton is first; CPU tensors need the interpreter; without the package it says so."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(registry, "find_spec", lambda name: object())
+
+    assert pick_backend(Request("cuda", torch.bfloat16, 512)).backend.name == "triton"
+    with pytest.raises(BackendError, match=r"'triton' refuses: it runs on GPUs.*TRITON_INTERPRET=1"):
+        pick_backend(PREFILL, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert pick_backend(PREFILL, "triton").backend.name == "triton"
+    assert pick_backend(PREFILL).backend.name == "native"
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match="the package triton, which is not installed"):
+        pick_backend(PREFILL, "triton")
+
+
+def test_softcap_and_sinks_pass_flex_over() -> None:
+    """What flex was not compiled for goes to gather."""
+    for request in (replace(PREFILL, needs_softcap=True), replace(PREFILL, needs_sinks=True)):
+        assert pick_backend(request).backend.name == "gather"
 
 
 def test_a_failed_compile_falls_back_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,128 @@
+"""From scores to compact lists: sink and diagonal always, of the rest what a rule keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sentei.kernels.ops.block_mask import BlockMask, causal_limits, num_blocks
+from sentei.kernels.ops.errors import BackendError, ShapeError
+from sentei.kernels.ops.registry import why_no_triton
+
+
+@dataclass(frozen=True, eq=False)
+class Threshold:
+    """Keep blocks whose score is above `log_share`, which is as [B, H, Q] or broadcasts to it."""
+
+    log_share: Tensor
+
+
+@dataclass(frozen=True)
+class TopP:
+    """Drop the lowest blocks while the exponentials of what is dropped sum to at most 1 - `share`.
+
+    Equal scores stay or go together.
+    """
+
+    share: float
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep `blocks` in all, forced ones (which always stay) included; of equals, the first."""
+
+    blocks: int
+
+
+Rule = Threshold | TopP | TopK
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The tokens and blocks that a mask is for, as in BlockMask."""
+
+    q_len: int
+    kv_len: int
+    block_q: int
+    block_k: int
+    q_offset: int = 0
+
+
+def select_lists(
+    scores: Tensor, rule: Rule, grid: Grid, *, width: int | None = None, backend: str = "auto"
+) -> BlockMask:
+    """Select by rule from log shares [B, H, Q, Kb]; NaN counts as -inf, what lies ahead is never kept.
+
+    `width` bounds a list: beyond it the lowest scores go. Triton (auto on a GPU) makes lists of that width,
+    or of all key blocks, without a host sync; torch cuts them to the longest list, which is one.
+    """
+    expected = (num_blocks(grid.q_len, grid.block_q), num_blocks(grid.kv_len, grid.block_k))
+    least = num_blocks(grid.block_q, grid.block_k) + 2
+    if scores.dim() != 4 or tuple(scores.shape[2:]) != expected:
+        raise ShapeError(
+            f"scores are {tuple(scores.shape)}; this grid needs [B, H, {expected[0]}, {expected[1]}]"
+        )
+    if width is not None and width < min(least, expected[1]):
+        raise ShapeError(f"width is {width}; sink and diagonal alone can take {least}")
+    if backend not in ("auto", "triton", "torch"):
+        raise BackendError(f"backend {backend!r} is unknown; choose auto, triton, torch")
+    refusal = why_no_triton(scores.device.type)
+    if backend == "triton" and refusal is not None:
+        raise BackendError(f"backend 'triton' refuses: {refusal}; backend='auto' picks another")
+    if backend == "triton" or (backend == "auto" and scores.is_cuda and refusal is None):
+        from sentei.kernels.ops.triton_select import select_triton
+
+        counts, indices = select_triton(scores, rule, grid, min(width or expected[1], expected[1]))
+    else:
+        counts, indices = _compact(_keep(scores, rule, grid, width))
+    sizes = (grid.q_len, grid.kv_len, grid.block_q, grid.block_k, grid.q_offset)
+    return BlockMask(counts, indices, *sizes)
+
+
+def _keep(scores: Tensor, rule: Rule, grid: Grid, width: int | None) -> Tensor:
+    """The definition, as a bool [B, H, Q, Kb]."""
+    index = torch.arange(scores.shape[3], device=scores.device)
+    ends = causal_limits(grid.q_len, grid.block_q, grid.block_k, grid.q_offset, scores.device)[:, None]
+    rows = torch.arange(scores.shape[2], device=scores.device)[:, None]
+    own = (grid.q_offset + rows * grid.block_q) // grid.block_k
+    forced = ((index == 0) | (index >= own)) & (index < ends)
+    is_open = ~forced & (index < ends)
+    values = scores.float().nan_to_num(-torch.inf, torch.inf, -torch.inf).masked_fill(~is_open, -torch.inf)
+    if isinstance(rule, Threshold):
+        keep = values > rule.log_share[..., None]
+    elif isinstance(rule, TopP):
+        keep = _mass_at_or_below(values) > 1 - rule.share
+    else:
+        keep = is_open.expand_as(values)
+    bound = min(width or scores.shape[3], rule.blocks if isinstance(rule, TopK) else scores.shape[3])
+    keep = keep & is_open
+    if bound < scores.shape[3]:
+        order = torch.where(keep, values, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        order = _closed_last(order, keep)
+        ranks = order.argsort(-1)
+        keep &= ranks < bound - forced.sum(-1, keepdim=True)
+    return keep | forced
+
+
+def _mass_at_or_below(values: Tensor) -> Tensor:
+    """The summed exponentials of all scores that are not above each score, in float64."""
+    ascending = values.double().sort(-1).values
+    sums = torch.nn.functional.pad(ascending.exp().cumsum(-1), (1, 0))
+    places = torch.searchsorted(ascending, values.double().contiguous(), right=True)
+    return sums.gather(-1, places)
+
+
+def _closed_last(order: Tensor, keep: Tensor) -> Tensor:
+    """The order with all kept entries before the others; kept ones may score -inf as well."""
+    is_out = ~keep.gather(-1, order)
+    return order.gather(-1, is_out.to(torch.int8).argsort(dim=-1, stable=True))
+
+
+def _compact(keep: Tensor) -> tuple[Tensor, Tensor]:
+    counts = keep.sum(dim=-1, dtype=torch.int32)
+    order = torch.argsort(keep.to(torch.int8), dim=-1, descending=True, stable=True)
+    width = int(counts.max())  # the one host sync: how wide the lists are
+    indices = order[..., :width].to(torch.int32)
+    return counts, indices.masked_fill(torch.arange(width, device=counts.device) >= counts[..., None], -1)

@@ -1,0 +1,144 @@
+"""Every Triton kernel compiles for every target, and takes no more than it may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sentei.kernels.bench.resources import (
+    BOUNDS,
+    KERNELS,
+    TARGET_NAMES,
+    Row,
+    put_table,
+    read_resources,
+    to_markdown,
+)
+from sentei.kernels.ops.block_mask import PackedMask
+from sentei.kernels.ops.paged import BlockLists, PagedCache
+from sentei.kernels.ops.select import Grid, Rule, Threshold, TopP
+
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)"
+)
+ROW = Row("prefill", 128, "sm_80", 8, 200, 0, 65536)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """A tensor without memory."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def ints(*shape: int) -> torch.Tensor:
+    """Whole numbers without memory."""
+    return empty(*shape, dtype=torch.int32)
+
+
+def floats(*shape: int) -> torch.Tensor:
+    """Single precision without memory."""
+    return empty(*shape, dtype=torch.float32)
+
+
+def make_prefill() -> Any:
+    """Packed, windowed, capped, with sinks, odd sizes, masks per head."""
+    from sentei.kernels.ops.triton_prefill import prefill_launch
+
+    mask = PackedMask(ints(6, 9), ints(6, 9, 5), ints(4), ints(4), 48, 48)
+    q, k = empty(1, 6, 333, 60), empty(1, 2, 400, 60)
+    options: dict[str, Any] = {"scale": 0.1, "window": 70, "softcap": 30.0, "sinks": floats(6)}
+    return prefill_launch(q, k, k, mask, q, floats(1, 6, 333), target="sm_80", **options)
+
+
+def make_decode() -> Any:
+    """Several tokens, a window, a cap, pages of an odd size."""
+    from sentei.kernels.ops.triton_decode import decode_launch
+
+    cache = PagedCache(empty(50, 2, 10, 60), empty(50, 2, 10, 60), ints(3, 20), ints(3))
+    lists = BlockLists(ints(3, 1), ints(3, 1, 7), 48)
+    parts = (floats(4, 3, 6, 2, 60), floats(4, 3, 6, 2))
+    q = empty(3, 6, 2, 60)
+    return decode_launch(q, cache, lists, *parts, scale=0.1, window=70, softcap=30.0, target="sm_80")
+
+
+def make_merge() -> Any:
+    """With sinks."""
+    from sentei.kernels.ops.triton_decode import merge_launch
+
+    out = (empty(3, 6, 2, 60), floats(3, 6, 2))
+    return merge_launch(floats(5, 3, 6, 2, 60), floats(5, 3, 6, 2), *out, floats(6))
+
+
+def make_mass() -> Any:
+    """With a window, over blocks of an odd size."""
+    from sentei.kernels.ops.triton_mass import mass_launch
+
+    rows = empty(77, dtype=torch.int64)
+    q, k = empty(1, 6, 333, 60), empty(1, 2, 400, 60)
+    options: dict[str, Any] = {"scale": 0.1, "block_k": 48, "q_offset": 67, "window": 70}
+    return mass_launch(q, k, rows, floats(1, 6, 77), floats(1, 6, 77, 9), target="sm_80", **options)
+
+
+def make_select(rule: Rule) -> Any:
+    """A chunk with a past, blocks of two sizes, a bounded width."""
+    from sentei.kernels.ops.triton_select import select_launch
+
+    grid = Grid(300, 365, 64, 32, 65)
+    return select_launch(floats(1, 2, 5, 12), rule, grid, ints(1, 2, 5), ints(1, 2, 5, 9))
+
+
+OPTIONS: dict[str, Callable[[], Any]] = {
+    "prefill": make_prefill,
+    "decode": make_decode,
+    "merge": make_merge,
+    "mass": make_mass,
+    "select threshold": lambda: make_select(Threshold(floats(1, 2, 1))),
+    "select top-p": lambda: make_select(TopP(0.9)),
+}
+
+
+@needs_triton
+def test_no_spills_and_within_bounds_at_head_128(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled afresh for four targets: nothing spills, registers and shared memory keep their bounds."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    rows = list(read_resources((128,)))
+
+    assert [(row.kernel, row.target) for row in rows] == [(k, t) for k in KERNELS for t in TARGET_NAMES]
+    for row in rows:
+        registers, shared_bytes = BOUNDS[row.kernel]
+        assert row.spills == 0, row
+        assert row.registers <= registers, row
+        assert row.shared_bytes <= (
+            min(shared_bytes, 64 * 1024) if row.target == "gfx942" else shared_bytes
+        ), row
+
+
+@needs_triton
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_compile(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the interpreter takes lightly, types above all, the compiler takes too: each option."""
+    from sentei.kernels.ops.triton_compile import compile_launch
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    assert compile_launch(OPTIONS[name](), "sm_80").registers > 0
+
+
+def test_table_stands_between_its_marks() -> None:
+    """The page keeps its words, the table is replaced, spills are named, a page without marks is refused."""
+    page = "before\n<!-- resources: begin -->\nold\n<!-- resources: end -->\nafter"
+
+    text = put_table(page, [ROW])
+
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter")
+    assert "old" not in text
+    assert "| prefill | 128 | 200 / 64 KiB / 8 |" in text
+    assert "**12 spilled**" in to_markdown([Row("mass", 64, "sm_90", 8, 255, 12, 1024)])
+    with pytest.raises(ValueError, match="needs the marks"):
+        put_table("nothing", [ROW])

@@ -162,6 +162,7 @@ def edited_state(old: Policy, new: Policy, state: RolloutState, now_s: float) ->
     state = replace(
         state,
         phase=phase.value,
+        waits_for=None,  # the next decision says so under the new policy
         policy_digest=new.digest,
         former_digests=(*state.former_digests, state.policy_digest),
         slices=tuple(item for item in state.slices if item.slice_id in routed),

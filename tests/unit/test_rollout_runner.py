@@ -21,7 +21,8 @@ from sentei.pipeline.rollout import (
 )
 from sentei.policies.engine import QuarantineError
 from sentei.policies.load import PolicyError, load_policy
-from tests.fakes_records import POLICY, ROLLOUT, START_S, FlakyStore, make_audit, make_request
+from tests.fakes_records import POLICY, ROLLOUT, START_S, FlakyStore
+from tests.stories_rollout import begin, run, serve
 
 
 @pytest.fixture
@@ -29,29 +30,6 @@ def store(tmp_path: Path) -> Iterator[FlakyStore]:
     """A store that can be told to fail."""
     with FlakyStore.open(f"sqlite:///{tmp_path}/state.db") as opened:
         yield opened
-
-
-def begin(store: Store, owner: str = "a") -> RolloutRunner:
-    """Start the rollout of this module, or take it up."""
-    if store.read_rollout(ROLLOUT) is None:
-        start_rollout(store, POLICY, now_s=START_S, rollout_id=ROLLOUT)
-    return RolloutRunner.open(store, ROLLOUT, RunnerOptions(owner))
-
-
-def serve(store: Store, second: int, *, disagreement: float = 0.0, num_sessions: int = 8) -> None:
-    """Write what one second of traffic leaves behind."""
-    for i in range(second * num_sessions, (second + 1) * num_sessions):
-        store.add_request(make_request(i, at_s=START_S + second, share=0.5))
-        store.add_audit(make_audit(i, at_s=START_S + second, token_disagreement=disagreement))
-
-
-def run(store: Store, seconds: int, **traffic: float) -> list[TickResult]:
-    """Traffic and one tick per second with one runner."""
-    runner, results = begin(store), []
-    for second in range(seconds):
-        serve(store, second, **traffic)  # type: ignore[arg-type]
-        results.append(runner.tick(START_S + second + 0.5))
-    return results
 
 
 def kinds(store: Store) -> list[str]:

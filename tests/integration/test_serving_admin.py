@@ -205,7 +205,7 @@ async def test_safer_edit_is_taken_at_the_next_tick(tmp_path: Path) -> None:
     assert taken.status_code == 202
     assert taken.json()["changes"] == ["spec.stages[c25].share: 0.25 -> 0.1"]
     assert [event["kind"] for event in found["events"]] == ["started", "hold", "edit", "hold"]
-    assert (found["rung_id"], found["waits_for"]) == ("mild", "time")
+    assert (found["rung_id"], found["waits_for"]) == ("mild", "signal")
 
 
 async def edit(office: Office, rollout_id: str, policy: str) -> httpx.Response:

@@ -412,6 +412,36 @@ def test_a_sample_ratio_mismatch_pauses_and_its_resume_starts_afresh() -> None:
     assert resumed.state.cell("srm", "mid", "") is None
 
 
+def test_a_sample_ratio_mismatch_may_roll_back() -> None:
+    """With action: rollback the alarm sends everybody to dense, and answers for it."""
+
+    def strict(document: dict[str, Any]) -> None:
+        document["spec"]["guardrails"]["items"][3]["action"] = "rollback"
+
+    story = Story(make_policy(strict))
+    story.run_to("half")
+
+    decision = story.tick(story.audits(1), traffic=bad_traffic())
+
+    assert (decision.state.outcome, decision.state.by) == ("rolled_back", "srm")
+
+
+def test_a_stage_is_never_left_in_the_moment_it_was_entered() -> None:
+    """A tick that is done again at once, after a crash, does not advance a second stage."""
+
+    def eager(document: dict[str, Any]) -> None:
+        without_approval(document)
+        document["spec"]["stages"][1]["hold_min"] = "1ms"
+        document["spec"]["guardrails"]["items"] = document["spec"]["guardrails"]["items"][:2]
+
+    story = Story(make_policy(eager))
+    story.good_tick()
+    again = story.good_tick(after_s=0.0)
+
+    assert "stage half was entered just now" in again.reason
+    assert story.good_tick(after_s=1.0).state.stage_id == "half-medium"
+
+
 def test_a_pause_does_not_count_as_time_in_the_stage() -> None:
     """After a resume the least time goes on where it stood."""
     story = in_hold()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from sentei.pipeline.report import build_report
 from sentei.pipeline.revisions import PolicyBook
 from sentei.pipeline.rollout import read_look, start_rollout
 from sentei.policies.load import load_policy
-from tests.fakes_records import POLICY, ROLLOUT, START_S, FakeTracker, FlakyStore
+from tests.fakes_records import POLICY, ROLLOUT, START_S, FakeTracker, FlakyStore, make_audit, make_request
 from tests.stories_rollout import begin, run, serve
+from tests.strategies_policy import EXAMPLES
 
 
 @pytest.fixture
@@ -170,3 +172,23 @@ def test_a_policy_that_the_store_does_not_have_is_named(store: FlakyStore) -> No
 
     with pytest.raises(LookupError, match=r"rollout 'r1' has no policy of digest abc"):
         PolicyBook(store).find(ROLLOUT, "abc")
+
+
+def test_an_hour_of_the_cautious_policy_keeps_twelve_snapshots(store: FlakyStore) -> None:
+    """What docs/guides/records.md says that the log costs: events per hour, and bytes per event."""
+    text = (EXAMPLES / "cautious.yaml").read_text(encoding="utf-8")
+    start_rollout(store, text, now_s=START_S, rollout_id=ROLLOUT)
+    runner = begin(store)
+    for minute in range(61):
+        for i, slice_id in enumerate(("mid", "long")):
+            place = {"slice_id": slice_id, "rung_id": "mild", "at_s": START_S + 60 * minute}
+            store.add_request(make_request(2 * minute + i, share=0.0, **place))
+            store.add_audit(make_audit(2 * minute + i, kl=0.003 + minute / 7e4, kl_floor=0.001, **place))
+        runner.tick(START_S + 60 * minute + 1)
+
+    events = [event for event in EventLog(store).read(ROLLOUT) if event.kind == "evidence"]
+    sizes = [len(event.state) + len(json.dumps(event.payload)) for event in events]
+    daily_mb = 24 * len(events) * sizes[-1] / 1e6
+    print(f"{len(events)} events an hour of {sizes[-1]} bytes, {daily_mb:.1f} MB a day")
+    assert len(events) == 12
+    assert max(sizes) < 14_000

@@ -218,7 +218,7 @@ class RolloutRunner:
             return Signals(cursor=state.cursor, read_error=str(error))
 
     def _append(self, before: RolloutState, decision: Decision, token: int, now_s: float) -> Event:
-        kind, payload = event_kind(before, decision), event_payload(before, decision)
+        kind, payload = event_kind(decision, before), event_payload(before, decision)
         return self._write(decision.state, kind, payload, token=token, now_s=now_s)
 
     def _write(
@@ -265,11 +265,12 @@ def read_look(store: Store, rollout_id: str, *, after_s: float) -> dict[str, Any
     return look if look is not None and look["at_s"] > after_s else None
 
 
-def event_kind(before: RolloutState, decision: Decision) -> str:
+def event_kind(decision: Decision, before: RolloutState | None = None) -> str:
     """Return the name of what was decided: the last action, a new wait, or that evidence has grown."""
     if decision.actions:
         return str(decision.actions[-1].kind)
-    return EVIDENCE if decision.state.waits_for == before.waits_for else HOLD
+    is_new_wait = before is not None and decision.state.waits_for != before.waits_for
+    return HOLD if is_new_wait else EVIDENCE
 
 
 def event_payload(before: RolloutState, decision: Decision) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from sqlalchemy.engine import Connection
 
 from sentei.monitors.database import Database
 from sentei.monitors.errors import StaleLeaseError, StoreError
-from sentei.monitors.records import Rollout
-from sentei.monitors.tables import COMMANDS, LEASES, ROLLOUTS, ROUTING, VALUES
+from sentei.monitors.records import Revision, Rollout
+from sentei.monitors.tables import COMMANDS, LEASES, REVISIONS, ROLLOUTS, ROUTING, VALUES
 from sentei.policies.signals import Command, RoutingTable, SliceRoute
 
 CONTROLLER = "controller"
@@ -82,7 +82,7 @@ class ControlPlane(Database):
             is_mine = found is not None and found["owner"] == owner
             if found is not None and not is_mine and found["expires_at_s"] > now_s:
                 return None
-            token = int(found["token"]) if found and is_mine else self.next_number(connection)
+            token = (int(found["token"]) if found else 0) + (0 if is_mine else 1)
             row = {"owner": owner, "token": token, "expires_at_s": now_s + ttl_s}
             _upsert(connection, LEASES, name, row)
         return token
@@ -112,15 +112,19 @@ class ControlPlane(Database):
                     f"rollout {rollout.rollout_id!r} exists with another policy: choose a new rollout id."
                 )
             if found is None:
-                row = {
-                    "rollout_id": rollout.rollout_id,
-                    "seq": self.next_number(connection),
-                    "policy_text": rollout.policy_text,
-                    "created_at_s": rollout.created_at_s,
-                    "about_json": json.dumps(rollout.about, sort_keys=True),
-                }
-                connection.execute(sa.insert(ROLLOUTS).values(**row))
+                self.insert_rollout(connection, rollout)
         return found is None
+
+    def insert_rollout(self, connection: Connection, rollout: Rollout) -> None:
+        """Write a new rollout inside a write transaction."""
+        row = {
+            "rollout_id": rollout.rollout_id,
+            "seq": self.next_number(connection),
+            "policy_text": rollout.policy_text,
+            "created_at_s": rollout.created_at_s,
+            "about_json": json.dumps(rollout.about, sort_keys=True),
+        }
+        connection.execute(sa.insert(ROLLOUTS).values(**row))
 
     def read_rollouts(self) -> tuple[Rollout, ...]:
         """Return all rollouts, oldest first: the last one is the one to run."""
@@ -134,6 +138,27 @@ class ControlPlane(Database):
             query = sa.select(ROLLOUTS).where(ROLLOUTS.c.rollout_id == rollout_id)
             row = connection.execute(query).mappings().first()
         return _rollout(row) if row else None
+
+    def add_revision(self, rollout_id: str, policy_text: str, *, by: str, at_s: float) -> int:
+        """Put an edited policy into the inbox of a running rollout and return its number."""
+        with self.write(f"edit of rollout {rollout_id!r}") as connection:
+            seq = self.next_number(connection)
+            self.insert_revision(connection, Revision(seq, rollout_id, at_s, by, policy_text))
+        return seq
+
+    def insert_revision(self, connection: Connection, revision: Revision) -> None:
+        """Write an edit inside a write transaction."""
+        connection.execute(sa.insert(REVISIONS).values(**dataclasses.asdict(revision)))
+
+    def read_revisions(self, rollout_id: str, *, after: int = 0) -> tuple[Revision, ...]:
+        """Return the edits numbered above `after`, oldest first."""
+        query = (
+            sa.select(REVISIONS)
+            .where(REVISIONS.c.rollout_id == rollout_id, REVISIONS.c.seq > after)
+            .order_by(REVISIONS.c.seq)
+        )
+        with self.read("edits") as connection:
+            return tuple(Revision(**row) for row in connection.execute(query).mappings())
 
     def read_value(self, name: str) -> str | None:
         """Return a named value, such as the cursor of the MLflow mirror."""

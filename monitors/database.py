@@ -1,8 +1,9 @@
 """One database behind a URL: engine options, transactions, and errors that a person can act on.
 
-Every write transaction first takes the row `writes` of the table `counters`. So there is one writer at a time
+Every write transaction first locks the row `writes` of the table `counters`. So there is one writer at a time
 on every database, numbers are handed out in the order of commit, and a reader that has seen number n has seen
-all before it: cursors cannot skip a row that commits late.
+all before it: cursors cannot skip a row that commits late. Only a row that is written uses up a number:
+trying again, renewing a lease or publishing routes does not, so a restart leaves the numbering as it is.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Database:
         with self._translate(f"write {what}"), self._engine.connect() as connection:
             connection = connection.execution_options(**{_IS_WRITE: True})
             with connection.begin():
-                self.next_number(connection)
+                _lock(connection)
                 yield connection
 
     def next_number(self, connection: Connection) -> int:
@@ -84,6 +85,11 @@ class Database:
             .returning(COUNTERS.c.value)
         )
         return int(connection.execute(statement).scalar_one())
+
+    def advance_numbers(self, connection: Connection, number: int) -> None:
+        """Go on above `number` inside a write transaction; numbers never go back."""
+        behind = (COUNTERS.c.name == WRITES) & (COUNTERS.c.value < number)
+        connection.execute(sa.update(COUNTERS).where(behind).values(value=number))
 
     def last_number(self, connection: Connection) -> int:
         """Return the newest committed number: all rows up to it can be read."""
@@ -121,6 +127,12 @@ class Database:
                 f"store {self.url} has schema version {version}, this Sentei reads {SCHEMA_VERSION}: "
                 "use the Sentei that wrote it, or point to a new database."
             )
+
+
+def _lock(connection: Connection) -> None:
+    statement = sa.update(COUNTERS).where(COUNTERS.c.name == WRITES).values(value=COUNTERS.c.value)
+    if connection.execute(statement).rowcount != 1:
+        raise StoreError(f"the store has no counter {WRITES!r}: it was not made by Sentei, or was damaged.")
 
 
 def _make_engine(url: str) -> Engine:

@@ -98,4 +98,15 @@ class Rollout:
     about: dict[str, str]  # model, adapter, git sha and the like, for the records
 
 
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One edit of a running rollout's policy, as it was asked for."""
+
+    seq: int
+    rollout_id: str
+    at_s: float
+    by: str
+    policy_text: str
+
+
 FAILED_OUTCOMES = frozenset({Outcome.FAILED, Outcome.FALLBACK_BEFORE, Outcome.FALLBACK_MID})

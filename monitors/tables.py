@@ -112,6 +112,18 @@ ROLLOUTS = sa.Table(
     sa.Column("about_json", sa.Text, nullable=False),
 )
 
+# Edits of a running rollout's policy, as they were asked for; the controller takes or refuses each.
+REVISIONS = sa.Table(
+    "revisions",
+    METADATA,
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("rollout_id", sa.String(128), nullable=False),
+    sa.Column("at_s", sa.Double, nullable=False),
+    sa.Column("by", sa.Text, nullable=False),
+    sa.Column("policy_text", sa.Text, nullable=False),
+    sa.Index("revisions_by_rollout", "rollout_id", "seq"),
+)
+
 ROUTING = sa.Table(
     "routing",
     METADATA,

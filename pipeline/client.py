@@ -53,6 +53,13 @@ class AdminClient:
         body = {"kind": kind, "by": by, "reason": reason}
         return self._call("POST", f"/admin/v1/rollouts/{rollout_id}/commands", body)
 
+    def edit_policy(
+        self, rollout_id: str, policy_text: str, source: str = "policy.yaml", *, by: str
+    ) -> dict[str, Any]:
+        """Give a running rollout a safer policy; returns the changes, or raises with every unsafe field."""
+        body = {"policy": policy_text, "source": source, "by": by}
+        return self._call("POST", f"/admin/v1/rollouts/{rollout_id}/policy", body)
+
     def close(self) -> None:
         """Close the connection."""
         self._http.close()

@@ -1,8 +1,10 @@
 """The event log: append-only, each event chained to the one before it by SHA-256, in the store's database.
 
-State is what the newest event left behind. Each append checks the writer's fencing token in the same
-transaction, so a controller without the lease cannot add to the history. The hash of the newest event is kept
-beside the log, so events cut off at the end are noticed too.
+Each event carries the whole state that it left behind, so the fold over the log is its newest event, and no
+later version of the code has to repeat old arithmetic. Each append checks the writer's fencing token in the
+same transaction, so a controller without the lease cannot add to the history. The hash of the newest event is
+kept beside the log, so events cut off at the end are noticed too. A log can be exported as JSON lines, and
+imported into another store, where rollouts go on.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, RowMapping
 
+from sentei.monitors.records import Revision, Rollout
 from sentei.monitors.store import Store
 from sentei.monitors.tables import EVENTS, VALUES
 
@@ -128,6 +131,66 @@ class EventLog:
                 num_events += 1
         return num_events
 
+    def load(self, path: Path) -> int:
+        """Add the events of an export that this log has not, and return how many.
+
+        The log must be empty or the beginning of the export. Raises BrokenChainError, and adds nothing, for
+        a file whose chain is broken or tells another story. Rollouts come back from their first events, and
+        the store's numbers go on above those that the states remember, so that new records count.
+        """
+        rows = [_parse(text, number) for number, text in enumerate(_lines(path), 1)]
+        prev_hash = GENESIS
+        for number, row in enumerate(rows, 1):
+            _check_link(row, number, prev_hash)
+            prev_hash = row["hash"]
+        with self._store.write("imported events") as connection:
+            seq, last_hash = _read_tail(connection)
+            if seq > len(rows) or (seq and rows[seq - 1]["hash"] != last_hash):
+                raise BrokenChainError(
+                    f"the log of this store is not the beginning of {path.name}: "
+                    f"it has {seq} events of another story. Import into an empty store."
+                )
+            for row in rows[seq:]:
+                connection.execute(sa.insert(EVENTS).values(**row))
+                _restore(self._store, connection, _event(row))
+            if rows[seq:]:
+                _save_head(connection, f"{len(rows)}:{prev_hash}")
+        return len(rows) - seq
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _parse(text: str, number: int) -> dict[str, Any]:
+    """A row of the table from one line of an export."""
+    try:
+        event = json.loads(text)
+        event["payload_json"] = _canonical(event.pop("payload"))
+        event["state_json"] = event.pop("state")
+        row = {name: event.pop(name) for name in EVENTS.c.keys()}  # noqa: SIM118
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BrokenChainError(f"line {number} is no event: {error!r}. Export the log again.") from error
+    return row
+
+
+def _restore(store: Store, connection: Connection, event: Event) -> None:
+    """What else a store must know to go on from an imported event."""
+    state, text = json.loads(event.state), event.payload.get("policy_text")
+    newest = max(int(state.get(name, 0)) for name in ("cursor", "command_seq", "revision"))
+    store.advance_numbers(connection, newest)
+    if text is not None and "created_at_s" in event.payload:
+        rollout = Rollout(
+            rollout_id=event.rollout_id,
+            policy_text=text,
+            created_at_s=event.payload["created_at_s"],
+            about=event.payload["about"],
+        )
+        store.insert_rollout(connection, rollout)
+    elif text is not None:
+        revision = Revision(state["revision"], event.rollout_id, event.at_s, event.payload["by"], text)
+        store.insert_revision(connection, revision)
+
 
 def _page(connection: Connection, rollout_id: str | None, after: int) -> list[RowMapping]:
     query = sa.select(EVENTS).where(EVENTS.c.seq > after).order_by(EVENTS.c.seq).limit(_PAGE)
@@ -148,7 +211,7 @@ def _save_head(connection: Connection, head: str) -> None:
         connection.execute(sa.insert(VALUES).values(name=_HEAD, value=head))
 
 
-def _check_link(row: RowMapping, seq: int, prev_hash: str) -> None:
+def _check_link(row: RowMapping | dict[str, Any], seq: int, prev_hash: str) -> None:
     found: str | None = None
     if row["seq"] != seq:
         found = f"the next event is {row['seq']}"

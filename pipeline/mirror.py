@@ -19,6 +19,7 @@ from sentei.monitors.records import DriftResult, Rollout
 from sentei.monitors.store import Store
 from sentei.pipeline.events import Event, EventLog
 from sentei.pipeline.report import build_report, render_html, render_json
+from sentei.pipeline.revisions import PolicyBook
 from sentei.pipeline.tracking import MetricPoint, RunSpec, Tracker, TrackingError
 from sentei.policies.engine import routing
 from sentei.policies.load import load_policy
@@ -65,7 +66,8 @@ class Mirror:
         self._store = store
         self._log = EventLog(store)
         self._tracker = tracker
-        self._policies: dict[str, tuple[Rollout, Policy]] = {}
+        self._rollouts: dict[str, Rollout] = {}
+        self._book = PolicyBook(store)
         self._has_policy_file: set[str] = set()
 
     def run_once(self) -> MirrorResult:
@@ -93,16 +95,17 @@ class Mirror:
     def _mirror_events(self, batch: Sequence[Event]) -> None:
         rollout, policy = self._rollout(batch[0].rollout_id)
         parent = self._ensure_parent(rollout, policy)
-        moments = [self._moment(policy, event) for event in batch]
+        moments = [self._moment(event) for event in batch]
         self._tracker.log(parent, [p for m in moments for p in m.points], _tags(moments[-1]))
         for stage, members in groupby(moments, key=lambda moment: _stage_key(moment.state)):
-            self._mirror_stage(policy, parent, stage, list(members))
+            self._mirror_stage(parent, stage, list(members))
         for moment in moments:
             if moment.state.outcome and moment.state.ended_s == moment.event.at_s:
                 self._finish(parent, rollout, moment)
 
-    def _mirror_stage(self, policy: Policy, parent: str, stage: StageKey, members: Sequence[Moment]) -> None:
+    def _mirror_stage(self, parent: str, stage: StageKey, members: Sequence[Moment]) -> None:
         first, last = members[0], members[-1]
+        policy = self._policy(first.state)
         left = _stage_key_before(first.event)
         if left is not None and left != stage:
             run = self._tracker.ensure_run(
@@ -145,12 +148,18 @@ class Mirror:
         self._tracker.log(parent, list(_points(values, result.window_id, result.at_s)), {})
 
     def _rollout(self, rollout_id: str) -> tuple[Rollout, Policy]:
-        if rollout_id not in self._policies:
+        """The rollout and the policy that it was started with."""
+        if rollout_id not in self._rollouts:
             rollout = self._store.read_rollout(rollout_id)
             if rollout is None:
                 raise LookupError(f"events of rollout {rollout_id!r}, which the store does not know")
-            self._policies[rollout_id] = (rollout, load_policy(rollout.policy_text, rollout_id))
-        return self._policies[rollout_id]
+            self._rollouts[rollout_id] = rollout
+        rollout = self._rollouts[rollout_id]
+        return rollout, load_policy(rollout.policy_text, rollout_id)
+
+    def _policy(self, state: RolloutState) -> Policy:
+        """The policy that decided then: an edit may have changed it."""
+        return self._book.find(state.rollout_id, state.policy_digest)
 
     def _ensure_parent(self, rollout: Rollout, policy: Policy) -> str:
         spec = RunSpec(
@@ -166,8 +175,9 @@ class Mirror:
             self._has_policy_file.add(rollout.rollout_id)
         return run_id
 
-    def _moment(self, policy: Policy, event: Event) -> Moment:
+    def _moment(self, event: Event) -> Moment:
         state = state_from_json(event.state)
+        policy = self._policy(state)
         values: dict[str, float | None] = {
             "policy/share": routed_share(policy, state),
             "policy/stage": float(policy.stage_index(state.stage_id)),

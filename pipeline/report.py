@@ -30,14 +30,14 @@ from sentei.pipeline.figures import (
     slice_figures,
 )
 from sentei.pipeline.plain import to_plain
-from sentei.pipeline.rollout import EVIDENCE
+from sentei.pipeline.revisions import PolicyBook
+from sentei.pipeline.rollout import EVIDENCE, HOLD
 from sentei.pipeline.wording import FILTERS, headline, need_words, outcome_words
 from sentei.policies.engine import routing
-from sentei.policies.load import load_policy
 from sentei.policies.schema import Policy
 from sentei.policies.state import RolloutState, state_from_json
 
-EVENT_KINDS_HIDDEN = frozenset({EVIDENCE})
+EVENT_KINDS_HIDDEN = frozenset({EVIDENCE, HOLD})
 
 
 class ReportError(Exception):
@@ -126,10 +126,11 @@ def build_report(
     if rollout is None or not events:
         known = ", ".join(repr(r.rollout_id) for r in store.read_rollouts()) or "none"
         raise ReportError(f"rollout {rollout_id!r} has no events in {store.url}; the store holds: {known}.")
-    policy = load_policy(rollout.policy_text, rollout_id)
+    book = PolicyBook(store)
     states = [state_from_json(event.state) for event in events]
     last = states[-1]
-    shares = [_share(policy, state) for state in states]
+    policy = book.find(rollout_id, last.policy_digest)
+    shares = [_share(book.find(rollout_id, state.policy_digest), state) for state in states]
     requests, audits = store.read_requests(rollout_id), store.read_audits(rollout_id)
     drift = [result for _, result in store.read_drift(rollout_id)]
     if upto_event is not None:

@@ -2,16 +2,19 @@
 
 State is what the newest event left behind. Whatever happens between two steps, the next tick starts from
 that event and comes to the same place: reading the same cursor gives the same observations, and
-publishing is repeatable. A store that does not answer means no renewal of the router's lease, so traffic
-goes dense by itself.
+publishing is repeatable. So a tick in which only evidence has grown need not be written down: the next one
+reads the same sessions again and adds its own. Every decision is an event, every change of what the rollout
+waits for, and every thing that was seen only at that moment; evidence alone is one now and then (`is_kept`).
+A store that does not answer means no renewal of the router's lease, so traffic goes dense by itself.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from sentei.monitors.signals_reader import SignalQuery, read_signals
 from sentei.monitors.store import Store
 from sentei.pipeline.events import Event, EventLog
 from sentei.pipeline.plain import to_plain
+from sentei.pipeline.revisions import PolicyBook, take_revision
 from sentei.policies.engine import (
     Decision,
     RolloutState,
@@ -42,7 +46,11 @@ _ROLLOUT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 STARTED = "started"
 EVIDENCE = "evidence"
+HOLD = "hold"
 MIN_AUDIT_LIMIT_S = 60.0
+KEEP_TICKS = 10  # evidence alone is kept every tenth tick, or once per data.max_age if that is sooner
+KEEP_NUMBERS = 1_000  # and whenever so many numbers of the store were read: bounds what is read again
+LOOK = "look."  # + rollout id: what the newest tick saw, overwritten by the next one; no part of the log
 
 
 class RolloutError(Exception):
@@ -118,6 +126,7 @@ class RolloutRunner:
         self.num_errors = 0
         self._store = store
         self._log = EventLog(store)
+        self._book = PolicyBook(store)
         self._options = options
 
     @classmethod
@@ -139,10 +148,15 @@ class RolloutRunner:
             )
             if token is None:
                 return TickResult(has_lease=False)
-            state = self._resume(token, now_s)
+            state, kept_at_s = self._resume(token, now_s)
+            state = self._revise(state, token, now_s)
             decision = decide(self.policy, state, self._read(state, now_s), now_s)
-            event = self._append(state, decision, token, now_s)
+            event = None
+            if is_kept(self.policy, state, decision, since_s=now_s - kept_at_s):
+                event = self._append(state, decision, token, now_s)
             self._store.publish_routing(routing(self.policy, decision.state), token=token, now_s=now_s)
+            if decision.changed and event is None:
+                self._store.save_value(f"{LOOK}{self.rollout.rollout_id}", _look(decision, now_s))
         except Exception as error:
             # One of the two places where everything is caught: the loop must outlive any fault, and without
             # a renewal the router is dense by itself.
@@ -162,20 +176,31 @@ class RolloutRunner:
         text = self._log.latest_state(self.rollout.rollout_id)
         return None if text is None else state_from_json(text)
 
-    def _resume(self, token: int, now_s: float) -> RolloutState:
-        state = self.state()
-        if state is not None:
-            return state
+    def _resume(self, token: int, now_s: float) -> tuple[RolloutState, float]:
+        """Return the state of the newest event and its time; the first event if there is none."""
+        event = self._log.latest(self.rollout.rollout_id)
+        if event is not None:
+            state = state_from_json(event.state)
+            if state.policy_digest != self.policy.digest:  # edited, by this controller or another
+                self.policy = self._book.find(self.rollout.rollout_id, state.policy_digest)
+            return state, event.at_s
         state = initial_state(self.policy, self.rollout.rollout_id, now_s)
-        payload = {"reason": "started", "policy_digest": self.policy.digest, "about": self.rollout.about}
-        self._log.append(
-            self.rollout.rollout_id,
-            STARTED,
-            payload=payload,
-            state_after=state_to_json(state).decode(),
-            token=token,
-            at_s=now_s,
-        )
+        payload = {
+            "reason": "started",
+            "policy_digest": self.policy.digest,
+            "policy_text": self.rollout.policy_text,
+            "created_at_s": self.rollout.created_at_s,
+            "about": self.rollout.about,
+        }
+        self._write(state, STARTED, payload, token=token, now_s=now_s)
+        return state, now_s
+
+    def _revise(self, state: RolloutState, token: int, now_s: float) -> RolloutState:
+        """Take or refuse the edits that wait, each as an event of its own."""
+        for revision in self._store.read_revisions(self.rollout.rollout_id, after=state.revision):
+            taken = take_revision(self.policy, state, revision, now_s)
+            self._write(taken.state, taken.kind, taken.payload, token=token, now_s=now_s)
+            self.policy, state = taken.policy, taken.state
         return state
 
     def _read(self, state: RolloutState, now_s: float) -> Signals:
@@ -192,24 +217,60 @@ class RolloutRunner:
         except StoreError as error:
             return Signals(cursor=state.cursor, read_error=str(error))
 
-    def _append(self, before: RolloutState, decision: Decision, token: int, now_s: float) -> Event | None:
-        if not decision.changed:
-            return None
+    def _append(self, before: RolloutState, decision: Decision, token: int, now_s: float) -> Event:
+        kind, payload = event_kind(decision, before), event_payload(before, decision)
+        return self._write(decision.state, kind, payload, token=token, now_s=now_s)
+
+    def _write(
+        self, state: RolloutState, kind: str, payload: dict[str, Any], *, token: int, now_s: float
+    ) -> Event:
         return self._log.append(
             self.rollout.rollout_id,
-            event_kind(decision),
-            payload=event_payload(before, decision),
-            state_after=state_to_json(decision.state).decode(),
+            kind,
+            payload=payload,
+            state_after=state_to_json(state).decode(),
             token=token,
             at_s=now_s,
         )
 
 
-def event_kind(decision: Decision) -> str:
-    """Return the name of what was decided: the last action, or "evidence" where only that has grown."""
+def is_kept(policy: Policy, before: RolloutState, decision: Decision, *, since_s: float) -> bool:
+    """Whether a decision must be written down: it did or waits for something else, saw what cannot be read
+    again, or the evidence since the last event is old or long.
+    """
+    after = decision.state
+    if decision.actions or _without_evidence(after) != _without_evidence(before):
+        return True
+    if not decision.changed:
+        return False
+    every_s = min(policy.spec.data.max_age, KEEP_TICKS * policy.spec.schedule.check_every)
+    return not 0 <= since_s < every_s or after.cursor - before.cursor >= KEEP_NUMBERS
+
+
+def _without_evidence(state: RolloutState) -> RolloutState:
+    """The state without what reading the same cursor again gives back."""
+    slices = tuple(replace(item, served_units=0) for item in state.slices)
+    return replace(state, cells=(), cursor=0, waiting_since_s=0.0, slices=slices)
+
+
+def _look(decision: Decision, now_s: float) -> str:
+    seen = {"at_s": now_s, "reason": decision.reason, "verdicts": to_plain(decision.verdicts)}
+    return json.dumps(seen, sort_keys=True)
+
+
+def read_look(store: Store, rollout_id: str, *, after_s: float) -> dict[str, Any] | None:
+    """Return what the newest tick saw, if that was after the newest event; for display only."""
+    text = store.read_value(f"{LOOK}{rollout_id}")
+    look: dict[str, Any] | None = None if text is None else json.loads(text)
+    return look if look is not None and look["at_s"] > after_s else None
+
+
+def event_kind(decision: Decision, before: RolloutState | None = None) -> str:
+    """Return the name of what was decided: the last action, a new wait, or that evidence has grown."""
     if decision.actions:
         return str(decision.actions[-1].kind)
-    return EVIDENCE
+    is_new_wait = before is not None and decision.state.waits_for != before.waits_for
+    return HOLD if is_new_wait else EVIDENCE
 
 
 def event_payload(before: RolloutState, decision: Decision) -> dict[str, Any]:
@@ -217,6 +278,7 @@ def event_payload(before: RolloutState, decision: Decision) -> dict[str, Any]:
     return {
         "before": {name: getattr(before, name) for name in ("phase", "stage_id", "retries", "cursor")},
         "reason": decision.reason,
+        "waits_for": decision.state.waits_for,
         "actions": to_plain(decision.actions),
         "verdicts": to_plain(decision.verdicts),
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sentei.policies.judge import GuardrailReport
-from sentei.policies.machine import Phase
+from sentei.policies.machine import WAITS, Phase
 from sentei.policies.schema import Policy
 from sentei.policies.signals import RoutingTable, Signals, SliceRoute
 from sentei.policies.state import (
@@ -22,6 +22,7 @@ from sentei.policies.state import (
     state_from_json,
     state_to_json,
 )
+from sentei.policies.steps.control import check_control
 from sentei.policies.steps.gates import (
     check_approval,
     check_benefit,
@@ -57,6 +58,7 @@ __all__ = [
 
 STEPS = (
     observe,  # not a decision: new units become evidence, evidence becomes verdicts
+    check_control,  # not one either: whether dense could take the traffic that the others may send it
     handle_commands,  # 1 manual abort, and the other orders
     check_breaker,  # 2
     check_harm,  # 3
@@ -121,11 +123,16 @@ def decide(policy: Policy, state: RolloutState, signals: Signals, now_s: float) 
     if not signals.has_lease:  # step 0: another controller decides
         return Decision(state, (), "this controller does not hold the lease", (), False)
     tick = Tick(policy, state, signals, now_s)
+    waits_for = None
     for step in STEPS:
         tick = step(tick)
+        if tick.hold is not None and waits_for is None:
+            waits_for = WAITS[step.__name__].value
         if tick.is_done:
             break
-    new_state = _with_version(policy, state, tick.state)
+    is_waiting = tick.state.phase == Phase.RUNNING and not tick.is_done
+    new_state = replace(tick.state, waits_for=waits_for if is_waiting else None)
+    new_state = with_version(routing(policy, state), routing(policy, new_state), new_state)
     return Decision(new_state, tick.actions, tick.reason, tick.reports, new_state != state)
 
 
@@ -156,7 +163,6 @@ def routing(policy: Policy, state: RolloutState) -> RoutingTable:
     )
 
 
-def _with_version(policy: Policy, old: RolloutState, new: RolloutState) -> RolloutState:
-    if routing(policy, new).routes == routing(policy, old).routes:
-        return new
-    return replace(new, version=old.version + 1)
+def with_version(old: RoutingTable, new: RoutingTable, state: RolloutState) -> RolloutState:
+    """The state with the next version of the routing table if any route has changed."""
+    return state if new.routes == old.routes else replace(state, version=old.version + 1)

@@ -18,9 +18,12 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from sentei.policies.schema import Policy, Spec, to_document
 from sentei.policies.spec.rules import Path, dotted_path, find_faults, nearest
 
-MAX_CHARACTERS = 200_000
+# A policy has some 3,000 characters and 400 values. The limits keep the worst text below half a second.
+MAX_CHARACTERS = 50_000
 MAX_DEPTH = 30
-MAX_VALUES = 10_000  # with aliases expanded
+MAX_VALUES = 5_000  # also with aliases expanded
+MAX_FAULTS = 100  # more are counted, not listed
+MAX_PATH, MAX_MESSAGE = 200, 600  # characters of one printed fault: a key may be a whole page
 
 # Words of the design that nothing acts on yet: refused by name, so that no setting is silently dead.
 NOT_YET: dict[tuple[str, ...], str] = {
@@ -58,14 +61,15 @@ class PolicyFault:
 
     def __str__(self) -> str:
         found = "" if self.value is None else f" (found {_short(self.value)})"
-        return f"{self.file}:{self.line}: {self.path or 'the document'}: {self.message}{found}"
+        place = _clip(self.path, MAX_PATH) or "the document"
+        return f"{self.file}:{self.line}: {place}: {_clip(self.message, MAX_MESSAGE)}{found}"
 
 
 class PolicyError(ValueError):
     """Everything that is wrong with a policy text, in the order of its lines."""
 
     def __init__(self, errors: list[PolicyFault]) -> None:
-        self.errors = sorted(errors, key=lambda item: (item.line, item.path, item.message))
+        self.errors = sorted(errors, key=lambda item: (item.line, not item.path, item.path, item.message))
         super().__init__("\n".join(str(item) for item in self.errors))
 
 
@@ -73,11 +77,9 @@ def load_policy(text: str, source: str = "<policy>") -> Policy:
     """The policy in that text; PolicyError with all errors at once otherwise."""
     reader = _Reader(source)
     document = reader.read(text)
-    if reader.faults:
-        raise PolicyError(reader.faults)
+    reader.give_up_if_faulty()
     reader.check(document)
-    if reader.faults:
-        raise PolicyError(reader.faults)
+    reader.give_up_if_faulty()
     return Policy.model_validate(document)
 
 
@@ -96,9 +98,14 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which gives up on deep nesting before Python's stack does."""
 
     depth = 0
+    num_nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.depth += 1
+        self.num_nodes += 1
+        if self.num_nodes > 2 * MAX_VALUES:  # keys are nodes too
+            problem = f"a policy has at most {MAX_VALUES} values"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.get_mark())
         if self.depth > MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
         node: yaml.Node | None = super().compose_node(parent, index)
@@ -114,11 +121,24 @@ class _Reader:
         self.faults: list[PolicyFault] = []
         self.lines: dict[Path, int] = {(): 1}
         self._num_values = 0
+        self._num_more = 0
 
     def add(self, path: Path, value: object, message: str, line: int | None = None) -> None:
+        if len(self.faults) >= MAX_FAULTS:
+            self._num_more += 1
+            return
         self.faults.append(
             PolicyFault(self.source, line or self.line(path), dotted_path(path), value, message)
         )
+
+    def give_up_if_faulty(self) -> None:
+        """Raise what was found so far, if anything was."""
+        if self._num_more:
+            last = max(item.line for item in self.faults)
+            message = f"and {self._num_more} more faults; mend these first"
+            self.faults.append(PolicyFault(self.source, last, "", None, message))
+        if self.faults:
+            raise PolicyError(self.faults)
 
     def line(self, path: Path) -> int:
         """The line of the path, or of the nearest part of it that is in the text."""
@@ -241,6 +261,9 @@ class _Reader:
             self.add(full, item["input"], _readable(item))
 
     def _unknown_key(self, path: Path, model: type[BaseModel] | None) -> None:
+        if len(self.faults) >= MAX_FAULTS:
+            self.add(path, None, "unknown key")
+            return
         words = tuple(str(part) for part in path if not isinstance(part, int))
         if words in NOT_YET:
             self.add(path, None, f"not supported yet: {NOT_YET[words]}")
@@ -311,5 +334,10 @@ def _model_at(annotation: Any, loc: tuple[str | int, ...]) -> type[BaseModel] | 
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return _clip(repr(value), 60)
+
+
+def _clip(text: str, size: int) -> str:
+    """The text on one line, at most so long, without signs that a terminal would obey."""
+    plain = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text[: size + 1])
+    return plain if len(plain) <= size else f"{plain[: size - 3]}..."

@@ -27,6 +27,7 @@ class SliceState:
     slice_id: str
     ceiling: str | None = None  # None: no limit of its own
     is_dense: bool = False
+    owes_dense: bool = False  # it must go dense as soon as dense is up again
     by: str | None = None  # the guardrail that made it fall back
     served_units: int = 0  # audited sessions served by sparse in this stage
 
@@ -72,7 +73,7 @@ class RolloutState:
     """One rollout at one moment; frozen, small, and equal after a round trip through its bytes."""
 
     rollout_id: str
-    policy_digest: str
+    policy_digest: str  # of the policy that decides now
     phase: str
     stage_id: str
     started_s: float
@@ -90,6 +91,10 @@ class RolloutState:
     cursor: int = 0
     command_seq: int = 0
     sparse_down_since_s: float | None = None
+    dense_down_since_s: float | None = None
+    waits_for: str | None = None  # a value of machine.Wait while it is running and does not grow
+    revision: int = 0  # the newest edit of the policy that was looked at
+    former_digests: tuple[str, ...] = ()  # of the policies before their edits
     slices: tuple[SliceState, ...] = ()
     cells: tuple[Cell, ...] = ()
     drift: tuple[DriftTrack, ...] = ()
@@ -131,7 +136,8 @@ def state_from_json(data: bytes | str) -> RolloutState:
             raise PolicyStateError(f"a rollout state of schema {SCHEMA} is wanted")
         document["slices"] = tuple(SliceState(**item) for item in document["slices"])
         document["drift"] = tuple(DriftTrack(**item) for item in document["drift"])
-        document["quarantine"] = tuple(document["quarantine"])
+        for name in ("quarantine", "former_digests"):
+            document[name] = tuple(document.get(name, ()))
         document["cells"] = tuple(_unpack_cell(item) for item in document["cells"])
         return RolloutState(**document)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -18,7 +18,9 @@ from sentei.monitors.records import Rollout
 from sentei.monitors.store import Store
 from sentei.pipeline.events import Event, EventLog
 from sentei.pipeline.plain import to_plain
-from sentei.pipeline.rollout import EVIDENCE, RolloutError, start_rollout
+from sentei.pipeline.revisions import PolicyBook
+from sentei.pipeline.rollout import EVIDENCE, RolloutError, read_look, read_quarantine, start_rollout
+from sentei.policies.edits import EditError, check_edit
 from sentei.policies.engine import QuarantineError
 from sentei.policies.load import PolicyError, load_policy
 from sentei.serving.errors import RequestError, ServingError
@@ -51,6 +53,15 @@ class CommandBody(BaseModel):
     kind: Literal["pause", "resume", "promote", "approve", "abort", "retry"]
     by: str = Field(min_length=1, max_length=128)
     reason: str = Field(default="", max_length=1000)
+
+
+class EditBody(BaseModel):
+    """POST /admin/v1/rollouts/{id}/policy."""
+
+    model_config = ConfigDict(extra="forbid")
+    policy: str
+    source: str = "policy.yaml"
+    by: str = Field(min_length=1, max_length=128)
 
 
 class FaultBody(BaseModel):
@@ -105,6 +116,11 @@ def add_admin_routes(
     async def command(rollout_id: str, request: Request) -> Any:
         body = parse_request(CommandBody, await _body(request))
         return await asyncio.to_thread(desk.command, rollout_id, body)
+
+    @router.post("/rollouts/{rollout_id}/policy", status_code=202)
+    async def edit(rollout_id: str, request: Request) -> Any:
+        body = parse_request(EditBody, await _body(request))
+        return await asyncio.to_thread(desk.edit, rollout_id, body)
 
     @router.get("/routing")
     async def routing() -> Any:
@@ -180,9 +196,11 @@ class RolloutDesk:
         found = self._store.read_routing()
         routes = found[0].routes if found is not None and found[0].rollout_id == rollout_id else ()
         events = list(self._log.read(rollout_id))
+        look = read_look(self._store, rollout_id, after_s=events[-1].at_s) if events else None
         verdicts: list[dict[str, Any]] = next(
             (e.payload["verdicts"] for e in reversed(events) if "verdicts" in e.payload), []
         )
+        verdicts = verdicts if look is None else look["verdicts"]
         decisions = [_event_view(event) for event in events if event.kind != EVIDENCE]
         return {
             **self._summary(rollout),
@@ -200,6 +218,27 @@ class RolloutDesk:
             rollout_id, body.kind, by=body.by, reason=body.reason, at_s=self._now_s()
         )
         return {"rollout_id": rollout_id, "seq": seq, "kind": body.kind}
+
+    def edit(self, rollout_id: str, body: EditBody) -> dict[str, Any]:
+        """Put a safer policy into the inbox of a running rollout; what is not safer is refused by field."""
+        self._find(rollout_id)
+        event = self._log.latest(rollout_id)
+        if event is None:
+            text = f"rollout {rollout_id!r} has not begun; edit it after the controller's first tick"
+            raise RequestError(text, status=409, code="not_begun", param="rollout_id")
+        running = PolicyBook(self._store).find(rollout_id, json.loads(event.state)["policy_digest"])
+        try:
+            policy = load_policy(body.policy, body.source)
+            changes = check_edit(running, policy)
+        except PolicyError as error:
+            raise RequestError(str(error), code="invalid_policy", param="policy") from error
+        except EditError as error:
+            raise RequestError(str(error), status=409, code="unsafe_edit", param="policy") from error
+        if any(item.startswith(policy.digest) for item in read_quarantine(self._store)):
+            text = "this policy was rolled back before; start a new rollout with release_quarantine=true"
+            raise RequestError(text, status=409, code="quarantined", param="policy")
+        seq = self._store.add_revision(rollout_id, body.policy, by=body.by, at_s=self._now_s())
+        return {"rollout_id": rollout_id, "seq": seq, "changes": [str(item) for item in changes]}
 
     def routing(self) -> dict[str, Any]:
         """Return the routing table and whether this ingress obeys it now."""
@@ -241,6 +280,8 @@ class RolloutDesk:
         policy = load_policy(rollout.policy_text, rollout.rollout_id)
         event = self._log.latest(rollout.rollout_id)
         state = json.loads(event.state) if event is not None else {}
+        if state.get("former_digests"):
+            policy = PolicyBook(self._store).find(rollout.rollout_id, state["policy_digest"])
         stage_id = state.get("stage_id", "")
         return {
             "rollout_id": rollout.rollout_id,
@@ -250,6 +291,7 @@ class RolloutDesk:
             "outcome": state.get("outcome"),
             "by": state.get("by"),
             "stage_id": stage_id,
+            "waits_for": state.get("waits_for"),
             "rung_id": next((s.rung for s in policy.spec.stages if s.id == stage_id), ""),
             "reason": state.get("reason") or "waiting for the controller's first tick",
         }

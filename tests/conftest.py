@@ -6,12 +6,15 @@ import os
 import random
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import pytest
 from hypothesis import settings
+
+from tests.postgres_server import PostgresServer, find_binary, run_postgres
 
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -23,6 +26,16 @@ settings.register_profile("sentei", deadline=None, derandomize=True, print_blob=
 settings.load_profile("sentei")
 
 PURE = ("unit", "property")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A real Postgres server on loopback, started once; skips only where there is none on this machine."""
+    for name in ("initdb", "postgres"):
+        if find_binary(name) is None:
+            pytest.skip(f"no {name} on this machine: apt-get install postgresql")
+    with run_postgres() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

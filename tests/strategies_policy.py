@@ -73,6 +73,35 @@ def make_policy(change: Callable[[dict[str, Any]], None] | None = None, text: st
     return load_policy(yaml.safe_dump(document), "test.yaml")
 
 
+Change = Callable[[dict[str, Any]], None]
+
+
+def put(path: str, value: Any) -> Change:
+    """An edit of one value; a number in the path is a place in a list."""
+
+    def change(document: dict[str, Any]) -> None:
+        *parts, last = path.split(".")
+        place: Any = document["spec"]
+        for part in parts:
+            place = place[int(part)] if part.isdigit() else place.setdefault(part, {})
+        if last.isdigit():
+            place[int(last)] = value
+        else:
+            place[last] = value
+
+    return change
+
+
+def twice(*changes: Change) -> Change:
+    """Several edits at once."""
+
+    def change(document: dict[str, Any]) -> None:
+        for one in changes:
+            one(document)
+
+    return change
+
+
 def without_approval(document: dict[str, Any]) -> None:
     """Take the human gate out."""
     del document["spec"]["stages"][2]["approval"]
@@ -180,6 +209,9 @@ def sparse_health(requests: int = 0, failures: int = 0, replicas: int = 1) -> tu
     )
 
 
+DENSE_GONE = (VariantHealth("dense", 60.0, 0, 0, 0), VariantHealth("sparse", 60.0, 50, 0, 1))
+
+
 def drift(status: str, window_id: int, signal_id: str = "kl_drift") -> tuple[DriftSignal, ...]:
     """One drift check of one window."""
     return (DriftSignal(signal_id, status, 0.5, 0.1, 100, window_id, "kl 0.5 over 0.1"),)
@@ -213,9 +245,10 @@ def observation_lists(draw: st.DrawFn, max_size: int = 30) -> tuple[Observation,
 
 
 @st.composite
-def signal_lists(draw: st.DrawFn, max_ticks: int = 12) -> list[Signals]:
-    """Any world, tick by tick: data, silence, drift, orders, failures, lost leases."""
+def signal_lists(draw: st.DrawFn, max_ticks: int = 12, can_lose_dense: bool = True) -> list[Signals]:
+    """Any world, tick by tick: data, silence, drift, orders, failures, a dead dense pool, lost leases."""
     ticks = []
+    health = [(), sparse_health(50, 1), sparse_health(50, 40), *([DENSE_GONE] if can_lose_dense else [])]
     cursor = command_seq = 0
     for _ in range(draw(st.integers(1, max_ticks))):
         items = draw(observation_lists(max_size=6))
@@ -229,7 +262,7 @@ def signal_lists(draw: st.DrawFn, max_ticks: int = 12) -> list[Signals]:
         ticks.append(
             Signals(
                 observations=items,
-                health=draw(st.sampled_from([(), sparse_health(50, 1), sparse_health(50, 40)])),
+                health=draw(st.sampled_from(health)),
                 drift=draw(
                     st.sampled_from([(), drift("drift", cursor), drift("clear", cursor), drift("error", 0)])
                 ),
@@ -253,3 +286,82 @@ def rerun(policy: Policy, ticks: list[Signals], step_s: float = 10.0) -> list[tu
         told.append((state, decision))
         state = decision.state
     return told
+
+
+TEXTS = [TWO_SLICES, *(path.read_text(encoding="utf-8") for path in sorted(EXAMPLES.glob("*.yaml")))]
+
+odd_values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**12), 10**12),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["30m", "5%", "mild", "dense", "all_safe", "rollback", "audit.kl", "-1s", "1e9d"]),
+    st.lists(st.integers(-3, 3), max_size=3),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value inside plain values."""
+    found = [path] if path else []
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        found += places(inner, (*path, key))
+    return found
+
+
+@st.composite
+def mutated_texts(draw: st.DrawFn) -> str:
+    """A good policy with up to three values replaced, dropped or renamed."""
+    document = yaml.safe_load(draw(st.sampled_from(TEXTS)))
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(places(document)))
+        place = document
+        for part in path[:-1]:
+            place = place[part]
+        kind = draw(st.sampled_from(["replace", "drop", "rename"]))
+        if kind == "replace" or not isinstance(place, dict):
+            place[path[-1]] = draw(odd_values)
+        elif kind == "drop":
+            del place[path[-1]]
+        else:
+            place[str(path[-1]) + draw(st.sampled_from(["s", "x", ""]))] = place.pop(path[-1])
+        if not places(document):
+            break
+    return yaml.safe_dump(document, sort_keys=False)
+
+
+# Each alone is a good edit of TWO_SLICES, and a safer one.
+SAFER_EDITS: tuple[Change, ...] = (
+    twice(put("stages.1.share", 0.3), put("stages.2.share", 0.3)),
+    put("stages.3.share", 0.6),
+    put("stages.1.hold_min", "25s"),
+    put("stages.3.bake", "90s"),
+    put("advance.min_units", 25),
+    put("advance.on_max", "rollback"),
+    put("guardrails.items.0.bound.excess_over_floor", 0.1),
+    put("guardrails.items.1.action", "rollback"),
+    put("guardrails.items.2.bound.max", 0.1),
+    put("slices.buckets.2.max_rung", "mild"),
+    put("slices.buckets.1.pin", "control"),
+    put("signals.0.consecutive", 1),
+    put("data.no_data.after", "200s"),
+    put("breaker.variant.failure_share", 0.2),
+    put("schedule.freeze", ["Fri 16:00-Mon 08:00 UTC", "Wed 12:00-Wed 13:00 UTC"]),
+)
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    """A good policy: TWO_SLICES with any of its edits, with and without a human gate."""
+    chosen = draw(st.lists(st.sampled_from(SAFER_EDITS), max_size=4, unique=True))
+    gate = draw(st.sampled_from([without_approval, put("stages.2.approval.when", "any_time")]))
+    return make_policy(twice(gate, *chosen))
+
+
+@st.composite
+def edits(draw: st.DrawFn) -> Policy:
+    """A safer policy than TWO_SLICES without its human gate."""
+    chosen = draw(st.lists(st.sampled_from(SAFER_EDITS), min_size=1, max_size=3, unique=True))
+    return make_policy(twice(without_approval, *chosen))

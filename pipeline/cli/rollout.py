@@ -90,6 +90,25 @@ def history(rollout_id: RolloutId = None, url: Url = None, as_json: Json = False
     output.emit({"rollout_id": found["rollout_id"], "events": found.get("events", [])})
 
 
+@app.command()
+def edit(
+    policy: Annotated[Path, typer.Argument(help="The edited policy file; only safer edits are taken.")],
+    rollout_id: RolloutId = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Give a running rollout a safer policy; anything else needs a new rollout."""
+    output = Output(as_json=as_json)
+    client = AdminClient(url)
+    chosen = _newest(client, rollout_id)
+    text = policy.read_text(encoding="utf-8")
+    answer = client.edit_policy(chosen, text, str(policy), by=getpass.getuser())
+    output.say(f"edit sent to [bold]{chosen}[/], it acts at the next tick:")
+    for change in answer["changes"]:
+        output.say(f"  {change}")
+    output.emit(answer)
+
+
 def _command(kind: str, help_text: str) -> None:
     def send(
         rollout_id: RolloutId = None, reason: Reason = "", url: Url = None, as_json: Json = False

@@ -31,6 +31,9 @@ def check_hold(tick: Tick) -> Tick:
         if not tick.state.is_approved:
             tick = tick.with_hold(f"{reason}; it goes on only when approved")
     dwell = max(stage.hold_min, stage.bake or 0.0)
+    if elapsed <= 0:
+        # A tick that is done again after a crash must not find the next stage open in the same moment.
+        tick = tick.with_hold(f"stage {stage.id} was entered just now")
     if elapsed < dwell:
         left = format_duration(round(dwell - elapsed, 3))
         tick = tick.with_hold(f"stage {stage.id} holds for {left} more")

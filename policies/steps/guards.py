@@ -10,6 +10,7 @@ from sentei.policies.machine import Event, IllegalEventError, Phase, is_possible
 from sentei.policies.signals import Command, DriftSignal, Verdict
 from sentei.policies.spec.units import format_duration
 from sentei.policies.state import ALL_SLICES, DriftTrack, SliceState
+from sentei.policies.steps.control import describe_failures, is_failing
 from sentei.policies.steps.tick import Tick, active_slices, effective_rung, fall_back, pause, roll_back
 
 
@@ -92,7 +93,8 @@ def handle_commands(tick: Tick) -> Tick:
 def _obey(tick: Tick, order: Command) -> Tick:
     why = f" ({order.reason})" if order.reason else ""
     if order.kind == "abort":
-        return roll_back(tick, f"operator:{order.by}", f"aborted by {order.by}{why}")
+        is_second = tick.state.phase == Phase.SHELTERED  # who aborts again does not want to wait for dense
+        return roll_back(tick, f"operator:{order.by}", f"aborted by {order.by}{why}", is_forced=is_second)
     if order.kind == "pause":
         return pause(tick, f"operator:{order.by}", f"paused by {order.by}{why}")
     if order.kind == "resume":
@@ -136,6 +138,7 @@ def _retry(tick: Tick, order: Command) -> Tick:
         left = format_duration(round(retry.cool_off - waited))
         return tick.with_action("refuse", f"retry by {order.by}: cool-off ends in {left}")
     reason = f"retried by {order.by}"
+    own = {*state.former_digests, state.policy_digest}
     state = replace(
         state,
         phase=phase.value,
@@ -151,10 +154,11 @@ def _retry(tick: Tick, order: Command) -> Tick:
         retries=state.retries + 1,
         cursor=max(state.cursor, tick.signals.cursor),
         sparse_down_since_s=None,
+        dense_down_since_s=None,
         slices=tuple(SliceState(item.slice_id) for item in state.slices),
         cells=(),
         drift=tuple(DriftTrack(item.signal_id, window_id=_newest(tick, item)) for item in state.drift),
-        quarantine=tuple(item for item in state.quarantine if not item.startswith(state.policy_digest)),
+        quarantine=tuple(item for item in state.quarantine if item.split("+")[0] not in own),
     )
     return replace(tick, state=state).with_action("retry", reason).ended(reason)
 
@@ -174,12 +178,8 @@ def check_breaker(tick: Tick) -> Tick:
     sparse, dense = health.get("sparse"), health.get("dense")
     if sparse is None:
         return tick
-    if sparse.requests >= rule.min_requests and sparse.failures / sparse.requests >= rule.failure_share:
-        share = sparse.failures / sparse.requests
-        numbers = (
-            f"{sparse.failures} of {sparse.requests} requests failed in {format_duration(sparse.window_s)}"
-        )
-        return roll_back(tick, "breaker", f"breaker: {numbers}, {share:.0%} over {rule.failure_share:.0%}")
+    if is_failing(sparse, rule):
+        return roll_back(tick, "breaker", f"breaker: {describe_failures(sparse, rule)}")
     # No replica of either side means that nobody counted them.
     is_down = sparse.replicas_ready == 0 and dense is not None and dense.replicas_ready > 0
     since = tick.state.sparse_down_since_s
@@ -195,8 +195,13 @@ def check_breaker(tick: Tick) -> Tick:
 
 def check_harm(tick: Tick) -> Tick:
     """Step 3: proven harm acts in the tick that proves it, in every slice it is proven in."""
+    owing = {item.slice_id: item.by for item in tick.state.slices if item.owes_dense}
     harms = [report for report in tick.reports if report.verdict is Verdict.HARM]
-    if not harms:
+    for report in harms:
+        if report.slice_id in owing:
+            tick = tick.with_hold(f"{report.slice_id} waits for dense, by {owing[report.slice_id]}")
+    harms = [report for report in harms if report.slice_id not in owing or report.action == "rollback"]
+    if not harms or tick.state.phase == Phase.SHELTERED:
         return tick
     for report in harms:
         if report.action == "rollback":

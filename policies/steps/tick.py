@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from sentei.policies.judge import GuardrailReport
 from sentei.policies.machine import Event, Phase, SliceEvent, SlicePhase, next_phase, next_slice_phase
 from sentei.policies.schema import Policy
 from sentei.policies.signals import Command, Signals
-from sentei.policies.state import RolloutState
+from sentei.policies.state import RolloutState, SliceState
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
     """Something that happened and that the world should hear of; the routing table follows from the state."""
 
-    kind: str  # advance, promote, rollback, rung_down, to_dense, pause, resume, approve, retry, refuse
+    kind: str  # an Event or SliceEvent of the machine, or "refuse", or "alert"
     detail: str
     slice_id: str | None = None
 
@@ -59,6 +60,8 @@ def effective_rung(policy: Policy, state: RolloutState, slice_id: str) -> str:
     own = state.slice_state(slice_id)
     if own.is_dense:
         return "dense"
+    if state.phase == Phase.SHELTERED:
+        return policy.rung_ids[0]
     limits = [policy.stage(state.stage_id).rung, item.max_rung, own.ceiling]
     return min((rung for rung in limits if rung is not None), key=policy.rung_ids.index)
 
@@ -68,23 +71,67 @@ def active_slices(policy: Policy, state: RolloutState) -> tuple[str, ...]:
     return tuple(item.id for item in policy.routed_slices if not state.slice_state(item.id).is_dense)
 
 
-def roll_back(tick: Tick, by: str, reason: str) -> Tick:
-    """All traffic to dense, at once; the digest and the rungs in use go into quarantine."""
-    state = tick.state
-    phase = next_phase(state.phase, Event.ROLLBACK)
-    rungs = {effective_rung(tick.policy, state, slice_id) for slice_id in active_slices(tick.policy, state)}
-    failed = {f"{state.policy_digest}+{rung}" for rung in rungs}
+def must_shelter(tick: Tick) -> bool:
+    """Whether users are on sparse while dense is down: then dense must not get their traffic."""
+    policy, state = tick.policy, tick.state
+    share = policy.stage(state.stage_id).share if policy.spec.mode == "enforce" else 0.0
+    return state.dense_down_since_s is not None and share > 0 and bool(active_slices(policy, state))
+
+
+def roll_back(tick: Tick, by: str, reason: str, *, is_forced: bool = False) -> Tick:
+    """All traffic to dense, at once; the digests and the rungs in use go into quarantine.
+
+    While dense is down it becomes a shelter, unless an operator insists.
+    """
+    if must_shelter(tick) and not is_forced:
+        return _shelter(tick, by, reason)
+    phase = next_phase(tick.state.phase, Event.ROLLBACK)
     state = replace(
-        state,
+        tick.state,
         phase=phase.value,
         outcome="rolled_back",
         by=by,
         reason=reason,
         ended_s=tick.now_s,
         paused_at_s=None,
-        quarantine=tuple(sorted({*state.quarantine, *failed})),
+        quarantine=_quarantine(tick),
     )
     return replace(tick, state=state).with_action("rollback", reason).ended(reason)
+
+
+def _shelter(tick: Tick, by: str, reason: str) -> Tick:
+    """Sparse stays, at its mildest rung and with its share, until dense can take the traffic."""
+    if tick.state.phase == Phase.SHELTERED:
+        return tick.with_hold(tick.state.reason)
+    phase = next_phase(tick.state.phase, Event.SHELTER)
+    reason = f"{reason}; dense is down, so sparse stays at rung {tick.policy.rung_ids[0]} until dense is back"
+    state = replace(
+        tick.state,
+        phase=phase.value,
+        outcome=None,
+        by=by,
+        reason=reason,
+        ended_s=None,
+        paused_at_s=None,
+        quarantine=_quarantine(tick),
+    )
+    return replace(tick, state=state).with_action("shelter", reason).ended(reason)
+
+
+def _quarantine(tick: Tick) -> tuple[str, ...]:
+    """What is in quarantine already, and every digest this rollout has had at every rung in use."""
+    policy, state = tick.policy, tick.state
+    if state.phase == Phase.SHELTERED:  # what failed is in there since the shelter; its mild rung did not
+        return state.quarantine
+    rungs = {effective_rung(policy, state, slice_id) for slice_id in active_slices(policy, state)}
+    return with_failed(state, rungs)
+
+
+def with_failed(state: RolloutState, rungs: Iterable[str]) -> tuple[str, ...]:
+    """The quarantine after these rungs failed; an edit does not hide the policy it started as."""
+    digests = (*state.former_digests, state.policy_digest)
+    failed = {f"{digest}+{rung}" for digest in digests for rung in rungs}
+    return tuple(sorted({*state.quarantine, *failed}))
 
 
 def fall_back(tick: Tick, report: GuardrailReport) -> Tick:
@@ -94,20 +141,29 @@ def fall_back(tick: Tick, report: GuardrailReport) -> Tick:
     rung = effective_rung(policy, state, report.slice_id)
     index = policy.rung_ids.index(rung)
     reason = f"{report.id} in {report.slice_id} at {rung}: {report.reason}"
-    state = replace(state, quarantine=tuple(sorted({*state.quarantine, f"{state.policy_digest}+{rung}"})))
     operational = {item.id for item in policy.spec.guardrails.items if item.metric.family == "operational"}
     cells = (c for c in state.cells if c.slice_id != own.slice_id or c.guardrail_id not in operational)
-    state = replace(state, cells=tuple(cells))
-    event = SliceEvent.RUNG_DOWN if report.action == "previous_rung" and index else SliceEvent.TO_DENSE
-    next_slice_phase(SlicePhase.ROUTED, event)
-    if event is SliceEvent.RUNG_DOWN:
-        milder = policy.rung_ids[index - 1]
-        state = state.with_slice(replace(own, ceiling=milder, by=report.id, served_units=0))
-        detail = f"{reason}; falls back to rung {milder}"
-        return replace(tick, state=state).with_action("rung_down", detail, own.slice_id)
-    state = state.with_slice(replace(own, is_dense=True, by=report.id))
-    detail = f"{reason}; falls back to dense"
-    return replace(tick, state=state).with_action("to_dense", detail, own.slice_id)
+    state = replace(state, cells=tuple(cells), quarantine=with_failed(state, [rung]))
+    tick = replace(tick, state=state)
+    if report.action == "previous_rung" and index:
+        milder = replace(own, ceiling=policy.rung_ids[index - 1], by=report.id, served_units=0)
+        return move_slice(
+            tick, milder, SliceEvent.RUNG_DOWN, f"{reason}; falls back to rung {milder.ceiling}"
+        )
+    if must_shelter(tick):
+        milder = replace(own, ceiling=policy.rung_ids[0], by=report.id, served_units=0, owes_dense=True)
+        text = f"{reason}; dense is down, so it stays at rung {milder.ceiling} until dense is back"
+        return move_slice(tick, milder, SliceEvent.SHELTER, text)
+    dense = replace(own, is_dense=True, by=report.id)
+    return move_slice(tick, dense, SliceEvent.TO_DENSE, f"{reason}; falls back to dense")
+
+
+def move_slice(tick: Tick, changed: SliceState, event: SliceEvent, detail: str) -> Tick:
+    """One event of one slice; IllegalEventError if it is on dense already."""
+    before = tick.state.slice_state(changed.slice_id)
+    next_slice_phase(SlicePhase.DENSE if before.is_dense else SlicePhase.ROUTED, event)
+    tick = replace(tick, state=tick.state.with_slice(changed))
+    return tick.with_action(event.value, detail, changed.slice_id)
 
 
 def pause(tick: Tick, by: str, reason: str) -> Tick:
@@ -118,5 +174,5 @@ def pause(tick: Tick, by: str, reason: str) -> Tick:
 
 
 def is_paused(state: RolloutState) -> bool:
-    """Whether growth is stopped by an order or an alarm."""
-    return state.phase == Phase.PAUSED
+    """Whether growth is stopped by an order or an alarm, or for want of dense."""
+    return state.phase in (Phase.PAUSED, Phase.SHELTERED)

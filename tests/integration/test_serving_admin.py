@@ -188,3 +188,75 @@ async def test_second_controller_waits_for_the_lease(tmp_path: Path) -> None:
         renewals.append(office.store.read_routing())
 
     assert [found[1] for found in renewals if found is not None] == [1, 1, 2]
+
+
+async def test_safer_edit_is_taken_at_the_next_tick(tmp_path: Path) -> None:
+    """The answer lists what changes; the controller takes it, and goes on under it."""
+    async with open_office(tmp_path) as office:
+        rollout_id = (await start(office)).json()["rollout_id"]
+        early = await edit(office, rollout_id, POLICY.replace("share: 25%", "share: 10%"))
+        office.controller.tick()
+        taken = await edit(office, rollout_id, POLICY.replace("share: 25%", "share: 10%"))
+        office.clock.now_s += 1
+        office.controller.tick()
+        found = (await office.client.get(f"/admin/v1/rollouts/{rollout_id}")).json()
+
+    assert (early.status_code, early.json()["error"]["code"]) == (409, "not_begun")
+    assert taken.status_code == 202
+    assert taken.json()["changes"] == ["spec.stages[c25].share: 0.25 -> 0.1"]
+    assert [event["kind"] for event in found["events"]] == ["started", "hold", "edit", "hold"]
+    assert (found["rung_id"], found["waits_for"]) == ("mild", "signal")
+
+
+async def edit(office: Office, rollout_id: str, policy: str) -> httpx.Response:
+    """Ask for an edit of a running rollout."""
+    body = {"policy": policy, "by": "ann"}
+    return await office.client.post(f"/admin/v1/rollouts/{rollout_id}/policy", json=body)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code", "words"),
+    [
+        (
+            ("share: 25%", "share: 40%"),
+            409,
+            "unsafe_edit",
+            "spec.stages[c25].share: 0.25 -> 0.4 may only fall",
+        ),
+        (("salt: demo", "salt: other"), 409, "unsafe_edit", "spec.assignment.salt"),
+        (("salt: demo", "salt: demo"), 409, "unsafe_edit", "nothing would change"),
+        (("stages:", "stagse:"), 400, "invalid_policy", "stages"),
+    ],
+)
+async def test_edit_that_cannot_apply_is_refused_by_field(
+    tmp_path: Path, change: tuple[str, str], status: int, code: str, words: str
+) -> None:
+    """The refusal names the field and the way out, and nothing reaches the controller."""
+    async with open_office(tmp_path) as office:
+        rollout_id = (await start(office)).json()["rollout_id"]
+        office.controller.tick()
+        response = await edit(office, rollout_id, POLICY.replace(*change))
+        waiting = office.store.read_revisions(rollout_id)
+
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (status, code)
+    assert words in error["message"]
+    assert waiting == ()
+
+
+async def test_policy_that_failed_before_cannot_be_edited_into(tmp_path: Path) -> None:
+    """The quarantine holds for edits too."""
+    failed = POLICY.replace("share: 25%", "share: 10%")
+    async with open_office(tmp_path) as office:
+        first = (await start(office, policy=failed, rollout_id="first")).json()["rollout_id"]
+        office.controller.tick()
+        order = {"kind": "abort", "by": "ann"}
+        await office.client.post(f"/admin/v1/rollouts/{first}/commands", json=order)
+        office.clock.now_s += 1
+        office.controller.tick()
+        second = (await start(office, rollout_id="second")).json()["rollout_id"]
+        office.clock.now_s += 1
+        office.controller.tick()
+        response = await edit(office, second, failed)
+
+    assert (response.status_code, response.json()["error"]["code"]) == (409, "quarantined")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sentei.policies.edits import edited_state
 from sentei.policies.engine import decide, initial_state, routing, state_from_json, state_to_json
 from sentei.policies.evidence import (
     SRM_TILTS,
@@ -19,16 +21,20 @@ from sentei.policies.evidence import (
     update_all,
 )
 from sentei.policies.judge import GuardrailReport
-from sentei.policies.machine import Phase
+from sentei.policies.machine import TRANSITIONS, Event, Phase, is_possible
 from sentei.policies.schema import Policy
 from sentei.policies.signals import Observation, Signals, Verdict
+from sentei.serving.router import assign, position
 from tests.strategies_policy import (
     Story,
+    drift,
+    edits,
     make_policy,
     monday,
     observation_lists,
     rerun,
     signal_lists,
+    sparse_health,
     unit_values,
     without_approval,
 )
@@ -45,6 +51,20 @@ def shares(state: object) -> list[float]:
     return [route.share for route in routing(policy(), state).routes]  # type: ignore[arg-type]
 
 
+@lru_cache
+def reachable() -> frozenset[tuple[str, str]]:
+    """Phases that one tick may lead from and to: several events of the table, or none."""
+    pairs = {(phase.value, phase.value) for phase in Phase}
+    for _ in Phase:
+        pairs |= {
+            (start, TRANSITIONS[key].value)
+            for start, middle in pairs
+            for key in TRANSITIONS
+            if key[0] == middle
+        }
+    return frozenset(pairs)
+
+
 @settings(max_examples=40)
 @given(signal_lists())
 def test_any_order_of_events_keeps_the_machine_legal(ticks: list[Signals]) -> None:
@@ -57,9 +77,14 @@ def test_any_order_of_events_keeps_the_machine_legal(ticks: list[Signals]) -> No
         assert shares(state)[0] == 0
         assert state.version >= before.version
         assert decision.reason
+        assert (before.phase, state.phase) in reachable()
+        assert state.waits_for is None or state.phase == Phase.RUNNING
         if state.phase == Phase.ROLLED_BACK:
             assert state.outcome == "rolled_back"
             assert shares(state) == [0, 0, 0]
+        if state.phase == Phase.SHELTERED:
+            assert state.dense_down_since_s is not None
+            assert {route.rung_id for route in routing(policy(), state).routes} <= {"dense", "mild"}
 
 
 @settings(max_examples=40)
@@ -84,17 +109,61 @@ def test_there_is_no_way_to_safe_without_units(ticks: list[Signals]) -> None:
 
 
 @settings(max_examples=40)
-@given(signal_lists(), st.integers(0, 11))
-def test_a_restart_at_any_tick_goes_on_with_the_same_bytes(ticks: list[Signals], at: int) -> None:
-    """Saving and loading the state at one tick changes nothing that follows."""
-    straight = rerun(policy(), ticks)[-1][1].state
+@given(signal_lists())
+def test_a_restart_at_every_tick_goes_on_with_the_same_bytes(ticks: list[Signals]) -> None:
+    """Saving and loading the state after each tick changes nothing that follows, nor the bytes themselves."""
     state = initial_state(policy(), "r1", monday())
-    for index, signals in enumerate(ticks):
-        if index == at:
-            state = state_from_json(state_to_json(state))
-        state = decide(policy(), state, signals, monday() + 10.0 * (index + 1)).state
+    for index, (before, decision) in enumerate(rerun(policy(), ticks)):
+        assert state_to_json(state) == state_to_json(before)
+        data = state_to_json(decide(policy(), state, ticks[index], monday() + 10.0 * (index + 1)).state)
+        assert data == state_to_json(decision.state)
+        state = state_from_json(data)
+        assert state_to_json(state) == data
 
-    assert state_to_json(state) == state_to_json(straight)
+
+@settings(max_examples=40)
+@given(signal_lists())
+def test_no_tick_raises_a_share_but_an_advance_or_a_retry(ticks: list[Signals]) -> None:
+    """Orders, alarms, edits, shelters and fallbacks never send a session more to sparse."""
+    for before, decision in rerun(policy(), ticks):
+        if not {"advance", "retry"} & {action.kind for action in decision.actions}:
+            assert all(new <= old for new, old in zip(shares(decision.state), shares(before), strict=True))
+
+
+@settings(max_examples=30)
+@given(signal_lists(), st.integers(0, 1000))
+def test_every_request_goes_to_one_variant_and_the_shares_sum_to_one(
+    ticks: list[Signals], tokens: int
+) -> None:
+    """Each length has one slice at most, each session one side, and both sides together are all of them."""
+    units = [f"s{i}" for i in range(200)]
+    for _, decision in rerun(policy(), ticks):
+        table = routing(policy(), decision.state)
+        covering = [route for route in table.routes if route.min_tokens <= tokens < route.max_tokens]
+        assert len(covering) == (tokens < 400)
+        found = Counter(assign(table, prompt_tokens=tokens, unit=unit).variant for unit in units)
+        assert found["dense"] + found["sparse"] == len(units)
+        expected = sum(position(unit, table.salt) < route.share for route in covering for unit in units)
+        assert found["sparse"] == expected
+
+
+@settings(max_examples=40)
+@given(signal_lists(), edits(), st.integers(0, 11))
+def test_a_safer_edit_at_any_moment_keeps_the_machine_legal(
+    ticks: list[Signals], edited: Policy, at: int
+) -> None:
+    """No edit raises a share or a rung, wherever the rollout stands, and decisions go on under it."""
+    rules, state = policy(), initial_state(policy(), "r1", monday())
+    for index, signals in enumerate(ticks):
+        now_s = monday() + 10.0 * (index + 1)
+        if index == at and is_possible(state.phase, Event.EDIT):
+            after = edited_state(rules, edited, state, now_s)
+            old, new = routing(rules, state).routes, routing(edited, after).routes
+            assert all(a.share <= b.share for a, b in zip(new, old, strict=True))
+            assert state_from_json(state_to_json(after)) == after
+            rules, state = edited, after
+        state = decide(rules, state, signals, now_s).state
+    assert state.policy_digest == rules.digest
 
 
 @settings(max_examples=40)
@@ -143,6 +212,51 @@ def test_more_harm_never_delays_a_rollback(values: list[float], data: st.DataObj
 
     # A worse unit also makes the bets that follow it smaller, by less than one unit is worth.
     assert ticks_to_harm(worse) <= ticks_to_harm(values) + 1
+
+
+def first_fall(ticks: list[Signals]) -> int:
+    """The first tick after which nobody is on sparse any more, by a rollback."""
+    told = rerun(policy(), ticks)
+    return next((i for i, (_, d) in enumerate(told) if d.state.phase == Phase.ROLLED_BACK), len(ticks))
+
+
+@settings(max_examples=60)
+@given(signal_lists(can_lose_dense=False), st.sampled_from(["failures", "breaker", "drift"]), st.data())
+def test_more_trouble_never_delays_a_rollback(ticks: list[Signals], kind: str, data: st.DataObject) -> None:
+    """Failed sessions, a failing variant or drift on top of any story: rolled back no later than without."""
+    at = data.draw(st.integers(0, len(ticks) - 1))
+    signals = ticks[at]
+    failed = Observation(signals.cursor, "serve.failed", "mid", "mild", "x", "sparse", monday() + 1000.0, 1.0)
+    changes: dict[str, dict[str, object]] = {
+        "failures": {"observations": (*signals.observations, failed)},
+        "breaker": {"health": sparse_health(50, 40)},
+        "drift": {"drift": drift("drift", signals.cursor)},
+    }
+    worse = [*ticks[:at], replace(signals, **changes[kind]), *ticks[at + 1 :]]  # type: ignore[arg-type]
+
+    assert first_fall(worse) <= first_fall(ticks)
+
+
+@settings(max_examples=100)
+@given(st.lists(unit_values, min_size=1, max_size=60), st.data())
+def test_a_worse_unit_never_delays_what_bets_a_fixed_amount(values: list[float], data: st.DataObject) -> None:
+    """The change detector and the counts of failures are monotone in every single unit, without exception."""
+    at = data.draw(st.integers(0, len(values) - 1))
+    worse = [*values[:at], max(values[at], data.draw(unit_values)), *values[at + 1 :]]
+    hits, more_hits = [[float(v > 0.5) for v in stream] for stream in (values, worse)]
+
+    def peaks(evidence: Detector | BetaBinomial, stream: list[float]) -> list[float]:
+        found = []
+        for value in stream:
+            evidence = evidence.update(value)
+            found.append(evidence.log_e_max)
+        return found
+
+    for start, one, other in (
+        (Detector(0.2), values, worse),
+        (BetaBinomial(0.2, "harm"), hits, more_hits),
+    ):
+        assert all(b >= a - 1e-9 for a, b in zip(peaks(start, one), peaks(start, other), strict=True))
 
 
 @given(st.lists(unit_values, max_size=60), st.integers(0, 60))

@@ -2,57 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sentei.policies.load import PolicyError, dump_policy, load_policy
-from tests.strategies_policy import EXAMPLES, TWO_SLICES
-
-TEXTS = [TWO_SLICES, *(path.read_text(encoding="utf-8") for path in sorted(EXAMPLES.glob("*.yaml")))]
-
-odd_values = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(10**12), 10**12),
-    st.floats(),
-    st.text(max_size=8),
-    st.sampled_from(["30m", "5%", "mild", "dense", "all_safe", "rollback", "audit.kl", "-1s", "1e9d"]),
-    st.lists(st.integers(-3, 3), max_size=3),
-    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
-)
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of every value inside plain values."""
-    found = [path] if path else []
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in pairs:
-        found += places(inner, (*path, key))
-    return found
-
-
-@st.composite
-def mutated_texts(draw: st.DrawFn) -> str:
-    """A good policy with up to three values replaced, dropped or renamed."""
-    document = yaml.safe_load(draw(st.sampled_from(TEXTS)))
-    for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(places(document)))
-        place = document
-        for part in path[:-1]:
-            place = place[part]
-        kind = draw(st.sampled_from(["replace", "drop", "rename"]))
-        if kind == "replace" or not isinstance(place, dict):
-            place[path[-1]] = draw(odd_values)
-        elif kind == "drop":
-            del place[path[-1]]
-        else:
-            place[str(path[-1]) + draw(st.sampled_from(["s", "x", ""]))] = place.pop(path[-1])
-        if not places(document):
-            break
-    return yaml.safe_dump(document, sort_keys=False)
+from sentei.policies.schema import Policy
+from tests.strategies_policy import TEXTS, mutated_texts, policies
 
 
 def loads_or_explains(text: str) -> None:
@@ -70,6 +25,18 @@ def loads_or_explains(text: str) -> None:
         assert item.line >= 1
         assert item.message
         assert "p.yaml:" in str(item)
+
+
+@settings(max_examples=60)
+@given(policies())
+def test_a_policy_survives_a_yaml_round_trip(policy: Policy) -> None:
+    """Dumped and loaded it is equal, to the digest, and dumping again gives the same text."""
+    text = dump_policy(policy)
+    loaded = load_policy(text)
+
+    assert loaded == policy
+    assert loaded.digest == policy.digest
+    assert dump_policy(loaded) == text
 
 
 @settings(max_examples=80)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sentei.policies.edits import edited_state
 from sentei.policies.engine import (
     STEPS,
     Decision,
@@ -199,6 +200,22 @@ def in_promotion() -> Story:
     return story
 
 
+def in_signal_trouble() -> Story:
+    """Waiting for a drift check that works again."""
+    story = staged()
+    assert story.tick(drift=drift("error", 1)).state.waits_for == "signal"
+    return story
+
+
+def in_edit() -> Story:
+    """Just after an edit of the running policy."""
+    story = staged()
+    safer = make_policy(lambda document: document["spec"]["advance"].update(min_units=50))
+    story.state = edited_state(story.policy, safer, story.state, story.now_s)
+    story.policy = safer
+    return story
+
+
 WAITING: list[Callable[[], Story]] = [
     in_hold,
     in_approval,
@@ -207,18 +224,32 @@ WAITING: list[Callable[[], Story]] = [
     in_silence,
     in_pause,
     in_promotion,
+    in_signal_trouble,
+    in_edit,
 ]
 
+# What breaks, and who answers for it in the state.
+BREACHES: dict[str, tuple[Callable[[Story], Decision], str]] = {
+    "harm": (lambda story: story.tick(story.served(80, failed=80), is_news=False), "errors"),
+    "breaker": (lambda story: story.tick(health=sparse_health(20, 15), is_news=False), "breaker"),
+    "silence": (lambda story: story.tick(after_s=301.0, is_news=False), "no_data"),
+    "quality": (lambda story: story.tick(story.audits(60, excess=0.9), is_news=False), "quality"),
+}
 
+
+@pytest.mark.parametrize("breach", BREACHES)
 @pytest.mark.parametrize("wait", WAITING)
-def test_a_breach_in_any_waiting_state_rolls_back_in_that_tick(wait: Callable[[], Story]) -> None:
-    """No hold, approval, freeze, bake, silence or pause delays proven harm by a tick."""
+def test_a_breach_in_any_waiting_state_rolls_back_in_that_tick(
+    wait: Callable[[], Story], breach: str
+) -> None:
+    """No hold, approval, freeze, bake, silence, pause or edit delays any breach by a tick."""
     story = wait()
+    act, by = BREACHES[breach]
 
-    decision = story.tick(story.served(80, failed=80), is_news=False)
+    decision = act(story)
 
-    assert decision.state.outcome == "rolled_back"
-    assert decision.state.by == "errors"
+    assert (decision.state.outcome, decision.state.by) == ("rolled_back", by)
+    assert decision.state.waits_for is None
     assert all(
         route.share == 0 and route.rung_id == "dense"
         for route in routing(story.policy, decision.state).routes
@@ -248,6 +279,40 @@ def test_an_abort_works_in_any_waiting_state(wait: Callable[[], Story]) -> None:
     decision = story.tick(commands=story.order("abort", by="bob"), is_news=False)
 
     assert (decision.state.outcome, decision.state.by) == ("rolled_back", "operator:bob")
+
+
+@pytest.mark.parametrize("breach", BREACHES)
+def test_a_breach_in_the_cool_off_changes_nothing_and_no_retry_gets_past_it(breach: str) -> None:
+    """After a rollback all is dense; a breach, a retry that is too early and good news leave it there."""
+    story = staged()
+    story.tick(commands=story.order("abort"))
+    dense = routing(story.policy, story.state)
+    for kind in ("retry", "resume", "approve"):
+        story.tick(commands=story.order(kind), after_s=2.0)
+
+    decision = BREACHES[breach][0](story)
+
+    assert decision.state.outcome == "rolled_back"
+    assert routing(story.policy, decision.state) == dense
+    assert {route.share for route in dense.routes} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("wait", "name"),
+    [
+        (in_hold, "time"),
+        (in_approval, "approval"),
+        (in_freeze, "freeze"),
+        (in_bake, "time"),
+        (in_silence, "data"),
+        (in_signal_trouble, "signal"),
+        (in_pause, None),
+        (in_promotion, None),
+    ],
+)
+def test_the_state_names_what_it_waits_for(wait: Callable[[], Story], name: str | None) -> None:
+    """A running rollout says which gate is shut; other phases speak for themselves."""
+    assert wait().state.waits_for == name
 
 
 def test_the_same_drift_window_counts_once_and_silence_is_no_clear_window() -> None:
@@ -310,12 +375,13 @@ def test_silence_holds_then_rolls_back() -> None:
 def test_a_store_that_cannot_be_read_holds_then_rolls_back() -> None:
     """Unknown is not zero: a failed read moves no evidence, holds, and after `after` rolls back."""
     story = staged()
+    before = story.state
 
     held = story.tick(after_s=20.0, read_error="timeout", is_news=False)
     last = story.tick(after_s=301.0, read_error="timeout", is_news=False)
 
     assert "cannot be read (timeout)" in held.reason
-    assert not held.changed
+    assert replace(held.state, waits_for=None) == replace(before, waits_for=None)
     assert last.state.by == "no_data"
 
 
@@ -344,6 +410,36 @@ def test_a_sample_ratio_mismatch_pauses_and_its_resume_starts_afresh() -> None:
     assert resumed.state.phase == "running"
     assert resumed.state.by is None
     assert resumed.state.cell("srm", "mid", "") is None
+
+
+def test_a_sample_ratio_mismatch_may_roll_back() -> None:
+    """With action: rollback the alarm sends everybody to dense, and answers for it."""
+
+    def strict(document: dict[str, Any]) -> None:
+        document["spec"]["guardrails"]["items"][3]["action"] = "rollback"
+
+    story = Story(make_policy(strict))
+    story.run_to("half")
+
+    decision = story.tick(story.audits(1), traffic=bad_traffic())
+
+    assert (decision.state.outcome, decision.state.by) == ("rolled_back", "srm")
+
+
+def test_a_stage_is_never_left_in_the_moment_it_was_entered() -> None:
+    """A tick that is done again at once, after a crash, does not advance a second stage."""
+
+    def eager(document: dict[str, Any]) -> None:
+        without_approval(document)
+        document["spec"]["stages"][1]["hold_min"] = "1ms"
+        document["spec"]["guardrails"]["items"] = document["spec"]["guardrails"]["items"][:2]
+
+    story = Story(make_policy(eager))
+    story.good_tick()
+    again = story.good_tick(after_s=0.0)
+
+    assert "stage half was entered just now" in again.reason
+    assert story.good_tick(after_s=1.0).state.stage_id == "half-medium"
 
 
 def test_a_pause_does_not_count_as_time_in_the_stage() -> None:
@@ -655,6 +751,7 @@ def test_the_steps_stand_in_the_documented_order() -> None:
     """The order of DESIGN section 4, as names."""
     assert [step.__name__ for step in STEPS] == [
         "observe",
+        "check_control",
         "handle_commands",
         "check_breaker",
         "check_harm",

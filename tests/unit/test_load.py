@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sentei.policies.load import PolicyError, dump_policy, load_policy, policy_json_schema
+from sentei.policies.load import MAX_FAULTS, PolicyError, dump_policy, load_policy, policy_json_schema
 from sentei.policies.schema import policy_digest
 from tests.strategies_policy import TWO_SLICES, make_policy
 
@@ -114,11 +114,12 @@ def test_an_unknown_key_hides_no_rule() -> None:
         ("a: 1\na: 2", 'key "a" is given twice; first in line 1'),
         ("? [1]\n: 2", "a key must be plain text; merge keys (<<) are not supported"),
         ("x: &x {a: 1}\ny: {<<: *x}", "a key must be plain text; merge keys (<<) are not supported"),
-        ("a: &a [*a]", "an alias that contains itself, or more than 10000 values"),
+        ("a: &a [*a]", "an alias that contains itself, or more than 5000 values"),
         ("a: 2026-11-24", "dates, binary and tagged values are not allowed"),
         ("a: !!python/none x", "cannot be read: could not determine a constructor"),
         ("a: !!int x", "cannot be read"),
-        ("x" * 200_001, "a policy has at most 200000 characters"),
+        ("x" * 50_001, "a policy has at most 50000 characters"),
+        ("a: [" + "1," * 20_000 + "]", "a policy has at most 5000 values"),
         ("apiVersion: sentei/v2", "must be 'sentei/v1' (found 'sentei/v2')"),
         ("kind: RolloutPolicy", '"apiVersion" is required'),
         ("spec: 3", "is required: a mapping of sections (found 3)"),
@@ -145,7 +146,7 @@ def test_a_bomb_of_aliases_is_one_error() -> None:
     errors = errors_of("\n".join(lines))
 
     assert len(errors) == 1
-    assert "more than 10000 values" in errors[0]
+    assert "more than 5000 values" in errors[0]
 
 
 @pytest.mark.parametrize(
@@ -319,3 +320,24 @@ def test_editors_get_a_json_schema() -> None:
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["Data"]["properties"]["max_age"]["type"] == "string"
     assert "finally" in schema["$defs"]["NoData"]["properties"]
+
+
+def test_a_flood_of_faults_is_counted_and_not_listed() -> None:
+    """A hundred are shown in the order of their lines, then how many more there are."""
+    text = TWO_SLICES + "\n".join(f"k{i}: {i}" for i in range(250))
+
+    with pytest.raises(PolicyError) as caught:
+        load_policy(text, "p.yaml")
+
+    assert len(caught.value.errors) == MAX_FAULTS + 1
+    assert str(caught.value).endswith("and 150 more faults; mend these first")
+
+
+def test_a_printed_fault_is_one_short_line() -> None:
+    """A key of a paragraph, or with signs that a terminal would obey, is shortened and written out."""
+    with pytest.raises(PolicyError) as caught:
+        load_policy(TWO_SLICES + '"\\u001b[2J": 1\n"' + "x" * 900 + '": 1\n', "p.yaml")
+
+    lines = [str(item) for item in caught.value.errors]
+    assert "\\x1b[2J" in lines[0]
+    assert all(line.isprintable() and len(line) < 900 for line in lines)

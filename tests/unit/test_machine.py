@@ -6,13 +6,16 @@ import itertools
 
 import pytest
 
+from sentei.policies.engine import STEPS
 from sentei.policies.machine import (
     TRANSITIONS,
+    WAITS,
     Event,
     IllegalEventError,
     Phase,
     SliceEvent,
     SlicePhase,
+    Wait,
     is_possible,
     next_phase,
     next_slice_phase,
@@ -40,12 +43,27 @@ def test_every_other_event_names_state_and_event(phase: Phase, event: Event) -> 
 
 
 def test_a_rollback_is_possible_from_every_phase_that_routes_traffic() -> None:
-    """Running, paused and promoted can all go back; what is back cannot go back again."""
+    """All but rolled back can go back; what is back cannot go back again."""
     assert [phase for phase in Phase if is_possible(phase, Event.ROLLBACK)] == [
         Phase.RUNNING,
         Phase.PAUSED,
         Phase.PROMOTED,
+        Phase.SHELTERED,
     ]
+
+
+def test_nothing_but_the_rollback_that_is_owed_leads_out_of_a_shelter() -> None:
+    """While dense is down no order, edit or growth moves traffic."""
+    assert [event for event in Event if is_possible(Phase.SHELTERED, event)] == [Event.ROLLBACK]
+
+
+def test_every_wait_belongs_to_one_step_of_the_decision_in_its_order() -> None:
+    """WAITS is complete: each step that can hold has its own word, and each word its step."""
+    order = [step.__name__ for step in STEPS]
+
+    assert sorted(WAITS.values()) == sorted(Wait)
+    assert sorted(WAITS, key=order.index) == list(WAITS)
+    assert set(order) - set(WAITS) == {"observe", "check_harm", "grow"}
 
 
 def test_only_a_retry_leads_out_of_rolled_back() -> None:
@@ -56,6 +74,7 @@ def test_only_a_retry_leads_out_of_rolled_back() -> None:
 def test_a_dense_slice_has_no_further_to_fall() -> None:
     """A slice may go down while it is routed; from dense there is no event."""
     assert next_slice_phase(SlicePhase.ROUTED, SliceEvent.RUNG_DOWN) is SlicePhase.ROUTED
+    assert next_slice_phase(SlicePhase.ROUTED, SliceEvent.SHELTER) is SlicePhase.ROUTED
     assert next_slice_phase(SlicePhase.ROUTED, SliceEvent.TO_DENSE) is SlicePhase.DENSE
     for event in SliceEvent:
         with pytest.raises(IllegalEventError, match="while the rollout is dense"):

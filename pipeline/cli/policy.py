@@ -10,9 +10,11 @@ import typer
 from rich.table import Table
 
 from sentei.pipeline.cli.output import ExitCode, Output
+from sentei.pipeline.cli.simulate import run_simulate
 from sentei.policies.load import PolicyError, load_policy, policy_json_schema
 
 app = typer.Typer(no_args_is_help=True)
+app.command("simulate")(run_simulate)
 
 
 @app.command()

@@ -158,10 +158,10 @@ def split_logs(hits: Floats, units: Floats, probability: Floats, tilts: tuple[fl
     """F6 and F7 over many streams: what `units` coins, `hits` on the candidate, add to each tilt."""
     is_sure = (probability <= 0) | (probability >= 1)
     is_impossible = np.where(probability <= 0, hits > 0, hits < units) & is_sure
-    p = np.where(is_sure, 0.5, probability)[..., None]
-    tilt = np.array(tilts)
-    on = tilt - np.log1p(p * np.expm1(tilt))
-    off = -tilt - np.log1p((1 - p) * np.expm1(-tilt))
+    known, place = np.unique(np.where(is_sure, 0.5, probability), return_inverse=True)  # a ramp has few
+    tilt, p = np.array(tilts), known[:, None]
+    on = (tilt - np.log1p(p * np.expm1(tilt)))[place.reshape(probability.shape)]
+    off = (-tilt - np.log1p((1 - p) * np.expm1(-tilt)))[place.reshape(probability.shape)]
     added = hits[..., None] * on + (units - hits)[..., None] * off
     return np.asarray(np.where(is_sure[..., None], FAR * is_impossible[..., None], added))
 

@@ -46,14 +46,18 @@ def detector_bets(bound: float, cut: float) -> Floats:
     return np.asarray(np.minimum(np.array(DETECTOR_BETS), cut / bound))
 
 
-def detector_step(logs: Floats, values: Floats, is_unit: Bools, *, bound: float, bets: Floats) -> Floats:
-    """F14 over a block: log M of each bet, [bets, ..., units], going on from `logs` [bets, ...].
+def detector_steps(values: Floats, is_unit: Bools, *, bound: float, bets: Floats) -> Floats:
+    """F14 over a block: what each unit adds to log M of each bet, [bets, ..., units]."""
+    shaped = bets.reshape(-1, *(1,) * values.ndim)
+    return np.asarray(np.where(is_unit, np.log1p(shaped * (values - bound)), 0.0))
+
+
+def detector_walk(logs: Floats, steps: Floats) -> Floats:
+    """F14 over a block: log M of each bet after each unit, [bets, ..., units], going on from `logs`.
 
     max(M, 1) * z, unit after unit, is the running sum of log z plus the largest drop before it.
     """
-    shaped = bets.reshape(-1, *(1,) * values.ndim)
-    steps = np.log1p(shaped * (values - bound))
-    sums = np.cumsum(np.where(is_unit, steps, 0.0), axis=-1)
+    sums = np.cumsum(steps, axis=-1)
     drops = np.concatenate([np.maximum(logs, 0.0)[..., None], -sums[..., :-1]], axis=-1)
     return np.asarray(sums + np.maximum.accumulate(drops, axis=-1))
 
@@ -61,7 +65,7 @@ def detector_step(logs: Floats, values: Floats, is_unit: Bools, *, bound: float,
 def detector_paths(values: Floats, *, bound: float, cut: float = BETTING_CUT) -> Floats:
     """F14 over many streams at once: log_e [streams, units] for values [streams, units]."""
     bets = detector_bets(bound, cut)
-    logs = np.zeros((len(bets), *values.shape[:-1]))
     is_unit = np.ones(values.shape, dtype=np.bool_)
-    paths = detector_step(logs, values, is_unit, bound=bound, bets=bets)
+    steps = detector_steps(values, is_unit, bound=bound, bets=bets)
+    paths = detector_walk(np.zeros((len(bets), *values.shape[:-1])), steps)
     return log_mean_exp_paths(np.moveaxis(paths, 0, -1))

@@ -27,7 +27,7 @@ from sentei.policies.evidence import (
 from sentei.policies.evidence.base import Floats, log_mean_exp_paths
 from sentei.policies.evidence.betting import Moments, betting_steps
 from sentei.policies.evidence.counts import split_logs
-from sentei.policies.evidence.watch import detector_bets, detector_step
+from sentei.policies.evidence.watch import detector_bets, detector_steps, detector_walk
 from tests.strategies_policy import unit_values
 
 streams = st.lists(unit_values, min_size=1, max_size=60)
@@ -130,7 +130,7 @@ def test_blocks_with_gaps_are_the_stream_without_them(values: list[float], mask:
         moments, scale = moments.advance(block, kept)
         steps = betting_steps(block, kept, scale, bound=0.1, direction="harm", alpha=0.05, cut=0.5)
         log_e += float(steps.sum())
-        logs = detector_step(logs, block, kept, bound=0.1, bets=bets)[..., -1]
+        logs = detector_walk(logs, detector_steps(block, kept, bound=0.1, bets=bets))[..., -1]
 
     units = [value for value, kept in zip(values, is_unit[0], strict=True) if kept]
     state, watch = update_all(Betting(0.1, "harm", 0.05), units), update_all(Detector(0.1), units)

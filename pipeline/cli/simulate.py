@@ -28,7 +28,9 @@ def run_simulate(
         list[str] | None, typer.Option(help="Only this scenario; may be given several times.")
     ] = None,
     rollouts: Annotated[int, typer.Option(min=1, help="Simulated rollouts per scenario.")] = 2000,
-    sessions: Annotated[int, typer.Option(min=1, help="Sessions per rollout, over all routed slices.")] = 5000,
+    sessions: Annotated[
+        int, typer.Option(min=1, help="Sessions per rollout, over all routed slices.")
+    ] = 5000,
     sessions_per_hour: Annotated[float, typer.Option(min=1, help="Traffic of the routed slices.")] = 600.0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same figures.")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: all cores.")] = None,
@@ -71,17 +73,17 @@ def _chosen(known: tuple[Scenario, ...], names: list[str] | None) -> tuple[Scena
 
 def _table(name: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=f"policy {name}, {rows[0]['rollouts']} rollouts each", title_justify="left")
-    for column in ("scenario", "false rollback", "false promotion"):
+    for column in ("scenario", "false rollback %", "false promotion %"):
         table.add_column(column, no_wrap=True)
-    for column in ("units to rollback", "exposed", "promoted", "seconds"):
+    for column in ("units", "exposed", "promoted", "s"):
         table.add_column(column, justify="right")
     for row in rows:
-        delay = row["units_to_rollback_p50"]
+        delay = row["units_to_rollback_p50"]  # median; None: most were never caught
         table.add_row(
             row["scenario"],
             _share(row["false_rollback"], row["false_rollback_ci"]),
             _share(row["false_promotion"], row["false_promotion_ci"]),
-            "" if row["caught"] is None else f"{delay if delay is not None else 'most never'}",
+            "" if row["caught"] is None else str(delay or "never"),
             f"{row['exposure_share']:.1%}",
             f"{row['promoted']:.1%}",
             f"{row['seconds']:.1f}",
@@ -95,7 +97,7 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
 
 def _rules_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="the same sessions under threshold rules", title_justify="left")
-    for column in ("scenario", "rule", "false rollback", "false promotion", "never caught"):
+    for column in ("scenario", "rule", "false rollback %", "false promotion %", "missed"):
         table.add_column(column, no_wrap=True)
     for row in rows:
         own = {
@@ -116,4 +118,5 @@ def _rules_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _share(value: float, interval: tuple[float, float]) -> str:
-    return f"{value:.1%} [dim]({interval[0]:.1%}-{interval[1]:.1%})[/]"
+    low, high = interval
+    return f"{100 * value:.1f} [dim]({100 * low:.1f} to {100 * high:.1f})[/]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -80,6 +81,7 @@ def beta_binomial_paths(is_hit: Floats, *, bound: float, direction: Direction) -
     return beta_binomial_log_e(hits, units, bound=bound, direction=direction)
 
 
+@lru_cache(maxsize=32)
 def beta_binomial_boundary(*, bound: float, direction: Direction, threshold: float, max_units: int) -> Ints:
     """How many hits reject after 0 to max_units units: at least so many for "harm", at most for "safe".
 
@@ -95,9 +97,9 @@ def beta_binomial_boundary(*, bound: float, direction: Direction, threshold: flo
         is_open = high - low > 1
         high = np.where(is_open & goes_down, middle, high)
         low = np.where(is_open & ~goes_down, middle, low)
-    if direction == "harm":
-        return np.where(high > units, max_units + 1, high)
-    return low
+    boundary = np.where(high > units, max_units + 1, high) if direction == "harm" else low
+    boundary.setflags(write=False)  # it is shared by all who ask
+    return boundary
 
 
 @dataclass(frozen=True, slots=True)

@@ -300,7 +300,7 @@ class Fleet:
     def _check_approval(self, is_held: Bools, is_open: Bools) -> Bools:
         code = self.plan.approval[self.stage]
         if self._approves:
-            is_offered = is_open & np.isin(self.phase, (RUNNING, PAUSED)) & (code > 0)
+            is_offered = is_open & (self.phase <= PAUSED) & (code > 0)  # running or paused
             self.is_approved |= is_offered & (~is_held | (code == 2))
         return is_held | ((code > 0) & ~self.is_approved)
 

@@ -1,7 +1,8 @@
-"""Each shipped policy does in simulation what it is for: it lets a healthy rung through, and stops a bad one."""
+"""Each shipped policy does in simulation what it is for: a healthy rung passes, a bad one is stopped."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +32,9 @@ class Purpose:
 
 
 PURPOSES = (
-    Purpose("cautious", Traffic(20_000, 110_000), "c50", "agree", "mid", "dense"),
+    Purpose("cautious", Traffic(20_000, 70_000), "c10", "agree", "mid", "dense"),
     Purpose("fast-staging", Traffic(3600, 2400), "promoted", "agree", "long", "everybody dense"),
-    Purpose("advise-only", Traffic(2000, 60_000), "look-medium", "agree", "long", "dense", is_served=False),
+    Purpose("advise-only", Traffic(2000, 52_000), "look-medium", "agree", "long", "dense", is_served=False),
     Purpose("cost-first", Traffic(2000, 14_000), "promoted", "quality", "mid", "milder"),
     Purpose("long-context-only", Traffic(60, 3000), "promoted", "quality", "huge", "dense"),
     Purpose("yardstick", Traffic(1200, 5000), "promoted", "mass", "huge", "dense"),
@@ -46,13 +47,30 @@ def example(name: str) -> Policy:
     return load_policy((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"), f"{name}.yaml")
 
 
-def play(purpose: Purpose, scenario: Scenario) -> tuple[Study, Tally]:
-    """Some rollouts in that world."""
+def play(purpose: Purpose, scenario: Scenario, until: Callable[[Study], bool]) -> tuple[Study, Tally]:
+    """Some rollouts in that world, until what is waited for has happened in all of them."""
     policy = example(purpose.name)
     study = Study(policy, scenario, purpose.traffic, rollouts=ROLLOUTS, seed=np.random.SeedSequence(3))
     for _ in study.play():
-        pass
+        if until(study):
+            break
     return study, study.tally()
+
+
+def has_reached(purpose: Purpose, study: Study) -> np.ndarray:
+    """Which rollouts have come as far as they should."""
+    stages = [*study.plan.stage_ids, "promoted"]
+    reached = np.where(study.fleet.phase == PROMOTED, len(stages) - 1, study.fleet.stage)
+    return np.asarray(reached >= stages.index(purpose.reaches))
+
+
+def has_fallen(purpose: Purpose, study: Study) -> np.ndarray:
+    """Which rollouts have fallen back as they should."""
+    fleet, place = study.fleet, study.plan.slice_ids.index(purpose.place)
+    if purpose.falls_to == "everybody dense":
+        return np.asarray(fleet.phase == ROLLED_BACK)
+    is_milder = fleet.ceiling[:, place] < study.plan.num_rungs - 1
+    return np.asarray(fleet.is_dense[:, place] | (is_milder & (purpose.falls_to == "milder")))
 
 
 def test_every_shipped_policy_has_its_story() -> None:
@@ -63,11 +81,13 @@ def test_every_shipped_policy_has_its_story() -> None:
 @pytest.mark.parametrize("purpose", PURPOSES, ids=lambda purpose: purpose.name)
 def test_a_healthy_rung_gets_through(purpose: Purpose) -> None:
     """Nine of ten healthy rollouts or more get as far as they should, and none is stopped wrongly."""
-    study, tally = play(purpose, Scenario("aa", "", level=0.2, compares=False))
+    study, tally = play(
+        purpose,
+        Scenario("aa", "", level=0.2, compares=False),
+        lambda study: bool(has_reached(purpose, study).all()),
+    )
 
-    stages = [*study.plan.stage_ids, "promoted"]
-    reached = np.where(study.fleet.phase == PROMOTED, len(stages) - 1, study.fleet.stage)
-    assert (reached >= stages.index(purpose.reaches)).mean() >= 0.9
+    assert has_reached(purpose, study).mean() >= 0.9
     assert sum(tally.false_alarm) == 0
     assert (tally.exposed > 0) == purpose.is_served
 
@@ -77,16 +97,13 @@ def test_a_bad_rung_is_stopped(purpose: Purpose) -> None:
     """Four times the bound in one slice falls back as the policy says, nearly unseen by users."""
     harm = Effect(purpose.harmed, 4.0, purpose.place, from_rung=0)
 
-    study, tally = play(purpose, Scenario("harm", "", (harm,), compares=False))
+    study, tally = play(
+        purpose,
+        Scenario("harm", "", (harm,), compares=False),
+        lambda study: bool(has_fallen(purpose, study).all()),
+    )
 
-    place = study.plan.slice_ids.index(purpose.place)
-    fleet = study.fleet
-    fallen = {
-        "dense": fleet.is_dense[:, place],
-        "milder": fleet.is_dense[:, place] | (fleet.ceiling[:, place] < study.plan.num_rungs - 1),
-        "everybody dense": fleet.phase == ROLLED_BACK,
-    }[purpose.falls_to]
-    assert fallen.all()
+    assert has_fallen(purpose, study).all()
     assert sum(tally.false_pass) == 0
     assert tally.exposed <= 0.02 * tally.could_be
 
@@ -95,7 +112,9 @@ def test_the_cost_first_ramp_stops_where_nothing_is_saved() -> None:
     """A rung that is safe and saves nothing is never promoted."""
     purpose = next(item for item in PURPOSES if item.name == "cost-first")
 
-    study, tally = play(purpose, Scenario("useless", "", (Effect("compute", 1.3),), compares=False))
+    world = Scenario("useless", "", (Effect("compute", 1.3),), compares=False)
+
+    study, tally = play(purpose, world, lambda study: False)
 
     assert (study.fleet.phase != PROMOTED).all()
     assert sum(tally.false_alarm) == 0

@@ -13,6 +13,7 @@ from typing import Any
 from sentei.policies.evidence import BetaBinomial, Betting, Detector, Evidence, Interval, Split
 
 SCHEMA = 2
+READABLE = (1, SCHEMA)  # 1 had no interval
 ALL_SLICES = "*"
 
 
@@ -131,7 +132,7 @@ def state_from_json(data: bytes | str) -> RolloutState:
     """The state behind those bytes; PolicyStateError if they are not one of ours."""
     try:
         document = json.loads(data)
-        if document.pop("schema") != SCHEMA:
+        if document.pop("schema") not in READABLE:
             raise PolicyStateError(f"a rollout state of schema {SCHEMA} is wanted")
         document["slices"] = tuple(SliceState(**item) for item in document["slices"])
         document["drift"] = tuple(DriftTrack(**item) for item in document["drift"])
@@ -152,7 +153,7 @@ def _pack_cell(cell: Cell) -> dict[str, Any]:
 
 def _unpack_cell(packed: dict[str, Any]) -> Cell:
     for name in _PARTS:
-        if packed[name] is not None:
+        if packed.get(name) is not None:
             fields: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value for key, value in packed[name].items()
             }

@@ -97,7 +97,7 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
 
 def _rules_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="the same sessions under threshold rules", title_justify="left")
-    for column in ("scenario", "rule", "false rollback %", "false promotion %", "missed"):
+    for column in ("scenario", "rule", "false rollback %", "false promotion %", "not caught"):
         table.add_column(column, no_wrap=True)
     for row in rows:
         own = {

@@ -134,6 +134,23 @@ def bad_units(policy: Policy, gate: Guardrail) -> int | None:
     return _units(policy, gate, "harm", 1.0)
 
 
+def bearable_missing(policy: Policy, gate: Guardrail) -> float | None:
+    """The share of missing audits from which clean sessions prove nothing: each counts as the worst (F12)."""
+    if gate.metric.family != "quality":
+        return None
+    clean, bound = _scaled(policy, gate, 0.0), scaled_bound(policy, gate)
+    return (bound - clean) / (1 - clean)
+
+
+def _scaled(policy: Policy, gate: Guardrail, value: float) -> float:
+    """A value over its floor, on the scale of the evidence."""
+    if gate.bound is None or gate.bound.excess_over_floor is None:
+        return value
+    scale = policy.spec.audit.values.kl.cap if gate.value == "audit.kl" else 1.0
+    cap = 1.0 if gate.bound.floor_cap is None else gate.bound.floor_cap / scale
+    return (value + cap) / (1 + cap)
+
+
 def _units(policy: Policy, gate: Guardrail, direction: Direction, value: float) -> int | None:
     if gate.test in ("event_split", "split_ramp"):
         return None
@@ -142,11 +159,7 @@ def _units(policy: Policy, gate: Guardrail, direction: Direction, value: float) 
     bound = scaled_bound(policy, gate)
     if gate.test == "beta_binomial":
         return _counted(bound, direction, alpha)
-    cap = 0.0
-    if gate.bound is not None and gate.bound.excess_over_floor is not None:
-        scale = policy.spec.audit.values.kl.cap if gate.value == "audit.kl" else 1.0
-        cap = 1.0 if gate.bound.floor_cap is None else gate.bound.floor_cap / scale
-    scaled = (value + cap) / (1 + cap)  # a clean session is as good as its floor
+    scaled = _scaled(policy, gate, value)  # a clean session is as good as its floor
     cut = PAIRED_CUT if gate.test == "betting_paired" else BETTING_CUT
     return units_to_prove(scaled, bound=bound, direction=direction, alpha=alpha, cut=cut)
 

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 
 from sentei.policies.judge import harm_alpha
 from sentei.policies.review.advice import readable
-from sentei.policies.review.forecast import StageForecast, bad_units, best_s, clean_units, worst_s
+from sentei.policies.review.forecast import (
+    StageForecast,
+    bad_units,
+    bearable_missing,
+    best_s,
+    clean_units,
+    worst_s,
+)
 from sentei.policies.schema import Guardrail, Policy, Signal
 from sentei.policies.spec.units import format_duration
 
@@ -102,6 +109,9 @@ def _guardrail(policy: Policy, gate: Guardrail) -> str:
     asked = (gate.advance or policy.spec.advance.need) == "all_safe"
     cost = f" Safe after {clean} clean sessions" if clean and asked else " Asked only for no harm"
     cost += f", harmful after {bad} bad ones." if bad else "."
+    missing = bearable_missing(policy, gate)
+    if missing is not None and asked:
+        cost += f" Not provable once {missing:.1%} of its audits are missing."
     return f"{gate.id}: {what}, {limit}, {where}; proven worse, {act} (alpha {alpha:.2g}).{cost}"
 
 

@@ -83,6 +83,6 @@ def _troubles(policy: Policy) -> tuple[Scenario, ...]:
     length = (grace_h + after_h) / 2
     return (
         Scenario("outage", f"nothing arrives for {length * 60:.0f} minutes", silence=(0.5, 0.5 + length)),
-        Scenario("missing", "5 % of the chosen audits are never scored", missing=0.05),
+        Scenario("missing", "1 % of the chosen audits are never scored", missing=0.01),
         Scenario("skew", "sparse gets sessions at odds 1.65 times those of its share", tilt=0.5),
     )

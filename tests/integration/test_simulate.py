@@ -90,7 +90,7 @@ def test_within_every_bound_nothing_falls_back() -> None:
 
 
 def test_an_outage_and_missing_audits_are_no_harm() -> None:
-    """Half an hour of silence, or 5 % of audits without a score, roll nothing back."""
+    """Half an hour of silence, or 1 % of audits without a score, roll nothing back."""
     for scenario in ("outage", "missing"):
         assert_at_most(sum(run(scenario, sessions=2500).false_alarm), ALPHA)
 

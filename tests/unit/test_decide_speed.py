@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-from sentei.policies.engine import RolloutState, decide, initial_state, state_to_json
+from sentei.policies.engine import RolloutState, decide, initial_state, state_from_json, state_to_json
 from sentei.policies.evidence import Split
 from sentei.policies.schema import Policy
 from sentei.policies.signals import Observation, Signals, SliceTraffic
@@ -94,3 +95,17 @@ def test_the_state_has_one_size() -> None:
 
     assert old <= 1.1 * young
     assert old < 16_000
+
+
+def test_a_state_without_intervals_is_still_read() -> None:
+    """A rollout that was begun by the version before goes on; only its reports have no intervals."""
+    policy = cautious()
+    state, signals = grown(policy, per_tick=10, ticks=3)
+    document = json.loads(state_to_json(state)) | {"schema": 1}
+    for cell in document["cells"]:
+        del cell["interval"]
+
+    read = state_from_json(json.dumps(document))
+
+    assert read == replace(state, cells=tuple(replace(cell, interval=None) for cell in state.cells))
+    assert decide(policy, read, signals, 100.0).changed

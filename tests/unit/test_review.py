@@ -14,6 +14,7 @@ from sentei.policies.review.advice import find_advice, readable
 from sentei.policies.review.forecast import (
     Expected,
     bad_units,
+    bearable_missing,
     best_s,
     clean_units,
     forecast,
@@ -97,6 +98,16 @@ def test_a_guardrail_costs_what_its_test_costs(gate_id: str, clean: int | None, 
     gate = next(item for item in policy.spec.guardrails.items if item.id == gate_id)
 
     assert (clean_units(policy, gate), bad_units(policy, gate)) == (clean, bad)
+
+
+def test_missing_audits_beyond_the_bound_make_safety_unprovable() -> None:
+    """Each counts as the worst session, so a bound of 5 % cannot be proven with 5 % of them missing."""
+    policy = example("yardstick")
+    mass, agree, _, slo = policy.spec.guardrails.items[:4]
+
+    assert bearable_missing(policy, mass) == pytest.approx(0.05)
+    assert bearable_missing(policy, agree) == pytest.approx(0.05)
+    assert bearable_missing(policy, slo) is None
 
 
 def only_over_all(spec: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Any policy over a recorded rollout: the same sessions at the same times, and where the decisions part.
 
-The log says up to which record each tick had read, so a replay reads the same records, tick by tick. Between
-two events nothing new was read; there the replay ticks at its own `check_every`, so that times and holds of
+The log says up to which record each event had read, so there a replay has read the same. Between two events
+it ticks at its own `check_every` and reads what was written by then, so that evidence, times and holds of
 the other policy run as they would have. What people were served is history: a replayed share changes no
 record. So quality evidence is what that policy would have had, whereas operational evidence is that of the
 shares of then, and a guardrail over two arms is meant only while both policies stand at one share.
@@ -108,28 +108,34 @@ class _Past:
             (float(row["at_s"]), str(row["variant_assigned"]), row["outcome"] in FAILED_OUTCOMES)
             for row in rows
         )
+        audits = [(int(row["seq"]), float(row["at_s"])) for row in store.read_audits(rollout_id)]
+        ends = [(int(row["seq"]), float(row["at_s"])) for row in rows]
+        self._written: list[tuple[int, float]] = []  # number and when it was there, both growing
+        for seq, at_s in sorted([*audits, *ends]):
+            self._written.append((seq, max(at_s, self._written[-1][1]) if self._written else at_s))
         self._drift = [item for _, item in store.read_drift(rollout_id)]
 
     def read(self, events: Sequence[Event]) -> Iterator[tuple[float, Signals]]:
-        """What each tick had read, and the quiet ticks between two events."""
+        """What each event had read, and what the ticks between two events can have read."""
         before = state_from_json(events[0].state)
-        since_s = events[0].at_s
+        since_s, cursor = events[0].at_s, before.cursor
         for event in events[1:]:
             after = state_from_json(event.state)
             for at_s in _between(since_s, event.at_s, self._policy.spec.schedule.check_every):
-                yield at_s, self._quiet(before, at_s)
-            yield event.at_s, self._signals(before, after, event.at_s)
-            before, since_s = after, event.at_s
+                upto = min(self._written_by(at_s), after.cursor)
+                yield at_s, replace(self._signals(cursor, upto, before, at_s), commands=())
+                cursor = max(cursor, upto)
+            found = self._signals(cursor, after.cursor, before, event.at_s)
+            orders = tuple(item for item in found.commands if item.seq <= after.command_seq)
+            yield event.at_s, replace(found, commands=orders, newest_data_at_s=after.waiting_since_s)
+            before, since_s, cursor = after, event.at_s, max(cursor, after.cursor)
 
-    def _quiet(self, state: RolloutState, at_s: float) -> Signals:
-        return Signals(health=self._health(at_s), drift=self._windows(at_s), cursor=state.cursor)
-
-    def _signals(self, before: RolloutState, after: RolloutState, at_s: float) -> Signals:
-        """The records and orders between two states."""
+    def _signals(self, cursor: int, upto: int, before: RolloutState, at_s: float) -> Signals:
+        """The records above a cursor, as far as `upto`, and the orders that were not obeyed yet."""
         found = read_signals(
             self._store,
-            replace(self._query, num_numbers=max(after.cursor - before.cursor, 0)),
-            cursor=before.cursor,
+            replace(self._query, num_numbers=max(upto - cursor, 0)),
+            cursor=cursor,
             command_cursor=before.command_seq,
             now_s=at_s,
         )
@@ -137,10 +143,18 @@ class _Past:
             found,
             health=self._health(at_s),
             drift=self._windows(at_s),
-            cursor=after.cursor,
-            commands=tuple(item for item in found.commands if item.seq <= after.command_seq),
-            newest_data_at_s=after.waiting_since_s,
+            cursor=max(upto, cursor),
+            newest_data_at_s=self._newest_by(at_s),
         )
+
+    def _written_by(self, at_s: float) -> int:
+        """The number up to which every record was there at that moment."""
+        index = bisect.bisect_right(self._written, at_s, key=lambda row: row[1])
+        return self._written[index - 1][0] if index else 0
+
+    def _newest_by(self, at_s: float) -> float | None:
+        index = bisect.bisect_right(self._written, at_s, key=lambda row: row[1])
+        return self._written[index - 1][1] if index else None
 
     def _health(self, at_s: float) -> tuple[VariantHealth, ...]:
         window_s = self._policy.spec.breaker.variant.window

@@ -2,9 +2,9 @@
 
 The log says up to which record each event had read, so there a replay has read the same. Between two events
 it ticks at its own `check_every` and reads what was written by then, so that evidence, times and holds of
-the other policy run as they would have. What people were served is history: a replayed share changes no
-record. So quality evidence is what that policy would have had, whereas operational evidence is that of the
-shares of then, and a guardrail over two arms is meant only while both policies stand at one share.
+the other policy run as they would have, to the end of the records. What people were served is history: a
+replayed share changes no record. So quality evidence is what that policy would have had, whereas operational
+evidence is that of the shares of then, and a guardrail over two arms is meant only while both stand at one.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ class _Past:
 
     def __init__(self, store: Store, rollout_id: str, policy: Policy) -> None:
         self._store, self._policy = store, policy
+        self._every_s = policy.spec.schedule.check_every
         self._query = signal_query(
             policy, rollout_id, replicas=REPLICAS, audit_limit_s=math.inf
         )  # nothing is overdue: what was given up then is written as missing
@@ -116,12 +117,12 @@ class _Past:
         self._drift = [item for _, item in store.read_drift(rollout_id)]
 
     def read(self, events: Sequence[Event]) -> Iterator[tuple[float, Signals]]:
-        """What each event had read, and what the ticks between two events can have read."""
+        """What each event had read, and what ticks between two events, and after the last, can have read."""
         before = state_from_json(events[0].state)
         since_s, cursor = events[0].at_s, before.cursor
         for event in events[1:]:
             after = state_from_json(event.state)
-            for at_s in _between(since_s, event.at_s, self._policy.spec.schedule.check_every):
+            for at_s in _between(since_s, event.at_s, self._every_s):
                 upto = min(self._written_by(at_s), after.cursor)
                 yield at_s, replace(self._signals(cursor, upto, before, at_s), commands=())
                 cursor = max(cursor, upto)
@@ -129,6 +130,11 @@ class _Past:
             orders = tuple(item for item in found.commands if item.seq <= after.command_seq)
             yield event.at_s, replace(found, commands=orders, newest_data_at_s=after.waiting_since_s)
             before, since_s, cursor = after, event.at_s, max(cursor, after.cursor)
+        end_s = self._written[-1][1] if self._written else since_s
+        for at_s in _between(since_s, end_s + self._every_s, self._every_s):
+            upto = max(self._written_by(at_s), cursor)
+            yield at_s, replace(self._signals(cursor, upto, before, at_s), commands=())
+            cursor = upto
 
     def _signals(self, cursor: int, upto: int, before: RolloutState, at_s: float) -> Signals:
         """The records above a cursor, as far as `upto`, and the orders that were not obeyed yet."""

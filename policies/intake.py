@@ -18,6 +18,7 @@ from sentei.policies.evidence import (
     BetaBinomial,
     Betting,
     Detector,
+    Interval,
     Split,
     paired_bound,
     paired_excess,
@@ -91,7 +92,7 @@ def new_cell(policy: Policy, gate: Guardrail | Benefit, slice_id: str, rung_id: 
         return Cell(gate.id, slice_id, rung_id, Split.start(RATIO_TILTS), safe)
     if gate.test == "beta_binomial":
         harm, proof = BetaBinomial(bound, "harm"), BetaBinomial(bound, "safe")
-        return Cell(gate.id, slice_id, rung_id, harm, proof, Detector(bound))
+        return Cell(gate.id, slice_id, rung_id, harm, proof, Detector(bound), Interval())
     cut = PAIRED_CUT if gate.test == "betting_paired" else 0.5
     alpha, total = harm_alpha(policy, gate), policy.spec.guardrails.alpha_total
     return Cell(
@@ -101,6 +102,7 @@ def new_cell(policy: Policy, gate: Guardrail | Benefit, slice_id: str, rung_id: 
         Betting(bound, "harm", alpha, cut),
         Betting(bound, "safe", total, cut),
         Detector(bound, cut),
+        Interval(),
     )
 
 
@@ -122,8 +124,19 @@ def own_mean(policy: Policy, gate: Guardrail, cell: Cell | None) -> float | None
     mean = cell.harm.mean if cell else None
     if mean is None or gate.bound is None or gate.test == "event_split":
         return mean
+    return _to_own(policy, gate, mean)
+
+
+def own_range(policy: Policy, gate: Guardrail, cell: Cell | None) -> tuple[float, float] | None:
+    """Where the mean lies with 95 % at all times, in the metric's own unit; None where nothing says so."""
+    if cell is None or cell.interval is None or not cell.interval.units:
+        return None
+    return _to_own(policy, gate, cell.interval.low), _to_own(policy, gate, cell.interval.high)
+
+
+def _to_own(policy: Policy, gate: Guardrail, mean: float) -> float:
     scale = _scale(policy, gate)
-    if gate.bound.excess_over_floor is not None:
+    if gate.bound is not None and gate.bound.excess_over_floor is not None:
         cap = _floor_cap(gate, scale)
         return (mean * (1 + cap) - cap) * scale
     return mean * scale
@@ -171,6 +184,7 @@ def _feed(policy: Policy, gate: Guardrail | Benefit, cell: Cell, item: Observati
         harm=harm.update(value),
         safe=None if safe is None else safe.update(value),
         watch=None if watch is None else watch.update(value),
+        interval=None if cell.interval is None else cell.interval.update(value),
     )
 
 

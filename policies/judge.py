@@ -20,7 +20,7 @@ MIN_MISSING = 20  # below so many audits the share of missing ones is no finding
 
 @dataclass(frozen=True, slots=True)
 class GuardrailReport:
-    """The verdict on one guardrail in one slice; mean and bound are in the metric's own unit."""
+    """The verdict on one guardrail in one slice; mean, low, high and bound are in the metric's own unit."""
 
     id: str
     slice_id: str  # "*" for a guardrail over all slices
@@ -33,6 +33,8 @@ class GuardrailReport:
     units: int
     missing: int
     mean: float | None
+    low: float | None  # the mean lies in [low, high] at all times with 95 %: for readers, not for verdicts
+    high: float | None
     bound: float
     threshold: float  # log_e_harm at or above it proves harm
     threshold_safe: float  # log_e_safe at or above it proves safety
@@ -94,6 +96,7 @@ def judge(
     share: float,
     is_stale: bool = False,
     own_mean: float | None = None,
+    own_range: tuple[float, float] | None = None,
 ) -> GuardrailReport:
     """Map the evidence to one verdict; harm beats error beats staleness beats safety."""
     alpha = harm_alpha(policy, guardrail)
@@ -116,6 +119,8 @@ def judge(
         units=units,
         missing=cell.missing if cell else 0,
         mean=own_mean,
+        low=own_range[0] if own_range else None,
+        high=own_range[1] if own_range else None,
         bound=bound,
         threshold=threshold,
         threshold_safe=threshold_safe,

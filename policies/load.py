@@ -89,6 +89,13 @@ def dump_policy(policy: Policy) -> str:
     return text
 
 
+def find_line(text: str, path: Path) -> int:
+    """The line of a path in a policy text, or of the nearest part of it that is there."""
+    reader = _Reader("<policy>")
+    reader.read(text)
+    return reader.line(path)
+
+
 def policy_json_schema() -> dict[str, Any]:
     """The JSON Schema of a policy file, for editors."""
     return Policy.model_json_schema(by_alias=True)

@@ -10,9 +10,10 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sentei.policies.evidence import BetaBinomial, Betting, Detector, Evidence, Split
+from sentei.policies.evidence import BetaBinomial, Betting, Detector, Evidence, Interval, Split
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)  # 1 had no interval
 ALL_SLICES = "*"
 
 
@@ -42,6 +43,7 @@ class Cell:
     harm: Evidence
     safe: Evidence | None = None
     watch: Detector | None = None
+    interval: Interval | None = None  # for reports; no decision reads it
     missing: int = 0  # chosen for audit, never scored, or scored with a value that is no number
     candidate_units: int = 0  # of comparisons of two arms: units of the sparse arm
     control_units: int = 0  # and of the dense arm
@@ -118,7 +120,10 @@ class RolloutState:
         return next((cell for cell in self.cells if cell.key == key), None)
 
 
-_EVIDENCE: dict[str, Any] = {kind.__name__: kind for kind in (Betting, BetaBinomial, Split, Detector)}
+_EVIDENCE: dict[str, Any] = {
+    kind.__name__: kind for kind in (Betting, BetaBinomial, Split, Detector, Interval)
+}
+_PARTS = ("harm", "safe", "watch", "interval")
 
 
 def state_to_json(state: RolloutState) -> bytes:
@@ -132,7 +137,7 @@ def state_from_json(data: bytes | str) -> RolloutState:
     """The state behind those bytes; PolicyStateError if they are not one of ours."""
     try:
         document = json.loads(data)
-        if document.pop("schema") != SCHEMA:
+        if document.pop("schema") not in READABLE:
             raise PolicyStateError(f"a rollout state of schema {SCHEMA} is wanted")
         document["slices"] = tuple(SliceState(**item) for item in document["slices"])
         document["drift"] = tuple(DriftTrack(**item) for item in document["drift"])
@@ -146,15 +151,15 @@ def state_from_json(data: bytes | str) -> RolloutState:
 
 def _pack_cell(cell: Cell) -> dict[str, Any]:
     packed = asdict(cell)
-    for name in ("harm", "safe", "watch"):
+    for name in _PARTS:
         evidence = getattr(cell, name)
         packed[name] = None if evidence is None else {"kind": type(evidence).__name__} | asdict(evidence)
     return packed
 
 
 def _unpack_cell(packed: dict[str, Any]) -> Cell:
-    for name in ("harm", "safe", "watch"):
-        if packed[name] is not None:
+    for name in _PARTS:
+        if packed.get(name) is not None:
             fields: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value for key, value in packed[name].items()
             }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sentei.policies.intake import fold_observations, fold_traffic, own_mean
+from sentei.policies.intake import fold_observations, fold_traffic, own_mean, own_range
 from sentei.policies.judge import GuardrailReport, judge
 from sentei.policies.machine import Event, IllegalEventError, Phase, is_possible, next_phase
 from sentei.policies.signals import Command, DriftSignal, Verdict
@@ -68,6 +68,7 @@ def _judge_all(tick: Tick) -> tuple[GuardrailReport, ...]:
                     share=share,
                     is_stale=is_stale,
                     own_mean=own_mean(policy, gate, cell),
+                    own_range=own_range(policy, gate, cell),
                 )
             )
     return tuple(reports)

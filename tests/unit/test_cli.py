@@ -98,3 +98,48 @@ def test_edit_prints_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == ExitCode.OK
     assert sent == [("newest", "ann")]
     assert json.loads(done.stdout)["changes"] == ["spec.stages[c25].share: 0.25 -> 0.1"]
+
+
+def test_lint_says_how_long_a_policy_takes() -> None:
+    """`policy lint --json` gives durations, what each stage needs, and warnings with their line."""
+    arguments = [
+        "policy",
+        "lint",
+        str(DEMO_POLICY),
+        "--sessions-per-hour",
+        "3600",
+        "--mix",
+        "long=1",
+        "--json",
+    ]
+
+    found = json.loads(CliRunner().invoke(app, arguments).stdout)
+
+    assert found["ok"] is True
+    assert found["duration_best"] == "63s"
+    assert found["duration_worst"] == "unbounded"
+    assert [stage["needs"][0]["audits"] for stage in found["stages"]] == [32, 32, 32, 32]
+    lines = DEMO_POLICY.read_text(encoding="utf-8").splitlines()
+    assert all(str(item["value"]) in lines[item["line"] - 1] for item in found["warnings"])
+
+
+@pytest.mark.parametrize("mix", ["long", "short=1", "long=x"])
+def test_a_mix_that_cannot_be_read_is_bad_input(mix: str) -> None:
+    """`--mix` must name exactly the routed slices, each with a number."""
+    done = CliRunner().invoke(app, ["policy", "lint", str(DEMO_POLICY), "--mix", mix])
+
+    assert isinstance(done.exception, ValueError)
+    assert "long" in str(done.exception)
+
+
+def test_explain_draws_and_tells(tmp_path: Path) -> None:
+    """`policy explain` writes a page with the stages as a picture and every sentence."""
+    page = tmp_path / "demo.html"
+
+    done = CliRunner().invoke(app, ["policy", "explain", str(DEMO_POLICY), "--out", str(page), "--json"])
+
+    found = json.loads(done.stdout)
+    html = page.read_text(encoding="utf-8")
+    assert "<svg" in html
+    assert "c25" in html
+    assert html.count("<li>") >= len(found["sentences"]) > 10

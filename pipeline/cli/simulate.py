@@ -1,0 +1,122 @@
+"""`sentei policy simulate`: what a policy does to thousands of rollouts whose truth is known."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sentei.pipeline.cli.output import ExitCode, Output
+from sentei.pipeline.simulate import Simulation, simulate
+from sentei.policies.load import load_policy
+from sentei.policies.simulation.scenarios import default_scenarios
+from sentei.policies.simulation.study import Traffic
+from sentei.policies.simulation.world import Scenario
+
+EXAMPLES = Path(__file__).parents[2] / "policies" / "examples"
+YARDSTICK = EXAMPLES / "yardstick.yaml"
+
+
+def run_simulate(
+    policy: Annotated[
+        Path | None, typer.Argument(help="A policy file; without one, the shipped yardstick policy.")
+    ] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option(help="Only this scenario; may be given several times.")
+    ] = None,
+    rollouts: Annotated[int, typer.Option(min=1, help="Simulated rollouts per scenario.")] = 2000,
+    sessions: Annotated[
+        int, typer.Option(min=1, help="Sessions per rollout, over all routed slices.")
+    ] = 5000,
+    sessions_per_hour: Annotated[float, typer.Option(min=1, help="Traffic of the routed slices.")] = 600.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same figures.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: all cores.")] = None,
+    approves: Annotated[bool, typer.Option(help="Whether an operator approves as soon as he may.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Simulate a policy: false rollback, false promotion, delay and exposure, beside threshold rules."""
+    output = Output(as_json=as_json)
+    text = (policy or YARDSTICK).read_text(encoding="utf-8")
+    loaded = load_policy(text, str(policy or YARDSTICK))
+    chosen = _chosen(default_scenarios(loaded), scenario)
+    wanted = Simulation(
+        text,
+        chosen,
+        Traffic(sessions_per_hour, sessions),
+        rollouts=rollouts,
+        seed=seed,
+        workers=workers or os.cpu_count() or 1,
+        approves=approves,
+    )
+    with output.progress() as progress:
+        rows = simulate(wanted, progress)
+    alpha = loaded.spec.guardrails.alpha_total
+    output.say(_table(loaded.metadata.name, rows), *_notes(rows), _rules_table(rows))
+    output.say(f"alpha_total {alpha:g}; intervals are exact (Clopper-Pearson), 95 %; seed {seed}")
+    output.emit(rows)
+    if any(row["false_rollback_ci"][0] > alpha for row in rows):
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _chosen(known: tuple[Scenario, ...], names: list[str] | None) -> tuple[Scenario, ...]:
+    if not names:
+        return known
+    by_name = {item.name: item for item in known}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise ValueError(f'no scenario "{unknown[0]}"; there are: {", ".join(by_name)}')
+    return tuple(by_name[name] for name in names)
+
+
+def _table(name: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"policy {name}, {rows[0]['rollouts']} rollouts each", title_justify="left")
+    for column in ("scenario", "false rollback %", "false promotion %"):
+        table.add_column(column, no_wrap=True)
+    for column in ("units", "exposed", "promoted", "s"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        delay = row["units_to_rollback_p50"]  # median; None: most were never caught
+        table.add_row(
+            row["scenario"],
+            _share(row["false_rollback"], row["false_rollback_ci"]),
+            _share(row["false_promotion"], row["false_promotion_ci"]),
+            "" if row["caught"] is None else str(delay or "never"),
+            f"{row['exposure_share']:.1%}",
+            f"{row['promoted']:.1%}",
+            f"{row['seconds']:.1f}",
+        )
+    return table
+
+
+def _notes(rows: list[dict[str, Any]]) -> list[str]:
+    return [f"[bold]{row['scenario']}[/]: {row['about']}" for row in rows]
+
+
+def _rules_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="the same sessions under threshold rules", title_justify="left")
+    for column in ("scenario", "rule", "false rollback %", "false promotion %", "not caught"):
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        own = {
+            "rule": "this policy",
+            "missed": None if row["caught"] is None else 1 - row["caught"],
+            **{name: row[name] for name in row if name.startswith("false_")},
+        }
+        for index, rule in enumerate((own, *row["thresholds"])):
+            table.add_row(
+                row["scenario"] if index == 0 else "",
+                str(rule["rule"]),
+                _share(rule["false_rollback"], rule["false_rollback_ci"]),
+                _share(rule["false_promotion"], rule["false_promotion_ci"]),
+                "" if rule["missed"] is None else f"{rule['missed']:.1%}",
+                end_section=index == len(row["thresholds"]),
+            )
+    return table
+
+
+def _share(value: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{100 * value:.1f} [dim]({100 * low:.1f} to {100 * high:.1f})[/]"

@@ -1,0 +1,71 @@
+"""F14: the watch that a long good past does not blind."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sentei.policies.evidence.base import BETTING_CUT, Bools, Floats, log_mean_exp, log_mean_exp_paths
+
+DETECTOR_BETS = (1.0, 2.0, 4.0, 8.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Detector:
+    """F14: e-CUSUM, the watch that a long good past does not blind.
+
+    M <- max(M, 1) * (1 + l * (x - bound)), averaged over the bets l in DETECTOR_BETS cut at `cut` / bound.
+    Source: Shin, Ramdas, Rinaldo (arXiv 2203.03532). Guarantee: while the conditional mean is at most
+    `bound`, the average number of units before M >= A is at least A. Table 5.1: after 2000 good units it
+    saw a doubled bound after 39 units, where a plain e-process saw nothing in 3000.
+    """
+
+    bound: float
+    cut: float = BETTING_CUT
+    logs: tuple[float, ...] = (0.0,) * len(DETECTOR_BETS)
+    units: int = 0
+    log_e: float = 0.0
+    log_e_max: float = 0.0
+
+    def update(self, value: float) -> Detector:
+        """Watch one more unit."""
+        logs = tuple(
+            max(log, 0.0) + math.log1p(min(bet, self.cut / self.bound) * (value - self.bound))
+            for log, bet in zip(self.logs, DETECTOR_BETS, strict=True)
+        )
+        log_e = log_mean_exp(logs)
+        return replace(
+            self, logs=logs, units=self.units + 1, log_e=log_e, log_e_max=max(self.log_e_max, log_e)
+        )
+
+
+def detector_bets(bound: float, cut: float) -> Floats:
+    """The bets of one bound."""
+    return np.asarray(np.minimum(np.array(DETECTOR_BETS), cut / bound))
+
+
+def detector_steps(values: Floats, is_unit: Bools, *, bound: float, bets: Floats) -> Floats:
+    """F14 over a block: what each unit adds to log M of each bet, [bets, ..., units]."""
+    shaped = bets.reshape(-1, *(1,) * values.ndim)
+    return np.asarray(np.where(is_unit, np.log1p(shaped * (values - bound)), 0.0))
+
+
+def detector_walk(logs: Floats, steps: Floats) -> Floats:
+    """F14 over a block: log M of each bet after each unit, [bets, ..., units], going on from `logs`.
+
+    max(M, 1) * z, unit after unit, is the running sum of log z plus the largest drop before it.
+    """
+    sums = np.cumsum(steps, axis=-1)
+    drops = np.concatenate([np.maximum(logs, 0.0)[..., None], -sums[..., :-1]], axis=-1)
+    return np.asarray(sums + np.maximum.accumulate(drops, axis=-1))
+
+
+def detector_paths(values: Floats, *, bound: float, cut: float = BETTING_CUT) -> Floats:
+    """F14 over many streams at once: log_e [streams, units] for values [streams, units]."""
+    bets = detector_bets(bound, cut)
+    is_unit = np.ones(values.shape, dtype=np.bool_)
+    steps = detector_steps(values, is_unit, bound=bound, bets=bets)
+    paths = detector_walk(np.zeros((len(bets), *values.shape[:-1])), steps)
+    return log_mean_exp_paths(np.moveaxis(paths, 0, -1))

@@ -132,7 +132,7 @@ def train_scorer(
     if not scorer.shape.is_residual:
         _start_low_rank(scorer, train)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=options.learning_rate, weight_decay=0.01)
-    num_steps = options.max_epochs * len(train)
+    num_steps = max(1, options.max_epochs * len(train))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
     )

@@ -84,6 +84,31 @@ def run_evaluate(
     output.emit(document)
 
 
+def run_study(
+    model: Model = "pocket",
+    corpus: CorpusName = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens per window.", min=256)] = None,
+    windows: Windows = None,
+    as_json: Json = False,
+) -> None:
+    """Compare scorer forms on held-out text: what each must keep so as not to miss what matters."""
+    from sentei.pipeline.study import StudyOptions, study
+
+    output = Output(as_json=as_json)
+    options = _changed(StudyOptions(), window_tokens=tokens, num_windows=windows)
+    bench = open_bench(model, corpus, output)
+    with output.progress() as progress:
+        rows = study(bench.loaded, bench.corpus, options, progress)
+    missed = [f"{share:g}" for share in options.missed_needles]
+    columns = [f"kept / dropped, {float(share):.1%} of needles missed" for share in missed]
+    table = Table("layer", "form", "dims per token", "KL", *columns)
+    for row in rows:
+        found = [f"{row.density[share]:.2f} / {row.dropped_mass[share]:.2f}" for share in missed]
+        table.add_row(str(row.layer), row.form, f"{row.dims_per_token:g}", f"{row.kl:.3f}", *found)
+    output.say(table)
+    output.emit({"model": model, "rows": [row.to_dict() for row in rows]})
+
+
 def run_register(
     model: Model = "pocket",
     alias: Annotated[str, typer.Option(help="Alias of the new version.")] = "candidate",

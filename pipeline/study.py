@@ -1,9 +1,9 @@
 """Study: scorer forms beside each other on one model's held-out text, before one is chosen.
 
-Every form is judged by what calibration will ask of it: how many of its blocks a head must keep so that no more
-than a given share of needles is missed (a needle holds over 30% of some row's attention), what mass that drops,
-and the KL to each row's true block mass. `exact` scores every token by its true attention logit: no scorer of
-blocks can do better, so it is the floor.
+Every form is judged by what calibration will ask of it: how many of its blocks a head must keep so that no
+more than a given share of needles is missed (a needle holds over 30% of some row's attention), what mass that
+drops, and the KL to each row's true block mass. `exact` scores every token by its true attention logit: no
+scorer of blocks can do better, so it is the floor.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

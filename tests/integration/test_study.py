@@ -36,7 +36,7 @@ def test_exact_scores_are_the_floor(rows: dict[tuple[int, str], StudyRow]) -> No
 
 
 def test_single_tokens_in_32_dimensions_beat_means_of_four(rows: dict[tuple[int, str], StudyRow]) -> None:
-    """At the same cost a token, the low-rank form is nearer to the truth in the layer that recalls by tokens."""
+    """At the same cost a token, the low-rank form is nearer to the truth where tokens are recalled."""
     low, mean = rows[1, "low rank 32, trained"], rows[1, "residual, means of 4"]
 
     assert low.dims_per_token == mean.dims_per_token == 32

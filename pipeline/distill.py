@@ -43,6 +43,10 @@ class DistillOptions:
     seed: int = 0
 
 
+# Single tokens, and a step small enough not to leave the good start (docs/adr/0010).
+LOW_RANK = DistillOptions(form="low_rank", rank=64, pool_tokens=1, learning_rate=5e-4)
+
+
 def distill(
     loaded: LoadedModel,
     corpus: Corpus,

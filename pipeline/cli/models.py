@@ -24,14 +24,22 @@ def run_distill(
     corpus: CorpusName = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens per training window.", min=256)] = None,
     windows: Windows = None,
+    form: Annotated[
+        str | None, typer.Option(help="low_rank (single tokens) or residual (means of tokens).")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Learned dimensions.", min=1)] = None,
+    pool: Annotated[int | None, typer.Option(help="Tokens per pooled key.", min=1)] = None,
     as_json: Json = False,
 ) -> None:
     """Teach the scorer which key blocks hold each row's attention mass."""
-    from sentei.pipeline.distill import DistillOptions
+    from sentei.pipeline.distill import LOW_RANK, DistillOptions
     from sentei.pipeline.steps import distill_step
 
     output = Output(as_json=as_json)
-    options = _changed(DistillOptions(), window_tokens=tokens, num_windows=windows)
+    start = LOW_RANK if form == "low_rank" else DistillOptions()
+    options = _changed(
+        start, window_tokens=tokens, num_windows=windows, form=form, rank=rank, pool_tokens=pool
+    )
     bench = open_bench(model, corpus, output)
     with output.progress() as progress:
         adapter = distill_step(bench, options, progress)

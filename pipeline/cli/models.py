@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.table import Table
@@ -32,10 +32,13 @@ def run_distill(
     as_json: Json = False,
 ) -> None:
     """Teach the scorer which key blocks hold each row's attention mass."""
+    from sentei.kernels.scorer.network import Form
     from sentei.pipeline.distill import LOW_RANK, DistillOptions
     from sentei.pipeline.steps import distill_step
 
     output = Output(as_json=as_json)
+    if form not in (None, *get_args(Form)):
+        raise typer.BadParameter(f"{form!r}; choose from {', '.join(get_args(Form))}", param_hint="--form")
     start = LOW_RANK if form == "low_rank" else DistillOptions()
     options = _changed(
         start, window_tokens=tokens, num_windows=windows, form=form, rank=rank, pool_tokens=pool

@@ -143,3 +143,11 @@ def test_explain_draws_and_tells(tmp_path: Path) -> None:
     assert "<svg" in html
     assert "c25" in html
     assert html.count("<li>") >= len(found["sentences"]) > 10
+
+
+def test_an_unknown_scorer_form_is_bad_input() -> None:
+    """`distill --form` names the forms that exist, before anything is loaded."""
+    done = CliRunner().invoke(app, ["distill", "--form", "cubic"])
+
+    assert done.exit_code == ExitCode.BAD_INPUT
+    assert "choose from residual, low_rank" in done.output

@@ -59,7 +59,7 @@ LARGE_SIZE = DemoSize(
         blocks_per_window=24,
         verify=VerifyOptions(window_tokens=8192, num_windows=1),
     ),
-    evaluate=EvaluateOptions(window_tokens=8192, num_windows=2, num_tasks=1, timed_runs=2),
+    evaluate=EvaluateOptions(window_tokens=8192, num_windows=1, num_tasks=1, timed_runs=1),
     mix=MixOptions(prompt_tokens=(1280, 1536, 2048), answer_tokens=8, text_tokens=8),
     clients=1,
     think_s=2.0,

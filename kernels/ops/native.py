@@ -65,6 +65,7 @@ def attend_native(
 def _run(
     program: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
+    mask = mask.within(window)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     counts, indices = mask.counts.contiguous(), mask.indices.contiguous()
     batch, q_heads, q_len, dim = q.shape

@@ -41,7 +41,7 @@ POCKET_SIZE = DemoSize(
 
 # Models of some hundred million parameters: a forward pass over 8k tokens takes half a minute on two cores.
 LARGE_SIZE = DemoSize(
-    # Means of 16 tokens: on these heads of 256 low rank 64 had the lower KL but cost more NLL (docs/adr/0010).
+    # Means of 16 tokens: on these heads of 256 low rank 64 has less KL but more NLL (docs/adr/0010).
     distill=DistillOptions(
         window_tokens=4096, num_windows=15, num_held_out=3, blocks_per_window=10, max_epochs=6
     ),

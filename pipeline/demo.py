@@ -150,7 +150,7 @@ def demo_policy(name: str, size: DemoSize) -> str:
         *parents, last = path.split(".")
         place = document
         for key in parents:
-            place = place[key]
+            place = place[int(key) if isinstance(place, list) else key]
         place[last] = value
     return yaml.safe_dump(document, sort_keys=False)
 

@@ -8,7 +8,7 @@ import torch
 
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.scorer.features import RotaryTable
-from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
 from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import (
     Thresholds,
@@ -74,8 +74,11 @@ def make_scorer(
     shape: Shape, q: torch.Tensor, k: torch.Tensor, density: float, pool_tokens: int
 ) -> TimedScorer:
     """Return a scorer with random weights and the one threshold that gives this density on q and k."""
-    sizes = ScorerShape(shape.heads, shape.kv_heads, shape.head_dim, RANK, pool_tokens, shape.block)
+    form: Form = "low_rank" if pool_tokens == 1 else "residual"  # single tokens are too many for all of D
+    sizes = ScorerShape(shape.heads, shape.kv_heads, shape.head_dim, RANK, pool_tokens, shape.block, form)
     scorer = BlockScorer(sizes, shape.head_dim**-0.5)
+    if not sizes.is_residual:
+        scorer.start_from(q[0], k[0])
     angles = torch.arange(shape.tokens)[:, None] * 1e-4 ** torch.linspace(0, 1, shape.head_dim)
     table = RotaryTable(angles.cos(), angles.sin())
     shares, starts = _score(scorer, table, q, k)

@@ -19,7 +19,7 @@ from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.block_mass import block_mass
 from sentei.kernels.ops.registry import Request, pick_backend
 
-BASELINES = ("sdpa", "flex")
+BASELINES = ("sdpa", "flex", "native")  # each computes every causal block
 CHECK_TOKENS = 512
 MAX_ERROR = 1e-4  # fp32 against the fp32 reference; a rounding of sums is near 1e-6
 Works = Mapping[str, Callable[[], object]]

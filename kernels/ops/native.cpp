@@ -479,12 +479,12 @@ struct Scores {
   int64_t H, Hkv, n, rows, num_rows;     // query blocks, rows in each, rows in all (the last block may be ragged)
   int64_t D, rank, is_residual, pools, blocks, block;  // pools per block, full key blocks that may be chosen
   int64_t q_h, q_t, k_h, k_t, T, first;  // raw queries and keys; position of the first row
-  int64_t out_blocks, num_bias;
+  int64_t out_blocks, num_bias, pooled_h;  // pooled_h: from one KV head's features to the next
 };
 
 // Largest estimated log share, over a query block's rows, of every block that they may choose: out [H, n, out_blocks].
 // A row's features are [gain * q, norm(unrotated q) * map], or [q, unrotated q] * map without the residual; a pool's
-// are in `pooled` [Hkv, blocks * pools, features]. Sink and diagonal are measured exactly. Tables start at position 0;
+// are in `pooled` [Hkv, blocks * pools, features], strided by head. Sink and diagonal are measured exactly. Tables start at position 0;
 // `maps` is [H, D or 2 D, rank].
 void sentei_scores(const Scores* sp, const float* q, const float* k, const float* pooled, const float* cos,
                    const float* sin, const float* maps, const float* gains, const float* bias, float scale,
@@ -499,7 +499,7 @@ void sentei_scores(const Scores* sp, const float* q, const float* k, const float
     std::vector<float> s(p.pools * MR * NR), logits(p.rows * columns), near(wide * p.D), exact(p.rows * wide),
         qs(p.rows * p.D), plain(p.rows * W), encoded(p.rows * lde), forced(p.rows);
     for (int64_t h_kv = 0; h_kv < p.Hkv; ++h_kv) {
-      const float* keys = pooled + h_kv * p.blocks * p.pools * E;
+      const float* keys = pooled + h_kv * p.pooled_h;
       const float* raw = k + h_kv * p.k_h;
 #pragma omp for schedule(static)
       for (int64_t c = 0; c < columns; c += NR)  // [column panel][pool][E][NR]: lanes are blocks
@@ -597,8 +597,8 @@ void sentei_select(const float* shares, const float* thresholds, int32_t* counts
     const int64_t first = start + at % n * block_q, last = std::min(first + block_q, end) - 1;
     int32_t* list = indices + at * blocks;
     int32_t num = 0;
-    for (int64_t j = 0; j < blocks; ++j) {
-      const bool is_forced = j == 0 || (j >= first / block_k && j <= last / block_k);
+    for (int64_t j = 0; j < std::min(blocks, last / block_k + 1); ++j) {  // what lies ahead is never kept
+      const bool is_forced = j == 0 || j >= first / block_k;
       if (is_forced || shares[at * blocks + j] > thresholds[at]) list[num++] = int32_t(j);
     }
     counts[at] = num;

@@ -37,7 +37,7 @@ class _Scores(ctypes.Structure):
 
     _fields_ = _fields(
         "H Hkv n rows num_rows D rank is_residual pools blocks block q_h q_t k_h k_t T first "
-        "out_blocks num_bias"
+        "out_blocks num_bias pooled_h"
     )
 
 
@@ -126,14 +126,15 @@ def best_shares_native(q: Tensor, k: Tensor, pooled: Tensor, weights: ScorerWeig
     q, k = (t.float() if t.stride(-1) == 1 else t.float().contiguous() for t in (q, k))
     pools = weights.block // weights.pool_tokens
     blocks = pooled.shape[1] // pools
-    pooled = pooled[:, : blocks * pools].float().contiguous()
+    if pooled.dtype != torch.float32 or pooled.stride()[1:] != (pooled.shape[2], 1):
+        pooled = pooled.float().contiguous()
     rows = min(weights.block, q.shape[1])
     is_residual = weights.maps.shape[1] == q.shape[2]
     shape = _Scores(
         q.shape[0], k.shape[0], out.shape[1], rows, q.shape[1], q.shape[2], weights.maps.shape[2],
         is_residual, pools, blocks, weights.block, *q.stride()[:2], *k.stride()[:2], k.shape[1],
         k.shape[1] - q.shape[1],
-        out.shape[2], weights.bias.shape[1],
+        out.shape[2], weights.bias.shape[1], pooled.stride(0),
     )  # fmt: skip
     tables = (weights.cos, weights.sin, weights.maps, weights.gains, weights.bias)
     load_native().sentei_scores(

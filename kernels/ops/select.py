@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sentei.kernels.ops.block_mask import BlockMask, causal_limits, num_blocks
 from sentei.kernels.ops.errors import BackendError, ShapeError
-from sentei.kernels.ops.registry import why_no_triton
+from sentei.kernels.ops.registry import is_native_usable, why_no_triton
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,8 @@ def select_lists(
     """Select by rule from log shares [B, H, Q, Kb]; NaN counts as -inf, what lies ahead is never kept.
 
     `width` bounds a list: beyond it the lowest scores go. Triton (auto on a GPU) makes lists of that width,
-    or of all key blocks, without a host sync; torch cuts them to the longest list, which is one.
+    or of all key blocks, without a host sync; the others cut them to the longest list, which is one. The
+    native program (auto on a CPU) knows the threshold rule only.
     """
     expected = (num_blocks(grid.q_len, grid.block_q), num_blocks(grid.kv_len, grid.block_k))
     least = num_blocks(grid.block_q, grid.block_k) + 2
@@ -75,10 +76,33 @@ def select_lists(
         from sentei.kernels.ops.triton_select import select_triton
 
         counts, indices = select_triton(scores, rule, grid, min(width or expected[1], expected[1]))
+    elif (
+        backend == "auto"
+        and isinstance(rule, Threshold)
+        and width is None
+        and is_native_usable(scores.device.type, grid.block_k)
+    ):
+        counts, indices = _list_natively(scores, rule, grid)
     else:
         counts, indices = _compact(_keep(scores, rule, grid, width))
     sizes = (grid.q_len, grid.kv_len, grid.block_q, grid.block_k, grid.q_offset)
     return BlockMask(counts, indices, *sizes)
+
+
+def _list_natively(scores: Tensor, rule: Threshold, grid: Grid) -> tuple[Tensor, Tensor]:
+    from sentei.kernels.ops.native import select_native
+
+    shape = scores.shape[:3]
+    counts, indices = select_native(
+        scores.flatten(0, 1).float(),
+        rule.log_share.expand(shape).flatten(0, 1),
+        start=grid.q_offset,
+        block_q=grid.block_q,
+        block_k=grid.block_k,
+        q_end=grid.q_offset + grid.q_len,
+    )
+    width = int(counts.max())
+    return counts.view(shape), indices[..., :width].contiguous().view(*shape, width)
 
 
 def _keep(scores: Tensor, rule: Rule, grid: Grid, width: int | None) -> Tensor:

@@ -16,7 +16,8 @@ class PooledCache:
 
     def __init__(self, scorer: BlockScorer) -> None:
         self._scorer = scorer
-        self._keys: torch.Tensor | None = None
+        self._keys: torch.Tensor | None = None  # a view of the first pools of `_room`
+        self._room: torch.Tensor | None = None
         self._tokens = 0
         self._last_key: torch.Tensor | None = None
         self.num_rebuilds = 0
@@ -37,7 +38,7 @@ class PooledCache:
         done = 0 if self._keys is None else self._keys.shape[2]
         if self._keys is None or kv_len // size > done:
             fresh = self._encode(k[:, :, done * size : (kv_len // size) * size], done * size, table)
-            self._keys = fresh if self._keys is None else torch.cat([self._keys, fresh], dim=2)
+            self._keys = self._append(fresh, done)
         self._tokens = kv_len
         self._last_key = k[:, :, kv_len - 1].detach().clone()
         return self._keys
@@ -52,13 +53,13 @@ class PooledCache:
     def reorder(self, rows: torch.Tensor) -> None:
         """Take batch rows in another order, as beam search does."""
         if self._keys is not None:
-            self._keys = self._keys.index_select(0, rows)
+            self._keys = self._room = self._keys.index_select(0, rows)
         if self._last_key is not None:
             self._last_key = self._last_key.index_select(0, rows)
 
     def reset(self) -> None:
         """Forget everything."""
-        self._keys = None
+        self._keys = self._room = None
         self._tokens = 0
         self._last_key = None
 
@@ -66,6 +67,19 @@ class PooledCache:
         if self._keys is None or past != self._tokens or self._keys.shape[0] != k.shape[0]:
             return self._keys is None and past == 0
         return self._last_key is None or torch.equal(self._last_key, k[:, :, past - 1])
+
+    def _append(self, fresh: torch.Tensor, done: int) -> torch.Tensor:
+        """Put new pools behind the first `done`; room doubles, so that a decode step copies only its own."""
+        if self._room is None or self._keys is None:
+            self._room = fresh
+            return fresh
+        total = done + fresh.shape[2]
+        if total > self._room.shape[2]:
+            room = fresh.new_empty(*fresh.shape[:2], 2 * total, fresh.shape[3])
+            room[:, :, :done] = self._keys
+            self._room = room
+        self._room[:, :, done:total] = fresh
+        return self._room[:, :, :total]
 
     def _encode(self, k: torch.Tensor, first: int, table: RotaryTable) -> torch.Tensor:
         pooled, plain = pool_keys(k, first, table, self._scorer.shape)

@@ -211,29 +211,8 @@ def select_blocks(
     if fault is not None:
         shares = fault.shift(shares, starts)
     cut = per_head_thresholds(thresholds, starts, shares.shape[1])[..., 0]
-    if is_native_usable(shares.device.type, block_k):
-        counts, indices = _list_native(shares, cut, q_offset, block_q, block_k, q_offset + q_len)
-        return BlockMask(counts, indices, q_len, kv_len, block_q, block_k, q_offset)
     grid = Grid(q_len=q_len, kv_len=kv_len, block_q=block_q, block_k=block_k, q_offset=q_offset)
     return select_lists(shares, Threshold(cut), grid)
-
-
-def _list_native(
-    shares: torch.Tensor, cut: torch.Tensor, start: int, block_q: int, block_k: int, q_end: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from sentei.kernels.ops.native import select_native
-
-    B, H, n, _ = shares.shape
-    counts, indices = select_native(
-        shares.flatten(0, 1).float(),
-        cut.expand(B, H, n).flatten(0, 1),
-        start=start,
-        block_q=block_q,
-        block_k=block_k,
-        q_end=q_end,
-    )
-    width = int(counts.max())
-    return counts.view(B, H, n), indices[..., :width].contiguous().view(B, H, n, width)
 
 
 def per_head_thresholds(thresholds: Thresholds, starts: torch.Tensor, query_heads: int) -> torch.Tensor:

@@ -35,11 +35,13 @@ def kernels(
     kv_heads: Annotated[int, typer.Option(help="KV heads.", min=1)] = 1,
     batch: Annotated[int, typer.Option(help="Sequences of a decode step.", min=1)] = 8,
     backend: Annotated[str, typer.Option(help="auto, native, flex, gather or reference.")] = "auto",
-    pool_tokens: Annotated[int, typer.Option(help="Tokens per pooled key of the scorer.")] = 64,
+    pool_tokens: Annotated[
+        int, typer.Option(help="Tokens per pooled key of the scorer; 1 takes the low-rank form.")
+    ] = 64,
     runs: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Time block-sparse attention in fp32 against SDPA and compiled dense FlexAttention, in one run."""
+    """Time block-sparse attention in fp32 against SDPA, compiled dense Flex and our own dense, in one run."""
     from sentei.kernels.bench.cases import Shape
     from sentei.kernels.bench.ledger import append_rows
     from sentei.kernels.bench.machine import measure_machine

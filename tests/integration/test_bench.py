@@ -42,13 +42,13 @@ def test_the_timed_scorer_meets_the_density() -> None:
 
 
 def test_rows_name_each_dense_alternative() -> None:
-    """Alone, with the scorer, and the scorer by itself: each beside SDPA and compiled FlexAttention."""
+    """Alone, with the scorer, and the scorer by itself: each beside SDPA, compiled Flex and our own dense."""
     rows = run_op("prefill", SHAPE, (0.4,), MACHINE, ONCE)
 
     assert [(row.op, row.with_scorer, row.baseline) for row in rows] == [
         (op, with_scorer, baseline)
         for op, with_scorer in (("prefill", False), ("prefill", True), ("score", True))
-        for baseline in ("sdpa", "flex")
+        for baseline in ("sdpa", "flex", "native")
     ]
     assert all(row.speedup == pytest.approx(row.baseline_ms / row.median_ms) for row in rows)
     assert {row.backend for row in rows} == {"native"}
@@ -63,6 +63,7 @@ def test_decode_and_block_mass_have_rows() -> None:
         ("decode", "sdpa"),
         ("block_mass", "sdpa"),
         ("block_mass", "flex"),
+        ("block_mass", "native"),
     ]
 
 

@@ -281,6 +281,21 @@ def test_shapes_that_do_not_divide_are_refused(change: dict[str, int], name: str
         ScorerShape(**sizes)
 
 
+def test_a_decode_step_copies_only_its_own_pools() -> None:
+    """Pools of one token grow in place most of the time, and hold what a cache made at once holds."""
+    scorer = BlockScorer(ScorerShape(4, 2, 8, 4, 1, 16, "low_rank"), SCALE)
+    train_a_little(scorer)
+    _, k, table = make_inputs(80)
+    cache = PooledCache(scorer)
+    cache.update(k[:, :, :40], 40, table)
+
+    places = {cache.update(k[:, :, :end], 1, table).data_ptr() for end in range(41, 81)}
+    grown = cache.update(k[:, :, :80], 0, table)
+
+    assert len(places) == 1
+    torch.testing.assert_close(grown, PooledCache(scorer).update(k, 80, table))
+
+
 def test_an_unknown_form_is_refused() -> None:
     """A manifest from elsewhere cannot name a form that nobody computes."""
     with pytest.raises(ScorerError, match="form is 'cubic'; it must be one of residual, low_rank"):

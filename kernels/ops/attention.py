@@ -130,8 +130,8 @@ def dense_attend(
 
     `backend` is auto, sdpa, or one that `attend` knows. Row i sits at position `q_offset + i`. Auto takes
     SDPA for a few rows and the native program for a prompt (16384 tokens, 4:1 heads, 2 AVX2 cores: 1.07
-    times faster than SDPA at head 64, 1.11 at 256). Without it SDPA takes a whole causal prompt, FlexAttention
-    a window or a chunk with a past, where SDPA would compute what it then masks.
+    times faster than SDPA at head 64, 1.11 at 256). Without it SDPA takes a whole causal prompt, Flex a
+    window or a chunk with a past, where SDPA would compute what it then masks.
     """
     mask = _causal_mask(q.shape[2], k.shape[2], q_offset, q.device)
     check_shapes(q, k, v, mask, window)

@@ -2,14 +2,19 @@
 //
 // One scheme throughout: keys are packed once into panels of NR keys, [panel][dim][NR], so that a tile of MR rows
 // times NR keys stays in registers while `dim` runs; values are packed into column panels, [column][key][NR].
-// All arithmetic is fp32. Vectors are the compiler's own type, so the same text serves AVX2, AVX-512 and NEON.
+// Sums are fp32. Factors are fp32 too, but in prefill over bf16 tensors on processors that multiply pairs of bf16
+// (AVX512-BF16). Vectors are the compiler's own type, so the same text serves AVX2, AVX-512 and NEON.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -95,22 +100,26 @@ inline void narrow(float x, uint16_t* y) {
   *y = std::isnan(x) ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// c[M, NR] = or += a[M, n] * b[n, NR]
-template <int M, bool ADD>
-inline void tile(int n, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
-  vec left[M], right[M];
-#pragma GCC unroll 16
-  for (int r = 0; r < M; ++r) {
-    left[r] = ADD ? load(c + r * ldc) : vec{};
-    right[r] = ADD ? load(c + r * ldc + VL) : vec{};
-  }
+// How factors lie in panels: a cell holds one number, or two neighbours along the axis that is summed over.
+struct Full {
+  typedef float Cell;
+  static constexpr int PER = 1, MR = ::MR;
+  static vec load_cells(const Cell* x) { return load(x); }
+  static vec repeat(Cell x) { return splat(x); }
+  static void add_product(vec& sum, vec a, vec b) { sum += a * b; }
+};
+
+// c[M, NR] = a[M, n] * b[n, NR], n in cells
+template <class P, int M>
+inline void tile(int n, const typename P::Cell* a, int64_t lda, const typename P::Cell* b, float* c, int64_t ldc) {
+  vec left[M] = {}, right[M] = {};
   for (int i = 0; i < n; ++i) {
-    const vec b0 = load(b + i * NR), b1 = load(b + i * NR + VL);
+    const auto b0 = P::load_cells(b + i * NR), b1 = P::load_cells(b + i * NR + VL);
 #pragma GCC unroll 16
     for (int r = 0; r < M; ++r) {
-      const vec x = splat(a[r * lda + i]);
-      left[r] += x * b0;
-      right[r] += x * b1;
+      const auto x = P::repeat(a[r * lda + i]);
+      P::add_product(left[r], x, b0);
+      P::add_product(right[r], x, b1);
     }
   }
 #pragma GCC unroll 16
@@ -120,21 +129,56 @@ inline void tile(int n, const float* a, int64_t lda, const float* b, float* c, i
   }
 }
 
-template <bool ADD, int M>
-inline void rest(int m, int n, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
-  if constexpr (M > 0) {
-    if (m == M)
-      tile<M, ADD>(n, a, lda, b, c, ldc);
-    else
-      rest<ADD, M - 1>(m, n, a, lda, b, c, ldc);
+// c[M, NR] = c * fade[M] + a[M, num * n] * b, where b is `num` runs of [n, NR] that start at base + step * list[.]
+template <class P, int M>
+inline void add_tiles(int num, const int32_t* list, int64_t step, int n, const typename P::Cell* a, int64_t lda,
+                      const typename P::Cell* base, const float* fade, float* c, int64_t ldc) {
+  vec left[M], right[M];
+#pragma GCC unroll 16
+  for (int r = 0; r < M; ++r) {
+    left[r] = load(c + r * ldc) * fade[r];
+    right[r] = load(c + r * ldc + VL) * fade[r];
+  }
+  for (int k = 0; k < num; ++k) {
+    const typename P::Cell* b = base + step * list[k];
+    for (int i = 0; i < n; ++i) {
+      const auto b0 = P::load_cells(b + i * NR), b1 = P::load_cells(b + i * NR + VL);
+#pragma GCC unroll 16
+      for (int r = 0; r < M; ++r) {
+        const auto x = P::repeat(a[r * lda + k * n + i]);
+        P::add_product(left[r], x, b0);
+        P::add_product(right[r], x, b1);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < M; ++r) {
+    store(c + r * ldc, left[r]);
+    store(c + r * ldc + VL, right[r]);
   }
 }
 
-template <bool ADD>
-inline void rows_by_panel(int rows, int n, const float* a, int64_t lda, const float* b, float* c, int64_t ldc) {
+// Calls f(first row, how many rows as a constant) for runs of MR rows and for the rest.
+template <int M, class F>
+inline void rest_of_rows(int m, int first, F f) {
+  if constexpr (M > 0) {
+    if (m == M)
+      f(first, std::integral_constant<int, M>{});
+    else
+      rest_of_rows<M - 1>(m, first, f);
+  }
+}
+template <int M, class F>
+inline void by_rows(int rows, F f) {
   int r = 0;
-  for (; r + MR <= rows; r += MR) tile<MR, ADD>(n, a + r * lda, lda, b, c + r * ldc, ldc);
-  rest<ADD, MR - 1>(rows - r, n, a + r * lda, lda, b, c + r * ldc, ldc);
+  for (; r + M <= rows; r += M) f(r, std::integral_constant<int, M>{});
+  rest_of_rows<M - 1>(rows - r, r, f);
+}
+
+template <class P = Full>
+inline void rows_by_panel(int rows, int n, const typename P::Cell* a, int64_t lda, const typename P::Cell* b, float* c,
+                          int64_t ldc) {
+  by_rows<P::MR>(rows, [&](int r, auto m) { tile<P, m>(n, a + r * lda, lda, b, c + r * ldc, ldc); });
 }
 
 inline int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -187,70 +231,165 @@ struct Prefill {
   int64_t mask_b, mask_h, num_q, width, block_q, block_k, q_offset, window;
 };
 
+// How prefill lays out and weighs what it multiplies, in fp32 and in pairs of bf16.
+struct FullPrefill : Full {
+  template <class S>
+  static void pack_query(const S* x, int64_t D, float sign, Cell* cells) {
+    for (int64_t d = 0; d < D; ++d) cells[d] = widen(x[d]) * sign;
+  }
+  template <class S>
+  static void pack_key_panel(const S* x, int64_t stride, int64_t first, int64_t T, int64_t D, Cell* panel) {
+    pack_keys(x, stride, first, T, D, panel);
+  }
+  // NR keys from `first` on, of all columns: column panels lie `apart` cells from each other.
+  template <class S>
+  static void pack_value_rows(const S* x, int64_t stride, int64_t first, int64_t T, int64_t D, Cell* panel,
+                              int64_t apart) {
+    for (int64_t d = 0; d < D; d += NR)
+      for (int64_t j = 0; j < NR; ++j)
+        for (int64_t c = 0; c < NR; ++c)
+          panel[d / NR * apart + j * NR + c] =
+              first + j < T && d + c < D ? widen(x[(first + j) * stride + d + c]) : 0.0f;
+  }
+  static Cell* weights(float* s, std::vector<Cell>&) { return s; }
+  static float weigh(const float* row, int n, float scale, float top, Cell* p) {
+    vec total{};
+    for (int j = 0; j < n; j += VL) {
+      const vec x = exp_of(load(row + j) * scale - top);
+      store(p + j, x);
+      total += x;
+    }
+    return sum(total);
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct PairPrefill {
+  typedef uint32_t Cell;
+  static constexpr int PER = 2, MR = ::MR;
+  static __m512bh load_cells(const Cell* x) { return (__m512bh)_mm512_loadu_si512(x); }
+  static __m512bh repeat(Cell x) { return (__m512bh)_mm512_set1_epi32(int(x)); }
+  static void add_product(vec& sum, __m512bh a, __m512bh b) { sum = (vec)_mm512_dpbf16_ps((__m512)sum, a, b); }
+
+  static Cell pair(uint16_t a, uint16_t b) { return Cell(a) | Cell(b) << 16; }
+  static void pack_query(const uint16_t* x, int64_t D, float sign, Cell* cells) {
+    const Cell flip = sign < 0.0f ? 0x80008000u : 0u;
+    for (int64_t d = 0; d < D; d += 2) cells[d / 2] = pair(x[d], d + 1 < D ? x[d + 1] : 0) ^ flip;
+  }
+  static void pack_key_panel(const uint16_t* x, int64_t stride, int64_t first, int64_t T, int64_t D, Cell* panel) {
+    const int64_t cells = (D + 1) / 2, live = T - first < 0 ? 0 : (T - first > NR ? NR : T - first);
+    if (live < NR) std::memset(panel, 0, sizeof(Cell) * cells * NR);
+    for (int64_t j = 0; j < live; ++j) {
+      const uint16_t* row = x + (first + j) * stride;
+      for (int64_t i = 0; i < D / 2; ++i) std::memcpy(&panel[i * NR + j], row + 2 * i, sizeof(Cell));
+      if (D % 2) panel[D / 2 * NR + j] = row[D - 1];
+    }
+  }
+  static void pack_value_rows(const uint16_t* x, int64_t stride, int64_t first, int64_t T, int64_t D, Cell* panel,
+                              int64_t apart) {
+    for (int64_t d = 0; d < D; d += NR)
+      for (int64_t j = 0; j < NR; j += 2) {
+        const uint16_t *a = x + (first + j) * stride + d, *b = a + stride;
+        const int64_t rows = T - first - j, columns = D - d < NR ? D - d : NR;
+        Cell* to = panel + d / NR * apart + j / 2 * NR;
+        for (int64_t c = 0; c < NR; ++c)
+          to[c] = pair(rows > 0 && c < columns ? a[c] : 0, rows > 1 && c < columns ? b[c] : 0);
+      }
+  }
+  static Cell* weights(float*, std::vector<Cell>& p) { return p.data(); }
+  // 2^n times a polynomial of degree 4: relative error below 4e-6, far below what bf16 can hold.
+  static float weigh(const float* row, int n, float scale, float top, Cell* p) {
+    const float log2e = 1.44269504f;
+    vec total{};
+    for (int j = 0; j < n; j += VL) {
+      const vec t = load(row + j) * (scale * log2e) - top * log2e;
+      const __m512 x = _mm512_max_ps(_mm512_set1_ps(-150.0f), (__m512)t);  // NaN stays NaN
+      const __m512 whole = _mm512_roundscale_ps(x, 0);
+      const vec f = (vec)_mm512_sub_ps(x, whole);
+      vec y = splat(9.6181291e-3f);
+      y = y * f + 5.5504109e-2f;
+      y = y * f + 2.4022651e-1f;
+      y = y * f + 6.9314718e-1f;
+      y = y * f + 1.0f;
+      const __m512 power = _mm512_scalef_ps((__m512)y, whole);
+      total += (vec)power;
+      const __m256bh half = _mm512_cvtneps_pbh(power);
+      std::memcpy((uint16_t*)p + j, &half, sizeof half);
+    }
+    return sum(total);
+  }
+};
+#endif
+
+template <class P>
 struct Scratch {
-  std::vector<float> q, s, o, top, total;
+  std::vector<typename P::Cell> q, p;
+  std::vector<float> s, o, top, total, fade;
   Scratch(int64_t rows, int64_t D, int64_t Dv)
-      : q(rows * D), s(rows * CHUNK), o(rows * Dv), top(rows), total(rows) {}
+      : q(rows * up(D, P::PER) / P::PER), p(P::PER > 1 ? rows * CHUNK / P::PER : 0), s(rows * CHUNK), o(rows * Dv),
+        top(rows), total(rows), fade(rows) {}
 };
 
 // One query block of one head: online softmax over its listed blocks, CHUNK keys at a time.
-void attend_block(const Prefill& p, Scratch& w, int rows, int64_t first, const int32_t* list, int num,
-                  const float* keys, const float* values, int64_t Tp, int64_t Dp) {
+template <class P>
+void attend_block(const Prefill& p, Scratch<P>& w, int rows, int64_t first, const int32_t* list, int num,
+                  const typename P::Cell* keys, const typename P::Cell* values, int64_t Tp, int64_t Dp, float scale) {
   std::fill(w.o.begin(), w.o.end(), 0.0f);
   std::fill(w.top.begin(), w.top.end(), -INF);
   std::fill(w.total.begin(), w.total.end(), 0.0f);
   const int bk = int(p.block_k), per_chunk = CHUNK / bk;
+  const int64_t cells = up(p.D, P::PER) / P::PER;
+  typename P::Cell* weights = P::weights(w.s.data(), w.p);
   for (int i = 0; i < num; i += per_chunk) {
     const int here = num - i < per_chunk ? num - i : per_chunk, n = here * bk;
     for (int b = 0; b < here; ++b) {
       const int64_t keys0 = int64_t(list[i + b]) * bk;
       for (int j = 0; j < bk; j += NR)
-        rows_by_panel<false>(rows, int(p.D), w.q.data(), p.D, keys + (keys0 + j) * p.D, w.s.data() + b * bk + j,
-                             CHUNK);
+        rows_by_panel<P>(rows, int(cells), w.q.data(), cells, keys + (keys0 + j) * cells, w.s.data() + b * bk + j,
+                         CHUNK);
       const bool is_crossing = keys0 + bk > first + 1;
       const bool is_old = p.window > 0 && keys0 <= first + rows - 1 - p.window;
       if (is_crossing || is_old) hide(w.s.data() + b * bk, CHUNK, rows, first, keys0, bk, p.window);
     }
     for (int r = 0; r < rows; ++r) {
       float* s = w.s.data() + r * CHUNK;
-      const float top = std::fmax(w.top[r], max_row(s, n));
+      typename P::Cell* row = weights + r * CHUNK / P::PER;
+      const float top = std::fmax(w.top[r], max_row(s, n) * scale);
+      w.fade[r] = 1.0f;
       if (top == -INF) {
         w.total[r] += std::isnan(nothing(s, n)) ? NAN : 0.0f;
-        std::memset(s, 0, sizeof(float) * n);
+        std::memset(row, 0, sizeof(typename P::Cell) * n / P::PER);
         continue;
       }
-      const float fade = std::exp(w.top[r] - top);
-      w.total[r] = w.total[r] * fade + exp_row(s, n, top);
+      w.fade[r] = std::exp(w.top[r] - top);
+      w.total[r] = w.total[r] * w.fade[r] + P::weigh(s, n, scale, top, row);
       w.top[r] = top;
-      if (fade != 1.0f)
-        for (int64_t d = 0; d < Dp; d += VL) store(&w.o[r * Dp + d], load(&w.o[r * Dp + d]) * fade);
     }
-    for (int b = 0; b < here; ++b)
-      for (int64_t d = 0; d < Dp; d += NR)
-        rows_by_panel<true>(rows, bk, w.s.data() + b * bk, CHUNK, values + d * Tp + int64_t(list[i + b]) * bk * NR,
-                            w.o.data() + d, Dp);
+    for (int64_t d = 0; d < Dp; d += NR)
+      by_rows<P::MR>(rows, [&](int r, auto m) {
+        add_tiles<P, m>(here, list + i, p.block_k / P::PER * NR, bk / P::PER, weights + r * CHUNK / P::PER,
+                        CHUNK / P::PER, values + d * (Tp / P::PER), w.fade.data() + r, w.o.data() + r * Dp + d, Dp);
+      });
   }
 }
 
-template <class S>
+template <class P, class S>
 void prefill(const Prefill& p, const S* q, const S* k, const S* v, const int32_t* counts, const int32_t* indices,
              S* out, float* lse, float scale, int threads) {
-  const int64_t Tp = up(p.Tk, p.block_k), Dp = up(p.Dv, NR), group = p.Hq / p.Hkv;
-  std::vector<float> keys(Tp * p.D), values(Tp * Dp);
+  const int64_t Tp = up(p.Tk, p.block_k), Dp = up(p.Dv, NR), group = p.Hq / p.Hkv, cells = up(p.D, P::PER) / P::PER;
+  std::vector<typename P::Cell> keys(Tp * cells), values(Tp / P::PER * Dp);
+  const float size = std::fabs(scale), sign = scale < 0.0f ? -1.0f : 1.0f;
 #pragma omp parallel num_threads(threads)
   {
-    Scratch w(p.block_q, p.D, Dp);
+    Scratch<P> w(p.block_q, p.D, Dp);
     for (int64_t bh = 0; bh < p.B * p.Hkv; ++bh) {
       const int64_t b = bh / p.Hkv, h_kv = bh % p.Hkv;
       const S* k0 = k + b * p.k_b + h_kv * p.k_h;
       const S* v0 = v + b * p.v_b + h_kv * p.v_h;
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < Tp; t += NR) {
-        pack_keys(k0, p.k_t, t, p.Tk, p.D, keys.data() + t * p.D);
-        for (int64_t d = 0; d < Dp; d += NR)
-          for (int64_t j = t; j < t + NR; ++j)
-            for (int64_t c = 0; c < NR; ++c)
-              values[d * Tp + j * NR + c] = j < p.Tk && d + c < p.Dv ? widen(v0[j * p.v_t + d + c]) : 0.0f;
+        P::pack_key_panel(k0, p.k_t, t, p.Tk, p.D, keys.data() + t * cells);
+        P::pack_value_rows(v0, p.v_t, t, p.Tk, p.Dv, values.data() + t / P::PER * NR, Tp / P::PER * NR);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < p.num_q * group; ++task) {
@@ -259,10 +398,9 @@ void prefill(const Prefill& p, const S* q, const S* k, const S* v, const int32_t
         const int64_t row0 = i_q * p.block_q;
         const int rows = int(p.Tq - row0 < p.block_q ? p.Tq - row0 : p.block_q);
         const S* q0 = q + b * p.q_b + h * p.q_h + row0 * p.q_t;
-        for (int r = 0; r < rows; ++r)
-          for (int64_t d = 0; d < p.D; ++d) w.q[r * p.D + d] = widen(q0[r * p.q_t + d]) * scale;
-        attend_block(p, w, rows, p.q_offset + row0, indices + at * p.width, counts[at], keys.data(), values.data(), Tp,
-                     Dp);
+        for (int r = 0; r < rows; ++r) P::pack_query(q0 + r * p.q_t, p.D, sign, w.q.data() + r * cells);
+        attend_block<P>(p, w, rows, p.q_offset + row0, indices + at * p.width, counts[at], keys.data(), values.data(),
+                        Tp, Dp, size);
         S* o0 = out + b * p.o_b + h * p.o_h + row0 * p.o_t;
         for (int r = 0; r < rows; ++r) {
           const float total = w.total[r], share = total > 0.0f ? 1.0f / total : (total == 0.0f ? 0.0f : total);
@@ -388,12 +526,16 @@ extern "C" {
 
 void sentei_prefill_f32(const Prefill* p, const float* q, const float* k, const float* v, const int32_t* counts,
                         const int32_t* indices, float* out, float* lse, float scale, int threads) {
-  prefill(*p, q, k, v, counts, indices, out, lse, scale, threads);
+  prefill<FullPrefill>(*p, q, k, v, counts, indices, out, lse, scale, threads);
 }
 void sentei_prefill_bf16(const Prefill* p, const uint16_t* q, const uint16_t* k, const uint16_t* v,
                          const int32_t* counts, const int32_t* indices, uint16_t* out, float* lse, float scale,
                          int threads) {
-  prefill(*p, q, k, v, counts, indices, out, lse, scale, threads);
+#if defined(__AVX512BF16__)
+  prefill<PairPrefill>(*p, q, k, v, counts, indices, out, lse, scale, threads);
+#else
+  prefill<FullPrefill>(*p, q, k, v, counts, indices, out, lse, scale, threads);
+#endif
 }
 void sentei_decode_f32(const Prefill* p, const float* q, const float* k, const float* v, const int32_t* counts,
                        const int32_t* indices, float* out, float* lse, float scale, int threads) {
@@ -430,7 +572,7 @@ void sentei_block_mass(const float* q, const float* k, const int64_t* positions,
         std::fill(logs.begin(), logs.end(), -INF);
         for (int64_t i = 0; i < seen; ++i) {
           for (int64_t j = 0; j < block; j += NR)
-            rows_by_panel<false>(rows, int(D), q0, D, keys.data() + (i * block + j) * D, s.data() + j, block);
+            rows_by_panel(rows, int(D), q0, D, keys.data() + (i * block + j) * D, s.data() + j, block);
           for (int r = 0; r < rows; ++r) {
             hide(s.data() + r * block, block, 1, positions[first + r], i * block, int(block), window);
             logs[r * ldl + i] = log_sum(s.data() + r * block, block);
@@ -535,12 +677,12 @@ void sentei_scores(const Scores* sp, const float* q, const float* k, const float
           }
         }
         for (int64_t c = 0; c < padded; c += NR)
-          rows_by_panel<false>(rows, int(W), plain.data(), W, &map[(task % group * padded + c) * W],
+          rows_by_panel(rows, int(W), plain.data(), W, &map[(task % group * padded + c) * W],
                                encoded.data() + own + c, lde);
         std::fill(forced.begin(), forced.end(), -INF);
         auto measure = [&](const float* panels, int64_t block_index) {
           for (int64_t j = 0; j < wide; j += NR)
-            rows_by_panel<false>(rows, int(p.D), qs.data(), p.D, panels + j * p.D, exact.data() + j, wide);
+            rows_by_panel(rows, int(p.D), qs.data(), p.D, panels + j * p.D, exact.data() + j, wide);
           for (int r = 0; r < rows; ++r)
             for (int64_t j = p.block; j < wide; ++j) exact[r * wide + j] = -INF;
           hide(exact.data(), wide, rows, start, block_index * p.block, int(wide), 0);
@@ -558,7 +700,7 @@ void sentei_scores(const Scores* sp, const float* q, const float* k, const float
           for (int r0 = 0; r0 < rows; r0 += MR) {
             const int m = std::min(MR, rows - r0);
             for (int64_t i = 0; i < p.pools; ++i)
-              rows_by_panel<false>(m, int(E), encoded.data() + r0 * lde, lde, packed.data() + (c * p.pools + i * NR) * E,
+              rows_by_panel(m, int(E), encoded.data() + r0 * lde, lde, packed.data() + (c * p.pools + i * NR) * E,
                                    s.data() + i * MR * NR, NR);
             for (int r = 0; r < m; ++r)
               for (int j = 0; j < NR; j += VL) {

@@ -32,14 +32,16 @@ class Shape:
     head_dim: int = 64
     block: int = 64
     batch: int = 1
+    dtype: torch.dtype = torch.float32
 
 
 def make_tensors(shape: Shape, *, q_len: int | None = None, seed: int = 0) -> Tensors:
-    """Return q [B, Hq, Tq, D] and k, v [B, Hkv, T, D] in fp32; `q_len` is the whole prompt if None."""
+    """Return q [B, Hq, Tq, D] and k, v [B, Hkv, T, D]; `q_len` is the whole prompt if None."""
     generator = torch.Generator().manual_seed(seed)
 
     def make(heads: int, tokens: int) -> torch.Tensor:
-        return torch.randn(shape.batch, heads, tokens, shape.head_dim, generator=generator)
+        values = torch.randn(shape.batch, heads, tokens, shape.head_dim, generator=generator)
+        return values.to(shape.dtype)
 
     k, v = make(shape.kv_heads, shape.tokens), make(shape.kv_heads, shape.tokens)
     return make(shape.heads, shape.tokens if q_len is None else q_len), k, v

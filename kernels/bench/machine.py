@@ -22,12 +22,13 @@ _TRIALS = 5
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Measured peaks in fp32, and what measured them."""
+    """Measured peaks, and what measured them."""
 
     device: str
     threads: int
     torch_version: str
-    gflops: float  # of one large matrix product
+    gflops: float  # of one large matrix product in fp32
+    bf16_gflops: float  # and in bf16: many times slower or faster, by processor
     gbytes_per_s: float  # read and written by one large copy
 
     def floor_ms(self, shape: Shape, mask: BlockMask, op: str) -> float:
@@ -39,10 +40,14 @@ class Machine:
         keys = float(shape.batch * shape.kv_heads * shape.tokens)
         if op == "decode":  # the query heads of a group have lists of their own: each reads its blocks
             keys = float(mask.counts.sum()) * mask.block_k
-        moved = 4.0 * shape.head_dim * (2 * keys + 2 * shape.batch * shape.heads * mask.q_len)
+        moved = (
+            shape.dtype.itemsize * shape.head_dim * (2 * keys + 2 * shape.batch * shape.heads * mask.q_len)
+        )
         if op == "score":  # each block's mean key against every query row, once
             flops = 2.0 * (shape.head_dim + RANK) * shape.heads * shape.tokens**2 / (2 * shape.block)
-        return 1e3 * max(flops / (1e9 * self.gflops), moved / (1e9 * self.gbytes_per_s))
+        # A bf16 tensor may be multiplied in either precision: the floor is what the faster one allows.
+        peak = self.gflops if shape.dtype == torch.float32 else max(self.gflops, self.bf16_gflops)
+        return 1e3 * max(flops / (1e9 * peak), moved / (1e9 * self.gbytes_per_s))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -51,17 +56,21 @@ class Machine:
 
 def measure_machine() -> Machine:
     """Time one matrix product and one copy that is larger than any cache."""
-    left, right = torch.randn(_MATRIX, _MATRIX), torch.randn(_MATRIX, _MATRIX)
     source, target = torch.randn(_COPY_FLOATS), torch.empty(_COPY_FLOATS)
-    product_s = _median_s(lambda: torch.mm(left, right))
     copy_s = _median_s(lambda: target.copy_(source))
     return Machine(
         device=_processor(),
         threads=torch.get_num_threads(),
         torch_version=torch.__version__,
-        gflops=2 * _MATRIX**3 / product_s / 1e9,
+        gflops=_gflops(torch.float32, _MATRIX),
+        bf16_gflops=_gflops(torch.bfloat16, _MATRIX // 2),  # small: without the instructions it takes seconds
         gbytes_per_s=8 * _COPY_FLOATS / copy_s / 1e9,
     )
+
+
+def _gflops(dtype: torch.dtype, size: int) -> float:
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return 2 * size**3 / _median_s(lambda: torch.mm(left, right)) / 1e9
 
 
 def _median_s(work: Callable[[], object]) -> float:

@@ -41,15 +41,25 @@ inline vec load(const float* p) {
 inline void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
 inline vec splat(float x) { return x - vec{}; }
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
+
+// Folds the lanes of a vector into one number, half onto half.
+template <int N, class V, class F>
+inline float fold(const V& x, F f) {
+  if constexpr (N == 4) {
+    return f(f(x[0], x[2]), f(x[1], x[3]));
+  } else {
+    typedef float half __attribute__((vector_size(N * 2)));
+    half a, b;
+    std::memcpy(&a, &x, sizeof a);
+    std::memcpy(&b, (const char*)&x + sizeof a, sizeof b);
+    return fold<N / 2>(f(a, b), f);
+  }
+}
 inline float sum(vec x) {
-  float s = 0;
-  for (int i = 0; i < VL; ++i) s += x[i];
-  return s;
+  return fold<VL>(x, [](auto a, auto b) { return a + b; });
 }
 inline float peak(vec x) {
-  float s = -INF;
-  for (int i = 0; i < VL; ++i) s = x[i] > s ? x[i] : s;
-  return s;
+  return fold<VL>(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // 2^n times a polynomial of degree 6 on [-1/2, 1/2]: relative error below 2e-7. Below -87 it gives 0.
@@ -129,10 +139,11 @@ inline void tile(int n, const typename P::Cell* a, int64_t lda, const typename P
   }
 }
 
-// c[M, NR] = c * fade[M] + a[M, num * n] * b, where b is `num` runs of [n, NR] that start at base + step * list[.]
+// c[M, NR] = c * fade[M] + a[M, num * n] * b, where b is `num` runs of [n, NR] that start at base + step * list[.]; its
+// rows lie `ldb` apart
 template <class P, int M>
 inline void add_tiles(int num, const int32_t* list, int64_t step, int n, const typename P::Cell* a, int64_t lda,
-                      const typename P::Cell* base, const float* fade, float* c, int64_t ldc) {
+                      const typename P::Cell* base, int64_t ldb, const float* fade, float* c, int64_t ldc) {
   vec left[M], right[M];
 #pragma GCC unroll 16
   for (int r = 0; r < M; ++r) {
@@ -142,7 +153,7 @@ inline void add_tiles(int num, const int32_t* list, int64_t step, int n, const t
   for (int k = 0; k < num; ++k) {
     const typename P::Cell* b = base + step * list[k];
     for (int i = 0; i < n; ++i) {
-      const auto b0 = P::load_cells(b + i * NR), b1 = P::load_cells(b + i * NR + VL);
+      const auto b0 = P::load_cells(b + i * ldb), b1 = P::load_cells(b + i * ldb + VL);
 #pragma GCC unroll 16
       for (int r = 0; r < M; ++r) {
         const auto x = P::repeat(a[r * lda + k * n + i]);
@@ -231,8 +242,8 @@ struct Prefill {
   int64_t mask_b, mask_h, num_q, width, block_q, block_k, q_offset, window;
 };
 
-// How prefill lays out and weighs what it multiplies, in fp32 and in pairs of bf16.
-struct FullPrefill : Full {
+// How rows are laid out and weighed before they are multiplied, in fp32 and in pairs of bf16.
+struct FullCells : Full {
   template <class S>
   static void pack_query(const S* x, int64_t D, float sign, Cell* cells) {
     for (int64_t d = 0; d < D; ++d) cells[d] = widen(x[d]) * sign;
@@ -251,6 +262,7 @@ struct FullPrefill : Full {
           panel[d / NR * apart + j * NR + c] =
               first + j < T && d + c < D ? widen(x[(first + j) * stride + d + c]) : 0.0f;
   }
+  static void pack_features(const float* x, int64_t n, Cell* cells) { std::memcpy(cells, x, sizeof(float) * n); }
   static Cell* weights(float* s, std::vector<Cell>&) { return s; }
   static float weigh(const float* row, int n, float scale, float top, Cell* p) {
     vec total{};
@@ -264,7 +276,7 @@ struct FullPrefill : Full {
 };
 
 #if defined(__AVX512BF16__)
-struct PairPrefill {
+struct PairCells {
   typedef uint32_t Cell;
   static constexpr int PER = 2, MR = ::MR;
   static __m512bh load_cells(const Cell* x) { return (__m512bh)_mm512_loadu_si512(x); }
@@ -275,6 +287,14 @@ struct PairPrefill {
   static void pack_query(const uint16_t* x, int64_t D, float sign, Cell* cells) {
     const Cell flip = sign < 0.0f ? 0x80008000u : 0u;
     for (int64_t d = 0; d < D; d += 2) cells[d / 2] = pair(x[d], d + 1 < D ? x[d + 1] : 0) ^ flip;
+  }
+  static void pack_features(const float* x, int64_t n, Cell* cells) {
+    uint16_t a, b;
+    for (int64_t i = 0; i < n; i += 2) {
+      narrow(x[i], &a);
+      narrow(i + 1 < n ? x[i + 1] : 0.0f, &b);
+      cells[i / 2] = pair(a, b);
+    }
   }
   static void pack_key_panel(const uint16_t* x, int64_t stride, int64_t first, int64_t T, int64_t D, Cell* panel) {
     const int64_t cells = (D + 1) / 2, live = T - first < 0 ? 0 : (T - first > NR ? NR : T - first);
@@ -368,7 +388,7 @@ void attend_block(const Prefill& p, Scratch<P>& w, int rows, int64_t first, cons
     for (int64_t d = 0; d < Dp; d += NR)
       by_rows<P::MR>(rows, [&](int r, auto m) {
         add_tiles<P, m>(here, list + i, p.block_k / P::PER * NR, bk / P::PER, weights + r * CHUNK / P::PER,
-                        CHUNK / P::PER, values + d * (Tp / P::PER), w.fade.data() + r, w.o.data() + r * Dp + d, Dp);
+                        CHUNK / P::PER, values + d * (Tp / P::PER), NR, w.fade.data() + r, w.o.data() + r * Dp + d, Dp);
       });
   }
 }
@@ -412,6 +432,43 @@ void prefill(const Prefill& p, const S* q, const S* k, const S* v, const int32_t
   }
 }
 
+// Rows of a KV cache as fp32, their ends padded to `padded` with zeros: where they lie if they already are that.
+inline const float* in_fp32(const float* x, int64_t stride, int64_t n, int64_t dim, int64_t padded, float* room,
+                            int64_t* row_stride) {
+  *row_stride = dim == padded ? stride : padded;
+  if (dim == padded) return x;
+  for (int64_t j = 0; j < n; ++j) {
+    std::memcpy(room + j * padded, x + j * stride, sizeof(float) * dim);
+    std::fill(room + j * padded + dim, room + (j + 1) * padded, 0.0f);
+  }
+  return room;
+}
+inline const float* in_fp32(const uint16_t* x, int64_t stride, int64_t n, int64_t dim, int64_t padded, float* room,
+                            int64_t* row_stride) {
+  *row_stride = padded;
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t d = 0; d < dim; ++d) room[j * padded + d] = widen(x[j * stride + d]);
+    std::fill(room + j * padded + dim, room + (j + 1) * padded, 0.0f);
+  }
+  return room;
+}
+
+// s[M, n] = a[M, width] * b[n, width]^T, each product one sum over lanes
+template <int M>
+inline void dot_rows(int64_t n, int64_t width, const float* a, int64_t lda, const float* b, int64_t ldb, float* s,
+                     int64_t lds) {
+  for (int64_t j = 0; j < n; ++j) {
+    vec x[M] = {};
+    for (int64_t d = 0; d < width; d += VL) {
+      const vec key = load(b + j * ldb + d);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) x[r] += load(a + r * lda + d) * key;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) s[r * lds + j] = sum(x[r]);
+  }
+}
+
 // A few query rows against selected blocks of a KV cache, read where they lie.
 template <class S>
 void decode(const Prefill& p, const S* q, const S* k, const S* v, const int32_t* counts, const int32_t* indices,
@@ -421,10 +478,10 @@ void decode(const Prefill& p, const S* q, const S* k, const S* v, const int32_t*
   const int64_t heads = is_shared ? group : 1, tasks = p.B * p.Hq / heads;
 #pragma omp parallel num_threads(threads)
   {
-    const int64_t rows = heads * p.Tq;
-    const int64_t Dp = up(p.D, VL), Vp = up(p.Dv, VL);
-    std::vector<float> qs(rows * Dp), o(rows * Vp), s(rows * p.block_k), top(rows), total(rows);
-    std::vector<float> wide(std::max(Dp, Vp) * p.block_k);
+    const int64_t rows = heads * p.Tq, Dp = up(p.D, VL), Vp = up(p.Dv, NR), wide = up(p.block_k, VL);
+    std::vector<float> qs(rows * Dp), o(rows * Vp), s(rows * wide), top(rows), total(rows), fade(rows),
+        room(std::max(Dp, Vp) * p.block_k);
+    const int32_t only = 0;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t b = task * heads / p.Hq, h0 = task * heads % p.Hq, h_kv = h0 / group;
@@ -439,42 +496,35 @@ void decode(const Prefill& p, const S* q, const S* k, const S* v, const int32_t*
       for (int i = 0; i < counts[list]; ++i) {
         const int64_t keys0 = int64_t(indices[list * p.width + i]) * p.block_k;
         const int64_t n = std::min(p.block_k, p.Tk - keys0);
-        const S* k0 = k + b * p.k_b + h_kv * p.k_h + keys0 * p.k_t;
-        const S* v0 = v + b * p.v_b + h_kv * p.v_h + keys0 * p.v_t;
-        auto widened = [&](const S* x, int64_t stride, int64_t dim, int64_t padded) {
-          for (int64_t j = 0; j < n; ++j) {
-            for (int64_t d = 0; d < dim; ++d) wide[j * padded + d] = widen(x[j * stride + d]);
-            for (int64_t d = dim; d < padded; ++d) wide[j * padded + d] = 0.0f;
-          }
-        };
-        widened(k0, p.k_t, p.D, Dp);
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t j = 0; j < n; ++j) {
-            vec x{};
-            for (int64_t d = 0; d < Dp; d += VL) x += load(&qs[r * Dp + d]) * load(&wide[j * Dp + d]);
-            const int64_t position = p.q_offset + r % p.Tq, key = keys0 + j;
-            const bool is_hidden = key > position || (p.window > 0 && key <= position - p.window);
-            s[r * p.block_k + j] = is_hidden ? -INF : sum(x);
-          }
-        widened(v0, p.v_t, p.Dv, Vp);
+        int64_t step;
+        const float* keys =
+            in_fp32(k + b * p.k_b + h_kv * p.k_h + keys0 * p.k_t, p.k_t, n, p.D, Dp, room.data(), &step);
+        by_rows<4>(int(rows), [&](int r, auto m) {
+          dot_rows<m>(n, Dp, qs.data() + r * Dp, Dp, keys, step, s.data() + r * wide, wide);
+        });
         for (int64_t r = 0; r < rows; ++r) {
-          float* row = &s[r * p.block_k];
-          float high = top[r];
-          for (int64_t j = 0; j < n; ++j) high = std::fmax(high, row[j]);
+          float* row = &s[r * wide];
+          const int64_t position = p.q_offset + r % p.Tq;
+          hide(row, wide, 1, position, keys0, int(n), p.window);
+          for (int64_t j = n; j < wide; ++j) row[j] = -INF;
+          const float high = std::fmax(top[r], max_row(row, int(wide)));
+          fade[r] = 1.0f;
           if (high == -INF) {
             total[r] += std::isnan(nothing(row, n)) ? NAN : 0.0f;
+            std::fill(row, row + wide, 0.0f);
             continue;
           }
-          for (int64_t j = n; j < up(n, VL); ++j) row[j] = -INF;
-          const float fade = std::exp(top[r] - high);
-          total[r] = total[r] * fade + exp_row(row, int(up(n, VL)), high);
+          fade[r] = std::exp(top[r] - high);
+          total[r] = total[r] * fade[r] + exp_row(row, int(wide), high);
           top[r] = high;
-          for (int64_t d = 0; d < Vp; d += VL) {
-            vec x = load(&o[r * Vp + d]) * fade;
-            for (int64_t j = 0; j < n; ++j) x += load(&wide[j * Vp + d]) * row[j];
-            store(&o[r * Vp + d], x);
-          }
         }
+        const float* values =
+            in_fp32(v + b * p.v_b + h_kv * p.v_h + keys0 * p.v_t, p.v_t, n, p.Dv, Vp, room.data(), &step);
+        for (int64_t d = 0; d < Vp; d += NR)
+          by_rows<4>(int(rows), [&](int r, auto m) {
+            add_tiles<Full, m>(1, &only, 0, int(n), s.data() + r * wide, wide, values + d, step, fade.data() + r,
+                               o.data() + r * Vp + d, Vp);
+          });
       }
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t h = h0 + r / p.Tq, t = r % p.Tq;
@@ -520,21 +570,144 @@ inline float log_add(float a, float b) {
   return top == -INF ? a + b : top + std::log(std::exp(a - top) + std::exp(b - top));
 }
 
+struct Scores {
+  int64_t H, Hkv, n, rows, num_rows;     // query blocks, rows in each, rows in all (the last block may be ragged)
+  int64_t D, rank, is_residual, pools, blocks, block;  // pools per block, full key blocks that may be chosen
+  int64_t q_h, q_t, k_h, k_t, T, first;  // raw queries and keys; position of the first row
+  int64_t out_blocks, num_bias, pooled_h;  // pooled_h: from one KV head's features to the next
+};
+
+// Largest estimated log share, over a query block's rows, of every block that they may choose: out [H, n, out_blocks].
+// A row's features are [gain * q, norm(unrotated q) * map], or [q, unrotated q] * map without the residual; a pool's
+// are in `pooled` [Hkv, blocks * pools, features], strided by head. Sink and diagonal are measured exactly. Tables
+// start at position 0; `maps` is [H, D or 2 D, rank].
+template <class P, class S>
+void scores(const Scores& p, const S* q, const S* k, const S* pooled, const float* cos, const float* sin,
+            const float* maps, const float* gains, const float* bias, float scale, float log_pool, float* out,
+            int threads) {
+  typedef typename P::Cell Cell;
+  const int64_t group = p.H / p.Hkv, columns = up(p.blocks, NR), wide = up(p.block, NR);
+  const int64_t own = p.is_residual ? p.D : 0, E = own + p.rank, W = p.is_residual ? p.D : 2 * p.D;
+  const int64_t padded = up(p.rank, NR), lde = own + padded;
+  const int64_t cells = up(E, P::PER) / P::PER, raw_cells = up(p.D, P::PER) / P::PER;
+  std::vector<Cell> packed(columns * p.pools * cells), sink(wide * raw_cells);
+  std::vector<float> map(group * padded * W);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> s(p.pools * MR * NR), logits(p.rows * columns), exact(p.rows * wide), row(p.D), plain(p.rows * W),
+        encoded(p.rows * lde), forced(p.rows);
+    std::vector<Cell> near(wide * raw_cells), raw_query(p.rows * raw_cells), query(p.rows * cells);
+    for (int64_t h_kv = 0; h_kv < p.Hkv; ++h_kv) {
+      const S* keys = pooled + h_kv * p.pooled_h;
+      const S* raw = k + h_kv * p.k_h;
+#pragma omp for schedule(static)
+      for (int64_t c = 0; c < columns; c += NR)  // [column panel][pool][cells][NR]: lanes are blocks
+        for (int64_t i = 0; i < p.pools; ++i)
+          P::pack_key_panel(keys + i * E, p.pools * E, c, p.blocks, E, packed.data() + (c * p.pools + i * NR) * cells);
+#pragma omp single
+      {
+        for (int64_t t = 0; t < wide; t += NR)
+          P::pack_key_panel(raw, p.k_t, t, std::min(p.block, p.T), p.D, sink.data() + t * raw_cells);
+        for (int64_t g = 0; g < group; ++g)
+          for (int64_t c = 0; c < padded; ++c)
+            for (int64_t d = 0; d < W; ++d)
+              map[(g * padded + c / NR * NR) * W + d * NR + c % NR] =
+                  c < p.rank ? maps[((h_kv * group + g) * W + d) * p.rank + c] : 0.0f;
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < p.n * group; ++task) {
+        const int64_t i_q = p.n - 1 - task / group, h = h_kv * group + task % group;
+        const int64_t row0 = i_q * p.rows, start = p.first + row0, home = start / p.block;
+        const int rows = int(std::min(p.rows, p.num_rows - row0));
+        const int64_t open = std::min(home, p.blocks);  // blocks 1 .. open - 1 may be chosen
+        if (open <= 1) continue;
+        for (int r = 0; r < rows; ++r) {
+          const S* x = q + h * p.q_h + (row0 + r) * p.q_t;
+          P::pack_query(x, p.D, 1.0f, raw_query.data() + r * raw_cells);
+          for (int64_t d = 0; d < p.D; ++d) row[d] = widen(x[d]);
+          float* unrotated = &plain[r * W + W - p.D];
+          unrotate(row.data(), cos + (start + r) * p.D, sin + (start + r) * p.D, p.D, unrotated);
+          if (p.is_residual) {
+            for (int64_t d = 0; d < p.D; ++d) encoded[r * lde + d] = row[d] * gains[h];
+            const float norm = 1.0f / std::sqrt(square(unrotated, p.D) / float(p.D) + 1e-6f);
+            for (int64_t d = 0; d < p.D; ++d) unrotated[d] *= norm;
+          } else {
+            std::memcpy(&plain[r * W], row.data(), sizeof(float) * p.D);
+          }
+        }
+        for (int64_t c = 0; c < padded; c += NR)
+          rows_by_panel(rows, int(W), plain.data(), W, &map[(task % group * padded + c) * W], encoded.data() + own + c,
+                        lde);
+        for (int r = 0; r < rows; ++r) P::pack_features(encoded.data() + r * lde, E, query.data() + r * cells);
+        std::fill(forced.begin(), forced.end(), -INF);
+        auto measure = [&](const Cell* panels, int64_t block_index) {
+          for (int64_t j = 0; j < wide; j += NR)
+            rows_by_panel<P>(rows, int(raw_cells), raw_query.data(), raw_cells, panels + j * raw_cells,
+                             exact.data() + j, wide);
+          for (int64_t j = 0; j < rows * wide; j += VL) store(&exact[j], load(&exact[j]) * scale);
+          for (int r = 0; r < rows; ++r)
+            for (int64_t j = p.block; j < wide; ++j) exact[r * wide + j] = -INF;
+          hide(exact.data(), wide, rows, start, block_index * p.block, int(wide), 0);
+          for (int r = 0; r < rows; ++r) forced[r] = log_add(forced[r], log_sum(exact.data() + r * wide, wide));
+        };
+        measure(sink.data(), 0);
+        for (int64_t i = home; i * p.block < start + rows; ++i) {  // two, where the chunk starts inside a block
+          for (int64_t t = 0; t < wide; t += NR)
+            P::pack_key_panel(raw + i * p.block * p.k_t, p.k_t, t, std::min(p.block, p.T - i * p.block), p.D,
+                              near.data() + t * raw_cells);
+          measure(near.data(), i);
+        }
+        std::fill(logits.begin(), logits.begin() + rows * columns, -INF);
+        for (int64_t c = 0; c < up(open, NR); c += NR)
+          for (int r0 = 0; r0 < rows; r0 += MR) {
+            const int m = std::min(MR, rows - r0);
+            for (int64_t i = 0; i < p.pools; ++i)
+              rows_by_panel<P>(m, int(cells), query.data() + r0 * cells, cells,
+                               packed.data() + (c * p.pools + i * NR) * cells, s.data() + i * MR * NR, NR);
+            for (int r = 0; r < m; ++r)
+              for (int j = 0; j < NR; j += VL) {
+                if (p.pools == 1) {
+                  store(&logits[(r0 + r) * columns + c + j], load(&s[r * NR + j]) + log_pool);
+                  continue;
+                }
+                vec top = splat(-INF), total{};
+                for (int64_t i = 0; i < p.pools; ++i) top = larger(load(&s[(i * MR + r) * NR + j]), top);
+                for (int64_t i = 0; i < p.pools; ++i) total += exp_of(load(&s[(i * MR + r) * NR + j]) - top);
+                store(&logits[(r0 + r) * columns + c + j], top + log_of(total) + log_pool);
+              }
+          }
+        float* best = out + (h * p.n + i_q) * p.out_blocks;
+        for (int r = 0; r < rows; ++r) {
+          float* row = logits.data() + r * columns;
+          for (int64_t j = 1; j < open; ++j) row[j] += bias[h * p.num_bias + home - j];
+          row[0] = -INF;
+          for (int64_t j = open; j < up(open, NR); ++j) row[j] = -INF;
+          const float total = log_add(log_sum(row, up(open, NR)), forced[r]);
+          for (int64_t j = 1; j < open; ++j) {
+            const float share = row[j] - total;
+            best[j] = share > best[j] || std::isnan(share) ? share : best[j];
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
 
 void sentei_prefill_f32(const Prefill* p, const float* q, const float* k, const float* v, const int32_t* counts,
                         const int32_t* indices, float* out, float* lse, float scale, int threads) {
-  prefill<FullPrefill>(*p, q, k, v, counts, indices, out, lse, scale, threads);
+  prefill<FullCells>(*p, q, k, v, counts, indices, out, lse, scale, threads);
 }
 void sentei_prefill_bf16(const Prefill* p, const uint16_t* q, const uint16_t* k, const uint16_t* v,
                          const int32_t* counts, const int32_t* indices, uint16_t* out, float* lse, float scale,
                          int threads) {
 #if defined(__AVX512BF16__)
-  prefill<PairPrefill>(*p, q, k, v, counts, indices, out, lse, scale, threads);
+  prefill<PairCells>(*p, q, k, v, counts, indices, out, lse, scale, threads);
 #else
-  prefill<FullPrefill>(*p, q, k, v, counts, indices, out, lse, scale, threads);
+  prefill<FullCells>(*p, q, k, v, counts, indices, out, lse, scale, threads);
 #endif
 }
 void sentei_decode_f32(const Prefill* p, const float* q, const float* k, const float* v, const int32_t* counts,
@@ -617,118 +790,19 @@ void sentei_pool(const float* k, int64_t k_h, int64_t k_t, const float* cos, con
   }
 }
 
-struct Scores {
-  int64_t H, Hkv, n, rows, num_rows;     // query blocks, rows in each, rows in all (the last block may be ragged)
-  int64_t D, rank, is_residual, pools, blocks, block;  // pools per block, full key blocks that may be chosen
-  int64_t q_h, q_t, k_h, k_t, T, first;  // raw queries and keys; position of the first row
-  int64_t out_blocks, num_bias, pooled_h;  // pooled_h: from one KV head's features to the next
-};
-
-// Largest estimated log share, over a query block's rows, of every block that they may choose: out [H, n, out_blocks].
-// A row's features are [gain * q, norm(unrotated q) * map], or [q, unrotated q] * map without the residual; a pool's
-// are in `pooled` [Hkv, blocks * pools, features], strided by head. Sink and diagonal are measured exactly. Tables start at position 0;
-// `maps` is [H, D or 2 D, rank].
-void sentei_scores(const Scores* sp, const float* q, const float* k, const float* pooled, const float* cos,
-                   const float* sin, const float* maps, const float* gains, const float* bias, float scale,
-                   float log_pool, float* out, int threads) {
-  const Scores& p = *sp;
-  const int64_t group = p.H / p.Hkv, columns = up(p.blocks, NR), wide = up(p.block, NR);
-  const int64_t own = p.is_residual ? p.D : 0, E = own + p.rank, W = p.is_residual ? p.D : 2 * p.D;
-  const int64_t padded = up(p.rank, NR), lde = own + padded;
-  std::vector<float> packed(columns * p.pools * E), sink(wide * p.D), map(group * padded * W);
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> s(p.pools * MR * NR), logits(p.rows * columns), near(wide * p.D), exact(p.rows * wide),
-        qs(p.rows * p.D), plain(p.rows * W), encoded(p.rows * lde), forced(p.rows);
-    for (int64_t h_kv = 0; h_kv < p.Hkv; ++h_kv) {
-      const float* keys = pooled + h_kv * p.pooled_h;
-      const float* raw = k + h_kv * p.k_h;
-#pragma omp for schedule(static)
-      for (int64_t c = 0; c < columns; c += NR)  // [column panel][pool][E][NR]: lanes are blocks
-        for (int64_t i = 0; i < p.pools; ++i)
-          pack_keys(keys + i * E, p.pools * E, c, p.blocks, E, packed.data() + (c * p.pools + i * NR) * E);
-#pragma omp single
-      {
-        for (int64_t t = 0; t < wide; t += NR) pack_keys(raw, p.k_t, t, std::min(p.block, p.T), p.D, sink.data() + t * p.D);
-        for (int64_t g = 0; g < group; ++g)
-          for (int64_t c = 0; c < padded; ++c)
-            for (int64_t d = 0; d < W; ++d)
-              map[(g * padded + c / NR * NR) * W + d * NR + c % NR] =
-                  c < p.rank ? maps[((h_kv * group + g) * W + d) * p.rank + c] : 0.0f;
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < p.n * group; ++task) {
-        const int64_t i_q = p.n - 1 - task / group, h = h_kv * group + task % group;
-        const int64_t row0 = i_q * p.rows, start = p.first + row0, home = start / p.block;
-        const int rows = int(std::min(p.rows, p.num_rows - row0));
-        const int64_t open = std::min(home, p.blocks);  // blocks 1 .. open - 1 may be chosen
-        if (open <= 1) continue;
-        for (int r = 0; r < rows; ++r) {
-          const float* x = q + h * p.q_h + (row0 + r) * p.q_t;
-          float* unrotated = &plain[r * W + W - p.D];
-          for (int64_t d = 0; d < p.D; ++d) qs[r * p.D + d] = x[d] * scale;
-          unrotate(x, cos + (start + r) * p.D, sin + (start + r) * p.D, p.D, unrotated);
-          if (p.is_residual) {
-            for (int64_t d = 0; d < p.D; ++d) encoded[r * lde + d] = x[d] * gains[h];
-            const float norm = 1.0f / std::sqrt(square(unrotated, p.D) / float(p.D) + 1e-6f);
-            for (int64_t d = 0; d < p.D; ++d) unrotated[d] *= norm;
-          } else {
-            std::memcpy(&plain[r * W], x, sizeof(float) * p.D);
-          }
-        }
-        for (int64_t c = 0; c < padded; c += NR)
-          rows_by_panel(rows, int(W), plain.data(), W, &map[(task % group * padded + c) * W],
-                               encoded.data() + own + c, lde);
-        std::fill(forced.begin(), forced.end(), -INF);
-        auto measure = [&](const float* panels, int64_t block_index) {
-          for (int64_t j = 0; j < wide; j += NR)
-            rows_by_panel(rows, int(p.D), qs.data(), p.D, panels + j * p.D, exact.data() + j, wide);
-          for (int r = 0; r < rows; ++r)
-            for (int64_t j = p.block; j < wide; ++j) exact[r * wide + j] = -INF;
-          hide(exact.data(), wide, rows, start, block_index * p.block, int(wide), 0);
-          for (int r = 0; r < rows; ++r) forced[r] = log_add(forced[r], log_sum(exact.data() + r * wide, wide));
-        };
-        measure(sink.data(), 0);
-        for (int64_t i = home; i * p.block < start + rows; ++i) {  // two, where the chunk starts inside a block
-          for (int64_t t = 0; t < wide; t += NR)
-            pack_keys(raw + i * p.block * p.k_t, p.k_t, t, std::min(p.block, p.T - i * p.block), p.D,
-                      near.data() + t * p.D);
-          measure(near.data(), i);
-        }
-        std::fill(logits.begin(), logits.begin() + rows * columns, -INF);
-        for (int64_t c = 0; c < up(open, NR); c += NR)
-          for (int r0 = 0; r0 < rows; r0 += MR) {
-            const int m = std::min(MR, rows - r0);
-            for (int64_t i = 0; i < p.pools; ++i)
-              rows_by_panel(m, int(E), encoded.data() + r0 * lde, lde, packed.data() + (c * p.pools + i * NR) * E,
-                                   s.data() + i * MR * NR, NR);
-            for (int r = 0; r < m; ++r)
-              for (int j = 0; j < NR; j += VL) {
-                if (p.pools == 1) {
-                  store(&logits[(r0 + r) * columns + c + j], load(&s[r * NR + j]) + log_pool);
-                  continue;
-                }
-                vec top = splat(-INF), total{};
-                for (int64_t i = 0; i < p.pools; ++i) top = larger(load(&s[(i * MR + r) * NR + j]), top);
-                for (int64_t i = 0; i < p.pools; ++i) total += exp_of(load(&s[(i * MR + r) * NR + j]) - top);
-                store(&logits[(r0 + r) * columns + c + j], top + log_of(total) + log_pool);
-              }
-          }
-        float* best = out + (h * p.n + i_q) * p.out_blocks;
-        for (int r = 0; r < rows; ++r) {
-          float* row = logits.data() + r * columns;
-          for (int64_t j = 1; j < open; ++j) row[j] += bias[h * p.num_bias + home - j];
-          row[0] = -INF;
-          for (int64_t j = open; j < up(open, NR); ++j) row[j] = -INF;
-          const float total = log_add(log_sum(row, up(open, NR)), forced[r]);
-          for (int64_t j = 1; j < open; ++j) {
-            const float share = row[j] - total;
-            best[j] = share > best[j] || std::isnan(share) ? share : best[j];
-          }
-        }
-      }
-    }
-  }
+void sentei_scores_f32(const Scores* p, const float* q, const float* k, const float* pooled, const float* cos,
+                       const float* sin, const float* maps, const float* gains, const float* bias, float scale,
+                       float log_pool, float* out, int threads) {
+  scores<FullCells>(*p, q, k, pooled, cos, sin, maps, gains, bias, scale, log_pool, out, threads);
+}
+void sentei_scores_bf16(const Scores* p, const uint16_t* q, const uint16_t* k, const uint16_t* pooled,
+                        const float* cos, const float* sin, const float* maps, const float* gains, const float* bias,
+                        float scale, float log_pool, float* out, int threads) {
+#if defined(__AVX512BF16__)
+  scores<PairCells>(*p, q, k, pooled, cos, sin, maps, gains, bias, scale, log_pool, out, threads);
+#else
+  scores<FullCells>(*p, q, k, pooled, cos, sin, maps, gains, bias, scale, log_pool, out, threads);
+#endif
 }
 
 // Lists of the blocks whose share passes, plus sink and diagonal: shares and lists [H, n, blocks], thresholds [H, n].

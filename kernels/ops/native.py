@@ -123,11 +123,13 @@ def best_shares_native(q: Tensor, k: Tensor, pooled: Tensor, weights: ScorerWeig
 
     q [Hq, R, D] are the newest rows, k [Hkv, T, D] all keys, pooled [Hkv, P, features] what stands for them.
     """
-    q, k = (t.float() if t.stride(-1) == 1 else t.float().contiguous() for t in (q, k))
+    q, k, pooled = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, pooled.to(q.dtype)))
+    if q.dtype not in DTYPES:
+        q, k, pooled = q.float(), k.float(), pooled.float()
     pools = weights.block // weights.pool_tokens
     blocks = pooled.shape[1] // pools
-    if pooled.dtype != torch.float32 or pooled.stride()[1:] != (pooled.shape[2], 1):
-        pooled = pooled.float().contiguous()
+    if pooled.stride(1) != pooled.shape[2]:
+        pooled = pooled.contiguous()
     rows = min(weights.block, q.shape[1])
     is_residual = weights.maps.shape[1] == q.shape[2]
     shape = _Scores(
@@ -137,7 +139,8 @@ def best_shares_native(q: Tensor, k: Tensor, pooled: Tensor, weights: ScorerWeig
         out.shape[2], weights.bias.shape[1], pooled.stride(0),
     )  # fmt: skip
     tables = (weights.cos, weights.sin, weights.maps, weights.gains, weights.bias)
-    load_native().sentei_scores(
+    call = getattr(load_native(), f"sentei_scores_{DTYPES[q.dtype]}")
+    call(
         byref(shape),
         *map(_pointer, (q, k, pooled, *tables)),
         c_float(weights.scale),

@@ -31,6 +31,7 @@ def kernels(
     head_dim: Annotated[list[int] | None, typer.Option(help="Head size; repeatable.")] = None,
     block: Annotated[list[int] | None, typer.Option(help="Key and query block; repeatable.")] = None,
     density: Annotated[list[float] | None, typer.Option(help="Share of blocks; repeatable.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; repeatable.")] = None,
     heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 4,
     kv_heads: Annotated[int, typer.Option(help="KV heads.", min=1)] = 1,
     batch: Annotated[int, typer.Option(help="Sequences of a decode step.", min=1)] = 8,
@@ -41,7 +42,9 @@ def kernels(
     runs: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Time block-sparse attention in fp32 against SDPA, compiled dense Flex and our own dense, in one run."""
+    """Time block-sparse attention against SDPA, compiled dense Flex and our own dense, in one run."""
+    import torch
+
     from sentei.kernels.bench.cases import Shape
     from sentei.kernels.bench.ledger import append_rows
     from sentei.kernels.bench.machine import measure_machine
@@ -55,9 +58,18 @@ def kernels(
         raise typer.BadParameter(
             f"{', '.join(sorted(unknown))}; choose from {', '.join(OPS)}", param_hint="--op"
         )
+    dtypes = tuple(dtype or ("float32",))
+    if unknown := set(dtypes) - {"float32", "bfloat16"}:
+        raise typer.BadParameter(
+            f"{', '.join(sorted(unknown))}; choose from float32, bfloat16", param_hint="--dtype"
+        )
     shapes = [
-        (name, Shape(n, heads, kv_heads, dim, size, batch if name == "decode" else 1))
+        (
+            name,
+            Shape(n, heads, kv_heads, dim, size, batch if name == "decode" else 1, getattr(torch, precision)),
+        )
         for name in wanted
+        for precision in dtypes
         for n in tokens or (4096,)
         for dim in head_dim or (64, 256)
         for size in block or (64,)
@@ -88,7 +100,7 @@ def kernels(
 def _show(rows: Sequence[Row], machine: Machine, output: Output) -> None:
     output.say(
         f"{machine.device}, {machine.threads} threads, torch {machine.torch_version}: "
-        f"{machine.gflops:.0f} GF/s, {machine.gbytes_per_s:.0f} GB/s at best"
+        f"{machine.gflops:.0f} GF/s (bf16 {machine.bf16_gflops:.0f}), {machine.gbytes_per_s:.0f} GB/s at best"
     )
     grouped: dict[Row, dict[str, Row]] = {}
     for row in rows:
@@ -102,7 +114,7 @@ def _show(rows: Sequence[Row], machine: Machine, output: Output) -> None:
         speedups = [f"{by_name[name].speedup:.2f}" if name in by_name else "" for name in names]
         table.add_row(
             f"{key.op}{' + scorer' if key.with_scorer and key.op == 'prefill' else ''}",
-            f"{key.batch}x{key.tokens} {key.heads}:{key.kv_heads}x{key.head_dim} b{key.block}",
+            f"{key.batch}x{key.tokens} {key.heads}:{key.kv_heads}x{key.head_dim} b{key.block} {key.dtype}",
             f"{key.density:.1%}",
             f"{key.median_ms:.4g} ({key.p20_ms:.4g}-{key.p80_ms:.4g})",
             *speedups,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -31,13 +32,16 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130  # Ctrl-C
 
 
+WIDTH_IN_FILES = 160  # a pipe or a log has no edge at which a table would have to be cut
+
+
 class Output:
     """Print for people or for machines; people's lines go to stderr when stdout belongs to a machine."""
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
-        self.console = Console(stderr=as_json)
-        self.errors = Console(stderr=True)
+        self.console = _console(stderr=as_json)
+        self.errors = _console(stderr=True)
 
     def say(self, *lines: RenderableType) -> None:
         """Print for people."""
@@ -87,3 +91,10 @@ class ProgressBars:
         if self._bars.disable and done in (0, total):
             clock = time.strftime("%H:%M:%S")
             self._bars.console.print(f"{clock} {step}: {done} of {total}", highlight=False)
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH_IN_FILES
+    return console

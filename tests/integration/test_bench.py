@@ -19,7 +19,9 @@ from sentei.pipeline.plots import save_speedups
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 
 SHAPE = Shape(tokens=1024)
-MACHINE = Machine(device="test", threads=1, torch_version="0", gflops=100.0, gbytes_per_s=10.0)
+MACHINE = Machine(
+    device="test", threads=1, torch_version="0", gflops=100.0, bf16_gflops=400.0, gbytes_per_s=10.0
+)
 ONCE = Options(runs=2)
 
 
@@ -65,6 +67,19 @@ def test_decode_and_block_mass_have_rows() -> None:
         ("block_mass", "flex"),
         ("block_mass", "native"),
     ]
+
+
+def test_bf16_is_held_to_its_own_error_and_its_own_floor() -> None:
+    """In bf16 an op may be off by roundings, and the floor takes the faster of the two precisions."""
+    shape = Shape(tokens=1024, dtype=torch.bfloat16)
+
+    rows = run_op("prefill", shape, (0.4,), MACHINE, ONCE)
+
+    assert {row.dtype for row in rows} == {"bfloat16"}
+    mask = make_mask(shape, 0.4)
+    assert MACHINE.floor_ms(shape, mask, "prefill") == pytest.approx(
+        MACHINE.floor_ms(SHAPE, mask, "prefill") / 4
+    )
 
 
 @pytest.mark.parametrize("op", ["prefill", "decode"])

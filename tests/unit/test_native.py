@@ -93,11 +93,12 @@ def test_a_row_with_nothing_selected_gives_zeros() -> None:
     assert bool((lse == -torch.inf).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 200])
-def test_nan_is_not_swallowed(rows: int) -> None:
+def test_nan_is_not_swallowed(rows: int, dtype: torch.dtype) -> None:
     """A NaN in a query, or among the selected keys or values, reaches the answer, where guards can see it."""
     shape = (1, 2, 1, 1, rows, 300 - rows, 32, 64, 64)
-    q, k, v, mask = make_call(shape, density=1.0)
+    q, k, v, mask = make_call(shape, dtype, density=1.0)
     bad_q, bad_k, bad_v = q.clone(), k.clone(), v.clone()
     bad_q[0, 0, -1, 3] = torch.nan
     bad_k[0, 0, 5, 3] = torch.nan
@@ -117,6 +118,18 @@ def test_extreme_scores_stay_exact() -> None:
     exact, _ = attend_reference(q * 300, k * 300, v, mask, scale=1.0)
     plain = attend(q * 300, k * 300, v, mask, scale=1.0, backend="gather")[0]
     assert float((out - exact).abs().max()) <= allowed_error(plain, exact) + 16 * ERROR_FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "scale"), [(33, 0.2), (32, -0.2)])
+def test_odd_heads_and_negative_scales(dtype: torch.dtype, dim: int, scale: float) -> None:
+    """Half a pair of dimensions counts, and a scale below zero turns the order of the scores around."""
+    q, k, v, mask = make_call((1, 4, 2, 2, 200, 57, dim, 64, 64), dtype)
+
+    out, _ = attend_native(q, k, v, mask, scale=scale)
+
+    exact, _ = attend_exactly(q, k, v, mask, scale=scale, window=None)
+    assert float((out - exact).abs().max()) <= allowed_error(exact.to(dtype), exact)
 
 
 def make_scorer(block: int, pool: int, form: Form = "residual") -> BlockScorer:
@@ -171,6 +184,27 @@ def test_scores_and_lists_equal_the_plain_path(
     assert torch.equal(mask.validate().counts, plain_mask.counts)
     assert torch.equal(mask.indices, plain_mask.indices)
     assert mask.density() < 1
+
+
+@pytest.mark.parametrize(("pool", "form"), [(16, "residual"), (4, "residual"), (1, "low_rank")])
+def test_scores_of_bf16_are_as_close_as_plain_ones(
+    pool: int, form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries and keys in bf16 score no further from fp32, on average, than PyTorch's own bf16 path does."""
+    generator = torch.Generator().manual_seed(pool)
+    q, k = (torch.randn(8, heads, 700, 32, generator=generator).bfloat16() for heads in (4, 2))
+    scorer, table = make_scorer(64, pool, form), make_table(700)
+    with torch.no_grad():
+        native, _ = score_blocks(scorer, q, k, PooledCache(scorer).update(k, 700, table), table=table)
+        monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
+        plain, _ = score_blocks(scorer, q, k, PooledCache(scorer).update(k, 700, table), table=table)
+        q, k = q.float(), k.float()
+        exact, _ = score_blocks(scorer, q, k, PooledCache(scorer).update(k, 700, table), table=table)
+
+    chosen = exact > -torch.inf
+    assert torch.equal(chosen, native > -torch.inf)
+    own, theirs = ((shares - exact)[chosen].square().mean().sqrt() for shares in (native, plain))
+    assert 0 < own <= theirs
 
 
 def test_a_wide_list_costs_no_more_than_its_counts() -> None:

@@ -46,6 +46,7 @@ class Auditor:
         self._concurrency = concurrency
         self._clock = clock
         self._workers: list[asyncio.Task[None]] = []
+        self._rollout_ids: dict[str, None] = {}  # in the order in which they were first seen
 
     def start(self) -> None:
         """Start the workers; needs a running event loop."""
@@ -60,7 +61,8 @@ class Auditor:
             self._writer.put(self._queue.get_nowait().unscored(AuditStatus.MISSING, self._clock()))
 
     async def submit(self, job: AuditJob) -> bool:
-        """Queue a job; False when the queue is full."""
+        """Queue a job; False when the queue is full. A new rollout's first job ends the old one's audits."""
+        self._rollout_ids.setdefault(job.rollout_id)
         try:
             self._queue.put_nowait(job)
         except asyncio.QueueFull:
@@ -94,6 +96,9 @@ class Auditor:
     async def _work(self) -> None:
         while True:
             job = await self._queue.get()
+            if job.rollout_id != next(reversed(self._rollout_ids)):  # nobody decides by its score any more
+                self._writer.put(job.unscored(AuditStatus.MISSING, self._clock()))
+                continue
             try:
                 self._writer.put(await self.audit(job))
             except asyncio.CancelledError:
@@ -114,7 +119,9 @@ class Auditor:
             served_chunk_tokens=None if name == "again" else 1,
         )
         try:
-            return await asyncio.wait_for(self._variants[variant].score(request), REPLAY_TIMEOUT_S)
+            # Not wait_for: in Python 3.11 it swallows a cancellation that meets the result, and stop() hangs.
+            async with asyncio.timeout(REPLAY_TIMEOUT_S):
+                return await self._variants[variant].score(request)
         except TimeoutError as error:  # a handle without replicas waits for ever
             raise VariantError(variant, "timeout", f"no replay within {REPLAY_TIMEOUT_S:g} s") from error
 

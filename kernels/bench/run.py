@@ -238,7 +238,8 @@ def _dense(tensors: Tensors, backend: str) -> Callable[[], object]:
 
 def _compare(tensors: Tensors, mask: BlockMask, backend: str, shape: Shape) -> None:
     got = attend(*tensors, mask, backend=backend)[0].float()
-    exact = attend(*(t.float() for t in tensors), mask, backend="reference")[0]
+    q, k, v = (t.float() for t in tensors)
+    exact = attend(q, k, v, mask, backend="reference")[0]
     error, allowed = float((got - exact).abs().max()), allowed_error(exact.to(shape.dtype), exact)
     if not error <= allowed:
         raise WrongAnswerError(

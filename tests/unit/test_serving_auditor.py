@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from sentei.monitors.records import AuditStatus
@@ -15,9 +17,9 @@ from tests.fakes_serving import FakeStore, FakeVariant, crash, perfect_scores
 SERVED = (10, 11, 12, 13)
 
 
-def job(name: str = "a", *, served: tuple[int, ...] = SERVED) -> AuditJob:
+def job(name: str = "a", *, served: tuple[int, ...] = SERVED, rollout_id: str = "r1") -> AuditJob:
     """An answer that dense served."""
-    return AuditJob(name, "session", "r1", "long", "medium", "dense", (1, 2, 3), served)
+    return AuditJob(name, "session", rollout_id, "long", "medium", "dense", (1, 2, 3), served)
 
 
 def make_auditor(
@@ -108,3 +110,21 @@ async def test_jobs_left_at_the_end_are_missing() -> None:
     auditor._writer.stop()
 
     assert [(s.request_id, s.status) for s in store.audits] == [("a", AuditStatus.MISSING)]
+
+
+async def test_audits_of_a_rollout_that_is_over_do_not_delay_the_next() -> None:
+    """Once another rollout's jobs come in, what waits of the old one, and stragglers, are not replayed."""
+    auditor, dense, _, store = make_auditor(max_queued=8)
+    for name, rollout_id in (("a", "r1"), ("b", "r1"), ("c", "r2"), ("d", "r1"), ("e", "r2")):
+        await auditor.submit(job(name, rollout_id=rollout_id))
+
+    auditor.start()
+    while auditor._writer.waiting < 5:
+        await asyncio.sleep(0)
+    await auditor.stop()
+    auditor._writer.start()
+    auditor._writer.stop()
+
+    assert [r.request_id for r in dense.scored] == ["c/dense", "c/again", "e/dense", "e/again"]
+    assert [s.request_id for s in store.audits if s.status is AuditStatus.MISSING] == ["a", "b", "d"]
+    assert [s.request_id for s in store.audits if s.status is AuditStatus.SCORED] == ["c", "e"]

@@ -119,6 +119,18 @@ struct Full {
   static void add_product(vec& sum, vec a, vec b) { sum += a * b; }
 };
 
+inline void narrow_row(const float* x, int64_t n, float* y) { std::memcpy(y, x, sizeof(float) * n); }
+inline void narrow_row(const float* x, int64_t n, uint16_t* y) {
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  for (; i + VL <= n; i += VL) {
+    const __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+    std::memcpy(y + i, &half, sizeof half);
+  }
+#endif
+  for (; i < n; ++i) narrow(x[i], y + i);
+}
+
 // c[M, NR] = a[M, n] * b[n, NR], n in cells
 template <class P, int M>
 inline void tile(int n, const typename P::Cell* a, int64_t lda, const typename P::Cell* b, float* c, int64_t ldc) {
@@ -289,12 +301,8 @@ struct PairCells {
     for (int64_t d = 0; d < D; d += 2) cells[d / 2] = pair(x[d], d + 1 < D ? x[d + 1] : 0) ^ flip;
   }
   static void pack_features(const float* x, int64_t n, Cell* cells) {
-    uint16_t a, b;
-    for (int64_t i = 0; i < n; i += 2) {
-      narrow(x[i], &a);
-      narrow(i + 1 < n ? x[i + 1] : 0.0f, &b);
-      cells[i / 2] = pair(a, b);
-    }
+    cells[(n - 1) / 2] = 0;  // an odd end has half a cell to itself
+    narrow_row(x, n, (uint16_t*)cells);
   }
   static void pack_key_panel(const uint16_t* x, int64_t stride, int64_t first, int64_t T, int64_t D, Cell* panel) {
     const int64_t cells = (D + 1) / 2, live = T - first < 0 ? 0 : (T - first > NR ? NR : T - first);
@@ -424,7 +432,8 @@ void prefill(const Prefill& p, const S* q, const S* k, const S* v, const int32_t
         S* o0 = out + b * p.o_b + h * p.o_h + row0 * p.o_t;
         for (int r = 0; r < rows; ++r) {
           const float total = w.total[r], share = total > 0.0f ? 1.0f / total : (total == 0.0f ? 0.0f : total);
-          for (int64_t d = 0; d < p.Dv; ++d) narrow(w.o[r * Dp + d] * share, o0 + r * p.o_t + d);
+          for (int64_t d = 0; d < Dp; d += VL) store(&w.o[r * Dp + d], load(&w.o[r * Dp + d]) * share);
+          narrow_row(&w.o[r * Dp], p.Dv, o0 + r * p.o_t);
           lse[(b * p.Hq + h) * p.Tq + row0 + r] = total == 0.0f ? -INF : w.top[r] + std::log(total);
         }
       }
@@ -548,10 +557,12 @@ inline float log_sum(const float* x, int64_t n) {
 // Takes the rotary embedding out of one row; a scaled embedding (YaRN) is divided out by cos^2 + sin^2.
 inline void unrotate(const float* x, const float* cos, const float* sin, int64_t D, float* out) {
   const int64_t half = D / 2;
-  for (int64_t d = 0; d < half; ++d)
-    out[d] = (x[d] * cos[d] + x[d + half] * sin[d]) / std::fmax(cos[d] * cos[d] + sin[d] * sin[d], 1e-6f);
-  for (int64_t d = half; d < D; ++d)
-    out[d] = (x[d] * cos[d] - x[d - half] * sin[d]) / std::fmax(cos[d] * cos[d] + sin[d] * sin[d], 1e-6f);
+  auto shrink = [&](int64_t d) {
+    const float size = cos[d] * cos[d] + sin[d] * sin[d];
+    return 1.0f / (size > 1e-6f ? size : 1e-6f);
+  };
+  for (int64_t d = 0; d < half; ++d) out[d] = (x[d] * cos[d] + x[d + half] * sin[d]) * shrink(d);
+  for (int64_t d = half; d < D; ++d) out[d] = (x[d] * cos[d] - x[d - half] * sin[d]) * shrink(d);
 }
 
 inline float square(const float* x, int64_t n) {
@@ -595,7 +606,7 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> s(p.pools * MR * NR), logits(p.rows * columns), exact(p.rows * wide), row(p.D), plain(p.rows * W),
-        encoded(p.rows * lde), forced(p.rows);
+        encoded(p.rows * lde), forced(p.rows), far(columns), most(columns);
     std::vector<Cell> near(wide * raw_cells), raw_query(p.rows * raw_cells), query(p.rows * cells);
     for (int64_t h_kv = 0; h_kv < p.Hkv; ++h_kv) {
       const S* keys = pooled + h_kv * p.pooled_h;
@@ -677,17 +688,22 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
               }
           }
         float* best = out + (h * p.n + i_q) * p.out_blocks;
+        const int64_t end = up(open, VL);
+        std::fill(far.begin(), far.end(), 0.0f);
+        for (int64_t j = 1; j < open; ++j) far[j] = bias[h * p.num_bias + home - j];
+        std::fill(most.begin(), most.end(), -INF);
         for (int r = 0; r < rows; ++r) {
           float* row = logits.data() + r * columns;
-          for (int64_t j = 1; j < open; ++j) row[j] += bias[h * p.num_bias + home - j];
+          for (int64_t j = 0; j < end; j += VL) store(row + j, load(row + j) + load(&far[j]));
           row[0] = -INF;
-          for (int64_t j = open; j < up(open, NR); ++j) row[j] = -INF;
-          const float total = log_add(log_sum(row, up(open, NR)), forced[r]);
-          for (int64_t j = 1; j < open; ++j) {
-            const float share = row[j] - total;
-            best[j] = share > best[j] || std::isnan(share) ? share : best[j];
+          for (int64_t j = open; j < end; ++j) row[j] = -INF;
+          const float total = log_add(log_sum(row, end), forced[r]);
+          for (int64_t j = 0; j < end; j += VL) {
+            const vec share = load(row + j) - total, old = load(&most[j]);
+            store(&most[j], share > old ? share : (share == share ? old : share));  // NaN is kept
           }
         }
+        std::memcpy(best + 1, &most[1], sizeof(float) * (open - 1));
       }
     }
   }

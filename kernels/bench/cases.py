@@ -33,6 +33,12 @@ class Shape:
     block: int = 64
     batch: int = 1
     dtype: torch.dtype = torch.float32
+    shares_lists: bool = False  # one list of blocks per KV group instead of one per query head
+
+    @property
+    def lists(self) -> int:
+        """Lists of blocks per sequence and query block."""
+        return self.kv_heads if self.shares_lists else self.heads
 
 
 def make_tensors(shape: Shape, *, q_len: int | None = None, seed: int = 0) -> Tensors:
@@ -48,12 +54,12 @@ def make_tensors(shape: Shape, *, q_len: int | None = None, seed: int = 0) -> Te
 
 
 def make_mask(shape: Shape, density: float, *, q_len: int | None = None, seed: int = 0) -> BlockMask:
-    """Return a random causal mask per query head; sink and diagonal are kept, the rest meets the density."""
+    """Return a random causal mask per query head or KV group; sink and diagonal are kept, the rest meets the density."""
     generator = torch.Generator().manual_seed(seed)
     rows = shape.tokens if q_len is None else q_len
     starts = block_starts(rows, shape.block, shape.tokens - rows, torch.device("cpu"))
     num = -(-shape.tokens // shape.block)
-    noise = torch.rand(shape.batch, shape.heads, len(starts), num, generator=generator).log()
+    noise = torch.rand(shape.batch, shape.lists, len(starts), num, generator=generator).log()
     return _select(shape, noise, starts, rows, density)
 
 

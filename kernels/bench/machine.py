@@ -34,11 +34,10 @@ class Machine:
     def floor_ms(self, shape: Shape, mask: BlockMask, op: str) -> float:
         """The time that FLOPs and bytes alone would take: the larger of the two."""
         pairs = float(mask.counts.sum()) * mask.block_k * min(mask.block_q, mask.q_len)
-        if mask.counts.shape[1] == 1:
-            pairs *= shape.heads * shape.batch
+        pairs *= shape.heads / mask.counts.shape[1] * shape.batch / mask.counts.shape[0]
         flops = {"block_mass": 2.0, "score": 0.0}.get(op, 4.0) * shape.head_dim * pairs
         keys = float(shape.batch * shape.kv_heads * shape.tokens)
-        if op == "decode":  # the query heads of a group have lists of their own: each reads its blocks
+        if op == "decode":  # every list reads its blocks
             keys = float(mask.counts.sum()) * mask.block_k
         moved = (
             shape.dtype.itemsize * shape.head_dim * (2 * keys + 2 * shape.batch * shape.heads * mask.q_len)

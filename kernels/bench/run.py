@@ -42,6 +42,7 @@ class Row:
     head_dim: int
     block: int
     dtype: str
+    lists: str  # one list of blocks per query head, or one per KV group
     density: float
     median_ms: float
     p20_ms: float
@@ -216,6 +217,7 @@ class _RowMaker:
                     head_dim=shape.head_dim,
                     block=shape.block,
                     dtype=str(shape.dtype).removeprefix("torch."),
+                    lists="group" if shape.shares_lists else "head",
                     density=density,
                     median_ms=median,
                     p20_ms=fifths[0],

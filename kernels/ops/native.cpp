@@ -151,11 +151,10 @@ inline void tile(int n, const typename P::Cell* a, int64_t lda, const typename P
   }
 }
 
-// c[M, NR] = c * fade[M] + a[M, num * n] * b, where b is `num` runs of [n, NR] that start at base + step * list[.]; its
-// rows lie `ldb` apart
+// c[M, NR] = c * fade[M] + a[M, num * n] * b, where b is `num` runs of [n, NR] that start at base + step * list[.]
 template <class P, int M>
 inline void add_tiles(int num, const int32_t* list, int64_t step, int n, const typename P::Cell* a, int64_t lda,
-                      const typename P::Cell* base, int64_t ldb, const float* fade, float* c, int64_t ldc) {
+                      const typename P::Cell* base, const float* fade, float* c, int64_t ldc) {
   vec left[M], right[M];
 #pragma GCC unroll 16
   for (int r = 0; r < M; ++r) {
@@ -165,7 +164,7 @@ inline void add_tiles(int num, const int32_t* list, int64_t step, int n, const t
   for (int k = 0; k < num; ++k) {
     const typename P::Cell* b = base + step * list[k];
     for (int i = 0; i < n; ++i) {
-      const auto b0 = P::load_cells(b + i * ldb), b1 = P::load_cells(b + i * ldb + VL);
+      const auto b0 = P::load_cells(b + i * NR), b1 = P::load_cells(b + i * NR + VL);
 #pragma GCC unroll 16
       for (int r = 0; r < M; ++r) {
         const auto x = P::repeat(a[r * lda + k * n + i]);
@@ -396,7 +395,7 @@ void attend_block(const Prefill& p, Scratch<P>& w, int rows, int64_t first, cons
     for (int64_t d = 0; d < Dp; d += NR)
       by_rows<P::MR>(rows, [&](int r, auto m) {
         add_tiles<P, m>(here, list + i, p.block_k / P::PER * NR, bk / P::PER, weights + r * CHUNK / P::PER,
-                        CHUNK / P::PER, values + d * (Tp / P::PER), NR, w.fade.data() + r, w.o.data() + r * Dp + d, Dp);
+                        CHUNK / P::PER, values + d * (Tp / P::PER), w.fade.data() + r, w.o.data() + r * Dp + d, Dp);
       });
   }
 }
@@ -441,20 +440,26 @@ void prefill(const Prefill& p, const S* q, const S* k, const S* v, const int32_t
   }
 }
 
-// Rows of a KV cache as fp32, their ends padded to `padded` with zeros: where they lie if they already are that.
-inline const float* in_fp32(const float* x, int64_t stride, int64_t n, int64_t dim, int64_t padded, float* room,
-                            int64_t* row_stride) {
-  *row_stride = dim == padded ? stride : padded;
-  if (dim == padded) return x;
-  for (int64_t j = 0; j < n; ++j) {
-    std::memcpy(room + j * padded, x + j * stride, sizeof(float) * dim);
-    std::fill(room + j * padded + dim, room + (j + 1) * padded, 0.0f);
-  }
-  return room;
+typedef uint16_t halves __attribute__((vector_size(VL * 2)));
+typedef uint32_t words __attribute__((vector_size(VL * 4)));
+inline vec load_wide(const float* x) { return load(x); }
+inline vec load_wide(const uint16_t* x) {
+  halves y;
+  std::memcpy(&y, x, sizeof y);
+  return (vec)(__builtin_convertvector(y, words) << 16);
 }
-inline const float* in_fp32(const uint16_t* x, int64_t stride, int64_t n, int64_t dim, int64_t padded, float* room,
-                            int64_t* row_stride) {
-  *row_stride = padded;
+
+// Asks for the cache line of one element that will be read soon.
+template <class S>
+inline void ask_for(const S* x) {
+  __builtin_prefetch(x, 0, 3);
+}
+template <class S>
+constexpr int64_t LINE = 64 / sizeof(S);
+
+// Rows [n, dim] of a KV cache copied as fp32, their ends padded with zeros.
+template <class S>
+const float* widen_rows(const S* x, int64_t stride, int64_t n, int64_t dim, int64_t padded, float* room) {
   for (int64_t j = 0; j < n; ++j) {
     for (int64_t d = 0; d < dim; ++d) room[j * padded + d] = widen(x[j * stride + d]);
     std::fill(room + j * padded + dim, room + (j + 1) * padded, 0.0f);
@@ -462,19 +467,50 @@ inline const float* in_fp32(const uint16_t* x, int64_t stride, int64_t n, int64_
   return room;
 }
 
-// s[M, n] = a[M, width] * b[n, width]^T, each product one sum over lanes
-template <int M>
-inline void dot_rows(int64_t n, int64_t width, const float* a, int64_t lda, const float* b, int64_t ldb, float* s,
-                     int64_t lds) {
+// s[M, n] = a[M, width] * b[n, width]^T, each product one sum over lanes; `next` [n, width] is read after it.
+template <int M, class S, class N>
+inline void dot_rows(int64_t n, int64_t width, const float* a, int64_t lda, const S* b, int64_t ldb, float* s,
+                     int64_t lds, const N* next, int64_t ld_next) {
   for (int64_t j = 0; j < n; ++j) {
+    for (int64_t d = 0; d < width; d += LINE<N>) ask_for(next + j * ld_next + d);
     vec x[M] = {};
     for (int64_t d = 0; d < width; d += VL) {
-      const vec key = load(b + j * ldb + d);
+      const vec key = load_wide(b + j * ldb + d);
 #pragma GCC unroll 8
       for (int r = 0; r < M; ++r) x[r] += load(a + r * lda + d) * key;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) s[r * lds + j] = sum(x[r]);
+  }
+}
+
+// c[M, width] = c * fade[M] + a[M, n] * b[n, width], width a multiple of NR
+template <int M, class S, class N>
+inline void add_rows(int64_t n, int64_t width, const float* a, int64_t lda, const S* b, int64_t ldb, const float* fade,
+                     float* c, int64_t ldc, const N* next, int64_t ld_next) {
+  for (int64_t d = 0; d < width; d += NR) {
+    vec left[M], right[M];
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+      left[r] = load(c + r * ldc + d) * fade[r];
+      right[r] = load(c + r * ldc + d + VL) * fade[r];
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      ask_for(next + j * ld_next + d);
+      if (NR > LINE<N>) ask_for(next + j * ld_next + d + LINE<N>);
+      const vec b0 = load_wide(b + j * ldb + d), b1 = load_wide(b + j * ldb + d + VL);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) {
+        const vec x = splat(a[r * lda + j]);
+        left[r] += x * b0;
+        right[r] += x * b1;
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+      store(c + r * ldc + d, left[r]);
+      store(c + r * ldc + d + VL, right[r]);
+    }
   }
 }
 
@@ -490,11 +526,11 @@ void decode(const Prefill& p, const S* q, const S* k, const S* v, const int32_t*
     const int64_t rows = heads * p.Tq, Dp = up(p.D, VL), Vp = up(p.Dv, NR), wide = up(p.block_k, VL);
     std::vector<float> qs(rows * Dp), o(rows * Vp), s(rows * wide), top(rows), total(rows), fade(rows),
         room(std::max(Dp, Vp) * p.block_k);
-    const int32_t only = 0;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t b = task * heads / p.Hq, h0 = task * heads % p.Hq, h_kv = h0 / group;
       const int64_t list = (p.mask_b > 1 ? b : 0) * p.mask_h + h0 * p.mask_h / p.Hq;
+      const S *k0 = k + b * p.k_b + h_kv * p.k_h, *v0 = v + b * p.v_b + h_kv * p.v_h;
       std::fill(qs.begin(), qs.end(), 0.0f);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t d = 0; d < p.D; ++d)
@@ -505,11 +541,18 @@ void decode(const Prefill& p, const S* q, const S* k, const S* v, const int32_t*
       for (int i = 0; i < counts[list]; ++i) {
         const int64_t keys0 = int64_t(indices[list * p.width + i]) * p.block_k;
         const int64_t n = std::min(p.block_k, p.Tk - keys0);
-        int64_t step;
-        const float* keys =
-            in_fp32(k + b * p.k_b + h_kv * p.k_h + keys0 * p.k_t, p.k_t, n, p.D, Dp, room.data(), &step);
+        const S* keys = k0 + keys0 * p.k_t;
+        const S* values = v0 + keys0 * p.v_t;
+        const int64_t then = i + 1 < counts[list] ? int64_t(indices[list * p.width + i + 1]) * p.block_k : keys0;
+        const S* next = k0 + std::min(then, std::max(p.Tk - n, int64_t(0))) * p.k_t;  // n rows of it exist
+        if (Dp != p.D) widen_rows(keys, p.k_t, n, p.D, Dp, room.data());
         by_rows<4>(int(rows), [&](int r, auto m) {
-          dot_rows<m>(n, Dp, qs.data() + r * Dp, Dp, keys, step, s.data() + r * wide, wide);
+          const float* a = qs.data() + r * Dp;
+          float* to = s.data() + r * wide;
+          if (Dp == p.D)
+            dot_rows<m>(n, Dp, a, Dp, keys, p.k_t, to, wide, values, p.v_t);
+          else
+            dot_rows<m>(n, Dp, a, Dp, room.data(), Dp, to, wide, room.data(), Dp);
         });
         for (int64_t r = 0; r < rows; ++r) {
           float* row = &s[r * wide];
@@ -527,13 +570,15 @@ void decode(const Prefill& p, const S* q, const S* k, const S* v, const int32_t*
           total[r] = total[r] * fade[r] + exp_row(row, int(wide), high);
           top[r] = high;
         }
-        const float* values =
-            in_fp32(v + b * p.v_b + h_kv * p.v_h + keys0 * p.v_t, p.v_t, n, p.Dv, Vp, room.data(), &step);
-        for (int64_t d = 0; d < Vp; d += NR)
-          by_rows<4>(int(rows), [&](int r, auto m) {
-            add_tiles<Full, m>(1, &only, 0, int(n), s.data() + r * wide, wide, values + d, step, fade.data() + r,
-                               o.data() + r * Vp + d, Vp);
-          });
+        if (Vp != p.Dv) widen_rows(values, p.v_t, n, p.Dv, Vp, room.data());
+        by_rows<4>(int(rows), [&](int r, auto m) {
+          const float* a = s.data() + r * wide;
+          float* to = o.data() + r * Vp;
+          if (Vp == p.Dv)
+            add_rows<m>(n, Vp, a, wide, values, p.v_t, fade.data() + r, to, Vp, next, p.k_t);
+          else
+            add_rows<m>(n, Vp, a, wide, room.data(), Vp, fade.data() + r, to, Vp, room.data(), Vp);
+        });
       }
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t h = h0 + r / p.Tq, t = r % p.Tq;

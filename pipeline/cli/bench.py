@@ -35,6 +35,7 @@ def kernels(
     heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 4,
     kv_heads: Annotated[int, typer.Option(help="KV heads.", min=1)] = 1,
     batch: Annotated[int, typer.Option(help="Sequences of a decode step.", min=1)] = 8,
+    lists: Annotated[str, typer.Option(help="Lists of blocks per query head or per KV group.")] = "head",
     backend: Annotated[str, typer.Option(help="auto, native, flex, gather or reference.")] = "auto",
     pool_tokens: Annotated[
         int, typer.Option(help="Tokens per pooled key of the scorer; 1 takes the low-rank form.")
@@ -63,10 +64,21 @@ def kernels(
         raise typer.BadParameter(
             f"{', '.join(sorted(unknown))}; choose from float32, bfloat16", param_hint="--dtype"
         )
+    if lists not in ("head", "group"):
+        raise typer.BadParameter(f"{lists}; choose from head, group", param_hint="--lists")
     shapes = [
         (
             name,
-            Shape(n, heads, kv_heads, dim, size, batch if name == "decode" else 1, getattr(torch, precision)),
+            Shape(
+                tokens=n,
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=dim,
+                block=size,
+                batch=batch if name == "decode" else 1,
+                dtype=getattr(torch, precision),
+                shares_lists=lists == "group",
+            ),
         )
         for name in wanted
         for precision in dtypes

@@ -41,6 +41,7 @@ class Focus:
     """What one query block truly attended to, measured: over its rows and the layer's query heads."""
 
     true_shares: Floats  # [Hq, blocks up to its own], of the neediest row
+    dropped_share_at_most: float  # estimated, mean over heads
     dropped_mass_mean: float
     dropped_mass_worst: float
 
@@ -57,7 +58,7 @@ class LayerChoices:
     kept: tuple[NDArray[np.bool_], ...]
     density_by_head: tuple[float, ...]  # over all query blocks
     dropped_share_at_most: float  # estimated, mean over heads and query blocks
-    focus: Focus | None
+    focus: Focus
 
     @property
     def density(self) -> float:
@@ -133,10 +134,13 @@ class Explanation:
             "density": _rounded(layer.density),
             "density_by_head": [_rounded(value) for value in layer.density_by_head],
             "dropped_share_at_most": _rounded(layer.dropped_share_at_most),
-            "kept_by_all_heads": int(kept.all(axis=0).sum()),
-            "kept_by_no_head": int((~kept.any(axis=0)).sum()),
-            "dropped_mass_mean": _rounded(layer.focus.dropped_mass_mean) if layer.focus else None,
-            "dropped_mass_worst": _rounded(layer.focus.dropped_mass_worst) if layer.focus else None,
+            "at_query_block": {
+                "kept_by_all_heads": int(kept.all(axis=0).sum()),
+                "kept_by_no_head": int((~kept.any(axis=0)).sum()),
+                "dropped_share_at_most": _rounded(layer.focus.dropped_share_at_most),
+                "dropped_mass_mean": _rounded(layer.focus.dropped_mass_mean),
+                "dropped_mass_worst": _rounded(layer.focus.dropped_mass_worst),
+            },
         }
 
     def _head(self, layer: LayerChoices, head: int) -> dict[str, Any]:
@@ -254,18 +258,19 @@ def record_choices(selection: Selection, recorded: Sequence[int], focus: int) ->
         kept=tuple(kept[:, i, : i + 1].numpy().copy() for i in recorded),
         density_by_head=tuple(density.tolist()),
         dropped_share_at_most=float(dropped.mean()),
-        focus=_measure(selection, kept[:, focus], focus),
+        focus=_measure(selection, kept[:, focus], focus, float(dropped[:, focus].mean())),
     )
 
 
-def _measure(selection: Selection, kept: torch.Tensor, focus: int) -> Focus:
+def _measure(selection: Selection, kept: torch.Tensor, focus: int, estimated: float) -> Focus:
     """Compute the focus's true attention exactly; kept [Hq, blocks]."""
     size, last = selection.mask.block_k, selection.query.shape[2]
     rows = torch.arange(focus * size, min((focus + 1) * size, last), device=selection.query.device)
     _, mass = block_mass(selection.query, selection.key, scale=selection.layer.scale, block_k=size, rows=rows)
     mass = mass[0].float().cpu()
     dropped = mass.masked_fill(kept[:, None, :], 0.0).sum(dim=-1)
-    return Focus(mass.amax(dim=1)[:, : focus + 1].numpy(), float(dropped.mean()), float(dropped.max()))
+    shares = mass.amax(dim=1)[:, : focus + 1].numpy()
+    return Focus(shares, estimated, float(dropped.mean()), float(dropped.max()))
 
 
 def ranks_of(log_shares: Floats) -> NDArray[np.int64]:

@@ -79,7 +79,7 @@ def _layer_data(layer: LayerChoices) -> dict[str, Any]:
         "thresholds": _pack(layer.log_thresholds.T.ravel()),
         "shares": _pack_all(layer.log_shares),
         "kept": base64.b64encode(np.packbits(kept, bitorder="little").tobytes()).decode(),
-        "true_shares": _pack(layer.focus.true_shares.ravel()) if layer.focus is not None else "",
+        "true_shares": _pack(layer.focus.true_shares.ravel()),
     }
 
 

@@ -47,7 +47,9 @@ def run_explain(
     name = f"explain-{Path(loaded.name).name}-{rung}"
     record, page = save_explanation(explanation, text, out or sentei_home().reports / name)
     summary = explanation.summary()
-    output.say(choices_table(summary), *closing_lines(summary), f"page: {page}", f"record: {record}")
+    if explanation.layers:
+        output.say(choices_table(summary))
+    output.say(*closing_lines(summary), f"page: {page}", f"record: {record}")
     output.emit({**summary, "record": str(record), "page": str(page)})
 
 
@@ -70,29 +72,31 @@ def read_token(text: str) -> int | None:
 
 
 def choices_table(summary: dict[str, Any]) -> Table:
-    """Show an explained prompt: one line per thinned layer."""
+    """Show an explained prompt: a line per thinned layer, over all query blocks and for the focus."""
     query = summary["query_block"]
     table = Table(
         "layer",
         "density",
-        "of heads",
-        "estimated drop, at most",
-        f"kept by all heads for block {query}",
+        "est. drop ≤",
+        "kept by all",
         "by none",
-        "true drop there, mean",
+        "est. drop ≤",
+        "true drop",
         "worst row",
+        title=f"From `kept by all` on: query block {query}, over its rows and heads",
+        title_justify="left",
     )
     for layer in summary["layers"]:
-        low, high = min(layer["density_by_head"]), max(layer["density_by_head"])
+        there = layer["at_query_block"]
         table.add_row(
             str(layer["layer"]),
             f"{layer['density']:.1%}",
-            f"{low:.0%} to {high:.0%}",
             f"{layer['dropped_share_at_most']:.1%}",
-            f"{layer['kept_by_all_heads']} of {query + 1}",
-            str(layer["kept_by_no_head"]),
-            f"{layer['dropped_mass_mean']:.2%}",
-            f"{layer['dropped_mass_worst']:.1%}",
+            f"{there['kept_by_all_heads']}/{query + 1}",
+            str(there["kept_by_no_head"]),
+            f"{there['dropped_share_at_most']:.1%}",
+            f"{there['dropped_mass_mean']:.1%}",
+            f"{there['dropped_mass_worst']:.1%}",
         )
     return table
 

@@ -136,6 +136,20 @@ async def test_thinned_answer_says_what_its_attention_kept() -> None:
     assert [json.loads(record.attention or "null") for record in world.store.requests] == [found, found, None]
 
 
+@pytest.mark.parametrize(("limit_bytes", "is_kept"), [(2048, True), (0, False)])
+async def test_answer_that_moved_to_dense_keeps_what_sparse_had_told(limit_bytes: int, is_kept: bool) -> None:
+    """The record of the sparse part survives a fallback in the middle; a limit of 0 bytes switches it off."""
+    use = AttentionUse(2, 0, (LayerUse(0, 0.25, None),))
+    sparse = FakeVariant("sparse", fail_after=2, failure=crash("sparse"), attention=use)
+    limits = LIMITS.model_copy(update={"attention_record_bytes": limit_bytes})
+    world = World(sparse=sparse, limits=limits)
+    async with world.run() as client:
+        await post_chat(client, stream=True)
+
+    (record,) = world.store.requests
+    assert (record.outcome, '"0":[0.25,null]' in record.attention) == ("fallback_mid", is_kept)
+
+
 async def test_short_prompt_stays_dense() -> None:
     """A pinned slice is answered by dense."""
     world = World()

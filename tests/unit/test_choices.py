@@ -118,17 +118,20 @@ def test_figures_are_those_of_the_mask() -> None:
     causal = BLOCKS * (BLOCKS + 1) / 2
     assert found["density_by_head"] == pytest.approx((kept.sum((1, 2)) / causal).tolist(), abs=1e-6)
     assert found["density_by_head"][2:] == [1.0, 1.0]
-    assert found["kept_by_all_heads"] == int(kept[:, -1].all(0).sum())
+    there = found["at_query_block"]
+    assert there["kept_by_all_heads"] == int(kept[:, -1].all(0).sum())
     keys = selection.key.repeat_interleave(2, dim=1)
     rows = torch.arange(SIZE * (BLOCKS - 1), TOKENS)
     scores = selection.query[:, :, rows] @ keys.mT * selection.layer.scale
     scores = scores.masked_fill(torch.arange(TOKENS) > rows[:, None], -math.inf).softmax(-1)[0]
     dropped = (scores * ~kept[:, -1].repeat_interleave(SIZE, dim=-1)[:, None, :TOKENS]).sum(-1)
-    assert found["dropped_mass_mean"] == pytest.approx(float(dropped.mean()), abs=1e-5)
-    assert found["dropped_mass_worst"] == pytest.approx(float(dropped.max()), abs=1e-5)
+    assert there["dropped_mass_mean"] == pytest.approx(float(dropped.mean()), abs=1e-5)
+    assert there["dropped_mass_worst"] == pytest.approx(float(dropped.max()), abs=1e-5)
     shares = selection.log_shares[0].exp() * ~kept
     expected = float(shares.sum(-1).clamp_max(1).mean())
     assert found["dropped_share_at_most"] == pytest.approx(expected, abs=1e-6)
+    expected = float(shares.sum(-1).clamp_max(1)[:, -1].mean())
+    assert there["dropped_share_at_most"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_ranks_leave_forced_blocks_out() -> None:

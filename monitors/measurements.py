@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 
 from sentei.monitors.database import Database
 from sentei.monitors.records import AuditScore, AuditStatus, DriftResult, RequestRecord
-from sentei.monitors.tables import AUDITS, DRIFT, REQUESTS
+from sentei.monitors.tables import ATTENTION, AUDITS, DRIFT, REQUESTS
 
 Row = Mapping[str, Any]
 
@@ -25,6 +25,10 @@ class Measurements(Database):
             if _has_row(connection, REQUESTS, record.request_id):
                 return False
             values = dataclasses.asdict(record)
+            if attention := values.pop("attention"):
+                connection.execute(
+                    sa.insert(ATTENTION).values(request_id=record.request_id, attention=attention)
+                )
             values["is_arrival"] = not _exists(
                 connection, REQUESTS, _same(REQUESTS, record, "rollout_id", "session_id", "slice_id")
             )
@@ -70,7 +74,17 @@ class Measurements(Database):
 
     def read_requests(self, rollout_id: str, *, after: int = 0) -> list[Row]:
         """Return request rows with their `seq`, oldest first, for reports."""
-        return self._read_rows(REQUESTS, rollout_id, after)
+        query = _requests().where(REQUESTS.c.rollout_id == rollout_id, REQUESTS.c.seq > after)
+        with self.read("requests") as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def read_request(self, request_id: str) -> Row | None:
+        """Return one request's row, or None."""
+        with self.read(f"request {request_id!r}") as connection:
+            row = (
+                connection.execute(_requests().where(REQUESTS.c.request_id == request_id)).mappings().first()
+            )
+        return dict(row) if row else None
 
     def read_audits(self, rollout_id: str, *, after: int = 0) -> list[Row]:
         """Return audit rows with their `seq`, oldest first, for reports and drift windows."""
@@ -97,6 +111,15 @@ class Measurements(Database):
             sa.insert(AUDITS).values(seq=self.next_number(connection), is_unit=is_unit, **values)
         )
         return True
+
+
+def _requests() -> sa.Select[Any]:
+    kept = sa.func.coalesce(ATTENTION.c.attention, "").label("attention")
+    return (
+        sa.select(REQUESTS, kept)
+        .outerjoin(ATTENTION, ATTENTION.c.request_id == REQUESTS.c.request_id)
+        .order_by(REQUESTS.c.seq)
+    )
 
 
 def _same(table: sa.Table, record: object, *names: str) -> sa.ColumnElement[bool]:

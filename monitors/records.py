@@ -46,6 +46,7 @@ class RequestRecord:
     error: str = ""
     chosen_for_audit: bool = False
     compute_s: float = 0.0  # model seconds spent on it, audits not included
+    attention: str = ""  # JSON: what its attention kept, layer by layer; "" where nothing was thinned
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,14 @@ REQUESTS = sa.Table(
     sa.Index("requests_by_session", "rollout_id", "session_id"),
 )
 
+# A table beside REQUESTS, not a column, so that stores of this schema version that exist go on.
+ATTENTION = sa.Table(
+    "attention",
+    METADATA,
+    sa.Column("request_id", sa.String(128), primary_key=True),
+    sa.Column("attention", sa.Text, nullable=False),
+)
+
 AUDITS = sa.Table(
     "audits",
     METADATA,

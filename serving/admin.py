@@ -122,6 +122,10 @@ def add_admin_routes(
         body = parse_request(EditBody, await _body(request))
         return await asyncio.to_thread(desk.edit, rollout_id, body)
 
+    @router.get("/requests/{request_id:path}")
+    async def request_record(request_id: str) -> Any:
+        return await asyncio.to_thread(desk.request, request_id)
+
     @router.get("/routing")
     async def routing() -> Any:
         return await asyncio.to_thread(desk.routing)
@@ -239,6 +243,17 @@ class RolloutDesk:
             raise RequestError(text, status=409, code="quarantined", param="policy")
         seq = self._store.add_revision(rollout_id, body.policy, by=body.by, at_s=self._now_s())
         return {"rollout_id": rollout_id, "seq": seq, "changes": [str(item) for item in changes]}
+
+    def request(self, request_id: str) -> dict[str, Any]:
+        """Return one request's record, with what its attention kept where it was thinned; never its text."""
+        row = self._store.read_request(request_id)
+        if row is None:
+            text = (
+                f"request {request_id[:80]!r} is not recorded; its id is the response's x-sentei-request-id"
+            )
+            raise RequestError(text, status=404, code="request_not_found", param="request_id")
+        attention = str(row["attention"])
+        return {**row, "attention": json.loads(attention) if attention else None}
 
     def routing(self) -> dict[str, Any]:
         """Return the routing table and whether this ingress obeys it now."""

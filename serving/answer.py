@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sentei.monitors.records import Outcome
 from sentei.serving.engine.request import (
@@ -63,6 +64,7 @@ class Progress:
     first_at_s: float | None = None
     last_at_s: float | None = None
     compute_s: float = 0.0
+    attention: dict[str, Any] | None = None  # what a thinned answer's attention kept, bounded
 
     def note_failure(self, error: VariantError) -> None:
         """Remember that a try failed; what comes now is a fallback."""
@@ -159,6 +161,8 @@ class Answerer:
                 has_token = True
                 progress.compute_s = spent_s + chunk.compute_s
                 progress.note_tokens(chunk.ids, time.monotonic())
+                if chunk.attention is not None:
+                    progress.attention = chunk.attention.to_dict(self._limits.attention_record_bytes)
                 if name == SPARSE and chunk.finish_reason is not None:
                     self._breaker.record(is_ok=True, now_s=time.monotonic())
                 yield chunk

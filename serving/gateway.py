@@ -15,6 +15,7 @@ from typing import Any
 
 from sentei.monitors.records import AuditStatus, Outcome, RequestRecord
 from sentei.serving.answer import Answerer, Delta, Progress, Question
+from sentei.serving.engine.attention import to_json
 from sentei.serving.errors import RequestError, ServingError
 from sentei.serving.openai import DEFAULT_MAX_TOKENS, ChatRequest, GenerationRequest, sampling_of
 from sentei.serving.ports import AuditDesk, AuditJob, ModelCard, RecordStore, Tokenizer, Variant
@@ -286,6 +287,7 @@ def _record(question: Question, progress: Progress, *, total_ms: float) -> Reque
         error=progress.error[:500],
         chosen_for_audit=assigned.is_audited,
         compute_s=progress.compute_s,
+        attention=to_json(progress.attention),
     )
 
 

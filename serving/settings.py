@@ -25,6 +25,9 @@ class Limits(_Options):
     poll_every_s: float = Field(default=0.25, gt=0, description="how often the routing table is read")
     max_unwritten_records: int = Field(default=10_000, ge=1)
     audit_max_tokens: int = Field(default=64, ge=1, description="served tokens that are replayed")
+    attention_record_bytes: int = Field(
+        default=2048, ge=0, description="what a request's attention kept: layers are left out beyond; 0: none"
+    )
 
 
 class VariantOptions(_Options):

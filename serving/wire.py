@@ -38,12 +38,15 @@ def model_body(name: str, created_s: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created_s, "owned_by": "sentei"}
 
 
-def usage_body(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Return the token counts."""
+def usage_body(prompt_tokens: int, progress: Progress) -> dict[str, Any]:
+    """Return the token counts and, beyond OpenAI's fields, what a thinned answer's attention kept."""
+    completion_tokens = len(progress.ids)
+    extra = {} if progress.attention is None else {"sentei_attention": progress.attention}
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        **extra,
     }
 
 
@@ -73,7 +76,7 @@ class Wire:
     def usage_chunk(self, progress: Progress, prompt_tokens: int) -> dict[str, Any]:
         """Return the last piece of a stream whose caller asked for usage."""
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        usage = usage_body(prompt_tokens, len(progress.ids))
+        usage = usage_body(prompt_tokens, progress)
         return {**self._head(kind, progress), "choices": [], "usage": usage}
 
     def whole(self, deltas: Sequence[Delta], progress: Progress, prompt_tokens: int) -> dict[str, Any]:
@@ -87,7 +90,7 @@ class Wire:
         else:
             choice["text"] = text
         kind = "chat.completion" if self.is_chat else "text_completion"
-        usage = usage_body(prompt_tokens, len(progress.ids))
+        usage = usage_body(prompt_tokens, progress)
         return {**self._head(kind, progress), "choices": [choice], "usage": usage}
 
     def _head(self, kind: str, progress: Progress) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from sentei.monitors.errors import StoreError
 from sentei.monitors.records import AuditScore, RequestRecord
 from sentei.policies.signals import RoutingTable, SliceRoute
+from sentei.serving.engine.attention import AttentionUse
 from sentei.serving.engine.request import (
     EngineRequest,
     FinishReason,
@@ -65,6 +66,7 @@ class FakeVariant:
     score_results: dict[str, ScoreResult] = field(default_factory=dict)
     closed: int = 0
     fault: dict[str, Any] | None = None
+    attention: AttentionUse | None = None
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenChunk, None]:
         self.requests.append(request)
@@ -74,11 +76,12 @@ class FakeVariant:
                 if i == self.fail_after:
                     await self._fail()
                 finish = FinishReason.LENGTH if i + 1 == request.max_tokens else None
-                yield TokenChunk((ids[i],), (TokenLogprob(ids[i], -0.5),), finish, compute_s=0.25)
+                use = self.attention if i == len(request.sent_ids) else None
+                yield TokenChunk((ids[i],), (TokenLogprob(ids[i], -0.5),), finish, 0.25, use)
                 await asyncio.sleep(0)
                 if finish:
                     return
-            yield TokenChunk((), (), FinishReason.STOP, compute_s=0.25)
+            yield TokenChunk((), (), FinishReason.STOP, 0.25, self.attention)
         finally:
             self.closed += 1
 
@@ -190,6 +193,9 @@ class FakeRunner:
         self.calls.append(f"decode {request_id}")
         self.live[request_id] += 1
         return TokenLogprob(self.live[request_id], -1.0), 0.5
+
+    def attention(self, request_id: str) -> AttentionUse | None:
+        return AttentionUse(self.calls.count(f"decode {request_id}"), 0, ())
 
     def drop(self, request_id: str) -> None:
         self.live.pop(request_id, None)

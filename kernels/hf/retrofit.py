@@ -19,13 +19,14 @@ from transformers.masking_utils import sdpa_mask
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, dense_ladder
 from sentei.kernels.hf.models import LayerInfo, ModelError, attention_modules, rotary_tables, thinnable_layers
+from sentei.kernels.hf.selection import Selection, SelectionObserver
 from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.kernels.ops.attention import attend, dense_attend
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.pooled_cache import PooledCache
-from sentei.kernels.scorer.selection import score_blocks, select_blocks
+from sentei.kernels.scorer.selection import per_head_thresholds, score_blocks, select_blocks
 
 # sdpa: Transformers' own. flex: our fastest dense per call. compiled_flex: FlexAttention, faster or not.
 Base = Literal["sdpa", "flex", "compiled_flex"]
@@ -48,6 +49,7 @@ class Retrofit:
         self.base = base
         self.fault = fault
         self.selector: Selector | None = None
+        self._observer: SelectionObserver | None = None
         self._ladder = adapter.ladder if adapter is not None else dense_ladder()
         self._layers = _match_layers(model, adapter)
         self._rung = self._ladder.find(rung)
@@ -79,6 +81,15 @@ class Retrofit:
     def set_selector(self, selector: Selector | None) -> None:
         """Choose blocks by another rule than the learned scorer's, or by the scorer again."""
         self.selector = selector
+
+    @contextmanager
+    def watching(self, observer: SelectionObserver) -> Iterator[None]:
+        """Show the observer each choice that the scorer makes, for the length of a `with` block."""
+        previous, self._observer = self._observer, observer
+        try:
+            yield
+        finally:
+            self._observer = previous
 
     def set_fault(self, fault: Fault | None) -> None:
         """Plant a fault, or take it out."""
@@ -204,18 +215,24 @@ class Retrofit:
         scorer = self.adapter.scorers[layer.index]
         block = scorer.shape.block_tokens
         offset = key.shape[2] - query.shape[2]
+        thresholds = self._thresholds[layer.index]
         shares, starts = score_blocks(scorer, query, key, pooled, table=self._rotary(key))
-        return select_blocks(
+        if self.fault is not None:
+            shares = self.fault.shift(shares, starts)
+        mask = select_blocks(
             shares,
-            self._thresholds[layer.index],
+            thresholds,
             starts=starts,
             q_len=query.shape[2],
             kv_len=key.shape[2],
             q_offset=offset,
             block_q=block,
             block_k=block,
-            fault=self.fault,
         )
+        if self._observer is not None:
+            cut = per_head_thresholds(thresholds, starts, layer.query_heads)[..., 0]
+            self._observer(Selection(layer, query, key, shares, cut, mask))
+        return mask
 
     @torch.no_grad()
     def _update_pooled(self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

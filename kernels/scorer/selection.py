@@ -12,7 +12,6 @@ import torch
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.registry import is_native_usable
 from sentei.kernels.ops.select import Grid, Threshold, select_lists
-from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
 
@@ -205,11 +204,8 @@ def select_blocks(
     q_offset: int,
     block_q: int,
     block_k: int,
-    fault: Fault | None = None,
 ) -> BlockMask:
     """Keep every block whose share passes the threshold, plus sink and diagonal."""
-    if fault is not None:
-        shares = fault.shift(shares, starts)
     cut = per_head_thresholds(thresholds, starts, shares.shape[1])[..., 0]
     grid = Grid(q_len=q_len, kv_len=kv_len, block_q=block_q, block_k=block_k, q_offset=q_offset)
     return select_lists(shares, Threshold(cut), grid)

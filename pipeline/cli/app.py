@@ -11,7 +11,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import typer
 
 from sentei import __version__
-from sentei.pipeline.cli import bench, demo, doctor, models, policy, report, rollout
+from sentei.pipeline.cli import bench, demo, doctor, explain, models, policy, report, rollout
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.client import AdminError
 
@@ -44,6 +44,7 @@ app.command("distill")(models.run_distill)
 app.command("calibrate")(models.run_calibrate)
 app.command("evaluate")(models.run_evaluate)
 app.command("study")(models.run_study)
+app.command("explain")(explain.run_explain)
 app.command("register")(models.run_register)
 app.command("report")(report.run_report)
 app.command("doctor")(doctor.run_doctor)
@@ -65,4 +66,9 @@ def run() -> None:
         sys.exit(ExitCode.UNREACHABLE if error.unreachable else ExitCode.BAD_INPUT)
     except (ValueError, OSError) as error:
         output.fail(str(error) or type(error).__name__)
+        sys.exit(ExitCode.BAD_INPUT)
+    except RuntimeError as error:
+        if not type(error).__module__.startswith("sentei."):
+            raise  # not one of ours: a traceback tells more
+        output.fail(str(error))
         sys.exit(ExitCode.BAD_INPUT)

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from sentei.serving.engine.attention import AttentionUse
 from sentei.serving.engine.request import (
     EngineLimits,
     EngineRequest,
@@ -36,6 +37,9 @@ class Runner(Protocol):
 
     def decode(self, request_id: str) -> tuple[TokenLogprob, float]:
         """Give a running request its next token."""
+
+    def attention(self, request_id: str) -> AttentionUse | None:
+        """Say what a running request's attention kept so far; None where nothing is thinned."""
 
     def drop(self, request_id: str) -> None:
         """Free what a request holds."""
@@ -181,13 +185,17 @@ class Engine:
 
     def _deliver(self, request: EngineRequest, job: _Job, token: TokenLogprob, compute_s: float) -> None:
         if token.token_id in request.stop_ids:
-            job.sink(TokenChunk((), (), FinishReason.STOP, compute_s))
+            use = self._runner.attention(request.request_id)
+            job.sink(TokenChunk((), (), FinishReason.STOP, compute_s, use))
             self.cancel(request.request_id)
             return
+        is_first = job.num_tokens == len(request.sent_ids)
         job.num_tokens += 1
         finish = FinishReason.LENGTH if job.num_tokens >= request.max_tokens else None
         logprobs = () if request.sampling.num_top_logprobs is None else (token,)
-        job.sink(TokenChunk((token.token_id,), logprobs, finish, compute_s))
+        # Only twice: a client that leaves early has left the prefill's record behind.
+        use = self._runner.attention(request.request_id) if is_first or finish is not None else None
+        job.sink(TokenChunk((token.token_id,), logprobs, finish, compute_s, use))
         if finish is not None:
             self.cancel(request.request_id)
 

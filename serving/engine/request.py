@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from sentei.serving.engine.attention import AttentionUse
+
 DENSE_RUNG = "dense"
 
 
@@ -49,12 +51,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """New tokens of one request; `compute_s` is the model time that the request has used so far."""
+    """New tokens of one request; `compute_s` is the model time that the request has used so far.
+
+    The first and the last chunk of a thinned request say what its attention kept so far.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     compute_s: float = 0.0
+    attention: AttentionUse | None = None
 
 
 @dataclass(frozen=True, slots=True)

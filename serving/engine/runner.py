@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from transformers import DynamicCache
 
+from sentei.serving.engine.attention import AttentionMeter, AttentionUse, Call
 from sentei.serving.engine.request import DENSE_RUNG, EngineRequest, ScoreRequest, ScoreResult, TokenLogprob
 from sentei.serving.engine.sampler import sample_token
 from sentei.serving.errors import BadLogitsError, EngineRefusedError
 
 
+class Stats(Protocol):
+    """The attention calls since the last reset."""
+
+    @property
+    def calls(self) -> Iterable[Call]:
+        """One by one."""
+
+
 class Retrofit(Protocol):
-    """What the runner needs of `sentei.kernels.hf.retrofit`: switch rungs between two forward passes."""
+    """What the runner needs of `sentei.kernels.hf.retrofit`: switch rungs between passes, see their calls."""
 
     def set_rung(self, rung_id: str) -> None:
         """Make the next forward pass run at this rung."""
+
+    def stats(self) -> Stats:
+        """What the attention calls did since the last reset."""
+
+    def reset_stats(self) -> None:
+        """Start counting anew."""
 
 
 @dataclass(slots=True)
@@ -31,6 +46,7 @@ class _Live:
     next_id: int = -1
     num_tokens: int = 0
     compute_s: float = 0.0
+    meter: AttentionMeter = field(default_factory=AttentionMeter)
 
 
 @dataclass(slots=True)
@@ -69,6 +85,13 @@ class ModelRunner:
         live = self._live[request_id]
         return self._advance(live, [live.next_id])
 
+    def attention(self, request_id: str) -> AttentionUse | None:
+        """Say what a running request's attention kept so far; None at the dense rung."""
+        live = self._live[request_id]
+        if self.retrofit is None or live.request.rung_id == DENSE_RUNG:
+            return None
+        return live.meter.read()
+
     def drop(self, request_id: str) -> None:
         """Free a request's cache; unknown ids are fine."""
         self._live.pop(request_id, None)
@@ -98,7 +121,11 @@ class ModelRunner:
     def _advance(self, live: _Live, ids: list[int]) -> tuple[TokenLogprob, float]:
         start_s = _cpu_s()
         self._use_rung(live.request.rung_id)
+        if self.retrofit is not None:
+            self.retrofit.reset_stats()
         logits = self._forward(ids, live.cache, keep=1)[0]
+        if self.retrofit is not None:
+            live.meter.add(self.retrofit.stats().calls)
         token = sample_token(logits, live.request.sampling, live.num_tokens)
         live.next_id, live.num_tokens = token.token_id, live.num_tokens + 1
         live.compute_s += _cpu_s() - start_s

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from sentei.serving.engine.attention import AttentionUse, LayerUse
 from sentei.serving.errors import EngineBusyError, VariantError
 from sentei.serving.gateway import Gateway
 from sentei.serving.ingress import build_api
@@ -111,6 +112,42 @@ async def test_candidate_is_answered_by_sparse() -> None:
     assert (record.slice_id, record.rung_id, record.rollout_id, record.share) == ("long", "medium", "r1", 1.0)
     assert (record.prompt_tokens, record.completion_tokens, record.compute_s) == (20, 5, 0.25)
     assert record.ttft_ms is not None
+
+
+async def test_thinned_answer_says_what_its_attention_kept() -> None:
+    """Usage and record hold the same few numbers per layer; a dense answer has none."""
+    use = AttentionUse(4, 2, (LayerUse(0, 1.0, 1.0), LayerUse(1, 0.125, None)))
+    world = World(sparse=FakeVariant("sparse", attention=use))
+    async with world.run() as client:
+        whole = (await post_chat(client)).json()["usage"]
+        streamed = await post_chat(client, stream=True, stream_options={"include_usage": True})
+        dense = (await post_chat(client, content="short")).json()["usage"]
+
+    found = whole["sentei_attention"]
+    assert found == {
+        "sparse_calls": 4,
+        "dense_calls": 2,
+        "prefill_density": 0.5625,
+        "decode_density": 1.0,
+        "layers": {"0": [1.0, 1.0], "1": [0.125, None]},
+    }
+    assert events_of(streamed)[-1]["usage"]["sentei_attention"] == found
+    assert "sentei_attention" not in dense
+    assert [json.loads(record.attention or "null") for record in world.store.requests] == [found, found, None]
+
+
+@pytest.mark.parametrize(("limit_bytes", "is_kept"), [(2048, True), (0, False)])
+async def test_answer_that_moved_to_dense_keeps_what_sparse_had_told(limit_bytes: int, is_kept: bool) -> None:
+    """The record of the sparse part survives a fallback in the middle; a limit of 0 bytes switches it off."""
+    use = AttentionUse(2, 0, (LayerUse(0, 0.25, None),))
+    sparse = FakeVariant("sparse", fail_after=2, failure=crash("sparse"), attention=use)
+    limits = LIMITS.model_copy(update={"attention_record_bytes": limit_bytes})
+    world = World(sparse=sparse, limits=limits)
+    async with world.run() as client:
+        await post_chat(client, stream=True)
+
+    (record,) = world.store.requests
+    assert (record.outcome, '"0":[0.25,null]' in record.attention) == ("fallback_mid", is_kept)
 
 
 async def test_short_prompt_stays_dense() -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sentei.kernels.hf.adapter import load_adapter
+from sentei.kernels.hf.retrofit import retrofit
 from sentei.pipeline.calibrate import CalibrateOptions, calibrate
+from sentei.pipeline.choices import explain_prompt
 from sentei.pipeline.corpus import load_corpus
 from sentei.pipeline.distill import DistillOptions, distill
 from sentei.pipeline.evaluate import EvaluateOptions, Evaluation, evaluate
@@ -89,3 +92,24 @@ def test_the_evaluation_has_the_promised_keys(story: Any, tmp_path: Path) -> Non
     assert {row["kind"] for row in data["baselines"]} == {"untrained", "local", "oracle"}
     assert {"train scorers", "verify rungs", "time prefill"} <= set(story[3])
     assert save_trade_off(story[1], tmp_path / "plot.html").stat().st_size > 10_000
+
+
+def test_a_trained_choice_is_explained(story: Any, tmp_path: Path) -> None:
+    """`explain` with the trained adapter: densities as counted; bolder keeps less, drops more."""
+    loaded, adapter = resolve_model("pocket"), story[0]
+    text = load_corpus().documents[0].text[:6000]
+
+    mild, bold = (explain_prompt(loaded, adapter, text, rung=rung) for rung in ("mild", "bold"))
+    with retrofit(loaded.model, adapter, "bold", base="flex") as handle, torch.no_grad():
+        loaded.model(input_ids=torch.tensor([loaded.tokenizer(text)["input_ids"]]), use_cache=False)
+        counted = {call.layer: call.density for call in handle.stats().calls}
+
+    assert bold.layers
+    assert {layer.index: layer.density for layer in bold.layers} == pytest.approx(
+        {layer.index: counted[layer.index] for layer in bold.layers}
+    )
+    before = {layer.index: layer for layer in mild.layers}
+    for layer in bold.layers:
+        if (other := before.get(layer.index)) is not None:
+            assert layer.density <= other.density + 0.02
+            assert layer.focus.dropped_mass_mean >= other.focus.dropped_mass_mean - 0.02

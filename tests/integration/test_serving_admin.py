@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from sentei.serving.errors import RequestError
 from sentei.serving.gateway import Gateway
 from sentei.serving.ingress import build_api
 from sentei.serving.settings import Limits
+from tests.fakes_records import make_request
 from tests.fakes_serving import MODEL, FakeClock, FakeTokenizer, FakeVariant
 
 POLICY = (Path(__file__).parents[2] / "policies" / "examples" / "demo.yaml").read_text(encoding="utf-8")
@@ -103,6 +105,22 @@ async def test_rollout_is_started_taken_up_and_shown(tmp_path: Path) -> None:
     assert after["events"][0]["kind"] == "started"
     assert (routing["table"]["rollout_id"], routing["renewals"]) == (after["rollout_id"], 1)
     assert not routing["is_obeyed"]
+
+
+async def test_request_record_is_shown_without_its_text(tmp_path: Path) -> None:
+    """An operator sees a request's record with what its attention kept; an unknown id is a 404."""
+    async with open_office(tmp_path) as office:
+        kept = {"sparse_calls": 4, "dense_calls": 0, "layers": {"0": [0.1, None]}}
+        office.store.add_request(make_request(1, attention=json.dumps(kept)))
+        office.store.add_request(make_request(2))
+        found = (await office.client.get("/admin/v1/requests/q1")).json()
+        plain = (await office.client.get("/admin/v1/requests/q2")).json()
+        missing = await office.client.get("/admin/v1/requests/nobody")
+
+    assert (found["request_id"], found["rung_id"], found["attention"]) == ("q1", "medium", kept)
+    assert plain["attention"] is None
+    assert not {"prompt", "text", "messages"} & found.keys()
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "request_not_found")
 
 
 async def test_command_acts_at_the_next_tick(tmp_path: Path) -> None:

@@ -166,6 +166,15 @@ def test_stop_token_ends_the_answer_and_is_not_sent() -> None:
     assert [(chunk.ids, chunk.finish_reason) for chunk in chunks] == [((5,), None), ((), FinishReason.STOP)]
 
 
+def test_first_and_last_chunk_say_what_the_attention_kept() -> None:
+    """What was kept so far travels with the first and the last chunk, also before a stop token."""
+    whole = run(Engine(FakeRunner(), LIMITS), ask("a", max_tokens=3))["a"]
+    stopped = run(Engine(FakeRunner(), LIMITS), ask("a", stop_ids=frozenset({6})))["a"]
+
+    assert [chunk.attention and chunk.attention.sparse_calls for chunk in whole] == [1, None, 3]
+    assert [chunk.attention and chunk.attention.sparse_calls for chunk in stopped] == [1, 2]
+
+
 def test_sent_tokens_are_continued_and_counted() -> None:
     """A continuation starts behind what was sent and ends where the whole answer would have ended."""
     chunks = run(Engine(FakeRunner(), LIMITS), ask("a", sent_ids=(5, 6), max_tokens=4))["a"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.serving.engine.request import EngineRequest, Sampling, ScoreRequest
 from sentei.serving.engine.runner import ModelRunner
 from sentei.serving.engine.sampler import sample_token
@@ -18,10 +19,20 @@ PROMPT = tuple(range(5, 45))
 
 
 class FakeRetrofit:
-    """Remembers which rungs were set."""
+    """Remembers the rungs; each pass is one dense call of layer 0 and one sparse call of layer 1."""
 
     def __init__(self) -> None:
         self.rungs: list[str] = []
+        self.num_resets = 0
+
+    def stats(self) -> RetrofitStats:
+        found = RetrofitStats()
+        found.add(LayerCall(0, 1, 44, "dense", (1.0,)))
+        found.add(LayerCall(1, 1, 44, "sparse", (0.2, 0.4)))
+        return found
+
+    def reset_stats(self) -> None:
+        self.num_resets += 1
 
     def set_rung(self, rung_id: str) -> None:
         self.rungs.append(rung_id)
@@ -127,6 +138,24 @@ def test_rung_is_set_only_when_it_changes(model: Any) -> None:
     runner.decode("a")
 
     assert retrofit.rungs == ["mild", "dense", "mild"]
+
+
+def test_calls_are_counted_for_the_request_that_made_them(model: Any) -> None:
+    """Each request gets the calls of its own passes, and at the dense rung there is nothing to tell."""
+    retrofit = FakeRetrofit()
+    runner = ModelRunner(model, retrofit)
+    for name, rung in (("a", "mild"), ("b", "mild"), ("c", "dense")):
+        runner.prefill(EngineRequest(name, PROMPT, 4, rung_id=rung))
+    runner.decode("a")
+
+    a, b = runner.attention("a"), runner.attention("b")
+
+    assert a is not None
+    assert b is not None
+    assert (a.sparse_calls, a.dense_calls, b.sparse_calls) == (2, 2, 1)
+    assert [(use.layer, use.decode_density) for use in a.layers] == [(0, 1.0), (1, 0.3)]
+    assert runner.attention("c") is None
+    assert retrofit.num_resets == 4
 
 
 def test_rung_without_adapter_is_refused(model: Any) -> None:

@@ -38,6 +38,35 @@ def test_request_comes_back_as_it_was_written(store: Store) -> None:
     }
 
 
+def test_what_attention_kept_comes_back_with_its_request(store: Store) -> None:
+    """The compact record is stored with its request once, and a request without one has an empty text."""
+    kept = make_request(1, attention='{"sparse_calls":4}')
+    store.add_request(kept)
+    store.add_request(kept)
+    store.add_request(make_request(2))
+
+    found = store.read_request("q1")
+
+    assert found is not None
+    assert found["attention"] == '{"sparse_calls":4}'
+    assert [row["attention"] for row in store.read_requests(ROLLOUT)] == ['{"sparse_calls":4}', ""]
+    assert store.read_request("q3") is None
+
+
+def test_store_made_before_attention_was_recorded_goes_on(tmp_path: Path) -> None:
+    """A store without the newer table gets it when it is opened, and keeps its requests."""
+    url = f"sqlite:///{tmp_path}/old.db"
+    with Store.open(url) as store:
+        store.add_request(make_request(1))
+        with store.write("test") as connection:
+            connection.execute(sa.text("DROP TABLE attention"))
+
+    with Store.open(url) as store:
+        store.add_request(make_request(2, attention="{}"))
+
+        assert [row["attention"] for row in store.read_requests(ROLLOUT)] == ["", "{}"]
+
+
 def test_writing_a_request_twice_changes_nothing(store: Store) -> None:
     """A writer that is not sure may write again: the first record stays."""
     store.add_request(make_request(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from functools import lru_cache
 
 from sentei.policies.edits import edited_state
@@ -108,8 +109,52 @@ def in_edit() -> Story:
     return story
 
 
+def in_evidence() -> Story:
+    """Waiting for proof, with users on sparse."""
+    story = staged()
+    decision = story.tick(story.audits(12, excess=0.1), after_s=30.0)
+    assert "is undecided" in decision.reason
+    return story
+
+
+def in_benefit() -> Story:
+    """Waiting for a gain that is disproved."""
+    story = staged()
+    story.now_s += 30.0
+    seen = story.audits(40) + story.served(40)
+    dear = tuple(replace(o, value=1.6) if o.value_name == "audit.compute_ratio" else o for o in seen)
+    assert "is disproved" in story.tick(dear, after_s=0.0, traffic=story.fair_traffic()).reason
+    return story
+
+
+def in_want_of_replicas() -> Story:
+    """Waiting for a replica of sparse."""
+    story = staged()
+    assert "no ready replica" in story.tick(story.audits(1), health=sparse_health(replicas=0)).reason
+    return story
+
+
+def in_resume() -> Story:
+    """Resumed by an operator in this very tick."""
+    story = in_pause()
+    assert "resumed by ann" in story.tick(commands=story.order("resume")).reason
+    return story
+
+
+def in_alarm() -> Story:
+    """Paused by the sample-ratio alarm: waiting for an operator."""
+    story = staged()
+    assert story.tick(story.audits(1), traffic=bad_traffic()).state.by == "srm"
+    return story
+
+
 WAITING: list[Callable[[], Story]] = [
     in_hold,
+    in_evidence,
+    in_benefit,
+    in_want_of_replicas,
+    in_resume,
+    in_alarm,
     in_approval,
     in_freeze,
     in_bake,

@@ -144,3 +144,40 @@ def test_served_units_may_be_asked_for() -> None:
     assert "3 of 5 units served by sparse" in held.reason
     story.tick(story.audits(3) + story.served(30), after_s=1.0, traffic=story.fair_traffic())
     assert story.state.stage_id == "half-medium"
+
+
+@pytest.mark.parametrize("jump_s", [-3600.0, 3600.0])
+def test_a_clock_that_jumps_delays_no_rollback(jump_s: float) -> None:
+    """An hour forward or back: a breach falls back in the tick that sees it, all the same."""
+    for breach in (lambda s: s.served(80, failed=80), lambda s: s.audits(60, excess=0.9)):
+        story = staged()
+
+        decision = story.tick(breach(story), after_s=jump_s)
+
+        assert decision.state.outcome == "rolled_back"
+
+
+def test_a_clock_that_goes_back_holds_until_it_has_caught_up() -> None:
+    """No stage ends in a time before it began, evidence is kept, and time in hold is not reset."""
+    story = staged()
+    entered, units = story.state.stage_entered_s, story.state.cells
+
+    back = story.good_tick(after_s=-3600.0, commands=story.order("approve"))
+    again = story.good_tick(after_s=3660.0, commands=story.order("approve"))
+
+    assert "was entered just now" in back.reason
+    assert back.state.stage_entered_s == entered
+    assert len(back.state.cells) >= len(units)
+    assert again.state.stage_id == "full"
+
+
+def test_a_clock_that_goes_forward_advances_one_stage_with_news_and_goes_dense_without() -> None:
+    """An hour that never was: with data as new as the clock one stage, with old data the safe side."""
+    with_news, without = staged(), staged()
+
+    one = with_news.good_tick(after_s=3600.0, commands=with_news.order("approve"))
+    two = without.tick(after_s=3600.0, is_news=False)
+
+    assert one.state.stage_id == "full"
+    assert with_news.good_tick(after_s=1.0).state.stage_id == "full"
+    assert (two.state.outcome, two.state.by) == ("rolled_back", "no_data")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from sentei.policies.engine import routing
+from sentei.policies.signals import Observation
 from tests.stories_engine import bad_traffic, in_shadow, staged
-from tests.strategies_policy import Story, make_policy, sparse_health
+from tests.strategies_policy import Story, drift, make_policy, sparse_health
 
 
 def test_a_sample_ratio_mismatch_pauses_and_its_resume_starts_afresh() -> None:
@@ -86,3 +87,73 @@ def test_the_breaker_trips_on_a_share_of_failures_and_on_lost_replicas() -> None
     assert back.state.sparse_down_since_s is None
     assert (long_gone.state.outcome, long_gone.state.by) == ("rolled_back", "breaker")
     assert in_shadow().tick(health=sparse_health(50, 50)).state.outcome is None
+
+
+def harm_in_long(story: Story) -> tuple[Observation, ...]:
+    """Proof that one slice disagrees too much: it goes a rung down, the other stays."""
+    return story.audits(30, excess=0.6, slices=("long",), value_name="audit.token_disagreement")
+
+
+def test_a_slice_that_falls_hides_no_drift() -> None:
+    """The second window of drift rolls back in the tick in which a slice falls, and answers for it."""
+    story = staged()
+    story.tick(drift=drift("drift", 1))
+
+    decision = story.tick(harm_in_long(story), drift=drift("drift", 2))
+
+    assert [action.kind for action in decision.actions] == ["rung_down", "rollback"]
+    assert (decision.state.outcome, decision.state.by) == ("rolled_back", "kl_drift")
+    assert "drift in 2 of 2 windows" in decision.reason
+
+
+def test_a_slice_that_falls_hides_no_silence() -> None:
+    """Nothing new for too long rolls back, also when old scores that arrive late make a slice fall."""
+    story = staged()
+
+    decision = story.tick(harm_in_long(story), after_s=301.0, is_news=False)
+
+    assert [action.kind for action in decision.actions] == ["rung_down", "rollback"]
+    assert decision.state.by == "no_data"
+
+
+def test_a_slice_that_falls_hides_no_late_stage() -> None:
+    """A stage over its longest time under on_max: rollback ends in that tick too."""
+
+    def strict(document: dict[str, Any]) -> None:
+        document["spec"]["advance"]["on_max"] = "rollback"
+        document["spec"]["stages"][2]["max"] = "1h"
+
+    story = Story(make_policy(strict))
+    story.run_to("half-medium")
+
+    decision = story.tick(harm_in_long(story), after_s=3601.0)
+
+    assert [action.kind for action in decision.actions] == ["rung_down", "rollback"]
+    assert decision.state.by == "stage_max"
+
+
+def test_a_slice_that_falls_hides_no_sample_ratio() -> None:
+    """The alarm of another slice pauses in the same tick; that of a slice that went dense is no matter."""
+    story, other = staged(), staged()
+
+    paused = story.tick(harm_in_long(story), traffic=bad_traffic())
+    bad = other.audits(30, excess=0.9, slices=("mid",), value_name="audit.kl")
+    fallen = other.tick(bad, traffic=bad_traffic())
+
+    assert [action.kind for action in paused.actions] == ["rung_down", "pause"]
+    assert (paused.state.phase, paused.state.by) == ("paused", "srm")
+    assert [action.kind for action in fallen.actions] == ["to_dense"]
+    assert fallen.state.phase == "running"
+
+
+def test_an_order_in_the_tick_of_a_fall_is_answered() -> None:
+    """An approval that comes while a slice falls is refused with the reason, not lost; nothing grows."""
+    story = staged()
+    story.good_tick()
+
+    decision = story.tick(harm_in_long(story), after_s=30.0, commands=story.order("approve"))
+
+    assert [action.kind for action in decision.actions] == ["rung_down", "refuse"]
+    assert "agree in long at medium" in decision.actions[1].detail
+    assert (decision.state.stage_id, decision.state.is_approved) == ("half-medium", False)
+    assert decision.state.waits_for is None

@@ -7,18 +7,24 @@ from collections.abc import Callable
 import pytest
 
 from sentei.policies.engine import routing
+from sentei.policies.machine import Wait
 from tests.stories_engine import (
     BREACHES,
     WAITING,
+    in_alarm,
     in_approval,
     in_bake,
+    in_benefit,
+    in_evidence,
     in_freeze,
     in_hold,
     in_pause,
     in_promotion,
+    in_resume,
     in_shadow,
     in_signal_trouble,
     in_silence,
+    in_want_of_replicas,
     staged,
 )
 from tests.strategies_policy import Story, drift
@@ -84,19 +90,32 @@ def test_a_breach_in_the_cool_off_changes_nothing_and_no_retry_gets_past_it(brea
     assert {route.share for route in dense.routes} == {0.0}
 
 
-@pytest.mark.parametrize(
-    ("wait", "name"),
-    [
-        (in_hold, "time"),
-        (in_approval, "approval"),
-        (in_freeze, "freeze"),
-        (in_bake, "time"),
-        (in_silence, "data"),
-        (in_signal_trouble, "signal"),
-        (in_pause, None),
-        (in_promotion, None),
-    ],
-)
+NAMED: list[tuple[Callable[[], Story], str | None]] = [
+    (in_hold, "time"),
+    (in_evidence, "evidence"),
+    (in_benefit, "benefit"),
+    (in_want_of_replicas, "replicas"),
+    (in_resume, "order"),
+    (in_approval, "approval"),
+    (in_freeze, "freeze"),
+    (in_bake, "time"),
+    (in_silence, "data"),
+    (in_signal_trouble, "signal"),
+    (in_alarm, None),
+    (in_pause, None),
+    (in_promotion, None),
+]
+
+
+@pytest.mark.parametrize(("wait", "name"), NAMED)
 def test_the_state_names_what_it_waits_for(wait: Callable[[], Story], name: str | None) -> None:
     """A running rollout says which gate is shut; other phases speak for themselves."""
     assert wait().state.waits_for == name
+
+
+def test_every_wait_of_the_machine_has_its_breaches() -> None:
+    """No word is left out: dense that is down is test_control's, an alarm of the ratio pauses."""
+    seen = {name for wait, name in NAMED if wait in WAITING and name is not None}
+
+    assert seen == set(Wait) - {Wait.CONTROL, Wait.ASSIGNMENT}
+    assert in_alarm in WAITING

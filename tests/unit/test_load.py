@@ -169,6 +169,9 @@ def test_a_bomb_of_aliases_is_one_error() -> None:
             "is no time zone that this machine knows",
         ),
         (("mode",), "replay", "not supported yet; allowed: 'enforce' or 'advise'"),
+        (("mode",), {}, "must be 'enforce' or 'advise' (found {})"),
+        (("mode",), ["replay"], "must be 'enforce' or 'advise' (found ['replay'])"),
+        (("assignment",), {"salt": "s", "unit": {"a": 1}}, "must be 'session_id' (found {'a': 1})"),
         (("assignment",), {"salt": "s", "unit": "api_key"}, "not supported yet; allowed: 'session_id'"),
         (("assignment",), {"salt": "s", "on_slice_change": "keep"}, "not supported yet; allowed: 'reassign'"),
         (

@@ -156,7 +156,7 @@ def stories(draw: st.DrawFn, *, begins: tuple[str, ...] = tuple(BEGINNINGS), is_
                     replace(o, seq=cursor + o.seq, at_s=o.at_s + late_s + STEP_S * index)
                     for o in signals.observations
                 ),
-                drift=tuple(replace(item, window_id=SHIFT + item.window_id) for item in signals.drift),
+                drift=tuple(replace(item, window_id=cursor + item.window_id) for item in signals.drift),
                 commands=_later(signals, story.state.command_seq),
                 cursor=cursor + signals.cursor,
                 newest_data_at_s=None if newest is None else newest + late_s,

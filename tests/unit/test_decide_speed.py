@@ -97,6 +97,24 @@ def test_the_state_has_one_size() -> None:
     assert old < 16_000
 
 
+def test_fifty_times_the_sessions_leave_the_state_as_large_as_it_was() -> None:
+    """Really fed, not aged: ten thousand sessions need the same cells and numbers as two hundred."""
+    policy = cautious()
+    (young, _), (old, _) = (grown(policy, per_tick=10, ticks=ticks) for ticks in (20, 1000))
+
+    assert old.cells[0].units == 50 * young.cells[0].units
+    assert [cell.key for cell in old.cells] == [cell.key for cell in young.cells]
+    assert count_values(json.loads(state_to_json(old))) == count_values(json.loads(state_to_json(young)))
+    assert len(state_to_json(old)) <= 1.05 * len(state_to_json(young))
+
+
+def count_values(value: Any) -> int:
+    """How many plain values there are inside."""
+    if isinstance(value, dict):
+        return sum(count_values(inner) for inner in value.values())
+    return sum(count_values(inner) for inner in value) if isinstance(value, list) else 1
+
+
 def test_a_state_without_intervals_is_still_read() -> None:
     """A rollout that was begun by the version before goes on; only its reports have no intervals."""
     policy = cautious()

@@ -95,7 +95,7 @@ def begun(name: str) -> Story:
     return copy(_begun(name))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Told:
     """A rollout at some place, and what happens to it next, tick by tick."""
 
@@ -107,6 +107,10 @@ class Told:
     def rerun(self) -> list[tuple[RolloutState, Decision]]:
         """Decide tick after tick; each state with the decision that followed it."""
         return rerun(policy(), self.ticks, STEP_S, state=self.state, begin_s=self.now_s)
+
+    def __repr__(self) -> str:
+        sizes = [len(signals.observations) for signals in self.ticks]
+        return f"Told(from {self.begins!r}, {sizes} observations a tick)"
 
     def time_of(self, index: int) -> float:
         """When a tick happens."""

@@ -191,7 +191,7 @@ class Fleet:
         falls = any_of([harm for _, harm, _ in by_slice], shape) & ~ended[:, None]
         if falls.any():
             self._fall_back(falls, any_of(worst_dense, shape), by_slice)
-        return falls.any(axis=1), is_open & (self.phase != ROLLED_BACK)
+        return np.asarray(falls.any(axis=1)), np.asarray(is_open & (self.phase != ROLLED_BACK))
 
     def _fall_back(self, falls: Bools, dense: Bools, by_slice: list[tuple[int, Bools, Bools]]) -> None:
         for number, harm, watch in by_slice:

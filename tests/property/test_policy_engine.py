@@ -236,7 +236,7 @@ def with_trouble(told: Told, kind: str, at: int) -> Told:
     """The same story with one more thing that is bad in one of its ticks."""
     signals = told.ticks[at]
     where = ("mid", "medium", "x", "sparse", told.time_of(at))
-    failed = tuple(Observation(signals.cursor + i, "serve.failed", *where, value=1.0) for i in range(1, 4))
+    failed = tuple(Observation(signals.cursor + i, "serve.failed", *where, value=1.0) for i in range(1, 13))
     changes: dict[str, dict[str, Any]] = {
         "failures": {"observations": (*signals.observations, *failed)},
         "breaker": {"health": sparse_health(50, 40)},

@@ -34,13 +34,16 @@ def grown(policy: Policy, per_tick: int, ticks: int) -> tuple[RolloutState, Sign
                 Observation(seq + 1, "audit.kl", *at, value=0.02, floor=0.01),
                 Observation(seq + 2, "audit.token_disagreement", *at, value=0.01, floor=0.01),
                 Observation(seq + 3, "audit.compute_ratio", *at, value=0.5),
-                Observation(seq + 4, "serve.failed", *at, value=float(index % 100 == 0)),
+                Observation(
+                    seq + 4, "serve.failed", *at, value=float((tick * per_tick + index) % 100 in (0, 2))
+                ),
                 Observation(seq + 5, "serve.ttft_ms", *at, value=900.0),
             ]
             seq += 5
         traffic = tuple(SliceTraffic(name, 0.5, per_tick // 2, per_tick) for name in ("mid", "long"))
         signals = Signals(tuple(seen), traffic=traffic, cursor=seq, newest_data_at_s=float(tick))
         state = decide(policy, state, signals, float(tick)).state
+    assert state.phase == "running"  # one failure in a hundred of each variant is no harm
     behind = max(item.seq for item in signals.observations)
     moved = tuple(replace(item, seq=item.seq + behind) for item in signals.observations)
     return state, replace(signals, observations=moved, cursor=2 * behind)

@@ -248,7 +248,8 @@ def observation_lists(draw: st.DrawFn, max_size: int = 30) -> tuple[Observation,
 def signal_lists(draw: st.DrawFn, max_ticks: int = 12, can_lose_dense: bool = True) -> list[Signals]:
     """Any world, tick by tick: data, silence, drift, orders, failures, a dead dense pool, lost leases."""
     ticks = []
-    health = [(), sparse_health(50, 1), sparse_health(50, 40), *([DENSE_GONE] if can_lose_dense else [])]
+    well = sparse_health(50, 1)
+    health = [(), well, (), well, well, sparse_health(50, 40), *([DENSE_GONE] if can_lose_dense else [])]
     cursor = command_seq = 0
     for _ in range(draw(st.integers(1, max_ticks))):
         items = draw(observation_lists(max_size=6))

@@ -139,18 +139,42 @@ def clean_signals(now_s: float, cursor: int) -> Signals:
     )
 
 
+def harmful_signals(now_s: float, cursor: int, value_name: str, slices: tuple[str, ...]) -> Signals:
+    """Proof of harm: many sessions that are as bad as can be, at every rung of some slices."""
+    seen = []
+    for index in range(CLEAN_AUDITS):
+        for slice_id in slices:
+            for rung_id in ("mild", "medium"):
+                seq = cursor + len(seen) + 1
+                at = (slice_id, rung_id, f"h{index}", "sparse", now_s)
+                seen.append(Observation(seq, value_name, *at, value=1.0, floor=0.0))
+    return Signals(tuple(seen), cursor=cursor + len(seen), newest_data_at_s=now_s)
+
+
+HARMS = st.tuples(
+    st.sampled_from(["audit.kl", "audit.token_disagreement"]),
+    st.sampled_from([("mid",), ("long",), ("mid", "long")]),
+)
+
+
 @st.composite
 def stories(draw: st.DrawFn, *, begins: tuple[str, ...] = tuple(BEGINNINGS), is_calm: bool = False) -> Told:
-    """A rollout anywhere, then any world; a calm one has no bulk of good news and never loses dense."""
+    """A rollout anywhere, then any world; a calm one has no bulk of news and never loses dense."""
     name = draw(st.sampled_from(begins))
     story, ticks = begun(name), []
     wild = draw(signal_lists(max_ticks=10, can_lose_dense=not is_calm))
     late_s = story.now_s - monday()
     for index, signals in enumerate(wild):
         cursor = SHIFT * (index + 1)
-        if not is_calm and draw(st.integers(0, 2)) == 0:
-            clean = clean_signals(story.now_s + STEP_S * (index + 1), cursor)
-            ticks.append(replace(clean, commands=_later(signals, story.state.command_seq)))
+        kind = "wild" if is_calm else draw(st.sampled_from(["wild", "wild", "clean", "harmful"]))
+        commands = _later(signals, story.state.command_seq)
+        now_s = story.now_s + STEP_S * (index + 1)
+        if kind == "clean":
+            ticks.append(replace(clean_signals(now_s, cursor), commands=commands))
+            continue
+        if kind == "harmful":
+            harmful = harmful_signals(now_s, cursor, *draw(HARMS))
+            ticks.append(replace(harmful, commands=commands, health=signals.health))
             continue
         newest = signals.newest_data_at_s
         ticks.append(
@@ -161,7 +185,7 @@ def stories(draw: st.DrawFn, *, begins: tuple[str, ...] = tuple(BEGINNINGS), is_
                     for o in signals.observations
                 ),
                 drift=tuple(replace(item, window_id=cursor + item.window_id) for item in signals.drift),
-                commands=_later(signals, story.state.command_seq),
+                commands=commands,
                 cursor=cursor + signals.cursor,
                 newest_data_at_s=None if newest is None else newest + late_s,
             )

@@ -266,9 +266,10 @@ def read_look(store: Store, rollout_id: str, *, after_s: float) -> dict[str, Any
 
 
 def event_kind(decision: Decision, before: RolloutState | None = None) -> str:
-    """Return the name of what was decided: the last action, a new wait, or that evidence has grown."""
+    """Return the name of what was decided: the last deed, else a refusal, a new wait, or more evidence."""
     if decision.actions:
-        return str(decision.actions[-1].kind)
+        deeds = [item.kind for item in decision.actions if item.kind != "refuse"]
+        return str(deeds[-1] if deeds else "refuse")
     is_new_wait = before is not None and decision.state.waits_for != before.waits_for
     return HOLD if is_new_wait else EVIDENCE
 

@@ -1,9 +1,10 @@
 """decide(): policy, state, signals and the time in; new state, actions and a reason out.
 
 Every tick walks STEPS in order. A step may *protect* (roll back, fall back, pause), may *hold* (name why
-nothing grows), or may do nothing. The first hold gives the decision its reason, but a hold never stops the
-walk: a later step still protects, so no waiting state can delay a rollback. Steps that grow traffic do
-nothing once something holds, so a tick advances exactly one stage at most, also after an outage.
+nothing grows), or may do nothing. The first hold gives the decision its reason, but neither a hold nor the
+fall of one slice stops the walk: a later step still protects, so nothing can delay a rollback. Steps that
+grow traffic do nothing once something holds, so a tick advances exactly one stage at most, also after an
+outage.
 """
 
 from __future__ import annotations
@@ -126,11 +127,11 @@ def decide(policy: Policy, state: RolloutState, signals: Signals, now_s: float) 
     waits_for = None
     for step in STEPS:
         tick = step(tick)
-        if tick.hold is not None and waits_for is None:
+        if tick.hold is not None and tick.outcome is None and waits_for is None:
             waits_for = WAITS[step.__name__].value
         if tick.is_done:
             break
-    is_waiting = tick.state.phase == Phase.RUNNING and not tick.is_done
+    is_waiting = tick.state.phase == Phase.RUNNING and tick.outcome is None
     new_state = replace(tick.state, waits_for=waits_for if is_waiting else None)
     new_state = with_version(routing(policy, state), routing(policy, new_state), new_state)
     return Decision(new_state, tick.actions, tick.reason, tick.reports, new_state != state)

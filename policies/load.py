@@ -42,10 +42,10 @@ NOT_YET: dict[tuple[str, ...], str] = {
     ("spec", "record", "mlflow", "parent_run_per"): "choosing the runs; one parent per rollout",
     ("spec", "record", "mlflow", "child_run_per"): "choosing the runs; one child per stage",
 }
-_VALUES_NOT_YET = {
-    ("spec", "mode"): {"replay"},
-    ("spec", "assignment", "unit"): {"api_key", "request_id"},
-    ("spec", "assignment", "on_slice_change"): {"keep"},
+_VALUES_NOT_YET: dict[tuple[str, ...], tuple[str, ...]] = {  # no sets: a file may say a list there
+    ("spec", "mode"): ("replay",),
+    ("spec", "assignment", "unit"): ("api_key", "request_id"),
+    ("spec", "assignment", "on_slice_change"): ("keep",),
 }
 
 

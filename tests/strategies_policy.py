@@ -248,7 +248,8 @@ def observation_lists(draw: st.DrawFn, max_size: int = 30) -> tuple[Observation,
 def signal_lists(draw: st.DrawFn, max_ticks: int = 12, can_lose_dense: bool = True) -> list[Signals]:
     """Any world, tick by tick: data, silence, drift, orders, failures, a dead dense pool, lost leases."""
     ticks = []
-    health = [(), sparse_health(50, 1), sparse_health(50, 40), *([DENSE_GONE] if can_lose_dense else [])]
+    well = sparse_health(50, 1)
+    health = [(), well, (), well, well, sparse_health(50, 40), *([DENSE_GONE] if can_lose_dense else [])]
     cursor = command_seq = 0
     for _ in range(draw(st.integers(1, max_ticks))):
         items = draw(observation_lists(max_size=6))
@@ -277,12 +278,20 @@ def signal_lists(draw: st.DrawFn, max_ticks: int = 12, can_lose_dense: bool = Tr
     return ticks
 
 
-def rerun(policy: Policy, ticks: list[Signals], step_s: float = 10.0) -> list[tuple[RolloutState, Decision]]:
-    """Decide tick after tick; each state with the decision that followed it."""
-    state = initial_state(policy, "r1", monday())
+def rerun(
+    policy: Policy,
+    ticks: list[Signals],
+    step_s: float = 10.0,
+    *,
+    state: RolloutState | None = None,
+    begin_s: float | None = None,
+) -> list[tuple[RolloutState, Decision]]:
+    """Decide tick after tick, from the start or from a state; each state with the decision that followed."""
+    begin_s = monday() if begin_s is None else begin_s
+    state = initial_state(policy, "r1", begin_s) if state is None else state
     told = []
     for index, signals in enumerate(ticks):
-        decision = decide(policy, state, signals, monday() + step_s * (index + 1))
+        decision = decide(policy, state, signals, begin_s + step_s * (index + 1))
         told.append((state, decision))
         state = decision.state
     return told

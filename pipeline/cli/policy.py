@@ -47,7 +47,7 @@ def lint(
     try:
         loaded = load_policy(text, source=str(policy))
     except PolicyError as error:
-        output.say(_errors_table(error))
+        output.say(errors_table(error))
         errors = [vars_of(item) for item in error.errors]
         output.emit(
             {"ok": False, "errors": errors, "warnings": [], "duration_best": None, "duration_worst": None}
@@ -185,7 +185,9 @@ def _warning(remark: Advice, text: str, file: str) -> dict[str, object]:
 
 
 def _stages_table(stages: tuple[StageForecast, ...]) -> Table:
-    table = Table("stage", "share", "rung", "audited", "slice", "audits", "served", "sessions", "at best")
+    table = Table()
+    for name in ("stage", "share", "rung", "audited", "slice", "audits", "served", "sessions", "at best"):
+        table.add_column(name, overflow="fold")
     for stage in stages:
         for index, need in enumerate(stage.needs):
             head = (
@@ -217,10 +219,11 @@ def _decision(step: dict[str, Any]) -> str:
     return f"{clock} {step['kind']} in {step['stage_id']}: {step['reason']}"
 
 
-def _errors_table(error: PolicyError) -> Table:
-    table = Table(
-        "line", "path", "value", "what is wrong", title=f"{len(error.errors)} error(s)", title_style="red"
-    )
+def errors_table(error: PolicyError) -> Table:
+    """Every fault of a policy file; a narrow terminal folds what it cannot hold."""
+    table = Table(title=f"{len(error.errors)} error(s)", title_style="red")
+    for name in ("line", "path", "value", "what is wrong"):
+        table.add_column(name, overflow="fold")  # a path is one long word: folded, never cut
     for item in error.errors:
         table.add_row(str(item.line), item.path, repr(item.value)[:60], item.message)
     return table

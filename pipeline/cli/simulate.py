@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from sentei.pipeline.cli.output import ExitCode, Output
+from sentei.pipeline.cli.world import own_scenario
 from sentei.pipeline.simulate import Simulation, simulate
 from sentei.policies.load import load_policy
 from sentei.policies.simulation.scenarios import default_scenarios
@@ -35,13 +37,38 @@ def run_simulate(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same figures.")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: all cores.")] = None,
     approves: Annotated[bool, typer.Option(help="Whether an operator approves as soon as he may.")] = True,
+    effect: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A world of your own: GUARDRAIL=TIMES[@SLICE] its bound; may be given several times."
+        ),
+    ] = None,
+    begins_at: Annotated[
+        int, typer.Option(min=0, help="The effects begin after so many sessions of the slice (a regression).")
+    ] = 0,
+    grows_over: Annotated[
+        int, typer.Option(min=0, help="They grow to their size over so many sessions (drift).")
+    ] = 0,
+    correlation: Annotated[
+        float | None, typer.Option(min=0.01, max=0.99, help="Of the requests inside a session.")
+    ] = None,
+    missing: Annotated[float, typer.Option(min=0, max=1, help="Share of audits never scored.")] = 0.0,
+    outage: Annotated[str | None, typer.Option(help="Nothing arrives from, to: such as 30m-90m.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Simulate a policy: false rollback, false promotion, delay and exposure, beside threshold rules."""
     output = Output(as_json=as_json)
     text = (policy or YARDSTICK).read_text(encoding="utf-8")
     loaded = load_policy(text, str(policy or YARDSTICK))
-    chosen = _chosen(default_scenarios(loaded), scenario)
+    own = own_scenario(
+        effect or [],
+        begins_at=begins_at,
+        grows_over=grows_over,
+        correlation=correlation,
+        missing=missing,
+        outage=outage,
+    )
+    chosen = _chosen(default_scenarios(loaded), scenario or [], own)
     wanted = Simulation(
         text,
         chosen,
@@ -54,29 +81,31 @@ def run_simulate(
     with output.progress() as progress:
         rows = simulate(wanted, progress)
     alpha = loaded.spec.guardrails.alpha_total
-    output.say(_table(loaded.metadata.name, rows), *_notes(rows), _rules_table(rows))
+    output.say(figures_table(loaded.metadata.name, rows), *_notes(rows), rules_table(rows))
     output.say(f"alpha_total {alpha:g}; intervals are exact (Clopper-Pearson), 95 %; seed {seed}")
     output.emit(rows)
     if any(row["false_rollback_ci"][0] > alpha for row in rows):
         raise typer.Exit(ExitCode.FAILED)
 
 
-def _chosen(known: tuple[Scenario, ...], names: list[str] | None) -> tuple[Scenario, ...]:
+def _chosen(known: tuple[Scenario, ...], names: list[str], own: Scenario | None) -> tuple[Scenario, ...]:
+    """The named scenarios and one's own; all that are known if neither was asked for."""
     if not names:
-        return known
+        return known if own is None else (own,)
     by_name = {item.name: item for item in known}
     unknown = [name for name in names if name not in by_name]
     if unknown:
         raise ValueError(f'no scenario "{unknown[0]}"; there are: {", ".join(by_name)}')
-    return tuple(by_name[name] for name in names)
+    return (*(by_name[name] for name in names), *([] if own is None else [own]))
 
 
-def _table(name: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"policy {name}, {rows[0]['rollouts']} rollouts each", title_justify="left")
+def figures_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    """One line per scenario; whole at 100 columns, and folded, never cut, in less."""
+    table = _open_table(f"policy {name}, {rows[0]['rollouts']} rollouts each")
     for column in ("scenario", "false rollback %", "false promotion %"):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, overflow="fold")
     for column in ("units", "exposed", "promoted", "s"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for row in rows:
         delay = row["units_to_rollback_p50"]  # median; None: most were never caught
         table.add_row(
@@ -91,14 +120,20 @@ def _table(name: str, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _open_table(title: str) -> Table:
+    """A table without vertical lines, which would take the room of figures."""
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+
+
 def _notes(rows: list[dict[str, Any]]) -> list[str]:
     return [f"[bold]{row['scenario']}[/]: {row['about']}" for row in rows]
 
 
-def _rules_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="the same sessions under threshold rules", title_justify="left")
+def rules_table(rows: list[dict[str, Any]]) -> Table:
+    """The policy and each threshold rule, one under the other; as wide as `figures_table`."""
+    table = _open_table("the same sessions under threshold rules")
     for column in ("scenario", "rule", "false rollback %", "false promotion %", "not caught"):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, overflow="fold")
     for row in rows:
         own = {
             "rule": "this policy",
@@ -119,4 +154,4 @@ def _rules_table(rows: list[dict[str, Any]]) -> Table:
 
 def _share(value: float, interval: tuple[float, float]) -> str:
     low, high = interval
-    return f"{100 * value:.1f} [dim]({100 * low:.1f} to {100 * high:.1f})[/]"
+    return f"{100 * value:.1f} [dim]({100 * low:.1f}-{100 * high:.1f})[/]"

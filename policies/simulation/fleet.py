@@ -87,8 +87,8 @@ class Fleet:
         findings = [self._judge(gate, cells) for gate, cells in self._all()]
         is_open = self.phase != ROLLED_BACK  # not ended in this tick
         is_open = self._check_breaker(batch, is_live, is_open, now_s)
-        is_open = self._check_harm(findings, is_open)
-        is_held, is_open = self._check_srm(findings, is_open)
+        is_held, is_open = self._check_harm(findings, is_open)
+        is_held, is_open = self._check_srm(findings, is_held, is_open)
         is_held, is_open = self._check_data(is_held, is_open, now_s)
         is_held, is_open = self._check_hold(findings, is_held, is_open, now_s)
         is_held |= self._find_unsafe(findings, now_s)
@@ -172,7 +172,7 @@ class Fleet:
         return np.asarray(is_open & ~trips)
 
     # step 3
-    def _check_harm(self, findings: list[Findings], is_open: Bools) -> Bools:
+    def _check_harm(self, findings: list[Findings], is_open: Bools) -> tuple[Bools, Bools]:
         shape = self.is_dense.shape
         ended, by_slice, worst_dense = np.zeros(shape[0], dtype=np.bool_), [], []
         for number, (gate, found) in enumerate(zip(self.plan.gates, findings, strict=True)):
@@ -191,7 +191,7 @@ class Fleet:
         falls = any_of([harm for _, harm, _ in by_slice], shape) & ~ended[:, None]
         if falls.any():
             self._fall_back(falls, any_of(worst_dense, shape), by_slice)
-        return is_open & ~ended & ~falls.any(axis=1)
+        return np.asarray(falls.any(axis=1)), np.asarray(is_open & (self.phase != ROLLED_BACK))
 
     def _fall_back(self, falls: Bools, dense: Bools, by_slice: list[tuple[int, Bools, Bools]]) -> None:
         for number, harm, watch in by_slice:
@@ -209,8 +209,7 @@ class Fleet:
         self._end(np.asarray(self.is_dense.all(axis=1) & falls.any(axis=1)))
 
     # step 4
-    def _check_srm(self, findings: list[Findings], is_open: Bools) -> tuple[Bools, Bools]:
-        is_held = np.zeros_like(is_open)
+    def _check_srm(self, findings: list[Findings], is_held: Bools, is_open: Bools) -> tuple[Bools, Bools]:
         for number, (gate, found) in enumerate(zip(self.plan.gates, findings, strict=True)):
             if gate.kind != "ratio":
                 continue
@@ -224,7 +223,7 @@ class Fleet:
             paused = rows & (self.phase == RUNNING)
             self.phase[paused] = PAUSED
             self._note(paused, number, place)
-            is_held |= rows
+            is_held = is_held | rows
         return is_held, is_open
 
     # step 5

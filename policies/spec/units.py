@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)(ms|s|m|h|d)")
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,6})?)\s*%")
+_PERCENT_SCHEMA = {"type": "string", "pattern": f"^{_PERCENT.pattern}$", "examples": ["5%"]}
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _WINDOW = re.compile(
     r"(?P<d1>[A-Z][a-z]{2}) (?P<h1>\d{2}):(?P<m1>\d{2})-"
@@ -72,16 +73,12 @@ Seconds = Annotated[
 Share = Annotated[
     float,
     BeforeValidator(parse_share),
-    WithJsonSchema(
-        {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "string", "examples": ["2%"]}]}
-    ),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, _PERCENT_SCHEMA]}),
 ]
 Number = Annotated[
     float,
     BeforeValidator(parse_number),
-    WithJsonSchema(
-        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "examples": ["5%"]}]}
-    ),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, _PERCENT_SCHEMA]}),
 ]
 
 

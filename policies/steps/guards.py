@@ -195,7 +195,10 @@ def check_breaker(tick: Tick) -> Tick:
 
 
 def check_harm(tick: Tick) -> Tick:
-    """Step 3: proven harm acts in the tick that proves it, in every slice it is proven in."""
+    """Step 3: proven harm acts in the tick that proves it, in every slice it is proven in.
+
+    A slice that falls ends no walk: the steps that follow may still roll everything back, and nothing grows.
+    """
     owing = {item.slice_id: item.by for item in tick.state.slices if item.owes_dense}
     harms = [report for report in tick.reports if report.verdict is Verdict.HARM]
     for report in harms:
@@ -214,13 +217,14 @@ def check_harm(tick: Tick) -> Tick:
     reason = tick.actions[-1].detail
     if not active_slices(tick.policy, tick.state):
         return roll_back(tick, harms[-1].id, f"no slice is left on sparse; {reason}")
-    return replace(tick, state=replace(tick.state, reason=reason)).ended(reason)
+    return replace(tick, state=replace(tick.state, reason=reason), outcome=reason).with_hold(reason)
 
 
 def check_srm(tick: Tick) -> Tick:
     """Step 4: sessions that do not go where they should spoil every comparison: freeze, or roll back."""
+    routed = (ALL_SLICES, *active_slices(tick.policy, tick.state))  # not what fell to dense in this tick
     for report in tick.reports:
-        if report.verdict is not Verdict.SRM:
+        if report.verdict is not Verdict.SRM or report.slice_id not in routed:
             continue
         reason = f"{report.id} in {report.slice_id}: {report.reason}"
         if report.action == "rollback":

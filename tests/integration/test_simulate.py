@@ -130,9 +130,27 @@ def test_the_command_prints_one_row_per_scenario(tmp_path: Path) -> None:
     assert 20 <= rows[1]["units_to_rollback_p50"] <= 60
 
 
+def test_the_command_plays_a_world_of_ones_own() -> None:
+    """Given effect sizes beside a shipped scenario; the harm is caught, and its row says what it was."""
+    options = ["--effect", "mass=4@huge", "--begins-at", "50", "--correlation", "0.2", "--scenario", "aa"]
+    size = ["--rollouts", "10", "--sessions", "600", "--workers", "1", "--json"]
+
+    done = CliRunner().invoke(app, ["policy", "simulate", *options, *size])
+
+    rows = json.loads(done.stdout)
+    assert [row["scenario"] for row in rows] == ["aa", "own"]
+    assert rows[0]["caught"] is None
+    assert rows[1]["caught"] == 1.0
+    assert "mass=4@huge; from session 50" in rows[1]["about"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--scenario", "nothing"], 'no scenario "nothing"'), (["nowhere.yaml"], "nowhere.yaml")],
+    [
+        (["--scenario", "nothing"], 'no scenario "nothing"'),
+        (["nowhere.yaml"], "nowhere.yaml"),
+        (["--effect", "nobody=2", "--rollouts", "1", "--sessions", "10"], 'no guardrail "nobody"'),
+    ],
 )
 def test_a_wrong_question_is_bad_input(arguments: list[str], words: str) -> None:
     """An unknown scenario or file is named."""

@@ -34,13 +34,16 @@ def grown(policy: Policy, per_tick: int, ticks: int) -> tuple[RolloutState, Sign
                 Observation(seq + 1, "audit.kl", *at, value=0.02, floor=0.01),
                 Observation(seq + 2, "audit.token_disagreement", *at, value=0.01, floor=0.01),
                 Observation(seq + 3, "audit.compute_ratio", *at, value=0.5),
-                Observation(seq + 4, "serve.failed", *at, value=float(index % 100 == 0)),
+                Observation(
+                    seq + 4, "serve.failed", *at, value=float((tick * per_tick + index) % 100 in (0, 2))
+                ),
                 Observation(seq + 5, "serve.ttft_ms", *at, value=900.0),
             ]
             seq += 5
         traffic = tuple(SliceTraffic(name, 0.5, per_tick // 2, per_tick) for name in ("mid", "long"))
         signals = Signals(tuple(seen), traffic=traffic, cursor=seq, newest_data_at_s=float(tick))
         state = decide(policy, state, signals, float(tick)).state
+    assert state.phase == "running"  # one failure in a hundred of each variant is no harm
     behind = max(item.seq for item in signals.observations)
     moved = tuple(replace(item, seq=item.seq + behind) for item in signals.observations)
     return state, replace(signals, observations=moved, cursor=2 * behind)
@@ -95,6 +98,24 @@ def test_the_state_has_one_size() -> None:
 
     assert old <= 1.1 * young
     assert old < 16_000
+
+
+def test_fifty_times_the_sessions_leave_the_state_as_large_as_it_was() -> None:
+    """Really fed, not aged: ten thousand sessions need the same cells and numbers as two hundred."""
+    policy = cautious()
+    (young, _), (old, _) = (grown(policy, per_tick=10, ticks=ticks) for ticks in (20, 1000))
+
+    assert old.cells[0].units == 50 * young.cells[0].units
+    assert [cell.key for cell in old.cells] == [cell.key for cell in young.cells]
+    assert count_values(json.loads(state_to_json(old))) == count_values(json.loads(state_to_json(young)))
+    assert len(state_to_json(old)) <= 1.05 * len(state_to_json(young))
+
+
+def count_values(value: Any) -> int:
+    """How many plain values there are inside."""
+    if isinstance(value, dict):
+        return sum(count_values(inner) for inner in value.values())
+    return sum(count_values(inner) for inner in value) if isinstance(value, list) else 1
 
 
 def test_a_state_without_intervals_is_still_read() -> None:

@@ -350,3 +350,21 @@ def test_the_table_names_only_fields_that_exist() -> None:
             found = (place if part == "*" else [place[part]] for place in places if place is not None)
             places = [inner for items in found for inner in items]
         assert places, path
+
+
+@pytest.mark.parametrize("stage", ["shadow", "half", "half-medium", "full"])
+def test_an_edit_its_revert_and_another_edit_at_any_share(stage: str) -> None:
+    """Early or late a safer policy applies, the way back needs a new rollout, a third still applies."""
+    story = Story(make_policy(without_approval))
+    story.run_to(stage)
+    before = [route.share for route in routing(story.policy, story.state).routes]
+
+    edit(story, put("advance.min_units", 20))
+    with pytest.raises(EditError, match="min_units: 20 -> 10 may only grow"):
+        edited_state(story.policy, make_policy(without_approval), story.state, story.now_s)
+    edit(story, put("advance.min_units", 20), put("stages.3.share", 0.8))
+
+    after = [route.share for route in routing(story.policy, story.state).routes]
+    assert after == [min(share, 0.8) for share in before]
+    assert len(story.state.former_digests) == 2
+    assert story.tick().state.phase == "running"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
 from sentei.policies.load import MAX_FAULTS, PolicyError, dump_policy, load_policy, policy_json_schema
 from sentei.policies.schema import policy_digest
-from tests.strategies_policy import TWO_SLICES, make_policy
+from tests.strategies_policy import TEXTS, TWO_SLICES, make_policy
 
 
 def errors_of(text: str) -> list[str]:
@@ -169,6 +170,9 @@ def test_a_bomb_of_aliases_is_one_error() -> None:
             "is no time zone that this machine knows",
         ),
         (("mode",), "replay", "not supported yet; allowed: 'enforce' or 'advise'"),
+        (("mode",), {}, "must be 'enforce' or 'advise' (found {})"),
+        (("mode",), ["replay"], "must be 'enforce' or 'advise' (found ['replay'])"),
+        (("assignment",), {"salt": "s", "unit": {"a": 1}}, "must be 'session_id' (found {'a': 1})"),
         (("assignment",), {"salt": "s", "unit": "api_key"}, "not supported yet; allowed: 'session_id'"),
         (("assignment",), {"salt": "s", "on_slice_change": "keep"}, "not supported yet; allowed: 'reassign'"),
         (
@@ -320,6 +324,42 @@ def test_editors_get_a_json_schema() -> None:
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["Data"]["properties"]["max_age"]["type"] == "string"
     assert "finally" in schema["$defs"]["NoData"]["properties"]
+
+
+def schema_errors(text: str) -> list[str]:
+    """What an editor that knows the schema says of a text."""
+    validator = jsonschema.Draft202012Validator(policy_json_schema())
+    validator.check_schema(validator.schema)
+    return [f"{item.json_path}: {item.message}" for item in validator.iter_errors(yaml.safe_load(text))]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: yaml.safe_load(text)["metadata"]["name"])
+def test_the_json_schema_accepts_what_loads(text: str) -> None:
+    """No editor underlines a shipped policy."""
+    assert schema_errors(text) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("advance", "min_unit"), 5, "'min_unit' was unexpected"),
+        (("advance", "need"), "promote", "'promote' is not one of"),
+        (("data", "max_age"), 60, "$.spec.data.max_age: 60 is not of type 'string'"),
+        (("data", "max_age"), "5 minutes", "does not match"),
+        (("stages", 1, "share"), "half", "$.spec.stages[1].share"),
+        (("stages", 1, "share"), 1.5, "$.spec.stages[1].share"),
+        (("ladder",), [], "$.spec.ladder"),
+        (("guardrails", "items", 0, "test"), "t-test", "'t-test' is not one of"),
+    ],
+)
+def test_the_json_schema_underlines_what_does_not_load(
+    path: tuple[str | int, ...], value: Any, words: str
+) -> None:
+    """A wrong key, word, unit or number is wrong for the editor and for the loader."""
+    text = edited(*path, value=value)
+
+    assert any(words in error for error in schema_errors(text)), schema_errors(text)
+    assert errors_of(text)
 
 
 def test_a_flood_of_faults_is_counted_and_not_listed() -> None:

@@ -12,11 +12,11 @@ from sentei.pipeline.events import EventLog
 from sentei.pipeline.mirror import Mirror
 from sentei.pipeline.report import build_report
 from sentei.pipeline.revisions import PolicyBook
-from sentei.pipeline.rollout import read_look, start_rollout
+from sentei.pipeline.rollout import event_kind, read_look, start_rollout
 from sentei.policies.load import load_policy
 from tests.fakes_records import POLICY, ROLLOUT, START_S, FakeTracker, FlakyStore, make_audit, make_request
 from tests.stories_rollout import begin, run, serve
-from tests.strategies_policy import EXAMPLES
+from tests.strategies_policy import EXAMPLES, Story, make_policy
 
 
 @pytest.fixture
@@ -192,3 +192,16 @@ def test_an_hour_of_the_cautious_policy_keeps_twelve_snapshots(store: FlakyStore
     print(f"{len(events)} events an hour of {sizes[-1]} bytes, {daily_mb:.1f} MB a day")
     assert len(events) == 12
     assert max(sizes) < 14_000
+
+
+def test_an_event_is_named_after_its_deed_and_not_after_a_refusal() -> None:
+    """A slice that falls gives the event its kind, whatever order was refused in the same tick."""
+    story = Story(make_policy())
+    story.run_to("half-medium")
+    bad = story.audits(30, excess=0.6, slices=("long",), value_name="audit.token_disagreement")
+
+    fell = story.tick(bad, commands=story.order("approve"))
+    refused = story.tick(commands=story.order("retry"))
+
+    assert [item.kind for item in fell.actions] == ["rung_down", "refuse"]
+    assert (event_kind(fell), event_kind(refused)) == ("rung_down", "refuse")

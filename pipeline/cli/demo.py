@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sentei.pipeline.cli.models import evaluation_table, open_bench
+from sentei.pipeline.cli.evaluation import evaluation_table
+from sentei.pipeline.cli.models import open_bench
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.cli.view import STYLES, rollout_panel
 from sentei.pipeline.home import HOME_VARIABLE, Home, sentei_home

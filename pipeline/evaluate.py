@@ -21,7 +21,7 @@ from sentei.pipeline.corpus import Corpus
 from sentei.pipeline.costs import CostReport, Measured, reckon_costs, this_machine
 from sentei.pipeline.latency import BEST_DENSE, Timing, medians, time_prefills
 from sentei.pipeline.models import LoadedModel
-from sentei.pipeline.prices import load_prices
+from sentei.pipeline.prices import PRICES_FILE, load_prices
 from sentei.pipeline.recall import TASK_NAMES, RecallSummary, TaskPlan, make_tasks, recall_by_rung, untold
 from sentei.pipeline.splits import split_text
 from sentei.pipeline.tasks import TaskError, TaskName
@@ -210,17 +210,21 @@ def _timing(timings: Mapping[str, Timing], rung_id: str) -> Timing:
 
 
 def _notes(findings: _Findings, window: int) -> tuple[str, ...]:
-    files = ", ".join(Path(file).name for file in findings.costs.files)
-    notes = [f"prices from {files}: {window} tokens of prefill, one request at a time"]
+    own = [file for file in findings.costs.files if file != str(PRICES_FILE)]
+    lists = ", ".join(["the list that ships", *own])
+    notes = [f"prices from {lists}: {window} tokens of prefill, one request at a time"]
     if cells := untold(findings.recall[DENSE]):
         notes.append(
             f"dense itself finds nothing in {', '.join(cells)}: these tasks say nothing about a rung"
         )
-    for rung_id, summary in findings.user.items():
-        short = sum(task.num_untouched for task in summary.tasks)
-        if rung_id != DENSE and short:
-            total = sum(task.num for task in summary.tasks)
-            notes.append(f"{rung_id} dropped nothing on {short} of your {total} prompts: too short to thin")
+    short = {
+        rung_id: sum(task.num_untouched for task in summary.tasks)
+        for rung_id, summary in findings.user.items()
+        if rung_id != DENSE
+    }
+    if any(short.values()):
+        counts = ", ".join(f"{num} on {rung_id}" for rung_id, num in short.items() if num)
+        notes.append(f"your prompts on which nothing was dropped, as too short to thin: {counts}")
     return tuple(notes)
 
 

@@ -79,7 +79,7 @@ class _Reader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._faults: list[str] = []
+        self._faults: list[tuple[int, str]] = []
 
     def read(self, base: Assumptions) -> PriceList:
         root = self._parse()
@@ -92,11 +92,11 @@ class _Reader:
         if not sections and not self._faults:
             self._add(1, "needs a list under 'prices', or 'assumptions'")
         if self._faults:
-            raise PriceError("\n".join(self._faults))
+            raise PriceError("\n".join(text for _, text in sorted(self._faults)))
         return PriceList(tuple(prices), assumptions, (str(self._path),))
 
     def _add(self, line: int, message: str) -> None:
-        self._faults.append(f"{self._path}:{line}: {message}")
+        self._faults.append((line, f"{self._path}:{line}: {message}"))
 
     def _parse(self) -> yaml.Node:
         try:

@@ -63,7 +63,7 @@ class TaskCell:
 
 @dataclass(frozen=True, slots=True)
 class WorstTask:
-    """The cell that lost most against dense; among equals the one with the fewest right answers."""
+    """The cell that lost most against dense; among equals one that dense can do, with the fewest right."""
 
     kind: str
     prompt_tokens: int
@@ -137,7 +137,7 @@ def summarise(outcomes: Sequence[TaskOutcome], dense: Sequence[TaskOutcome]) -> 
         )
         for place in places
     )
-    worst = min(cells, key=lambda cell: (cell.right - cell.dense_right, cell.right))
+    worst = min(cells, key=lambda cell: (cell.right - cell.dense_right, not cell.dense_right, cell.right))
     dense_tokens = fmean(outcome.generated_tokens for outcome in dense)
     own_tokens = fmean(outcome.generated_tokens for outcome in outcomes)
     return RecallSummary(

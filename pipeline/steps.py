@@ -129,7 +129,10 @@ def evaluation_metrics(document: Mapping[str, Any]) -> dict[str, float]:
         for cell in recall["cells"]:
             values[f"tasks_{cell['prompt_tokens']}_tokens/{cell['kind']}"] = cell["right"]
         if user is not None:
-            values["user_tasks"] = {"mean": user["mean"]} | {row["task"]: row for row in user["tasks"]}
+            values["user_tasks"] = {
+                "mean": user["mean"],
+                "tasks": {row["task"]: row for row in user["tasks"]},
+            }
         metrics |= dict(_flatten(f"evaluate/{rung['rung']}", values))
     return metrics
 

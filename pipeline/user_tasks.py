@@ -50,7 +50,7 @@ class UserTaskScore:
 
 @dataclass(frozen=True, slots=True)
 class UserSummary:
-    """All of the user's tasks on one rung; the worst is the one that lost most against dense."""
+    """All of the user's tasks on one rung; the worst lost most against dense, or scored least."""
 
     mean: float
     dense_mean: float
@@ -88,7 +88,9 @@ def summarise(
         places = [i for i, task in enumerate(tasks) if task.task == name]
         metrics = tuple(dict.fromkeys(tasks[i].metric for i in places))
         scores.append(_score_task(metrics, [answers[i] for i in places], [dense[i] for i in places]))
-    worst = min(scores, key=lambda score: (score.score - score.dense_score, score.score))
+    worst = min(
+        scores, key=lambda found: (found.score - found.dense_score, not found.dense_score, found.score)
+    )
     return UserSummary(
         mean=fmean(score.score for score in scores),
         dense_mean=fmean(score.dense_score for score in scores),

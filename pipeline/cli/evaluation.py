@@ -69,34 +69,34 @@ def run_evaluate(
 
 def evaluation_table(document: dict[str, Any]) -> Table:
     """Show an evaluation: one line per rung."""
-    headings = ("density", "NLL difference (95% CI)", "perplexity", "KL", "same top token", "dropped mass")
-    table = Table("rung", *headings, "prefill s", "recall: mean, worst")
+    headings = ("density", "NLL difference\n(95% CI)", "perplexity", "KL", "same\ntop token", "dropped\nmass")
+    table = Table("rung", *headings, "prefill s")
     for rung in document["rungs"]:
         low, high = rung["nll_delta_ci"]
         table.add_row(
             rung["rung"],
             f"{rung['density']:.1%}",
-            f"{rung['nll_delta']:+.4f} ({low:+.4f} to {high:+.4f})",
+            f"{rung['nll_delta']:+.4f}\n{low:+.4f} to {high:+.4f}",
             f"{rung['ppl_cost_pct']:+.2f}%",
             f"{rung['kl_mean']:.4f}",
             f"{rung['top1_agreement']:.1%}",
             f"{rung['dropped_mass_mean']:.3f}",
             f"{rung['prefill_s']:.2f}",
-            _mean_and_worst(rung["recall"]),
         )
     return table
 
 
 def recall_table(document: dict[str, Any]) -> Table:
-    """Show recall tasks: one line per kind and length, one column per rung."""
+    """Show recall tasks: one line per kind and length, one column per rung, the worst beside the mean."""
     rungs = document["rungs"]
-    table = Table(
-        "recall task", "tokens", "prompts", *(rung["rung"] for rung in rungs), title="Right answers"
-    )
+    names = [rung["rung"] for rung in rungs]
+    table = Table("recall task", "tokens", "prompts", *names, title="Recall tasks, right answers")
     for i, cell in enumerate(rungs[0]["recall"]["cells"]):
         shares = [f"{rung['recall']['cells'][i]['right']:.0%}" for rung in rungs]
         table.add_row(cell["kind"], f"{cell['prompt_tokens']:,}", str(cell["num"]), *shares)
     table.add_section()
+    table.add_row("mean", "", "", *(f"{rung['recall']['mean']:.0%}" for rung in rungs))
+    table.add_row("worst against dense", "", "", *(_worst_recall(rung["recall"]["worst"]) for rung in rungs))
     lengths = [f"{rung['recall']['generated_tokens_mean']:.1f}" for rung in rungs]
     table.add_row("tokens generated", "", "", *lengths)
     return table
@@ -111,7 +111,7 @@ def user_table(document: dict[str, Any]) -> Table:
         table.add_row(escape(row["task"]), escape(", ".join(row["metrics"])), str(row["num"]), *scores)
     table.add_section()
     table.add_row("mean", "", "", *(f"{rung['user_tasks']['mean']:.1%}" for rung in rungs))
-    table.add_row("worst against dense", "", "", *(escape(rung["user_tasks"]["worst"]) for rung in rungs))
+    table.add_row("worst against dense", "", "", *(_worst_user(rung["user_tasks"]) for rung in rungs))
     return table
 
 
@@ -137,17 +137,20 @@ def _kinds(names: list[str] | None) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(names)) if names else None
 
 
-def _mean_and_worst(recall: dict[str, Any]) -> str:
-    worst = recall["worst"]
+def _worst_recall(worst: dict[str, Any]) -> str:
     where = f"{worst['kind']} at {worst['prompt_tokens']:,}"
-    return f"{recall['mean']:.0%}, {where}: {worst['right']:.0%} (dense {worst['dense_right']:.0%})"
+    return f"{where}\n{worst['right']:.0%}, dense {worst['dense_right']:.0%}"
+
+
+def _worst_user(summary: dict[str, Any]) -> str:
+    row = next(row for row in summary["tasks"] if row["task"] == summary["worst"])
+    return escape(f"{row['task']}\n{row['score']:.0%}, dense {row['dense_score']:.0%}")
 
 
 def _user_score(row: dict[str, Any], rung: str) -> str:
     if rung == "dense":
         return f"{row['score']:.1%}"
-    changes = f"{row['worse']} worse, {row['better']} better"
-    return f"{row['score']:.1%} ({changes}; {row['density']:.0%} of the blocks)"
+    return f"{row['score']:.1%}\n{row['worse']} worse, {row['better']} better\n{row['density']:.0%} of blocks"
 
 
 def _cost(row: dict[str, Any]) -> str:

@@ -103,7 +103,7 @@ def test_the_evaluation_is_a_page_and_flat_numbers(story: Any) -> None:
         metrics["evaluate/dense/tasks_512_tokens/passkey"]
         == document["rungs"][0]["recall"]["cells"][0]["right"]
     )
-    assert metrics["evaluate/dense/user_tasks/mine/num"] == 1
+    assert metrics["evaluate/dense/user_tasks/tasks/mine/num"] == 1
     assert all(set(name) <= set(ascii_letters + digits + "_-./ ") for name in metrics)
 
 

@@ -15,7 +15,7 @@ from sentei.pipeline.corpus import load_corpus
 from sentei.pipeline.models import LoadedModel, resolve_model
 from sentei.pipeline.recall import TaskPlan, make_tasks, recall_by_rung
 from sentei.pipeline.splits import split_text
-from sentei.pipeline.tasks import make_multi_key, make_passkey
+from sentei.pipeline.tasks import make_passkey
 from sentei.pipeline.tasks.user import load_user_tasks
 from sentei.pipeline.user_tasks import answers_by_rung, summarise
 from sentei.pipeline.verify import token_losses
@@ -64,7 +64,7 @@ def write_tasks(folder: Path, tokenizer: Any) -> Path:
 
 
 def test_a_blind_rung_fails_what_dense_finds(bench: tuple[LoadedModel, Adapter], tmp_path: Path) -> None:
-    """Dense and the rung that keeps all find each passkey, the blind one none; a short prompt says nothing."""
+    """Dense and the rung that keeps all find each passkey, the blind one none; short prompts say nothing."""
     loaded, adapter = bench
     tasks = load_user_tasks(write_tasks(tmp_path, loaded.tokenizer), loaded.tokenizer, loaded.max_tokens)
 
@@ -98,7 +98,7 @@ def test_recall_finds_dense_right_and_blind_wrong(bench: tuple[LoadedModel, Adap
 def test_a_greedy_answer_ends_by_itself_at_a_stop_or_at_the_limit(bench: tuple[LoadedModel, Adapter]) -> None:
     """The three ways in which an answer ends are told apart."""
     loaded, _ = bench
-    task = make_multi_key(loaded.tokenizer, prompt_tokens=400, depth=0.5, seed=1)
+    task = make_passkey(loaded.tokenizer, prompt_tokens=400, depth=0.5, seed=1)
 
     by_itself = answer_greedily(loaded, task.prompt, max_tokens=16)
     at_stop = answer_greedily(loaded, task.prompt, max_tokens=16, stop=["."])

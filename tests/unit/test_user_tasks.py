@@ -99,7 +99,10 @@ def test_a_good_file_becomes_tasks(tmp_path: Path) -> None:
 
 
 FAULTS: list[tuple[object, str]] = [
-    (GOOD | {"metric": "f2"}, r':1: metric: allowed: exact_match, .*; did you mean "f1"\? \(found \'f2\'\)'),
+    (
+        GOOD | {"metric": "exact_mach"},
+        r':1: metric: allowed: exact_match, .*; did you mean "exact_match"\? \(found',
+    ),
     ({"prompt": "a", "metric": "f1"}, r":1: reference: is missing"),
     (GOOD | {"promt": "a"}, r':1: promt: no such field; allowed: prompt, .*did you mean "prompt"\?'),
     (GOOD | {"prompt": ""}, r":1: prompt: must be a text that is not empty \(found ''\)"),

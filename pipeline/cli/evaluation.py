@@ -150,7 +150,7 @@ def _worst_user(summary: dict[str, Any]) -> str:
 def _user_score(row: dict[str, Any], rung: str) -> str:
     if rung == "dense":
         return f"{row['score']:.1%}"
-    return f"{row['score']:.1%}\n{row['worse']} worse, {row['better']} better\n{row['density']:.0%} of blocks"
+    return f"{row['score']:.1%}\n{row['worse']} worse\n{row['better']} better\n{row['density']:.0%} kept"
 
 
 def _cost(row: dict[str, Any]) -> str:

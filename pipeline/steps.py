@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,21 @@ from sentei.pipeline.calibrate import CalibrateOptions, calibrate, ladder_summar
 from sentei.pipeline.corpus import Corpus
 from sentei.pipeline.distill import DistillOptions, distill
 from sentei.pipeline.evaluate import EvaluateOptions, Evaluation, evaluate
+from sentei.pipeline.evaluation_page import save_evaluation_page
 from sentei.pipeline.home import Home
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.plain import to_plain
 from sentei.pipeline.plots import save_trade_off
 from sentei.pipeline.runs import StepRecord, log_step
 from sentei.pipeline.tracking import MlflowTracker, TrackingError
+from sentei.pipeline.user_tasks import save_answers
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 EVALUATION_FILE = "evaluation.json"
+PAGE_FILE = "evaluation.html"
+ANSWERS_FILE = "answers.jsonl"
+TIMINGS_FILE = "timings.json"
 TRADEOFF_FILE = "tradeoff.html"
 
 
@@ -67,6 +73,8 @@ def calibrate_step(bench: Workbench, options: CalibrateOptions, progress: Progre
     """Calibrate the ladder, save it with the adapter, track the run."""
     started_s = time.time()
     ladder = calibrate(bench.loaded, bench.adapter(), bench.corpus, options, progress)
+    timings = {"calibrate_s": time.time() - started_s}
+    (bench.adapter_dir / TIMINGS_FILE).write_text(json.dumps(timings), encoding="utf-8")
     metrics: dict[str, float] = {}
     for row in ladder_summary(ladder):
         metrics[f"calibrate/{row['rung']}/bound_dropped_mass"] = float(row["bound_dropped_mass"])
@@ -78,16 +86,28 @@ def calibrate_step(bench: Workbench, options: CalibrateOptions, progress: Progre
 
 
 def evaluate_step(bench: Workbench, options: EvaluateOptions, progress: Progress) -> Evaluation:
-    """Evaluate every rung beside dense and the baselines, save JSON and plot, track the run."""
+    """Evaluate every rung beside dense and the baselines, save JSON, page and plot, track the run."""
     started_s = time.time()
+    options = replace(options, setup_s=_read_calibrate_s(bench.adapter_dir))
     evaluation = evaluate(bench.loaded, bench.adapter(), bench.corpus, options, progress)
     document = evaluation.to_dict()
     saved = bench.adapter_dir / EVALUATION_FILE
     saved.write_text(json.dumps(document, indent=2), encoding="utf-8")
     plot = save_trade_off(evaluation, bench.adapter_dir / TRADEOFF_FILE)
-    files = {"evaluation": saved, "plots": plot}
-    _track(bench, "evaluate", started_s, to_plain(options), _rung_metrics(document), files=files)
+    page = save_evaluation_page(document, bench.adapter_dir / PAGE_FILE, trade_off=plot.name)
+    files = {"evaluation": saved, "plots": plot, "page": page}
+    if evaluation.user_answers:
+        files["answers"] = save_answers(evaluation.user_answers, bench.adapter_dir / ANSWERS_FILE)
+    metrics = evaluation_metrics(document)
+    _track(bench, "evaluate", started_s, to_plain(options), metrics, files=files)
     return evaluation
+
+
+def _read_calibrate_s(folder: Path) -> float | None:
+    path = folder / TIMINGS_FILE
+    if not path.is_file():
+        return None
+    return float(json.loads(path.read_text(encoding="utf-8"))["calibrate_s"])
 
 
 def read_evaluation(bench: Workbench) -> dict[str, Any] | None:
@@ -99,13 +119,31 @@ def read_evaluation(bench: Workbench) -> dict[str, Any] | None:
     return found
 
 
-def _rung_metrics(document: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        f"evaluate/{rung['rung']}/{name}": float(value)
-        for rung in document["rungs"]
-        for name, value in rung.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+def evaluation_metrics(document: Mapping[str, Any]) -> dict[str, float]:
+    """Return every number of an evaluation's rungs under a path such as evaluate/bold/recall/mean."""
+    metrics: dict[str, float] = {}
+    for rung in document["rungs"]:
+        values = dict(rung)
+        recall, user = values.pop("recall"), values.pop("user_tasks")
+        values["recall"] = {key: value for key, value in recall.items() if key != "cells"}
+        for cell in recall["cells"]:
+            values[f"tasks_{cell['prompt_tokens']}_tokens/{cell['kind']}"] = cell["right"]
+        if user is not None:
+            values["user_tasks"] = {
+                "mean": user["mean"],
+                "tasks": {row["task"]: row for row in user["tasks"]},
+            }
+        metrics |= dict(_flatten(f"evaluate/{rung['rung']}", values))
+    return metrics
+
+
+def _flatten(path: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            # MLflow takes letters, digits and these signs in a name.
+            yield from _flatten(f"{path}/{re.sub(r'[^A-Za-z0-9_. /-]', '_', str(key))}", item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, float(value)
 
 
 def _track(

@@ -11,7 +11,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import typer
 
 from sentei import __version__
-from sentei.pipeline.cli import bench, demo, doctor, explain, models, policy, report, rollout
+from sentei.pipeline.cli import bench, demo, doctor, evaluation, explain, models, policy, report, rollout
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.client import AdminError
 
@@ -42,7 +42,7 @@ def _root(
 app.command("demo")(demo.run_demo)
 app.command("distill")(models.run_distill)
 app.command("calibrate")(models.run_calibrate)
-app.command("evaluate")(models.run_evaluate)
+app.command("evaluate")(evaluation.run_evaluate)
 app.command("study")(models.run_study)
 app.command("explain")(explain.run_explain)
 app.command("register")(models.run_register)

@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sentei.pipeline.cli.models import evaluation_table, open_bench
+from sentei.pipeline.cli.evaluation import evaluation_table, recall_table
+from sentei.pipeline.cli.models import open_bench
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.cli.view import STYLES, rollout_panel
 from sentei.pipeline.home import HOME_VARIABLE, Home, sentei_home
@@ -40,7 +41,7 @@ def run_demo(
             prepare(bench, size, progress)
     evaluation = read_evaluation(bench)
     if evaluation is not None:
-        output.say(evaluation_table(evaluation))
+        output.say(evaluation_table(evaluation), recall_table(evaluation))
     with _Screen(output) as screen:
         ends = run_stories(bench, size, seed=seed, watch=screen.show)
     result = DemoResult(

@@ -1,4 +1,4 @@
-"""`sentei distill`, `calibrate`, `evaluate`, `register`: the offline steps."""
+"""`sentei distill`, `calibrate`, `study`, `register`: the offline steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_distill(
     if form not in (None, *get_args(Form)):
         raise typer.BadParameter(f"{form!r}; choose from {', '.join(get_args(Form))}", param_hint="--form")
     start = LOW_RANK if form == "low_rank" else DistillOptions()
-    options = _changed(
+    options = changed(
         start, window_tokens=tokens, num_windows=windows, form=form, rank=rank, pool_tokens=pool
     )
     bench = open_bench(model, corpus, output)
@@ -65,34 +65,13 @@ def run_calibrate(
     from sentei.pipeline.steps import calibrate_step
 
     output = Output(as_json=as_json)
-    options = _changed(CalibrateOptions(), window_tokens=tokens, num_windows=windows)
+    options = changed(CalibrateOptions(), window_tokens=tokens, num_windows=windows)
     bench = open_bench(model, corpus, output)
     with output.progress() as progress:
         ladder = calibrate_step(bench, options, progress)
     rungs = [to_plain(rung) for rung in ladder.rungs]
     output.say(_ladder_table(rungs))
     output.emit({"model": model, "adapter": str(bench.adapter_dir), "rungs": rungs})
-
-
-def run_evaluate(
-    model: Model = "pocket",
-    corpus: CorpusName = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens per evaluated window.", min=256)] = None,
-    windows: Windows = None,
-    as_json: Json = False,
-) -> None:
-    """Measure every rung beside dense and the baselines: quality, latency, memory, cost."""
-    from sentei.pipeline.evaluate import EvaluateOptions
-    from sentei.pipeline.steps import TRADEOFF_FILE, evaluate_step
-
-    output = Output(as_json=as_json)
-    options = _changed(EvaluateOptions(), window_tokens=tokens, num_windows=windows)
-    bench = open_bench(model, corpus, output)
-    with output.progress() as progress:
-        evaluation = evaluate_step(bench, options, progress)
-    document = evaluation.to_dict()
-    output.say(evaluation_table(document), f"trade-off plot: {bench.adapter_dir / TRADEOFF_FILE}")
-    output.emit(document)
 
 
 def run_study(
@@ -106,7 +85,7 @@ def run_study(
     from sentei.pipeline.study import StudyOptions, study
 
     output = Output(as_json=as_json)
-    options = _changed(StudyOptions(), window_tokens=tokens, num_windows=windows)
+    options = changed(StudyOptions(), window_tokens=tokens, num_windows=windows)
     bench = open_bench(model, corpus, output)
     with output.progress() as progress:
         rows = study(bench.loaded, bench.corpus, options, progress)
@@ -152,30 +131,6 @@ def open_bench(model: str, corpus: str | None, output: Output) -> Any:
     return bench
 
 
-def evaluation_table(document: dict[str, Any]) -> Table:
-    """Show an evaluation: one line per rung."""
-    table = Table(
-        "rung", "density", "NLL difference (95% CI)", "perplexity", "dropped mass", "prefill s", "tasks"
-    )
-    for rung in document["rungs"]:
-        low, high = rung["nll_delta_ci"]
-        tasks = ", ".join(f"{name} {_task(value)}" for name, value in rung["tasks"].items())
-        table.add_row(
-            rung["rung"],
-            f"{rung['density']:.1%}",
-            f"{rung['nll_delta']:+.4f} ({low:+.4f} to {high:+.4f})",
-            f"{rung['ppl_cost_pct']:+.2f}%",
-            f"{rung['dropped_mass_mean']:.3f}",
-            f"{rung['prefill_s']:.2f}" if rung["prefill_s"] is not None else "",
-            tasks,
-        )
-    return table
-
-
-def _task(value: Any) -> str:
-    return f"{value:.0%}" if isinstance(value, float) else str(value)
-
-
 def _ladder_table(rungs: list[dict[str, Any]]) -> Table:
     table = Table(
         "rung", "density", "dropped mass, bound", "verified mean", "verified p99", "NLL difference (CI)"
@@ -197,7 +152,8 @@ def _ladder_table(rungs: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _changed(options: Any, **changes: Any) -> Any:
+def changed(options: Any, **changes: Any) -> Any:
+    """Return the options with those changed that were given."""
     from dataclasses import replace
 
     return replace(options, **{name: value for name, value in changes.items() if value is not None})

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from string import ascii_letters, digits
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from sentei.pipeline.choices import explain_prompt
 from sentei.pipeline.corpus import load_corpus
 from sentei.pipeline.distill import DistillOptions, distill
 from sentei.pipeline.evaluate import EvaluateOptions, Evaluation, evaluate
+from sentei.pipeline.evaluation_page import render_evaluation
 from sentei.pipeline.models import resolve_model
 from sentei.pipeline.plots import save_trade_off
+from sentei.pipeline.steps import evaluation_metrics
 from sentei.pipeline.verify import VerifyOptions
 
 # torch 2.13 imports modules of its own that it has deprecated, when FlexAttention is compiled.
@@ -34,6 +37,10 @@ RUNG_KEYS = {
     "prefill_s_by_baseline",
     "peak_mib",
     "tasks",
+    "kl_mean",
+    "top1_agreement",
+    "recall",
+    "user_tasks",
 }
 
 
@@ -54,7 +61,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Evaluation, Pa
     verify = VerifyOptions(window_tokens=2048, num_windows=1, blocks_per_window=12)
     options = CalibrateOptions(window_tokens=2048, num_windows=3, blocks_per_window=16, verify=verify)
     ladder = calibrate(loaded, adapter, corpus, options, note)
-    tiny = EvaluateOptions(window_tokens=2048, num_windows=1, num_tasks=1, timed_runs=1)
+    tasks = tmp_path_factory.mktemp("tasks") / "mine.jsonl"
+    tasks.write_text('{"prompt": "import os\\nimport", "reference": "sys", "metric": "contains"}\n')
+    tiny = EvaluateOptions(window_tokens=2048, num_windows=1, num_tasks=1, timed_runs=1, user_tasks=tasks)
     evaluation = evaluate(loaded, adapter.with_ladder(ladder), corpus, tiny, note)
     return load_adapter(folder, loaded.model), evaluation, folder, seen
 
@@ -78,6 +87,27 @@ def test_the_saved_ladder_is_ordered_and_verified(story: Any) -> None:
                 assert all(a <= b for a, b in zip(low, high, strict=True))
         assert milder.verified.dropped_mass_mean <= bolder.verified.dropped_mass_mean
         assert milder.verified.density >= bolder.verified.density
+
+
+def test_the_evaluation_is_a_page_and_flat_numbers(story: Any) -> None:
+    """The page shows recall, the user's tasks and the money; MLflow gets each as a number of its own."""
+    document = json.loads(json.dumps(story[1].to_dict()))
+
+    page = render_evaluation(document, trade_off="tradeoff.html")
+    metrics = evaluation_metrics(document)
+
+    assert all(f'id="{part}"' in page for part in ("text", "user-tasks", "recall", "grid", "costs"))
+    assert "variable value" in page
+    assert "AWS: m7g.large" in page
+    assert {"evaluate/bold/kl_mean", "evaluate/bold/recall/worst/right", "evaluate/bold/recall/mean"} <= set(
+        metrics
+    )
+    assert (
+        metrics["evaluate/dense/tasks_512_tokens/passkey"]
+        == document["rungs"][0]["recall"]["cells"][0]["right"]
+    )
+    assert metrics["evaluate/dense/user_tasks/tasks/mine/num"] == 1
+    assert all(set(name) <= set(ascii_letters + digits + "_-./ ") for name in metrics)
 
 
 def test_the_evaluation_has_the_promised_keys(story: Any, tmp_path: Path) -> None:

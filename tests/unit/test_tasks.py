@@ -6,23 +6,11 @@ import pytest
 
 from sentei.pipeline.corpus import Document
 from sentei.pipeline.tasks import MAKERS, WORDS, RecallTask, TaskError, TaskName, is_correct, make_key_value
+from tests.fakes_tokenizer import WordTokenizer
+
+NEEDLES: tuple[TaskName, ...] = ("passkey", "key_value", "copy", "multi_key")
 
 FILLER = (Document(path="a", name="a", text="some filler text\n" * 400),)
-
-
-class WordTokenizer:
-    """One token for each run of non-spaces and for each newline, or two where `pieces` says so."""
-
-    def __init__(self, pieces: int = 1) -> None:
-        self._pieces = pieces
-
-    def __call__(self, text: str | list[str], **_: Any) -> dict[str, Any]:
-        if isinstance(text, list):
-            return {"input_ids": [self._encode(entry) for entry in text]}
-        return {"input_ids": self._encode(text)}
-
-    def _encode(self, text: str) -> list[int]:
-        return [0] * (self._pieces * len(text.replace("\n", " N ").split()))
 
 
 def make(name: TaskName, **given: Any) -> RecallTask:
@@ -40,7 +28,7 @@ def test_prompt_fits_and_nearly_fills(name: TaskName, tokens: int) -> None:
     assert tokens - 8 <= task.prompt_tokens <= tokens
 
 
-@pytest.mark.parametrize("name", list(MAKERS))
+@pytest.mark.parametrize("name", NEEDLES)
 def test_note_is_there_once_and_question_last(name: TaskName) -> None:
     """The answer stands once in the prompt, at the depth asked for, and the question ends the prompt."""
     task = make(name, depth=0.25)
@@ -65,6 +53,81 @@ def test_key_value_asks_for_one_of_many() -> None:
         w for line in task.prompt.splitlines() if line.startswith("Remember") for w in line[:-1].split()[3:]
     ]
     assert len(words) == len(set(words)) == 20
+
+
+def test_multi_key_hides_several_passkeys_under_names_of_their_own() -> None:
+    """Four notes of one form stand in the text, and the question names the one whose passkey is asked for."""
+    task = make("multi_key")
+
+    notes = [line for line in task.prompt.splitlines() if line.startswith("Remember the passkey of ")]
+    key = task.prompt.rsplit(" ", 1)[1]
+    assert len(notes) == 4
+    assert f"Remember the passkey of {key} {task.answer}." in notes
+    assert len({note.split()[4] for note in notes}) == 4
+
+
+def follow(prompt: str) -> dict[str, str]:
+    """Run the assignments in the order of the text: each name must be given a number or a known name."""
+    known: dict[str, str] = {}
+    for line in prompt.splitlines():
+        if line.startswith("Remember the variable "):
+            name, source = line.removeprefix("Remember the variable ").rstrip(".").split(" = ")
+            known[name] = source if source.isdigit() else known[source]
+    return known
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.4, 1.0])
+def test_a_chain_leads_from_the_last_name_to_its_number(depth: float) -> None:
+    """Followed from top to bottom, the asked name holds the answer, and each chain has three names."""
+    task = make("variable_value", depth=depth)
+
+    held = follow(task.prompt)
+    asked = task.prompt.splitlines()[-1].removeprefix("Now follow the variables: ").removesuffix(" =")
+    assert held[asked] == task.answer
+    assert sorted(list(held.values()).count(value) for value in set(held.values())) == [3, 3]
+
+
+def test_all_names_of_a_number_are_asked_for() -> None:
+    """The answer is every name that holds the asked number."""
+    task = make("variable_names", num_chains=3, num_hops=4)
+
+    asked = task.prompt.splitlines()[-1].removeprefix("Now list the variables that hold ").removesuffix(":")
+    assert set(task.answer.split()) == {name for name, value in follow(task.prompt).items() if value == asked}
+    assert len(task.answer.split()) == 5
+
+
+@pytest.mark.parametrize(
+    ("generated", "expected"),
+    [
+        (" lemon maple river.\n", True),
+        ("\nriver, lemon, and maple are the ones", True),
+        (" lemon river", False),
+        (" lemon lemon river", False),
+        (" walnut lemon maple river", False),
+    ],
+)
+def test_names_count_in_any_order(generated: str, expected: bool) -> None:
+    """A list of names is right when its first words are the wanted ones, whatever stands between."""
+    task = RecallTask("variable_names", "", "lemon maple river", 0.5, 0, 3, is_ordered=False)
+
+    assert is_correct(task, generated) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("multi_key", {"num_needles": 1}, r"num_needles is 1; .* 2 to \d+ needles"),
+        ("variable_value", {"num_hops": 0}, r"num_hops is 0; at least one hop"),
+        ("variable_names", {"num_chains": 1000}, r"num_chains is 1000"),
+        ("variable_names", {"depth": -0.1}, r"depth is -0\.1"),
+    ],
+)
+def test_impossible_chains_and_needles_are_refused(
+    name: TaskName, given: dict[str, Any], message: str
+) -> None:
+    """A number of needles, hops or chains that cannot be made is named with what can."""
+    with pytest.raises(TaskError, match=message):
+        make(name, **given)
 
 
 def test_classic_filler_repeats_one_line() -> None:

@@ -1,10 +1,7 @@
-"""Recall tasks: long real text with notes in it and one question at the end, made offline from a seed.
-
-Each task hides notes between lines of filler and ends with the beginning of one note, so that the only way
-to continue it rightly is to find that note again. Words are common nouns of one token, two at most.
-"""
+"""What all recall tasks share: words, filler, and a prompt that fits a number of tokens."""
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +9,7 @@ from typing import Any, Literal
 
 from sentei.pipeline.corpus import Corpus, Document, encode_text, load_corpus, split_documents
 
-TaskName = Literal["passkey", "key_value", "copy"]
+TaskName = Literal["passkey", "key_value", "copy", "multi_key", "variable_value", "variable_names"]
 Filler = Literal["corpus", "classic"]
 
 _WORD_TEXT = """
@@ -29,9 +26,6 @@ radish raven ribbon river rocket saddle salmon shadow silver spider sugar summer
 tiger tomato tulip turtle valley velvet violin walnut whale willow window winter wizard wolf zebra
 """
 WORDS = tuple(_WORD_TEXT.split())
-PASSKEY_NOTE, PASSKEY_QUESTION = "Remember the passkey {}.\n", "Now repeat the passkey"
-PAIR_NOTE, PAIR_QUESTION = "Remember the pair {} {}.\n", "Now repeat the pair {}"
-LIST_NOTE, LIST_QUESTION = "Remember the list {}.\n", "Now repeat the list {}"
 CLASSIC_LINE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 LIST_WORDS = 8
 MAX_LINE_CHARS = 160
@@ -51,75 +45,18 @@ class RecallTask:
     depth: float
     prompt_tokens: int
     answer_tokens: int
-
-
-def make_passkey(
-    tokenizer: Any,
-    *,
-    prompt_tokens: int,
-    depth: float,
-    seed: int,
-    filler: Filler = "corpus",
-    documents: Sequence[Document] | None = None,
-) -> RecallTask:
-    """Hide one passkey of two words in filler; the prompt takes at most `prompt_tokens` tokens."""
-    rng = random.Random(f"passkey {seed}")
-    answer = " ".join(rng.sample(usable_words(tokenizer), 2))
-    notes = [(_check_depth(depth), PASSKEY_NOTE.format(answer))]
-    lines = _make_filler(rng, filler, documents)
-    prompt = _fit_prompt(tokenizer, lines, notes, PASSKEY_QUESTION, prompt_tokens)
-    return _make_task(tokenizer, "passkey", prompt, answer, depth)
-
-
-def make_key_value(
-    tokenizer: Any,
-    *,
-    prompt_tokens: int,
-    depth: float,
-    seed: int,
-    num_pairs: int | None = None,
-    filler: Filler = "corpus",
-    documents: Sequence[Document] | None = None,
-) -> RecallTask:
-    """Hide pairs of words in filler and ask for one of them, whose note lies at `depth`."""
-    rng = random.Random(f"key_value {seed}")
-    words = usable_words(tokenizer)
-    pairs = num_pairs if num_pairs is not None else max(2, min(24, prompt_tokens // 128))
-    if not 1 <= pairs <= len(words) // 2:
-        raise TaskError(f"num_pairs is {pairs}; this tokenizer has words for 1 to {len(words) // 2} pairs")
-    chosen = rng.sample(words, 2 * pairs)
-    depths = [_check_depth(depth), *(rng.random() for _ in range(pairs - 1))]
-    notes = [
-        (d, PAIR_NOTE.format(k, v)) for d, k, v in zip(depths, chosen[:pairs], chosen[pairs:], strict=True)
-    ]
-    lines = _make_filler(rng, filler, documents)
-    prompt = _fit_prompt(tokenizer, lines, notes, PAIR_QUESTION.format(chosen[0]), prompt_tokens)
-    return _make_task(tokenizer, "key_value", prompt, chosen[pairs], depth)
-
-
-def make_copy(
-    tokenizer: Any,
-    *,
-    prompt_tokens: int,
-    depth: float,
-    seed: int,
-    filler: Filler = "corpus",
-    documents: Sequence[Document] | None = None,
-) -> RecallTask:
-    """Hide a list of eight words in filler; the question gives the first and asks for the other seven."""
-    rng = random.Random(f"copy {seed}")
-    words = rng.sample(usable_words(tokenizer), LIST_WORDS)
-    notes = [(_check_depth(depth), LIST_NOTE.format(" ".join(words)))]
-    lines = _make_filler(rng, filler, documents)
-    prompt = _fit_prompt(tokenizer, lines, notes, LIST_QUESTION.format(words[0]), prompt_tokens)
-    return _make_task(tokenizer, "copy", prompt, " ".join(words[1:]), depth)
-
-
-MAKERS = {"passkey": make_passkey, "key_value": make_key_value, "copy": make_copy}
+    is_ordered: bool = True
 
 
 def is_correct(task: RecallTask, generated_text: str) -> bool:
-    """Say whether the text generated after the prompt starts with the answer as whole words."""
+    """Say whether the text generated after the prompt starts with the answer as whole words.
+
+    Where order does not matter, its first words must be the answer's, whatever stands between them.
+    """
+    if not task.is_ordered:
+        wanted = task.answer.casefold().split()
+        words = [word for word in re.findall(r"\w+", generated_text.casefold()) if word != "and"]
+        return sorted(words[: len(wanted)]) == sorted(wanted)
     found = " ".join(generated_text.lstrip(" \t\n\"'`*:").casefold().split())
     answer = task.answer.casefold()
     return found.startswith(answer) and not found[len(answer) : len(answer) + 1].isalnum()
@@ -152,7 +89,8 @@ def _held_out_documents() -> tuple[Document, ...]:
     return split_documents(corpus)[1]
 
 
-def _make_filler(rng: random.Random, filler: Filler, documents: Sequence[Document] | None) -> list[str]:
+def make_filler(rng: random.Random, filler: Filler, documents: Sequence[Document] | None) -> list[str]:
+    """Return lines of held-out text from a random place, or the one classic line."""
     if filler == "classic":
         return [CLASSIC_LINE]
     if filler != "corpus":
@@ -172,7 +110,7 @@ def _make_filler(rng: random.Random, filler: Filler, documents: Sequence[Documen
     return lines
 
 
-def _fit_prompt(
+def fit_prompt(
     tokenizer: Any,
     lines: Sequence[str],
     notes: Sequence[tuple[float, str]],
@@ -180,7 +118,7 @@ def _fit_prompt(
     prompt_tokens: int,
 ) -> str:
     """Put notes between as many filler lines as fit; the count is checked on the whole prompt."""
-    bare = _count_tokens(tokenizer, _join_prompt([], notes, question))
+    bare = count_tokens(tokenizer, _join_prompt([], notes, question))
     if bare > prompt_tokens:
         raise TaskError(
             f"prompt_tokens is {prompt_tokens}, but notes and question take {bare}; "
@@ -188,7 +126,7 @@ def _fit_prompt(
         )
     chosen = _take_lines(tokenizer, lines, prompt_tokens - bare)
     prompt = _join_prompt(chosen, notes, question)
-    while chosen and (excess := _count_tokens(tokenizer, prompt) - prompt_tokens) > 0:
+    while chosen and (excess := count_tokens(tokenizer, prompt) - prompt_tokens) > 0:
         del chosen[-max(1, excess // 40) :]
         prompt = _join_prompt(chosen, notes, question)
     return prompt
@@ -217,22 +155,28 @@ def _join_prompt(lines: Sequence[str], notes: Sequence[tuple[float, str]], quest
     return "".join([*parts, *lines[done:], question])
 
 
-def _count_tokens(tokenizer: Any, text: str) -> int:
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """Return a prompt's size with the special tokens that the tokenizer adds."""
     return len(tokenizer(text, verbose=False)["input_ids"])
 
 
-def _check_depth(depth: float) -> float:
+def check_depth(depth: float) -> float:
+    """Return the depth, or raise TaskError if it is none."""
     if not 0.0 <= depth <= 1.0:
         raise TaskError(f"depth is {depth}; it must lie between 0 (start) and 1 (end)")
     return depth
 
 
-def _make_task(tokenizer: Any, name: TaskName, prompt: str, answer: str, depth: float) -> RecallTask:
+def make_task(
+    tokenizer: Any, name: TaskName, prompt: str, answer: str, depth: float, *, is_ordered: bool = True
+) -> RecallTask:
+    """Count the tokens of prompt and answer, and return the task."""
     return RecallTask(
         name=name,
         prompt=prompt,
         answer=answer,
         depth=depth,
-        prompt_tokens=_count_tokens(tokenizer, prompt),
+        prompt_tokens=count_tokens(tokenizer, prompt),
         answer_tokens=len(encode_text(tokenizer, f" {answer}")),
+        is_ordered=is_ordered,
     )

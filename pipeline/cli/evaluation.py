@@ -1,0 +1,161 @@
+"""`sentei evaluate`: every rung beside dense, and how it is shown in a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from sentei.pipeline.cli.models import CorpusName, Json, Model, Windows, changed, open_bench
+from sentei.pipeline.cli.output import Output
+
+
+def run_evaluate(
+    model: Model = "pocket",
+    corpus: CorpusName = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens per evaluated window.", min=256)] = None,
+    windows: Windows = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(help="Your own tasks: one JSON object a line with prompt, reference, metric."),
+    ] = None,
+    task_kind: Annotated[
+        list[str] | None, typer.Option(help="A kind of recall task; may be given several times.")
+    ] = None,
+    task_length: Annotated[
+        list[int] | None,
+        typer.Option(help="Prompt tokens of the recall tasks; may be given several times.", min=64),
+    ] = None,
+    task_depths: Annotated[
+        int | None, typer.Option(help="Recall tasks of each kind and length, each at another depth.", min=1)
+    ] = None,
+    prices: Annotated[
+        Path | None, typer.Option(help="Your own price list (YAML), on top of the one that ships.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure every rung beside dense: quality, recall, your tasks, latency, memory, cost."""
+    from sentei.pipeline.evaluate import EvaluateOptions
+    from sentei.pipeline.prices import load_prices
+    from sentei.pipeline.steps import ANSWERS_FILE, PAGE_FILE, evaluate_step
+
+    output = Output(as_json=as_json)
+    load_prices(prices)  # a list that cannot be used is said before a model is loaded
+    options = changed(
+        EvaluateOptions(),
+        window_tokens=tokens,
+        num_windows=windows,
+        user_tasks=tasks,
+        task_kinds=_kinds(task_kind),
+        task_lengths=tuple(task_length) if task_length else None,
+        num_tasks=task_depths,
+        prices=prices,
+    )
+    bench = open_bench(model, corpus, output)
+    with output.progress() as progress:
+        evaluation = evaluate_step(bench, options, progress)
+    document = evaluation.to_dict()
+    output.say(evaluation_table(document), recall_table(document))
+    if evaluation.user_answers:
+        output.say(user_table(document), f"every answer: {bench.adapter_dir / ANSWERS_FILE}")
+    output.say(cost_table(document), *(Text(f"note: {note}") for note in document["notes"]))
+    output.say(f"page: {bench.adapter_dir / PAGE_FILE}")
+    output.emit(document)
+
+
+def evaluation_table(document: dict[str, Any]) -> Table:
+    """Show an evaluation: one line per rung."""
+    headings = ("density", "NLL difference\n(95% CI)", "perplexity", "KL", "same\ntop token", "dropped\nmass")
+    table = Table("rung", *headings, "prefill s")
+    for rung in document["rungs"]:
+        low, high = rung["nll_delta_ci"]
+        table.add_row(
+            rung["rung"],
+            f"{rung['density']:.1%}",
+            f"{rung['nll_delta']:+.4f}\n{low:+.4f} to {high:+.4f}",
+            f"{rung['ppl_cost_pct']:+.2f}%",
+            f"{rung['kl_mean']:.4f}",
+            f"{rung['top1_agreement']:.1%}",
+            f"{rung['dropped_mass_mean']:.3f}",
+            f"{rung['prefill_s']:.2f}",
+        )
+    return table
+
+
+def recall_table(document: dict[str, Any]) -> Table:
+    """Show recall tasks: one line per kind and length, one column per rung, the worst beside the mean."""
+    rungs = document["rungs"]
+    names = [rung["rung"] for rung in rungs]
+    table = Table("recall task", "tokens", "prompts", *names, title="Recall tasks, right answers")
+    for i, cell in enumerate(rungs[0]["recall"]["cells"]):
+        shares = [f"{rung['recall']['cells'][i]['right']:.0%}" for rung in rungs]
+        table.add_row(cell["kind"], f"{cell['prompt_tokens']:,}", str(cell["num"]), *shares)
+    table.add_section()
+    table.add_row("mean", "", "", *(f"{rung['recall']['mean']:.0%}" for rung in rungs))
+    table.add_row("worst against dense", "", "", *(_worst_recall(rung["recall"]["worst"]) for rung in rungs))
+    lengths = [f"{rung['recall']['generated_tokens_mean']:.1f}" for rung in rungs]
+    table.add_row("tokens generated", "", "", *lengths)
+    return table
+
+
+def user_table(document: dict[str, Any]) -> Table:
+    """Show the user's tasks: one line per task, one column per rung, with what changed against dense."""
+    rungs = document["rungs"]
+    table = Table("your task", "metric", "prompts", *(rung["rung"] for rung in rungs), title="Your tasks")
+    for i, row in enumerate(rungs[0]["user_tasks"]["tasks"]):
+        scores = [_user_score(rung["user_tasks"]["tasks"][i], rung["rung"]) for rung in rungs]
+        table.add_row(escape(row["task"]), escape(", ".join(row["metrics"])), str(row["num"]), *scores)
+    table.add_section()
+    table.add_row("mean", "", "", *(f"{rung['user_tasks']['mean']:.1%}" for rung in rungs))
+    table.add_row("worst against dense", "", "", *(_worst_user(rung["user_tasks"]) for rung in rungs))
+    return table
+
+
+def cost_table(document: dict[str, Any]) -> Table:
+    """Show what a million prompt tokens cost on each machine, and when a rung has paid for itself."""
+    rungs = [rung["rung"] for rung in document["rungs"]]
+    table = Table("USD per million prompt tokens", *rungs, title="Cost, and when it has paid for itself")
+    rows = document["costs"]["rows"]
+    for label in dict.fromkeys((row["provider"], row["machine"]) for row in rows):
+        own = [row for row in rows if (row["provider"], row["machine"]) == label]
+        size = "" if own[0]["is_same_size"] else " (estimate)"
+        table.add_row(escape(f"{label[0]}: {label[1]}{size}"), *(_cost(row) for row in own))
+    return table
+
+
+def _kinds(names: list[str] | None) -> tuple[str, ...] | None:
+    from sentei.pipeline.tasks import TaskName
+
+    allowed = get_args(TaskName)
+    for name in names or ():
+        if name not in allowed:
+            raise typer.BadParameter(f"{name!r}; choose from {', '.join(allowed)}", param_hint="--task-kind")
+    return tuple(dict.fromkeys(names)) if names else None
+
+
+def _worst_recall(worst: dict[str, Any]) -> str:
+    where = f"{worst['kind']} at {worst['prompt_tokens']:,}"
+    return f"{where}\n{worst['right']:.0%}, dense {worst['dense_right']:.0%}"
+
+
+def _worst_user(summary: dict[str, Any]) -> str:
+    row = next(row for row in summary["tasks"] if row["task"] == summary["worst"])
+    return escape(f"{row['task']}\n{row['score']:.0%}, dense {row['dense_score']:.0%}")
+
+
+def _user_score(row: dict[str, Any], rung: str) -> str:
+    if rung == "dense":
+        return f"{row['score']:.1%}"
+    return f"{row['score']:.1%}\n{row['worse']} worse\n{row['better']} better\n{row['density']:.0%} kept"
+
+
+def _cost(row: dict[str, Any]) -> str:
+    price = f"{row['usd_per_million_tokens']:.3g}"
+    if row["rung"] == "dense":
+        return price
+    days = row["payback_days"]
+    return f"{price} (never)" if days is None else f"{price} ({days:.2g} days)"

@@ -111,8 +111,8 @@ def joint(
 ) -> tuple[Adapter, JointReport]:
     """Train low-rank weights under one rung's mask, save them with the adapter, compare on untouched text."""
     options = options if options is not None else JointOptions()
-    _check_rung(adapter, options.rung)
     window = min(options.window_tokens, loaded.max_tokens)
+    _check_rung(adapter, options.rung, window)
     parts = split_text(corpus)
     low_rank = new_low_rank(loaded.model, rank=options.rank, rung=options.rung, seed=options.seed)
     adapter = adapter.with_low_rank(low_rank)
@@ -130,7 +130,6 @@ def joint(
         handle.set_rung(options.rung)
         handle.set_low_rank(True)
         before, after, low_rank = _train(loaded, handle, low_rank, train, held_out, options, progress)
-        _check_activity(handle, window)
     train_s = time.monotonic() - started_s
     adapter = adapter.with_low_rank(low_rank)
     windows = make_windows(
@@ -157,20 +156,17 @@ def joint(
     return adapter, report
 
 
-def _check_rung(adapter: Adapter, rung_id: str) -> None:
+def _check_rung(adapter: Adapter, rung_id: str, window: int) -> None:
     rung = adapter.ladder.find(rung_id)
     if not any(rung.thins(layer) for layer in adapter.scorers):
         raise AdapterError(
             f"rung {rung_id!r} thins no layer, so there is no mask to train under; choose a bolder rung, "
             "or calibrate first: sentei calibrate"
         )
-
-
-def _check_activity(handle: Retrofit, window: int) -> None:
-    if not handle.stats().has_run_sparse:
+    if window < rung.break_even_tokens:
         raise AdapterError(
-            f"rung {handle.rung.id!r} ran dense on windows of {window} tokens: its break-even length is "
-            f"{handle.rung.break_even_tokens}; pass longer windows with --tokens"
+            f"rung {rung_id!r} runs dense on windows of {window} tokens: its break-even length is "
+            f"{rung.break_even_tokens}; pass longer windows: --tokens {rung.break_even_tokens}"
         )
 
 

@@ -22,22 +22,32 @@ from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
 from sentei.pipeline.capture import LayerRecord, Progress, Records, capture, make_texts, row_shares
 from sentei.pipeline.corpus import Corpus
+from sentei.pipeline.density import MAX_SHARE, MIN_SHARE, fit_densities
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.splits import split_text
 from sentei.pipeline.verify import VerifyOptions, verify_ladder
 
-MIN_SHARE, MAX_SHARE = 1e-6, 0.999
 NUM_BOUND_STEPS = 24
 NEEDLE_SHARE = 0.3
 
 
 @dataclass(frozen=True, slots=True)
 class RungTarget:
-    """What a rung may cost in any KV group: missed needles (a share) and mean dropped mass."""
+    """What a rung may cost in any KV group: missed needles (a share), mean dropped mass; or its density."""
 
     id: str
-    missed_needles: float
-    bound_dropped_mass: float
+    missed_needles: float = 0.0
+    bound_dropped_mass: float = 0.0
+    density: float | None = None  # of the causal blocks; then nothing else is asked of the rung
+
+
+def density_targets(densities: Sequence[float]) -> tuple[RungTarget, ...]:
+    """Return one rung per density, the densest first, named after it: d50, d20, d10."""
+    for density in densities:
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"density {density:g} is no share of the blocks; give one above 0, at most 1")
+    ordered = sorted(set(densities), reverse=True)
+    return tuple(RungTarget(f"d{100 * density:g}", density=density) for density in ordered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +114,13 @@ def fit_ladder(adapter: Adapter, loaded: LoadedModel, records: Records, options:
     """Read thresholds off calibration records; they never fall from a milder rung to a bolder one."""
     longest = max(record.mass.shape[-1] * record.mass.shape[3] for record in next(iter(records.values())))
     table = RotaryTable(*rotary_tables(loaded.model, longest, torch.device("cpu")))
+    bounded = [target for target in options.targets if target.density is None]
     per_rung: dict[str, dict[int, torch.Tensor]] = {target.id: {} for target in options.targets}
     for index, scorer in adapter.scorers.items():
         bins = score_bins(scorer, records[index], table, options.bin_edges_tokens)
         asking = score_asking(scorer, records[index], table)
         floor = torch.zeros(scorer.shape.kv_heads, len(bins))
-        for target in options.targets:
+        for target in bounded:
             found = torch.stack(
                 [
                     _fit_bin(scored, asking, scorer.shape.kv_heads, target, options.dense_above)
@@ -119,13 +130,21 @@ def fit_ladder(adapter: Adapter, loaded: LoadedModel, records: Records, options:
             )
             floor = torch.maximum(floor, _fill_empty_bins(found))
             per_rung[target.id][index] = floor
+    bounds = {target.id: target.bound_dropped_mass for target in bounded}
+    by_density = {target.id: target.density for target in options.targets if target.density is not None}
+    fits = fit_densities(adapter.scorers, records, table, list(by_density.values())) if by_density else []
+    for rung_id, fit in zip(by_density, fits, strict=True):
+        bounds[rung_id] = fit.dropped_mass
+        for index, scorer in adapter.scorers.items():
+            size = (scorer.shape.kv_heads, len(options.bin_edges_tokens) + 1)
+            per_rung[rung_id][index] = torch.full(size, fit.share)
     rungs = [Rung(DENSE)]
     for target in options.targets:
         rungs.append(
             Rung(
                 target.id,
                 {index: _as_tuples(shares) for index, shares in per_rung[target.id].items()},
-                bound_dropped_mass=target.bound_dropped_mass,
+                bound_dropped_mass=bounds[target.id],
                 break_even_tokens=options.break_even_tokens,
             )
         )

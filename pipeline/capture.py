@@ -63,8 +63,8 @@ Records = dict[int, list[LayerRecord]]
 def make_texts(
     loaded: LoadedModel, documents: Sequence[Document], *, window_tokens: int, num: int, seed: int
 ) -> list[Text]:
-    """Return `num` texts: two thirds running text, one third with notes that are asked for at the end."""
-    num_recall = num // 3
+    """Return `num` texts: one third, at least one of several, with notes that are asked for at the end."""
+    num_recall = max(num // 3, min(1, num - 1))
     head = bos_tokens(loaded)
     windows = token_windows(
         loaded.tokenizer, documents, window_tokens - len(head), num - num_recall, seed=seed

@@ -47,13 +47,19 @@ POCKET_SIZE = DemoSize(
 
 # Models of some hundred million parameters: a forward pass over 8k tokens takes half a minute on two cores.
 LARGE_SIZE = DemoSize(
-    # Means of 16 tokens: on these heads of 256 low rank 64 has less KL but more NLL (docs/adr/0010).
+    # Means of 4 tokens: means of 16 lose needles, and on these heads of 256 low rank 64
+    # has less KL but more NLL (docs/adr/0010).
     distill=DistillOptions(
-        window_tokens=4096, num_windows=15, num_held_out=3, blocks_per_window=10, max_epochs=6
+        pool_tokens=4,
+        window_tokens=4096,
+        num_windows=15,
+        num_held_out=3,
+        blocks_per_window=10,
+        max_epochs=6,
     ),
     calibrate=CalibrateOptions(
         window_tokens=8192,
-        num_windows=2,
+        num_windows=3,
         blocks_per_window=24,
         verify=VerifyOptions(window_tokens=8192, num_windows=1),
     ),
@@ -68,10 +74,10 @@ LARGE_SIZE = DemoSize(
     # Just past the break-even length: each audited session prefills its prompt four times on two cores.
     mix=MixOptions(prompt_tokens=(1152, 1280), answer_tokens=6, text_tokens=6),
     clients=1,
-    think_s=2.0,
+    think_s=6.0,
     fault_past_tokens=512,
     attention="flex",
-    max_rollout_s=900.0,
+    max_rollout_s=960.0,
     threads=2,
     policy_changes={
         "spec.breaker.variant.window": "120s",

@@ -15,7 +15,7 @@ from sentei.kernels.hf.models import rotary_tables
 from sentei.kernels.hf.retrofit import retrofit
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.pipeline.agreement import TokenScores, agreement, hidden_at, join_scores, score_variants
-from sentei.pipeline.baselines import KINDS, RankSelector
+from sentei.pipeline.baselines import KINDS, Kind, RankSelector
 from sentei.pipeline.capture import Progress
 from sentei.pipeline.corpus import Corpus
 from sentei.pipeline.costs import CostReport, Measured, reckon_costs, this_machine
@@ -45,8 +45,9 @@ class EvaluateOptions:
     task_lengths: tuple[int, ...] = ()  # none: a quarter of the window, and all of it
     num_tasks: int = 3  # of each kind at each length, the notes at as many depths
     timed_runs: int = 3
-    baseline_rung: str = "bold"
-    with_baselines: bool = True
+    first_position: int | None = None  # of the judged ones; none: an eighth of the window
+    # Rungs at whose density other choices of blocks are judged; none given: the boldest, an empty tuple: no rung.
+    baseline_rungs: tuple[str, ...] | None = None
     user_tasks: Path | None = None
     prices: Path | None = None  # a list of the user's own, on top of the shipped one
     setup_s: float | None = None  # what calibrating took; distilling is in the adapter's manifest
@@ -69,7 +70,7 @@ class EvaluateOptions:
             window_tokens=window_tokens,
             num_windows=self.num_windows,
             max_positions=self.max_positions,
-            first_position=window_tokens // 8,
+            first_position=window_tokens // 8 if self.first_position is None else self.first_position,
             blocks_per_window=self.blocks_per_window,
             seed=self.seed,
         )
@@ -189,7 +190,7 @@ def evaluate(
         num_tasks=options.num_tasks,
         rungs=tuple(_rung_result(rung.id, findings) for rung in adapter.ladder.rungs),
         costs=costs,
-        baselines=_baseline_results(losses, options.baseline_rung),
+        baselines=_baseline_results(losses, _compared(adapter, options)),
         notes=_notes(findings, window),
         user_answers=answers,
     )
@@ -239,26 +240,29 @@ def _measure_losses(
     table = RotaryTable(*rotary_tables(loaded.model, len(texts[0]), torch.device("cpu")))
     found: dict[str, list[TokenScores]] = {}
     densities: dict[str, list[float]] = {}
-    kinds = KINDS if options.with_baselines else ()
-    variants = [*(rung.id for rung in adapter.ladder.rungs), *kinds]
+    rung_ids = [rung.id for rung in adapter.ladder.rungs]
+    compared = [adapter.ladder.find(rung_id).id for rung_id in _compared(adapter, options)]
+    variants: list[tuple[str, Kind | None]] = [(rung_id, None) for rung_id in rung_ids]
+    variants += [(rung_id, kind) for rung_id in compared for kind in KINDS]
     with retrofit(loaded.model, adapter, DENSE, base="flex") as handle:
         for i_text, text in enumerate(texts):
-            by_group: dict[int, tuple[float, ...]] = {}
+            by_group: dict[str, dict[int, tuple[float, ...]]] = {}
             hidden: dict[str, torch.Tensor] = {}
-            for i_variant, variant in enumerate(variants):
+            for i_variant, (rung_id, kind) in enumerate(variants):
                 progress("losses", i_text * len(variants) + i_variant, len(texts) * len(variants))
-                handle.set_rung(options.baseline_rung if variant in kinds else variant)
+                variant = rung_id if kind is None else _other(kind, rung_id)
+                handle.set_rung(rung_id)
                 handle.set_selector(
-                    RankSelector(variant, by_group, adapter.manifest.shapes, table)
-                    if variant in kinds
-                    else None
+                    None
+                    if kind is None
+                    else RankSelector(kind, by_group[rung_id], adapter.manifest.shapes, table)
                 )
                 handle.reset_stats()
                 hidden[variant] = hidden_at(loaded, text, positions)
                 density = handle.stats().density()
                 densities.setdefault(variant, []).append(1.0 if density is None else density)
-                if variant == options.baseline_rung:
-                    by_group = handle.stats().density_by_group()
+                if kind is None and rung_id in compared:
+                    by_group[rung_id] = handle.stats().density_by_group()
             for variant, scores in score_variants(loaded, text, positions, hidden, DENSE).items():
                 found.setdefault(variant, []).append(scores)
     progress("losses", len(texts) * len(variants), len(texts) * len(variants))
@@ -308,15 +312,29 @@ def _by_position(delta: torch.Tensor, positions: torch.Tensor) -> dict[str, floa
     return result
 
 
-def _baseline_results(losses: _Losses, rung_id: str) -> tuple[BaselineResult, ...]:
-    ours, dense = losses.by_variant[rung_id], losses.by_variant[DENSE]
+def _compared(adapter: Adapter, options: EvaluateOptions) -> tuple[str, ...]:
+    """Rungs that other choices of blocks are measured at."""
+    boldest = adapter.ladder.rungs[-1]
+    if options.baseline_rungs is None:
+        return () if boldest.is_dense else (boldest.id,)
+    return options.baseline_rungs
+
+
+def _other(kind: Kind, rung_id: str) -> str:
+    """Name the losses of another choice of blocks at a rung's density."""
+    return f"{kind} at {rung_id}"
+
+
+def _baseline_results(losses: _Losses, rung_ids: Sequence[str]) -> tuple[BaselineResult, ...]:
+    dense = losses.by_variant[DENSE]
     results = []
-    for kind in KINDS:
-        if kind not in losses.by_variant:
-            continue
-        theirs = losses.by_variant[kind].loss
-        cost, gap = paired_delta(theirs, dense.loss), paired_delta(theirs, ours.loss)
-        results.append(
-            BaselineResult(kind, rung_id, losses.density[kind], cost.mean, cost.ci, gap.mean, gap.ci)
-        )
+    for rung_id in rung_ids:
+        ours = losses.by_variant[rung_id]
+        for kind in KINDS:
+            name = _other(kind, rung_id)
+            theirs = losses.by_variant[name].loss
+            cost, gap = paired_delta(theirs, dense.loss), paired_delta(theirs, ours.loss)
+            results.append(
+                BaselineResult(kind, rung_id, losses.density[name], cost.mean, cost.ci, gap.mean, gap.ci)
+            )
     return tuple(results)

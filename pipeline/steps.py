@@ -22,6 +22,7 @@ from sentei.pipeline.distill import DistillOptions, distill
 from sentei.pipeline.evaluate import EvaluateOptions, Evaluation, evaluate
 from sentei.pipeline.evaluation_page import save_evaluation_page
 from sentei.pipeline.home import Home
+from sentei.pipeline.joint import JointOptions, JointReport, joint
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.plain import to_plain
 from sentei.pipeline.plots import save_trade_off
@@ -35,6 +36,7 @@ EVALUATION_FILE = "evaluation.json"
 PAGE_FILE = "evaluation.html"
 ANSWERS_FILE = "answers.jsonl"
 TIMINGS_FILE = "timings.json"
+JOINT_FILE = "joint.json"
 TRADEOFF_FILE = "tradeoff.html"
 
 
@@ -67,6 +69,17 @@ def distill_step(bench: Workbench, options: DistillOptions, progress: Progress) 
     metrics = {f"distill/{name}": value for name, value in adapter.manifest.figures.items()}
     _track(bench, "distill", started_s, to_plain(options), metrics, files={"adapter": bench.adapter_dir})
     return adapter
+
+
+def joint_step(bench: Workbench, options: JointOptions, progress: Progress) -> JointReport:
+    """Train low-rank weights under a rung's mask, save them with the adapter, compare, track the run."""
+    started_s = time.time()
+    _, report = joint(bench.loaded, bench.adapter(), bench.corpus, options, progress)
+    saved = bench.adapter_dir / JOINT_FILE
+    saved.write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
+    metrics = {f"joint/{name}": value for name, value in report.figures().items()}
+    _track(bench, "joint", started_s, to_plain(options), metrics, files={"adapter": bench.adapter_dir})
+    return report
 
 
 def calibrate_step(bench: Workbench, options: CalibrateOptions, progress: Progress) -> Ladder:

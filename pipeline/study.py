@@ -16,8 +16,6 @@ from sentei.kernels.hf.models import LayerInfo, rotary_tables, thinnable_layers
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.pipeline.calibrate import (
-    MAX_SHARE,
-    MIN_SHARE,
     Scored,
     dropped_rows,
     max_head_density,
@@ -27,6 +25,7 @@ from sentei.pipeline.calibrate import (
 )
 from sentei.pipeline.capture import Progress, Records, capture, make_texts
 from sentei.pipeline.corpus import Corpus
+from sentei.pipeline.density import MAX_SHARE, MIN_SHARE
 from sentei.pipeline.distill import DistillOptions, mean_divergence, train_scorer
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.splits import split_text

@@ -54,7 +54,7 @@ def make_tensors(shape: Shape, *, q_len: int | None = None, seed: int = 0) -> Te
 
 
 def make_mask(shape: Shape, density: float, *, q_len: int | None = None, seed: int = 0) -> BlockMask:
-    """Return a random causal mask per query head or KV group; sink and diagonal are kept, the rest meets the density."""
+    """Return a random causal mask for each list; sink and diagonal are kept, the rest meets the density."""
     generator = torch.Generator().manual_seed(seed)
     rows = shape.tokens if q_len is None else q_len
     starts = block_starts(rows, shape.block, shape.tokens - rows, torch.device("cpu"))

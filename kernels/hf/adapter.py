@@ -1,4 +1,7 @@
-"""An adapter on disk: scorer.safetensors, ladder.json and manifest.json, bound to one base model."""
+"""An adapter on disk: scorer.safetensors, ladder.json and manifest.json, bound to one base model.
+
+Low-rank weights, where there are any, lie beside them in low_rank.safetensors.
+"""
 
 import json
 import os
@@ -14,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, dense_ladder, ladder_from_dict
+from sentei.kernels.hf.low_rank import LowRank, LowRankInfo, info_from_dict, low_rank_from_tensors
 from sentei.kernels.hf.models import AdapterError, Fingerprint, fingerprint, thinnable_layers
 from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
 
 SCORER_FILE, LADDER_FILE, MANIFEST_FILE = "scorer.safetensors", "ladder.json", "manifest.json"
+LOW_RANK_FILE = "low_rank.safetensors"
 FORMAT = 1
 
 
@@ -31,6 +36,7 @@ class Manifest:
     corpus_sha256: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    low_rank: LowRankInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +47,15 @@ class Adapter:
     scorers: Mapping[int, BlockScorer]
     ladder: Ladder
     folder: Path | None = None
+    low_rank: LowRank | None = None
 
     def with_ladder(self, ladder: Ladder) -> "Adapter":
         """Return the same scorers under another ladder."""
         return replace(self, ladder=ladder)
+
+    def with_low_rank(self, low_rank: LowRank) -> "Adapter":
+        """Return the same scorers and ladder with other low-rank weights."""
+        return replace(self, low_rank=low_rank, manifest=replace(self.manifest, low_rank=low_rank.info))
 
 
 def new_adapter(
@@ -80,16 +91,18 @@ def uncalibrated_ladder(adapter: Adapter, shares: Mapping[str, float]) -> Ladder
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> Adapter:
-    """Write the three files, each whole or not at all, and return the adapter with its folder."""
+    """Write the files, each whole or not at all, and return the adapter with its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         f"{index}.{key}": value.detach().float().contiguous()
         for index, scorer in adapter.scorers.items()
         for key, value in scorer.state_dict().items()
     }
-    scratch = folder / f".{SCORER_FILE}"
-    save_file(weights, scratch)
-    os.replace(scratch, folder / SCORER_FILE)
+    _write_tensors(folder / SCORER_FILE, weights)
+    if adapter.low_rank is not None:
+        _write_tensors(folder / LOW_RANK_FILE, adapter.low_rank.tensors())
+    else:
+        (folder / LOW_RANK_FILE).unlink(missing_ok=True)
     save_ladder(adapter.ladder, folder)
     manifest = asdict(adapter.manifest) | {
         "format": FORMAT,
@@ -119,7 +132,7 @@ def load_adapter(path: str | Path, model: nn.Module) -> Adapter:
         for index, shape in manifest.shapes.items()
     }
     ladder = ladder_from_dict(_read_json(folder / LADDER_FILE))
-    return Adapter(manifest, scorers, ladder, folder)
+    return Adapter(manifest, scorers, ladder, folder, _load_low_rank(manifest.low_rank, folder, model))
 
 
 def library_versions() -> dict[str, str]:
@@ -140,6 +153,17 @@ def _load_scorer(
             )
     scorer.load_state_dict(own)
     return scorer.eval()
+
+
+def _load_low_rank(info: LowRankInfo | None, folder: Path, model: nn.Module) -> LowRank | None:
+    if info is None:
+        return None
+    path = folder / LOW_RANK_FILE
+    if not path.is_file():
+        raise AdapterError(
+            f"{folder} has no {path.name}, which its manifest names; train it again: sentei distill --joint"
+        )
+    return low_rank_from_tensors(info, load_file(path), model, str(path))
 
 
 def _check_base(own: Fingerprint, other: Fingerprint, folder: Path, model: nn.Module) -> None:
@@ -166,6 +190,7 @@ def _manifest_from_dict(data: Mapping[str, Any], folder: Path) -> Manifest:
             corpus_sha256=data["corpus_sha256"],
             figures=data["figures"],
             versions=data["versions"],
+            low_rank=info_from_dict(data["low_rank"]) if data.get("low_rank") is not None else None,
         )
     except (KeyError, TypeError) as error:
         raise AdapterError(f"{folder / MANIFEST_FILE} is broken ({error!r}); distill again") from error
@@ -179,6 +204,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise AdapterError(f"{path} is not JSON ({error}); restore or rebuild the adapter") from error
     return data
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    scratch = path.with_name(f".{path.name}")
+    save_file(dict(tensors), scratch)
+    os.replace(scratch, path)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -18,7 +18,16 @@ from transformers.masking_utils import sdpa_mask
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, dense_ladder
-from sentei.kernels.hf.models import LayerInfo, ModelError, attention_modules, rotary_tables, thinnable_layers
+from sentei.kernels.hf.low_rank import hook_low_rank
+from sentei.kernels.hf.masked import attend_masked
+from sentei.kernels.hf.models import (
+    AdapterError,
+    LayerInfo,
+    ModelError,
+    attention_modules,
+    rotary_tables,
+    thinnable_layers,
+)
 from sentei.kernels.hf.selection import Selection, SelectionObserver
 from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.kernels.ops.attention import attend, dense_attend
@@ -50,6 +59,8 @@ class Retrofit:
         self.fault = fault
         self.selector: Selector | None = None
         self._observer: SelectionObserver | None = None
+        self.is_differentiable = False
+        self._low_rank_hooks: list[Any] = []
         self._ladder = adapter.ladder if adapter is not None else dense_ladder()
         self._layers = _match_layers(model, adapter)
         self._rung = self._ladder.find(rung)
@@ -95,6 +106,24 @@ class Retrofit:
         """Plant a fault, or take it out."""
         self.fault = fault
 
+    def set_low_rank(self, is_on: bool) -> None:
+        """Let the adapter's low-rank weights take part, on every rung and in dense too, or leave them out.
+
+        Off at first. A KV cache belongs to the weights it was filled with: begin a new one after switching.
+        """
+        for hook in self._low_rank_hooks:
+            hook.remove()
+        self._low_rank_hooks.clear()
+        if not is_on:
+            return
+        if self.adapter is None or self.adapter.low_rank is None:
+            raise AdapterError("the adapter has no low-rank weights; train them with: sentei distill --joint")
+        self._low_rank_hooks.extend(hook_low_rank(self.model, self.adapter.low_rank))
+
+    def set_differentiable(self, is_on: bool) -> None:
+        """Run sparse attention so that gradients flow (for training on short windows), or fast again."""
+        self.is_differentiable = is_on
+
     def stats(self) -> RetrofitStats:
         """What the attention calls did since the last reset."""
         return self._stats
@@ -115,6 +144,7 @@ class Retrofit:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self.set_low_rank(False)
         self.model.set_attn_implementation(self._previous)  # type: ignore[operator]
         AttentionInterface._global_mapping.pop(self._name, None)
         AttentionMaskInterface._global_mapping.pop(self._name, None)
@@ -204,7 +234,10 @@ class Retrofit:
             mask = self._select(layer, query, key, pooled)
         density = _density_by_group(mask, layer.kv_heads)
         self._stats.add(LayerCall(layer.index, query.shape[2], key.shape[2], "sparse", density))
-        out, _ = attend(query, key, value, mask, scale=layer.scale)
+        if self.is_differentiable:
+            out = attend_masked(query, key, value, mask, scale=layer.scale)
+        else:
+            out, _ = attend(query, key, value, mask, scale=layer.scale)
         return out.transpose(1, 2).contiguous(), None
 
     @torch.no_grad()
@@ -278,10 +311,12 @@ def retrofit(
     *,
     base: Base = "sdpa",
     fault: Fault | None = None,
+    low_rank: bool = False,
 ) -> Iterator[Retrofit]:
     """Retrofit a model for the length of a `with` block; the model is restored also after an error."""
     handle = attach(model, adapter, rung=rung, base=base, fault=fault)
     try:
+        handle.set_low_rank(low_rank)
         yield handle
     finally:
         handle.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -33,6 +34,13 @@ def run_evaluate(
     task_depths: Annotated[
         int | None, typer.Option(help="Recall tasks of each kind and length, each at another depth.", min=1)
     ] = None,
+    second_half: Annotated[
+        bool, typer.Option("--second-half", help="Judge only positions in the second half of each window.")
+    ] = False,
+    compare: Annotated[
+        str, typer.Option(help="Other choices of blocks at the density of: boldest, all or no rung.")
+    ] = "boldest",
+    timed_runs: Annotated[int | None, typer.Option(help="Timed rounds of prefill.", min=1)] = None,
     prices: Annotated[
         Path | None, typer.Option(help="Your own price list (YAML), on top of the one that ships.")
     ] = None,
@@ -53,9 +61,18 @@ def run_evaluate(
         task_kinds=_kinds(task_kind),
         task_lengths=tuple(task_length) if task_length else None,
         num_tasks=task_depths,
+        timed_runs=timed_runs,
         prices=prices,
     )
+    if compare not in ("boldest", "all", "none"):
+        raise typer.BadParameter(f"{compare!r}; choose from boldest, all, none", param_hint="--compare")
     bench = open_bench(model, corpus, output)
+    if compare != "boldest":
+        rungs = bench.adapter().ladder.rungs if compare == "all" else ()
+        options = replace(options, baseline_rungs=tuple(rung.id for rung in rungs if not rung.is_dense))
+    if second_half:
+        window = min(options.window_tokens, bench.loaded.max_tokens)
+        options = replace(options, first_position=window // 2)
     with output.progress() as progress:
         evaluation = evaluate_step(bench, options, progress)
     document = evaluation.to_dict()

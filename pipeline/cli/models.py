@@ -29,9 +29,25 @@ def run_distill(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Learned dimensions.", min=1)] = None,
     pool: Annotated[int | None, typer.Option(help="Tokens per pooled key.", min=1)] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Train low-rank weights with a rung's mask on; after calibrate.")
+    ] = False,
+    rung: Annotated[str | None, typer.Option(help="With --joint: whose mask [default: bold].")] = None,
     as_json: Json = False,
 ) -> None:
     """Teach the scorer which key blocks hold each row's attention mass."""
+    if joint:
+        if form is not None or pool is not None:
+            raise typer.BadParameter(
+                "shape the scorer, which --joint leaves as it is", param_hint="--form, --pool"
+            )
+        changes = {"window_tokens": tokens, "num_windows": windows, "rank": rank, "rung": rung}
+        _run_joint(model, corpus, changes, as_json=as_json)
+        return
+    if rung is not None:
+        raise typer.BadParameter(
+            "belongs to --joint: the scorer is distilled before there are rungs", param_hint="--rung"
+        )
     from sentei.kernels.scorer.network import Form
     from sentei.pipeline.distill import LOW_RANK, DistillOptions
     from sentei.pipeline.steps import distill_step
@@ -52,20 +68,56 @@ def run_distill(
     )
 
 
+def _run_joint(model: str, corpus: str | None, changes: dict[str, Any], *, as_json: bool) -> None:
+    from sentei.pipeline.joint import JointOptions
+    from sentei.pipeline.steps import joint_step
+
+    output = Output(as_json=as_json)
+    bench = open_bench(model, corpus, output)
+    with output.progress() as progress:
+        report = joint_step(bench, changed(JointOptions(), **changes), progress)
+    document = report.to_dict()
+    table = Table("variant", "density", "NLL", "difference from dense (95% CI)")
+    for row in document["rows"]:
+        low, high = row["nll_delta_ci"]
+        difference = f"{row['nll_delta']:+.4f} ({low:+.4f} to {high:+.4f})"
+        table.add_row(row["variant"], f"{row['density']:.1%}", f"{row['nll']:.4f}", difference)
+    low, high = report.joint_minus_post_hoc_ci
+    output.say(
+        table,
+        f"trained under rung {report.rung} for {report.train_s:.0f} s; held-out KL from dense "
+        f"{report.kl_held_out_before:.4f} -> {report.kl_held_out_after:.4f}; joint minus post-hoc "
+        f"{report.joint_minus_post_hoc:+.4f} ({low:+.4f} to {high:+.4f})",
+        f"low-rank weights in [bold]{bench.adapter_dir}[/], off unless asked for (docs/guides/joint.md)",
+    )
+    output.emit(document)
+
+
 def run_calibrate(
     model: Model = "pocket",
     corpus: CorpusName = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens per held-out window.", min=256)] = None,
     windows: Windows = None,
+    density: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Make a rung of this share of the blocks; repeatable, in place of the usual rungs."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn scores into a ladder of rungs, each verified on held-out text."""
-    from sentei.pipeline.calibrate import CalibrateOptions
+    from sentei.pipeline.calibrate import CalibrateOptions, density_targets
     from sentei.pipeline.plain import to_plain
     from sentei.pipeline.steps import calibrate_step
 
     output = Output(as_json=as_json)
-    options = changed(CalibrateOptions(), window_tokens=tokens, num_windows=windows)
+    options = changed(
+        CalibrateOptions(),
+        window_tokens=tokens,
+        num_windows=windows,
+        targets=density_targets(density) if density else None,
+    )
     bench = open_bench(model, corpus, output)
     with output.progress() as progress:
         ladder = calibrate_step(bench, options, progress)

@@ -1,0 +1,58 @@
+"""A density as the target of a rung: one threshold on the mass share for all layers and heads.
+
+Log shares mean the same everywhere, so one threshold lets blocks flow to the layers and heads that need them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.scorer.network import BlockScorer
+from sentei.pipeline.capture import LayerRecord, Records, row_shares
+
+MIN_SHARE, MAX_SHARE = 1e-6, 0.999
+
+
+@dataclass(frozen=True, slots=True)
+class DensityFit:
+    """The share threshold that keeps a density of the causal blocks, and the mean mass it drops."""
+
+    share: float
+    dropped_mass: float
+
+
+@torch.no_grad()
+def fit_densities(
+    scorers: Mapping[int, BlockScorer], records: Records, table: RotaryTable, densities: Sequence[float]
+) -> list[DensityFit]:
+    """Return the fit of each density in (0, 1] on calibration records, forced blocks counted as kept."""
+    needs, mass, num_causal, num_forced, num_rows = [], [], 0.0, 0.0, 0
+    for index, scorer in scorers.items():
+        for record in records[index]:
+            need = row_shares(scorer, record, table)[0][0].amax(dim=2)  # [Hq, n, blocks]
+            is_open = record.is_open[None].expand_as(need)
+            needs.append(need[is_open])
+            mass.append(record.mass[0].float().sum(dim=2)[is_open])
+            causal = _causal_blocks(record)
+            num_causal += float(causal.sum()) * need.shape[0]
+            num_forced += float(causal.clamp_max(2).sum()) * need.shape[0]
+            num_rows += record.mass[0, :, :, :, 0].numel()
+    ranked, order = torch.cat(needs).sort(descending=True)
+    lost = torch.cat(mass)[order].flip(0).cumsum(0).flip(0) / num_rows  # mass at and below each rank
+    return [_cut(ranked, lost, num_kept=round(density * num_causal - num_forced)) for density in densities]
+
+
+def _causal_blocks(record: LayerRecord) -> torch.Tensor:
+    """Blocks up to the own one, of each query block: [n]."""
+    return record.starts // record.mass.shape[3] + 1
+
+
+def _cut(ranked: torch.Tensor, lost: torch.Tensor, *, num_kept: int) -> DensityFit:
+    if num_kept <= 0:
+        return DensityFit(MAX_SHARE, float(lost[0]))
+    if num_kept >= len(ranked):
+        return DensityFit(MIN_SHARE, 0.0)
+    share = float(ranked[num_kept].exp())  # a block passes if its share exceeds the threshold
+    return DensityFit(min(MAX_SHARE, max(MIN_SHARE, share)), float(lost[num_kept]))

@@ -46,7 +46,7 @@ class EvaluateOptions:
     num_tasks: int = 3  # of each kind at each length, the notes at as many depths
     timed_runs: int = 3
     first_position: int | None = None  # of the judged ones; none: an eighth of the window
-    # Rungs at whose density other choices of blocks are judged; none given: the boldest, an empty tuple: no rung.
+    # Rungs at whose density other choices of blocks are judged; None: the boldest; an empty tuple: none.
     baseline_rungs: tuple[str, ...] | None = None
     user_tasks: Path | None = None
     prices: Path | None = None  # a list of the user's own, on top of the shipped one

@@ -77,6 +77,8 @@ def run_evaluate(
         evaluation = evaluate_step(bench, options, progress)
     document = evaluation.to_dict()
     output.say(evaluation_table(document), recall_table(document))
+    if evaluation.baselines:
+        output.say(baseline_table(document))
     if evaluation.user_answers:
         output.say(user_table(document), f"every answer: {bench.adapter_dir / ANSWERS_FILE}")
     output.say(cost_table(document), *(Text(f"note: {note}") for note in document["notes"]))
@@ -99,6 +101,21 @@ def evaluation_table(document: dict[str, Any]) -> Table:
             f"{rung['top1_agreement']:.1%}",
             f"{rung['dropped_mass_mean']:.3f}",
             f"{rung['prefill_s']:.2f}",
+        )
+    return table
+
+
+def baseline_table(document: dict[str, Any]) -> Table:
+    """Show other choices of blocks: one line per kind and rung, at the density of that rung."""
+    table = Table("choice", "at rung", "density", "NLL difference (95% CI)", "worse than ours by (95% CI)")
+    for row in document["baselines"]:
+        cost, gap = row["nll_delta_ci"], row["worse_than_ours_ci"]
+        table.add_row(
+            row["kind"],
+            row["rung"],
+            f"{row['density']:.1%}",
+            f"{row['nll_delta']:+.4f} ({cost[0]:+.4f} to {cost[1]:+.4f})",
+            f"{row['worse_than_ours']:+.4f} ({gap[0]:+.4f} to {gap[1]:+.4f})",
         )
     return table
 

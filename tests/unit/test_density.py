@@ -1,0 +1,113 @@
+"""Densities as targets: the share of the blocks that a threshold keeps, and what it drops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.pipeline.calibrate import CalibrateOptions, density_targets
+from sentei.pipeline.capture import LayerRecord, row_shares
+from sentei.pipeline.density import DensityFit, fit_densities
+
+BLOCK, BLOCKS = 16, 12
+SHAPE = ScorerShape(2, 1, 8, rank=2, pool_tokens=4, block_tokens=BLOCK)
+
+
+def make_table() -> RotaryTable:
+    """Angles of a small rotary embedding."""
+    angles = torch.arange(BLOCK * BLOCKS)[:, None] * (0.1 ** (torch.arange(4) / 4))
+    full = torch.cat([angles, angles], dim=-1)
+    return RotaryTable(full.cos(), full.sin())
+
+
+def make_record(seed: int = 0) -> LayerRecord:
+    """Random queries and pools of the query blocks 2 to 11, and some true mass."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.arange(2, BLOCKS) * BLOCK
+    n = len(starts)
+    pooled = torch.randn(1, 1, BLOCKS * BLOCK // 4, 8, generator=generator)
+    mass = torch.rand(1, 2, n, BLOCK, BLOCKS, generator=generator)
+    seen = torch.arange(BLOCKS) <= (starts // BLOCK)[:, None]
+    mass = mass * seen[None, None, :, None, :]
+    return LayerRecord(
+        q=(2 * torch.randn(1, 2, n, BLOCK, 8, generator=generator)).bfloat16(),
+        starts=starts,
+        pooled=pooled,
+        pooled_plain=pooled,
+        lse=torch.zeros(1, 2, n, BLOCK),
+        mass=(mass / mass.sum(-1, keepdim=True)).half(),
+        is_asking=torch.zeros(n, dtype=torch.bool),
+    )
+
+
+def kept_share(record: LayerRecord, scorer: BlockScorer, fit: DensityFit) -> tuple[float, float]:
+    """Count the causal blocks that a threshold keeps, one query block at a time, and the mass it drops."""
+    need = row_shares(scorer, record, make_table())[0][0].amax(dim=2)
+    kept = causal = 0
+    dropped = 0.0
+    for i_q, start in enumerate(record.starts.tolist()):
+        own = start // BLOCK
+        causal += 2 * (own + 1)
+        for head in range(2):
+            passes = need[head, i_q, 1:own].exp() > fit.share
+            kept += 2 + int(passes.sum())
+            dropped += float((record.mass[0, head, i_q, :, 1:own].float() * ~passes).sum())
+    return kept / causal, dropped / (2 * len(record.starts) * BLOCK)
+
+
+@pytest.mark.parametrize("density", [0.4, 0.6, 0.9])
+def test_the_threshold_keeps_the_density(density: float) -> None:
+    """Sink and diagonal included, the kept blocks are the wanted share; the dropped mass is the rest's."""
+    record, scorer = make_record(), BlockScorer(SHAPE, 8**-0.5)
+
+    (fit,) = fit_densities({0: scorer}, {0: [record]}, make_table(), [density])
+
+    with torch.no_grad():
+        kept, dropped = kept_share(record, scorer, fit)
+    assert kept == pytest.approx(density, abs=0.01)
+    assert fit.dropped_mass == pytest.approx(dropped, rel=1e-2)
+
+
+def test_blocks_flow_to_the_layer_that_needs_them() -> None:
+    """One threshold serves all layers: the one with sharper rows keeps more than its even part."""
+    spread, sharp = make_record(), make_record(1)
+    sharp = LayerRecord(**{name: getattr(sharp, name) for name in LayerRecord.__slots__} | {"q": 4 * sharp.q})
+    scorers = {0: BlockScorer(SHAPE, 8**-0.5), 1: BlockScorer(SHAPE, 8**-0.5)}
+
+    (fit,) = fit_densities(scorers, {0: [spread], 1: [sharp]}, make_table(), [0.5])
+
+    with torch.no_grad():
+        own, other = kept_share(spread, scorers[0], fit)[0], kept_share(sharp, scorers[1], fit)[0]
+    assert other > own
+    assert (own + other) / 2 == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_is_forced_is_kept_at_any_density() -> None:
+    """A density below sink and diagonal keeps these alone; a density of 1 keeps everything."""
+    scorer = BlockScorer(SHAPE, 8**-0.5)
+
+    least, all_of_them = fit_densities({0: scorer}, {0: [make_record()]}, make_table(), [0.01, 1.0])
+
+    assert least.share == 0.999
+    assert (all_of_them.share, all_of_them.dropped_mass) == (1e-6, 0.0)
+
+
+def test_rungs_are_named_after_their_density_and_ordered() -> None:
+    """The densest rung comes first, whatever the order of the options."""
+    targets = density_targets([0.1, 0.5, 0.125])
+
+    assert [(target.id, target.density) for target in targets] == [
+        ("d50", 0.5),
+        ("d12.5", 0.125),
+        ("d10", 0.1),
+    ]
+    assert CalibrateOptions(targets=targets).targets == targets
+
+
+@pytest.mark.parametrize("density", [0.0, -0.1, 1.5])
+def test_an_impossible_density_is_refused_by_value(density: float) -> None:
+    """A density is a share of the blocks."""
+    with pytest.raises(ValueError, match=f"density {density:g} is no share"):
+        density_targets([density])

@@ -233,7 +233,7 @@ TROUBLES = ("failures", "breaker", "drift")
 
 
 def with_trouble(told: Told, kind: str, at: int) -> Told:
-    """The same story with one more thing that is bad in one of its ticks."""
+    """The same story with one more thing that is bad in one of its ticks; drift is also in the next one."""
     signals = told.ticks[at]
     where = ("mid", "medium", "x", "sparse", told.time_of(at))
     failed = tuple(Observation(signals.cursor + i, "serve.failed", *where, value=1.0) for i in range(1, 13))
@@ -242,8 +242,10 @@ def with_trouble(told: Told, kind: str, at: int) -> Told:
         "breaker": {"health": sparse_health(50, 40)},
         "drift": {"drift": drift("drift", signals.cursor)},
     }
-    worse = replace(signals, **changes[kind])
-    return replace(told, ticks=[*told.ticks[:at], worse, *told.ticks[at + 1 :]])
+    later = told.ticks[at + 1 :]
+    if kind == "drift":
+        later = [replace(item, drift=drift("drift", item.cursor)) for item in later[:1]] + later[1:]
+    return replace(told, ticks=[*told.ticks[:at], replace(signals, **changes[kind]), *later])
 
 
 @settings(max_examples=100)
@@ -268,14 +270,14 @@ def test_trouble_does_bring_a_rollback_forward(kind: str) -> None:
     """Each kind of trouble makes some story end sooner, so the property above is about something."""
     sooner = []
 
-    @settings(max_examples=40)
+    @settings(max_examples=100)
     @given(stories(begins=("full",), is_calm=True))
     def look(told: Told) -> None:
         sooner.append(first_fall(with_trouble(told, kind, 0)) < first_fall(told))
 
     look()
 
-    assert any(sooner)
+    assert sum(sooner) >= 5
 
 
 @settings(max_examples=100)

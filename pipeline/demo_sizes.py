@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sentei.pipeline.calibrate import CalibrateOptions
+from sentei.pipeline.calibrate import CalibrateOptions, RungTarget
 from sentei.pipeline.demo import DemoSize
 from sentei.pipeline.distill import DistillOptions
 from sentei.pipeline.evaluate import EvaluateOptions
@@ -57,10 +57,14 @@ LARGE_SIZE = DemoSize(
         blocks_per_window=10,
         max_epochs=6,
     ),
+    # Rungs by density: bounds on missed notes would leave prompts as short as this demo's all dense.
     calibrate=CalibrateOptions(
         window_tokens=8192,
         num_windows=3,
         blocks_per_window=24,
+        targets=tuple(
+            RungTarget(name, density=share) for name, share in (("mild", 0.5), ("medium", 0.2), ("bold", 0.1))
+        ),
         verify=VerifyOptions(window_tokens=8192, num_windows=1),
     ),
     evaluate=EvaluateOptions(
@@ -74,7 +78,7 @@ LARGE_SIZE = DemoSize(
     # Just past the break-even length: each audited session prefills its prompt four times on two cores.
     mix=MixOptions(prompt_tokens=(1152, 1280), answer_tokens=6, text_tokens=6),
     clients=1,
-    think_s=6.0,
+    think_s=4.0,
     fault_past_tokens=512,
     attention="flex",
     max_rollout_s=960.0,

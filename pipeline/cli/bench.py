@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +21,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def _root() -> None:
-    """Keep `kernels` a command of its own."""
+    """Time kernels and whole models."""
 
 
 @app.command()
@@ -138,6 +138,59 @@ def _show(rows: Sequence[Row], machine: Machine, output: Output) -> None:
         output.say(
             f"peak memory of prefill with scorer beyond inputs and outputs: {max(extra):.0f} MiB at most"
         )
+
+
+@app.command()
+def prefill(
+    model: Annotated[
+        str, typer.Option(help="pocket, gemma-3-270m, a checkpoint folder or a hub id.")
+    ] = "pocket",
+    corpus: Annotated[str | None, typer.Option(help="Text to run [default: the standard library].")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Prompt length; repeatable.", min=256)] = None,
+    rung: Annotated[list[str] | None, typer.Option(help="Rung; repeatable [default: all].")] = None,
+    runs: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.", min=1)] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Time a whole model's prefill, scorer included, beside its three dense forms: seconds and memory."""
+    from sentei.pipeline.cli.models import open_bench
+    from sentei.pipeline.latency import time_prefills
+    from sentei.pipeline.splits import split_text
+    from sentei.pipeline.verify import make_windows
+
+    output = Output(as_json=as_json)
+    bench = open_bench(model, corpus, output)
+    adapter = bench.adapter()
+    if rung:
+        kept = tuple(adapter.ladder.find(rung_id) for rung_id in ("dense", *rung))
+        adapter = adapter.with_ladder(replace(adapter.ladder, rungs=kept))
+    rows: list[dict[str, object]] = []
+    for length in tokens or (8192,):
+        (text,) = make_windows(
+            bench.loaded, split_text(bench.corpus).evaluate, window_tokens=length, num=1, seed=3
+        )
+        with output.progress() as progress:
+            timings = time_prefills(bench.loaded, adapter, text, runs=runs, progress=progress)
+        rows += [{"tokens": len(text), "variant": name} | asdict(timing) for name, timing in timings.items()]
+    output.say(_prefill_table(rows))
+    output.emit({"model": model, "rows": rows})
+
+
+def _prefill_table(rows: Sequence[dict[str, object]]) -> Table:
+    by_name = {(row["tokens"], row["variant"]): row for row in rows}
+    table = Table(
+        "tokens", "variant", "s (lowest-highest)", "vs sdpa", "vs flex", "vs best dense", "peak MiB"
+    )
+    for row in rows:
+        seconds = float(str(row["median_s"]))
+        dense = (by_name[row["tokens"], name] for name in ("sdpa", "flex_dense", "best_dense"))
+        table.add_row(
+            f"{row['tokens']:,}",
+            str(row["variant"]),
+            f"{seconds:.2f} ({row['lowest_s']:.2f}-{row['highest_s']:.2f})",
+            *(f"{float(str(other['median_s'])) / seconds:.2f}" for other in dense),
+            f"{row['peak_mib']:.0f}",
+        )
+    return table
 
 
 @app.command()

@@ -45,8 +45,8 @@ POCKET_SIZE = DemoSize(
     max_rollout_s=240.0,
 )
 
-# Models of some hundred million parameters: a forward pass over 8k tokens takes 4 s on two cores with AVX512-BF16,
-# half a minute without.
+# Models of some hundred million parameters: a forward pass over 8k tokens takes 4 s on two cores with
+# AVX512-BF16, half a minute without.
 LARGE_SIZE = DemoSize(
     # Means of 4 tokens: means of 16 lose needles, and on these heads of 256 low rank 64
     # has less KL but more NLL (docs/adr/0010).

@@ -3,7 +3,7 @@
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from sentei.pipeline.models import LoadedModel
 SAMPLE_S = 0.005
 SDPA, FLEX_DENSE, BEST_DENSE = "sdpa", "flex_dense", "best_dense"
 DENSE_BASES: Mapping[str, Base] = {FLEX_DENSE: "compiled_flex", BEST_DENSE: "flex"}
+DENSE_FORMS = (SDPA, *DENSE_BASES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,16 @@ class Timing:
 
 
 def time_prefills(
-    loaded: LoadedModel, adapter: Adapter, text: torch.Tensor, *, runs: int, progress: Progress
+    loaded: LoadedModel,
+    adapter: Adapter,
+    text: torch.Tensor,
+    *,
+    runs: int,
+    progress: Progress,
+    dense: Sequence[str] = DENSE_FORMS,
 ) -> dict[str, Timing]:
     """Time Transformers' sdpa, compiled dense Flex, our fastest dense, and every rung with its scorer."""
-    variants = [SDPA, *DENSE_BASES, *(rung.id for rung in adapter.ladder.rungs if not rung.is_dense)]
+    variants = [*dense, *(rung.id for rung in adapter.ladder.rungs if not rung.is_dense)]
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     peaks: dict[str, float] = {}
     for i_run in range(runs + 1):  # the first round warms up: compilation and caches
@@ -107,4 +114,4 @@ def _summarise(seconds: list[float], peak_mib: float) -> Timing:
 
 def medians(timings: Mapping[str, Timing]) -> dict[str, float]:
     """Return the dense baselines' median seconds by name."""
-    return {name: timings[name].median_s for name in (SDPA, *DENSE_BASES)}
+    return {name: timings[name].median_s for name in DENSE_FORMS}

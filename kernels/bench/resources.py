@@ -15,7 +15,7 @@ from sentei.kernels.ops.registry import why_no_triton
 from sentei.kernels.ops.select import Grid, TopK
 
 if TYPE_CHECKING:
-    from sentei.kernels.ops.triton_launch import Launch
+    from sentei.kernels.ops.triton.launch import Launch
 
 TARGET_NAMES = ("sm_80", "sm_90", "sm_100", "gfx942")
 KERNELS = ("prefill", "prefill_per_head", "decode", "merge", "mass", "select")
@@ -60,7 +60,7 @@ def read_resources(head_dims: tuple[int, ...] = HEAD_DIMS) -> Iterator[Row]:
     refusal = why_no_triton("cuda")
     if refusal is not None:
         raise RuntimeError(f"nothing to compile with: {refusal}")
-    from sentei.kernels.ops.triton_compile import compile_launch
+    from sentei.kernels.ops.triton.compile import compile_launch
 
     for kernel in KERNELS:
         for head_dim in head_dims if kernel != "select" else head_dims[:1]:
@@ -107,7 +107,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def _prefill(head_dim: int, target: str, *, mask_heads: int) -> Launch:
-    from sentei.kernels.ops.triton_prefill import prefill_launch
+    from sentei.kernels.ops.triton.prefill import prefill_launch
 
     q, k = _empty(1, HEADS, TOKENS, head_dim), _empty(1, KV_HEADS, TOKENS, head_dim)
     num = TOKENS // BLOCK
@@ -121,7 +121,7 @@ def _prefill(head_dim: int, target: str, *, mask_heads: int) -> Launch:
 
 
 def _decode(head_dim: int, target: str, *, is_merge: bool) -> Launch:
-    from sentei.kernels.ops.triton_decode import decode_launch, merge_launch
+    from sentei.kernels.ops.triton.decode import decode_launch, merge_launch
 
     q = _empty(BATCH, HEADS, 1, head_dim)
     parts = _empty(SPLITS, *q.shape, dtype=torch.float32)
@@ -137,7 +137,7 @@ def _decode(head_dim: int, target: str, *, is_merge: bool) -> Launch:
 
 
 def _mass(head_dim: int, target: str) -> Launch:
-    from sentei.kernels.ops.triton_mass import mass_launch
+    from sentei.kernels.ops.triton.mass import mass_launch
 
     q, k = _empty(1, HEADS, TOKENS, head_dim), _empty(1, KV_HEADS, TOKENS, head_dim)
     lse = _empty(1, HEADS, TOKENS, dtype=torch.float32)
@@ -147,7 +147,7 @@ def _mass(head_dim: int, target: str) -> Launch:
 
 
 def _select() -> Launch:
-    from sentei.kernels.ops.triton_select import select_launch
+    from sentei.kernels.ops.triton.select import select_launch
 
     num = TOKENS // BLOCK
     scores = _empty(1, HEADS, num, num, dtype=torch.float32)

@@ -87,7 +87,7 @@ def attend_packed(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     request = Request(q.device.type, q.dtype, q.shape[0], needs_lse=True)
     if pick_backend(request, backend).backend.name == "triton":
-        from sentei.kernels.ops.triton_prefill import attend_packed_triton
+        from sentei.kernels.ops.triton.prefill import attend_packed_triton
 
         with torch.no_grad():
             return attend_packed_triton(

@@ -41,7 +41,7 @@ def block_mass(
     if backend == "triton" and refusal is not None:
         raise BackendError(f"backend 'triton' refuses: {refusal}; backend='auto' picks another")
     if backend == "triton" or (backend == "auto" and q.is_cuda and refusal is None):
-        from sentei.kernels.ops.triton_mass import block_mass_triton
+        from sentei.kernels.ops.triton.mass import block_mass_triton
 
         with torch.no_grad():
             return block_mass_triton(
@@ -71,7 +71,7 @@ def block_mass(
 def _block_mass_native(
     q: Tensor, k: Tensor, rows: Tensor, scale: float, block_k: int, q_offset: int, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    from sentei.kernels.ops.native import block_mass_native
+    from sentei.kernels.ops.native.calls import block_mass_native
 
     parts = [
         block_mass_native(

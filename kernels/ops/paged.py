@@ -74,7 +74,7 @@ def attend_paged(
     )
     with torch.no_grad():
         if pick_backend(request, backend).backend.name == "triton":
-            from sentei.kernels.ops.triton_decode import attend_paged_triton
+            from sentei.kernels.ops.triton.decode import attend_paged_triton
 
             return attend_paged_triton(
                 q,

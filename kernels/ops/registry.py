@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask
 from sentei.kernels.ops.errors import BackendError
-from sentei.kernels.ops.native_build import compiler, load_native
+from sentei.kernels.ops.native.build import compiler, load_native
 
 # Calls with at most this many query rows are decode steps: without a compiler they go to `gather`.
 DECODE_ROWS_MAX = 16
@@ -199,7 +199,7 @@ def _accept(_request: Request) -> str | None:
 
 
 def _load_native() -> AttendFn:
-    from sentei.kernels.ops.native import attend_native
+    from sentei.kernels.ops.native.calls import attend_native
 
     return attend_native
 
@@ -217,7 +217,7 @@ def _load_gather() -> AttendFn:
 
 
 def _load_triton() -> AttendFn:
-    from sentei.kernels.ops.triton_prefill import attend_triton
+    from sentei.kernels.ops.triton.prefill import attend_triton
 
     return attend_triton
 

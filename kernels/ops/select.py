@@ -73,7 +73,7 @@ def select_lists(
     if backend == "triton" and refusal is not None:
         raise BackendError(f"backend 'triton' refuses: {refusal}; backend='auto' picks another")
     if backend == "triton" or (backend == "auto" and scores.is_cuda and refusal is None):
-        from sentei.kernels.ops.triton_select import select_triton
+        from sentei.kernels.ops.triton.select import select_triton
 
         counts, indices = select_triton(scores, rule, grid, min(width or expected[1], expected[1]))
     elif (
@@ -90,7 +90,7 @@ def select_lists(
 
 
 def _list_natively(scores: Tensor, rule: Threshold, grid: Grid) -> tuple[Tensor, Tensor]:
-    from sentei.kernels.ops.native import select_native
+    from sentei.kernels.ops.native.calls import select_native
 
     shape = scores.shape[:3]
     counts, indices = select_native(

@@ -92,7 +92,7 @@ def pool_keys(
     """Return the mean keys of each pool with and without rotation; k [B, Hkv, T, D] starts at `first`."""
     last = first + k.shape[2]
     if is_native_usable(k.device.type, shape.block_tokens):
-        from sentei.kernels.ops.native import pool_native
+        from sentei.kernels.ops.native.calls import pool_native
 
         cos, sin = (part[first:last].float().contiguous() for part in (table.cos, table.sin))
         return pool_native(k, cos, sin, shape.pool_tokens)

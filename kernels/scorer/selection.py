@@ -168,7 +168,7 @@ def _fill_native(
     table: RotaryTable,
     result: torch.Tensor,
 ) -> None:
-    from sentei.kernels.ops.native import ScorerWeights, best_shares_native
+    from sentei.kernels.ops.native.calls import ScorerWeights, best_shares_native
 
     weights = ScorerWeights(
         maps=scorer.scaled_query_map().float().contiguous(),

@@ -148,16 +148,26 @@ def prefill(
     corpus: Annotated[str | None, typer.Option(help="Text to run [default: the standard library].")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Prompt length; repeatable.", min=256)] = None,
     rung: Annotated[list[str] | None, typer.Option(help="Rung; repeatable [default: all].")] = None,
+    dense: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="sdpa, flex_dense or best_dense; repeatable [default: all; sdpa takes minutes at 32k]."
+        ),
+    ] = None,
     runs: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.", min=1)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Time a whole model's prefill, scorer included, beside its three dense forms: seconds and memory."""
     from sentei.pipeline.cli.models import open_bench
-    from sentei.pipeline.latency import time_prefills
+    from sentei.pipeline.latency import DENSE_FORMS, time_prefills
     from sentei.pipeline.splits import split_text
     from sentei.pipeline.verify import make_windows
 
     output = Output(as_json=as_json)
+    if unknown := set(dense or ()) - set(DENSE_FORMS):
+        raise typer.BadParameter(
+            f"{', '.join(sorted(unknown))}; choose from {', '.join(DENSE_FORMS)}", param_hint="--dense"
+        )
     bench = open_bench(model, corpus, output)
     adapter = bench.adapter()
     if rung:
@@ -169,7 +179,14 @@ def prefill(
             bench.loaded, split_text(bench.corpus).evaluate, window_tokens=length, num=1, seed=3
         )
         with output.progress() as progress:
-            timings = time_prefills(bench.loaded, adapter, text, runs=runs, progress=progress)
+            timings = time_prefills(
+                bench.loaded,
+                adapter,
+                text,
+                runs=runs,
+                progress=progress,
+                dense=tuple(dense) if dense else DENSE_FORMS,
+            )
         rows += [{"tokens": len(text), "variant": name} | asdict(timing) for name, timing in timings.items()]
     output.say(_prefill_table(rows))
     output.emit({"model": model, "rows": rows})
@@ -182,12 +199,12 @@ def _prefill_table(rows: Sequence[dict[str, object]]) -> Table:
     )
     for row in rows:
         seconds = float(str(row["median_s"]))
-        dense = (by_name[row["tokens"], name] for name in ("sdpa", "flex_dense", "best_dense"))
+        dense = (by_name.get((row["tokens"], name)) for name in ("sdpa", "flex_dense", "best_dense"))
         table.add_row(
             f"{row['tokens']:,}",
             str(row["variant"]),
             f"{seconds:.2f} ({row['lowest_s']:.2f}-{row['highest_s']:.2f})",
-            *(f"{float(str(other['median_s'])) / seconds:.2f}" for other in dense),
+            *(f"{float(str(other['median_s'])) / seconds:.2f}" if other else "" for other in dense),
             f"{row['peak_mib']:.0f}",
         )
     return table

@@ -46,7 +46,7 @@ def floats(*shape: int) -> torch.Tensor:
 
 def make_prefill() -> Any:
     """Packed, windowed, capped, with sinks, odd sizes, masks per head."""
-    from sentei.kernels.ops.triton_prefill import prefill_launch
+    from sentei.kernels.ops.triton.prefill import prefill_launch
 
     mask = PackedMask(ints(6, 9), ints(6, 9, 5), ints(4), ints(4), 48, 48)
     q, k = empty(1, 6, 333, 60), empty(1, 2, 400, 60)
@@ -56,7 +56,7 @@ def make_prefill() -> Any:
 
 def make_decode() -> Any:
     """Several tokens, a window, a cap, pages of an odd size."""
-    from sentei.kernels.ops.triton_decode import decode_launch
+    from sentei.kernels.ops.triton.decode import decode_launch
 
     cache = PagedCache(empty(50, 2, 10, 60), empty(50, 2, 10, 60), ints(3, 20), ints(3))
     lists = BlockLists(ints(3, 1), ints(3, 1, 7), 48)
@@ -67,7 +67,7 @@ def make_decode() -> Any:
 
 def make_merge() -> Any:
     """With sinks."""
-    from sentei.kernels.ops.triton_decode import merge_launch
+    from sentei.kernels.ops.triton.decode import merge_launch
 
     out = (empty(3, 6, 2, 60), floats(3, 6, 2))
     return merge_launch(floats(5, 3, 6, 2, 60), floats(5, 3, 6, 2), *out, floats(6))
@@ -75,7 +75,7 @@ def make_merge() -> Any:
 
 def make_mass() -> Any:
     """With a window, over blocks of an odd size."""
-    from sentei.kernels.ops.triton_mass import mass_launch
+    from sentei.kernels.ops.triton.mass import mass_launch
 
     rows = empty(77, dtype=torch.int64)
     q, k = empty(1, 6, 333, 60), empty(1, 2, 400, 60)
@@ -85,7 +85,7 @@ def make_mass() -> Any:
 
 def make_select(rule: Rule) -> Any:
     """A chunk with a past, blocks of two sizes, a bounded width."""
-    from sentei.kernels.ops.triton_select import select_launch
+    from sentei.kernels.ops.triton.select import select_launch
 
     grid = Grid(300, 365, 64, 32, 65)
     return select_launch(floats(1, 2, 5, 12), rule, grid, ints(1, 2, 5), ints(1, 2, 5, 9))
@@ -122,7 +122,7 @@ def test_no_spills_and_within_bounds_at_head_128(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_compile(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the interpreter takes lightly, types above all, the compiler takes too: each option."""
-    from sentei.kernels.ops.triton_compile import compile_launch
+    from sentei.kernels.ops.triton.compile import compile_launch
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 

@@ -10,7 +10,7 @@ import torch
 from sentei.kernels.ops import registry
 from sentei.kernels.ops.attention import attend
 from sentei.kernels.ops.block_mask import BlockMask, causal_limits
-from sentei.kernels.ops.native import attend_native
+from sentei.kernels.ops.native.calls import attend_native
 from sentei.kernels.ops.reference import attend_reference
 from sentei.kernels.ops.tolerances import ERROR_FLOOR, allowed_error
 from sentei.kernels.scorer.features import RotaryTable
@@ -26,6 +26,7 @@ SHAPES = [
     (2, 4, 2, 4, 111, 0, 100, 16, 32),
     (1, 2, 2, 2, 1000, 0, 64, 128, 128),
     (1, 4, 1, 4, 130, 257, 256, 64, 96),
+    (1, 2, 1, 1, 4095, 0, 32, 64, 64),
     (2, 8, 2, 2, 1, 499, 64, 64, 64),
     (2, 8, 2, 8, 3, 500, 60, 64, 64),
 ]

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sentei.kernels.ops import flex, native_build, registry
+from sentei.kernels.ops import flex, registry
 from sentei.kernels.ops.attention import attend
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.errors import BackendError
+from sentei.kernels.ops.native import build
 from sentei.kernels.ops.registry import Request, pick_backend
 
 PREFILL = Request("cpu", torch.float32, 512)
@@ -23,7 +24,7 @@ PREFILL = Request("cpu", torch.float32, 512)
 def _compiler_present(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_why_no_cpu_flex", lambda: None)
     monkeypatch.setattr(registry, "_broken", {})
-    native_build.load_native.cache_clear()
+    build.load_native.cache_clear()
 
 
 def test_the_native_program_comes_first() -> None:
@@ -132,7 +133,7 @@ def test_a_failed_build_leaves_the_answer_to_flex(monkeypatch: pytest.MonkeyPatc
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("SENTEI_CACHE", str(tmp_path))
-    native_build.load_native.cache_clear()
+    build.load_native.cache_clear()
     q = torch.randn(1, 2, 70, 32)
 
     with pytest.warns(RuntimeWarning, match="'native' is off for this process.*exit code 1: no space left"):
@@ -150,7 +151,7 @@ def test_a_cache_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(os, "getuid", lambda: 12345)
 
     with pytest.raises(BackendError, match="belongs to another user: set SENTEI_CACHE"):
-        native_build.cache_folder()
+        build.cache_folder()
 
 
 def test_a_backend_asked_for_by_name_does_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ class Launch:
 
 
 def pick_target(device: torch.device) -> str:
-    """The target (triton_compile.TARGETS) whose tiles suit this device; the smallest where none is known."""
+    """The target (compile.TARGETS) whose tiles suit this device; the smallest where none is known."""
     if torch.version.hip is not None:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sentei.kernels.ops.select import Grid, Rule, Threshold, TopK, TopP
-from sentei.kernels.ops.triton_launch import Launch, with_unit_stride
+from sentei.kernels.ops.triton.launch import Launch, with_unit_stride
 
 
 def select_triton(scores: Tensor, rule: Rule, grid: Grid, width: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Builds and loads Sentei's CPU programs (native.cpp): once per machine, source and compiler."""
+"""Builds and loads Sentei's CPU programs (programs.cpp): once per machine, source and compiler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sentei.kernels.ops.errors import BackendError
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE = Path(__file__).with_name("programs.cpp")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17")
 
 

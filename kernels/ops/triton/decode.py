@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sentei.kernels.ops.block_mask import num_blocks
 from sentei.kernels.ops.paged import BlockLists, PagedCache
-from sentei.kernels.ops.triton_launch import (
+from sentei.kernels.ops.triton.launch import (
     LOG2_E,
     Launch,
     first_slot,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sentei.kernels.ops.block_mask import num_blocks
-from sentei.kernels.ops.triton_launch import (
+from sentei.kernels.ops.triton.launch import (
     LOG2_E,
     Launch,
     pick_precision,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sentei.kernels.ops.block_mask import BlockMask, num_blocks
 from sentei.kernels.ops.errors import BackendError
-from sentei.kernels.ops.native_build import load_native
+from sentei.kernels.ops.native.build import load_native
 from sentei.kernels.ops.registry import DECODE_ROWS_MAX
 
 
@@ -24,7 +24,7 @@ DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 class _Shape(ctypes.Structure):
-    """`Prefill` of native.cpp, field by field."""
+    """`Prefill` of programs.cpp, field by field."""
 
     _fields_ = _fields(
         "B Hq Hkv Tq Tk D Dv q_b q_h q_t k_b k_h k_t v_b v_h v_t o_b o_h o_t "
@@ -33,7 +33,7 @@ class _Shape(ctypes.Structure):
 
 
 class _Scores(ctypes.Structure):
-    """`Scores` of native.cpp, field by field."""
+    """`Scores` of programs.cpp, field by field."""
 
     _fields_ = _fields(
         "H Hkv n rows num_rows D rank is_residual pools blocks block q_h q_t k_h k_t T first "

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sentei.kernels.ops.errors import BackendError
-from sentei.kernels.ops.triton_launch import Launch
+from sentei.kernels.ops.triton.launch import Launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

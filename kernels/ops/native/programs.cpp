@@ -1,4 +1,4 @@
-// Sentei's own CPU programs: block-sparse attention, block mass, block scores, selection. Built by native_build.py.
+// Sentei's own CPU programs: block-sparse attention, block mass, block scores, selection. Built by build.py.
 //
 // One scheme throughout: keys are packed once into panels of NR keys, [panel][dim][NR], so that a tile of MR rows
 // times NR keys stays in registers while `dim` runs; values are packed into column panels, [column][key][NR].

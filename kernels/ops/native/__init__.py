@@ -1,0 +1,1 @@
+"""Sentei's own CPU programs: C++ built at first use, called through ctypes."""

@@ -1,0 +1,1 @@
+"""Triton kernels for NVIDIA and AMD GPUs; they run on CPU tensors in the interpreter only."""

@@ -81,7 +81,7 @@ def check_drift(spec: DriftSpec, window: DriftWindow, *, html_path: Path | None 
     current, reference = np.asarray(window.current), np.asarray(window.reference)
     try:
         threshold = calibrate_threshold(reference, len(current), spec.allowed_excess or 0.0)
-        score = _evidently_score(spec.column, current, reference, html_path)
+        score = _evidently_score(spec.column, current, reference, threshold=threshold, html_path=html_path)
     except Exception as error:  # Evidently raises whatever pandas, scipy or its own checks raise
         return _signal(spec, window, "error", detail=f"{type(error).__name__}: {error}")
     if not np.isfinite(score):
@@ -117,7 +117,10 @@ def distance(reference: Floats, current: Floats) -> float:
     return float(wasserstein_distance(reference, current) / max(float(np.std(reference)), MIN_SCALE))
 
 
-def _evidently_score(column: str, current: Floats, reference: Floats, html_path: Path | None) -> float:
+def _evidently_score(
+    column: str, current: Floats, reference: Floats, *, threshold: float, html_path: Path | None
+) -> float:
+    """Return Evidently's distance; its page judges by our threshold, as the signal does."""
     os.environ["DO_NOT_TRACK"] = "true"
     with warnings.catch_warnings():
         # Import-time deprecations of its dependencies (litestar, numpy.core); ours stay errors elsewhere.
@@ -131,7 +134,7 @@ def _evidently_score(column: str, current: Floats, reference: Floats, html_path:
             Dataset.from_pandas(pandas.DataFrame({column: values}), data_definition=columns)
             for values in (current, reference)
         ]
-        snapshot = Report([ValueDrift(column=column, method=METHOD)]).run(*frames)
+        snapshot = Report([ValueDrift(column=column, method=METHOD, threshold=threshold)]).run(*frames)
         score = float(snapshot.dict()["metrics"][0]["value"])
         if html_path is not None:
             html_path.parent.mkdir(parents=True, exist_ok=True)

@@ -70,12 +70,22 @@ def test_page_is_whole_and_needs_no_network(tmp_path: Path) -> None:
     assert 'src="http' not in text
 
 
+def test_the_page_says_what_the_signal_says(tmp_path: Path) -> None:
+    """Within the excess that the policy allows, Evidently's page cries no drift by its own threshold."""
+    path, spec = tmp_path / "kl.html", DriftSpec("kl", "kl", 20, allowed_excess=0.5)
+
+    signal = check_drift(spec, DriftWindow(1, (0.1, 0.2) * 10, (0.0, 0.1) * 20), html_path=path)
+
+    assert signal.status == "clear"
+    assert "Data drift not detected" in path.read_text()
+
+
 def test_our_distance_is_evidentlys() -> None:
     """The threshold is calibrated with our own formula, so it must be the one that Evidently computes."""
     generator = np.random.default_rng(3)
     for scale in (0.0, 1e-5, 0.01, 3.0):
         reference, current = generator.gamma(2, scale, 90), generator.gamma(2, scale, 30) + 0.004
-        theirs = drift._evidently_score("kl", current, reference, None)
+        theirs = drift._evidently_score("kl", current, reference, threshold=1.0, html_path=None)
         assert distance(reference, current) == pytest.approx(theirs, rel=1e-9)
 
 
@@ -90,7 +100,7 @@ def test_better_than_dense_is_no_drift() -> None:
 def test_whatever_evidently_raises_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that cannot be made is an error with its reason, never clear."""
 
-    def refuse(*_: object) -> float:
+    def refuse(*_: object, **__: object) -> float:
         raise KeyError("column")
 
     monkeypatch.setattr(drift, "_evidently_score", refuse)

@@ -66,3 +66,9 @@ def run() -> None:
     except (ValueError, OSError) as error:
         output.fail(str(error) or type(error).__name__)
         sys.exit(ExitCode.BAD_INPUT)
+    except RuntimeError as error:
+        # Our own say the way out; their classes are not imported here, as torch would come with them.
+        if not type(error).__module__.startswith("sentei."):
+            raise
+        output.fail(str(error))
+        sys.exit(ExitCode.BAD_INPUT)

@@ -1,4 +1,4 @@
-"""One tracked run per offline step: distill, calibrate, evaluate."""
+"""One tracked run per offline step: distill, joint, calibrate, evaluate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sentei.pipeline.tracking import MetricPoint, RunSpec, Tracker
 
-EXPERIMENTS = {"distill": "sentei-distill", "calibrate": "sentei-calibrate", "evaluate": "sentei-evaluate"}
+EXPERIMENTS = {kind: f"sentei-{kind}" for kind in ("distill", "joint", "calibrate", "evaluate")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,8 @@ def run() -> None:
         output.fail(str(error) or type(error).__name__)
         sys.exit(ExitCode.BAD_INPUT)
     except RuntimeError as error:
+        # Our own say the way out; their classes are not imported here, as torch would come with them.
         if not type(error).__module__.startswith("sentei."):
-            raise  # not one of ours: a traceback tells more
+            raise  # anything else: a traceback tells more
         output.fail(str(error))
         sys.exit(ExitCode.BAD_INPUT)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from sentei.kernels.hf.adapter import load_adapter, new_adapter, save_adapter, uncalibrated_ladder
@@ -14,8 +15,10 @@ from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
 from sentei.kernels.hf.models import AdapterError, fingerprint
 from sentei.pipeline.cli.app import app
 from sentei.pipeline.corpus import load_corpus
+from sentei.pipeline.home import Home
 from sentei.pipeline.joint import JointOptions, JointReport, joint
 from sentei.pipeline.models import LoadedModel, resolve_model
+from sentei.pipeline.steps import JOINT_FILE, Workbench, joint_step
 
 # torch 2.13 imports modules of its own that it has deprecated, when FlexAttention is compiled.
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"), pytest.mark.timeout(600)]
@@ -94,6 +97,25 @@ def test_a_rung_without_a_mask_is_refused(loaded: LoadedModel) -> None:
     bold = replace(uncalibrated_ladder(adapter, {"bold": 0.3}).find("bold"), break_even_tokens=1024)
     with pytest.raises(AdapterError, match="runs dense on windows of 512 tokens"):
         joint(loaded, adapter.with_ladder(Ladder((Rung(DENSE), bold), ())), load_corpus(), SMALL)
+
+
+def test_the_step_is_tracked_and_its_comparison_saved(loaded: LoadedModel, home: Path) -> None:
+    """As the command runs it: joint.json beside the adapter, and one finished run in MLflow."""
+    bench = Workbench(loaded, load_corpus(), Home(home).create())
+    adapter = new_adapter(loaded.model, "pocket")
+    save_adapter(adapter.with_ladder(uncalibrated_ladder(adapter, {"bold": 0.3})), bench.adapter_dir)
+    tiny = replace(SMALL, num_windows=3, max_epochs=1, compared_windows=1)
+
+    report = joint_step(bench, tiny, lambda _label, _done, _total: None)
+
+    assert json.loads((bench.adapter_dir / JOINT_FILE).read_text()) == json.loads(
+        json.dumps(report.to_dict())
+    )
+    client = MlflowClient(bench.home.mlflow_uri)
+    experiment = client.get_experiment_by_name("sentei-joint")
+    runs = client.search_runs([experiment.experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"]
+    assert runs[0].data.metrics["joint/kl_held_out_after"] == pytest.approx(report.kl_held_out_after)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from sentei.kernels.hf.models import text_decoder
 from sentei.pipeline.models import LoadedModel
 
 CHUNK = 128  # positions whose logits over the whole vocabulary are held at once
@@ -34,9 +33,7 @@ class Agreement:
 @torch.no_grad()
 def hidden_at(loaded: LoadedModel, text: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Run a text and return the last hidden states [P, D] at some positions."""
-    output = text_decoder(loaded.model)(input_ids=text[None], use_cache=False)
-    hidden: torch.Tensor = output.last_hidden_state[0, positions]
-    return hidden
+    return loaded.last_states(text)[positions]
 
 
 @torch.no_grad()

@@ -115,12 +115,42 @@ def fit_ladder(adapter: Adapter, loaded: LoadedModel, records: Records, options:
     longest = max(record.mass.shape[-1] * record.mass.shape[3] for record in next(iter(records.values())))
     table = RotaryTable(*rotary_tables(loaded.model, longest, torch.device("cpu")))
     bounded = [target for target in options.targets if target.density is None]
-    per_rung: dict[str, dict[int, torch.Tensor]] = {target.id: {} for target in options.targets}
-    for index, scorer in adapter.scorers.items():
+    bounds = {target.id: target.bound_dropped_mass for target in bounded}
+    shares = _fit_bounded(adapter.scorers, records, table, bounded, options) if bounded else {}
+    by_density = {target.id: target.density for target in options.targets if target.density is not None}
+    fits = fit_densities(adapter.scorers, records, table, list(by_density.values())) if by_density else []
+    for rung_id, fit in zip(by_density, fits, strict=True):
+        bounds[rung_id] = fit.dropped_mass
+        shares[rung_id] = {
+            index: torch.full((scorer.shape.kv_heads, len(options.bin_edges_tokens) + 1), fit.share)
+            for index, scorer in adapter.scorers.items()
+        }
+    rungs = [
+        Rung(
+            target.id,
+            {index: _as_tuples(found) for index, found in shares[target.id].items()},
+            bound_dropped_mass=bounds[target.id],
+            break_even_tokens=options.break_even_tokens,
+        )
+        for target in options.targets
+    ]
+    return Ladder((Rung(DENSE), *rungs), options.bin_edges_tokens)
+
+
+def _fit_bounded(
+    scorers: Mapping[int, BlockScorer],
+    records: Records,
+    table: RotaryTable,
+    targets: Sequence[RungTarget],
+    options: CalibrateOptions,
+) -> dict[str, dict[int, torch.Tensor]]:
+    """Return share thresholds [KV groups, bins] per rung and layer that keep the bounds of each target."""
+    shares: dict[str, dict[int, torch.Tensor]] = {target.id: {} for target in targets}
+    for index, scorer in scorers.items():
         bins = score_bins(scorer, records[index], table, options.bin_edges_tokens)
         asking = score_asking(scorer, records[index], table)
         floor = torch.zeros(scorer.shape.kv_heads, len(bins))
-        for target in bounded:
+        for target in targets:
             found = torch.stack(
                 [
                     _fit_bin(scored, asking, scorer.shape.kv_heads, target, options.dense_above)
@@ -129,26 +159,8 @@ def fit_ladder(adapter: Adapter, loaded: LoadedModel, records: Records, options:
                 dim=1,
             )
             floor = torch.maximum(floor, _fill_empty_bins(found))
-            per_rung[target.id][index] = floor
-    bounds = {target.id: target.bound_dropped_mass for target in bounded}
-    by_density = {target.id: target.density for target in options.targets if target.density is not None}
-    fits = fit_densities(adapter.scorers, records, table, list(by_density.values())) if by_density else []
-    for rung_id, fit in zip(by_density, fits, strict=True):
-        bounds[rung_id] = fit.dropped_mass
-        for index, scorer in adapter.scorers.items():
-            size = (scorer.shape.kv_heads, len(options.bin_edges_tokens) + 1)
-            per_rung[rung_id][index] = torch.full(size, fit.share)
-    rungs = [Rung(DENSE)]
-    for target in options.targets:
-        rungs.append(
-            Rung(
-                target.id,
-                {index: _as_tuples(shares) for index, shares in per_rung[target.id].items()},
-                bound_dropped_mass=bounds[target.id],
-                break_even_tokens=options.break_even_tokens,
-            )
-        )
-    return Ladder(tuple(rungs), options.bin_edges_tokens)
+            shares[target.id][index] = floor
+    return shares
 
 
 @torch.no_grad()

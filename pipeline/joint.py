@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from sentei.kernels.hf.adapter import Adapter, save_adapter
 from sentei.kernels.hf.ladder import DENSE
 from sentei.kernels.hf.low_rank import LowRank, LowRankPair, new_low_rank
-from sentei.kernels.hf.models import AdapterError, text_decoder
+from sentei.kernels.hf.models import AdapterError
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
 from sentei.pipeline.capture import Progress, make_texts
 from sentei.pipeline.corpus import Corpus
@@ -177,7 +177,7 @@ def _ask_teacher(
     lessons = []
     for i, ids in enumerate(texts):
         progress(label, i, len(texts))
-        lessons.append(Lesson(ids, _run(loaded, ids)))
+        lessons.append(Lesson(ids, loaded.last_states(ids)))
     progress(label, len(texts), len(texts))
     return lessons
 
@@ -245,7 +245,7 @@ def _copy(low_rank: LowRank) -> LowRank:
 
 def divergence(loaded: LoadedModel, lesson: Lesson, options: JointOptions) -> torch.Tensor:
     """KL from the dense model's next tokens to the running one's, in nats, mean over positions."""
-    states = _run(loaded, lesson.ids)
+    states = loaded.last_states(lesson.ids)
     step = max(1, math.ceil(len(lesson.ids) / options.positions_per_step))
     positions = torch.arange(step - 1, len(lesson.ids), step)
     total = torch.zeros(())
@@ -266,13 +266,6 @@ def _part_divergence(head: Any, teacher: torch.Tensor, student: torch.Tensor) ->
     target = head(teacher).float().log_softmax(dim=-1)
     found = head(student).float().log_softmax(dim=-1)
     return torch.nn.functional.kl_div(found, target, reduction="sum", log_target=True)
-
-
-def _run(loaded: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Return the last layer's states [T, hidden] of the model as it is retrofitted now."""
-    output = text_decoder(loaded.model)(input_ids=ids[None], use_cache=False)
-    states: torch.Tensor = output.last_hidden_state[0]
-    return states
 
 
 def _compare(

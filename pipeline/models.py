@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sentei.kernels.hf.models import Fingerprint, find_family, fingerprint, pick_dtype
+from sentei.kernels.hf.models import Fingerprint, find_family, fingerprint, pick_dtype, text_decoder
 from sentei.pipeline.home import sentei_home
 
 POCKET, GEMMA = "pocket", "gemma-3-270m"
@@ -55,6 +55,12 @@ class LoadedModel:
     def max_tokens(self) -> int:
         """The most positions the model was made for."""
         return int(self.model.config.get_text_config().max_position_embeddings)
+
+    def last_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """Run tokens [T] without a cache; return the last layer's states [T, hidden]."""
+        output = text_decoder(self.model)(input_ids=ids[None], use_cache=False)
+        states: torch.Tensor = output.last_hidden_state[0]
+        return states
 
 
 def resolve_model(name: str, *, dtype: torch.dtype | None = None) -> LoadedModel:

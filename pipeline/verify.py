@@ -9,7 +9,7 @@ from scipy import stats
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, Verified
-from sentei.kernels.hf.models import rotary_tables, text_decoder
+from sentei.kernels.hf.models import rotary_tables
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.selection import per_head_thresholds
@@ -59,7 +59,7 @@ def pick_positions(length: int, options: VerifyOptions) -> torch.Tensor:
 @torch.no_grad()
 def token_losses(loaded: LoadedModel, text: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Return the negative log likelihood, in nats, of the token after each position."""
-    hidden = text_decoder(loaded.model)(input_ids=text[None], use_cache=False).last_hidden_state[0]
+    hidden = loaded.last_states(text)
     losses = []
     for part in torch.split(positions, 256):
         logits = loaded.model.lm_head(hidden[part]).float()

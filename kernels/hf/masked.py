@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.reference import token_mask
 
 
 def attend_masked(
@@ -18,18 +19,9 @@ def attend_masked(
 
     q [B, Hq, Tq, D], k and v [B, Hkv, Tk, D]; out as q. Every row needs a key: sink and diagonal see to it.
     """
-    allowed = token_mask(mask)
+    allowed = token_mask(mask.to_dense(), mask, None)
     if allowed.shape[1] not in (1, q.shape[1]):
         allowed = allowed.repeat_interleave(q.shape[1] // allowed.shape[1], dim=1)
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     return scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
-
-
-def token_mask(mask: BlockMask) -> torch.Tensor:
-    """Return which key each query token may read, causal token by token: bool [B, H, Tq, Tk]."""
-    device = mask.indices.device
-    rows, keys = torch.arange(mask.q_len, device=device), torch.arange(mask.kv_len, device=device)
-    blocks = mask.to_dense()
-    chosen = blocks[:, :, (rows // mask.block_q)[:, None], (keys // mask.block_k)[None]]
-    return chosen & (keys <= (rows + mask.q_offset)[:, None])

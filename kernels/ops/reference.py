@@ -48,12 +48,13 @@ def attend_reference(
 
 
 def token_mask(blocks: Tensor, mask: BlockMask, window: int | None) -> Tensor:
-    """Which tokens one head's rows may read: bool [Tq, Tk] from its selected blocks, bool [Q, Kb]."""
+    """Which tokens rows may read: bool [..., Tq, Tk] from their selected blocks, bool [..., Q, Kb]."""
     device = blocks.device
     rows = torch.arange(mask.q_len, device=device)
     keys = torch.arange(mask.kv_len, device=device)
     position = (mask.q_offset + rows)[:, None]
-    allowed = blocks[rows // mask.block_q][:, keys // mask.block_k] & (keys <= position)
+    chosen = blocks[..., (rows // mask.block_q)[:, None], keys // mask.block_k]
+    allowed = chosen & (keys <= position)
     if window is not None:
         allowed &= keys > position - window
     return allowed

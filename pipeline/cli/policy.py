@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.cli.simulate import run_simulate
-from sentei.pipeline.explain import said, save_explanation
+from sentei.pipeline.policy_page import said, save_explanation
 from sentei.policies.load import PolicyError, find_line, load_policy, policy_json_schema
 from sentei.policies.review.advice import Advice, find_advice, readable
 from sentei.policies.review.forecast import Expected, StageForecast, best_s, forecast, worst_s

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sentei.pipeline.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
-from sentei.pipeline.explain import save_explanation
+from sentei.pipeline.policy_page import save_explanation
 from sentei.policies.load import load_policy
 from sentei.policies.review.forecast import Expected, best_s, forecast
 from sentei.policies.schema import Policy

@@ -1,8 +1,7 @@
 """Other ways to choose blocks, at the same density, so that the learned scorer has something to beat."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 
@@ -10,7 +9,7 @@ from sentei.kernels.hf.models import LayerInfo
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.block_mass import block_mass
 from sentei.kernels.scorer.features import RotaryTable, pool_tokens
-from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.kernels.scorer.network import ScorerShape
 from sentei.kernels.scorer.selection import (
     Thresholds,
     block_starts,
@@ -18,22 +17,21 @@ from sentei.kernels.scorer.selection import (
     score_blocks,
     select_blocks,
 )
+from sentei.kernels.scorer.untrained import UNTRAINED
 
-Kind = Literal["untrained", "local", "oracle"]
-# The finest means of the study (DESIGN.md, 6): the best of the untrained scores, whatever ours pools.
-UNTRAINED_POOL_TOKENS = 4
-KINDS: tuple[Kind, ...] = ("untrained", "local", "oracle")
+LOCAL, ORACLE = "local", "oracle"
+KINDS: tuple[str, ...] = (*UNTRAINED, LOCAL, ORACLE)
 
 
 @dataclass(frozen=True, slots=True)
 class RankSelector:
     """Keeps a KV group's best-scored blocks up to a density; sink and diagonal are kept as in ours.
 
-    `untrained` is every query token against the mean of every 4 keys, `local` the nearest blocks, `oracle`
+    The untrained scores are those of `kernels/scorer/untrained.py`; `local` takes the nearest blocks, `oracle`
     the true mass of the neediest row. The threshold is read off the text itself, which favours them.
     """
 
-    kind: Kind
+    kind: str  # one of KINDS
     density_by_group: Mapping[int, tuple[float, ...]]
     shapes: Mapping[int, ScorerShape]
     table: RotaryTable
@@ -66,15 +64,14 @@ class RankSelector:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shape = self.shapes[layer.index]
         starts = block_starts(q.shape[2], shape.block_tokens, q_offset, q.device)
-        if self.kind == "untrained":
-            shape = replace(shape, form="residual", pool_tokens=UNTRAINED_POOL_TOKENS)
-            scorer = BlockScorer(shape, layer.scale)
-            pooled = pool_tokens(k, shape.pool_tokens)
+        if self.kind in UNTRAINED:
+            scorer = UNTRAINED[self.kind](shape, layer.scale)
+            pooled = pool_tokens(k, scorer.shape.pool_tokens)
             with torch.no_grad():
                 keys = scorer.encode_keys(pooled, pooled)
                 return score_blocks(scorer, q, k, keys, table=self.table)
         num_k = -(-k.shape[2] // shape.block_tokens)
-        if self.kind == "local":
+        if self.kind == LOCAL:
             own = starts // shape.block_tokens
             ahead = torch.arange(num_k) - own[:, None]
             near = ahead.float().masked_fill(ahead > 0, float("-inf"))

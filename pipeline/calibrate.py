@@ -33,21 +33,24 @@ NEEDLE_SHARE = 0.3
 
 @dataclass(frozen=True, slots=True)
 class RungTarget:
-    """What a rung may cost in any KV group: missed needles (a share), mean dropped mass; or its density."""
+    """What a rung may cost in any KV group: missed needles (a share), mean dropped mass; or its density.
+
+    With a density, `missed_needles` is asked of questions about notes alone, and the mass is not bounded.
+    """
 
     id: str
-    missed_needles: float = 0.0
-    bound_dropped_mass: float = 0.0
-    density: float | None = None  # of the causal blocks; then nothing else is asked of the rung
+    missed_needles: float = 1.0
+    bound_dropped_mass: float = 1.0
+    density: float | None = None  # of the causal blocks
 
 
-def density_targets(densities: Sequence[float]) -> tuple[RungTarget, ...]:
+def density_targets(densities: Sequence[float], missed_needles: float = 1.0) -> tuple[RungTarget, ...]:
     """Return one rung per density, the densest first, named after it: d50, d20, d10."""
     for density in densities:
         if not 0.0 < density <= 1.0:
             raise ValueError(f"density {density:g} is no share of the blocks; give one above 0, at most 1")
     ordered = sorted(set(densities), reverse=True)
-    return tuple(RungTarget(f"d{100 * density:g}", density=density) for density in ordered)
+    return tuple(RungTarget(f"d{100 * density:g}", missed_needles, density=density) for density in ordered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +120,21 @@ def fit_ladder(adapter: Adapter, loaded: LoadedModel, records: Records, options:
     bounded = [target for target in options.targets if target.density is None]
     bounds = {target.id: target.bound_dropped_mass for target in bounded}
     shares = _fit_bounded(adapter.scorers, records, table, bounded, options) if bounded else {}
-    by_density = {target.id: target.density for target in options.targets if target.density is not None}
-    fits = fit_densities(adapter.scorers, records, table, list(by_density.values())) if by_density else []
-    for rung_id, fit in zip(by_density, fits, strict=True):
-        bounds[rung_id] = fit.dropped_mass
-        shares[rung_id] = {
-            index: torch.full((scorer.shape.kv_heads, len(options.bin_edges_tokens) + 1), fit.share)
+    num_bins = len(options.bin_edges_tokens) + 1
+    by_density = {target: target.density for target in options.targets if target.density is not None}
+    for missed in dict.fromkeys(target.missed_needles for target in by_density):
+        limits = {
+            index: _asking_limits(scorer, records[index], table, missed)
             for index, scorer in adapter.scorers.items()
         }
+        wanted = {target.id: share for target, share in by_density.items() if target.missed_needles == missed}
+        fits = fit_densities(adapter.scorers, records, table, list(wanted.values()), limits)
+        for rung_id, fit in zip(wanted, fits, strict=True):
+            bounds[rung_id] = fit.dropped_mass
+            shares[rung_id] = {
+                index: limit.clamp_max(fit.share)[:, None].expand(-1, num_bins)
+                for index, limit in limits.items()
+            }
     rungs = [
         Rung(
             target.id,
@@ -161,6 +171,21 @@ def _fit_bounded(
             floor = torch.maximum(floor, _fill_empty_bins(found))
             shares[target.id][index] = floor
     return shares
+
+
+def _asking_limits(
+    scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable, missed: float
+) -> torch.Tensor:
+    """Return the largest share threshold [Hkv] at which each KV group misses no more of what is asked for."""
+    asking = score_asking(scorer, records, table)
+    if missed >= 1.0 or not asking.needs:
+        return torch.full((scorer.shape.kv_heads,), MAX_SHARE)
+    group = scorer.shape.query_heads // scorer.shape.kv_heads
+    limits = [
+        needle_threshold(asking, slice(h * group, (h + 1) * group), missed)
+        for h in range(scorer.shape.kv_heads)
+    ]
+    return torch.tensor(limits).clamp(MIN_SHARE, MAX_SHARE)
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """A density as the target of a rung: one threshold on the mass share for all layers and heads.
 
 Log shares mean the same everywhere, so one threshold lets blocks flow to the layers and heads that need them.
+Where questions about notes need more than it gives, a group may keep a lower threshold of its own; what that
+spends is taken from all others, so that the density stays what was asked for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,13 +27,23 @@ class DensityFit:
 
 @torch.no_grad()
 def fit_densities(
-    scorers: Mapping[int, BlockScorer], records: Records, table: RotaryTable, densities: Sequence[float]
+    scorers: Mapping[int, BlockScorer],
+    records: Records,
+    table: RotaryTable,
+    densities: Sequence[float],
+    most: Mapping[int, torch.Tensor] | None = None,
 ) -> list[DensityFit]:
-    """Return the fit of each density in (0, 1] on calibration records, forced blocks counted as kept."""
+    """Return the fit of each density in (0, 1] on calibration records, forced blocks counted as kept.
+
+    `most` holds, by layer, the share that a KV group's threshold may have at most: [Hkv].
+    """
     needs, mass, num_causal, num_forced, num_rows = [], [], 0.0, 0.0, 0
     for index, scorer in scorers.items():
         for record in records[index]:
             need = row_shares(scorer, record, table)[0][0].amax(dim=2)  # [Hq, n, blocks]
+            if most is not None:
+                own = most[index].log().repeat_interleave(need.shape[0] // len(most[index]))
+                need = need.masked_fill(need > own[:, None, None], 0.0)  # kept at every threshold
             is_open = record.is_open[None].expand_as(need)
             needs.append(need[is_open])
             mass.append(record.mass[0].float().sum(dim=2)[is_open])

@@ -15,7 +15,7 @@ from sentei.kernels.hf.models import rotary_tables
 from sentei.kernels.hf.retrofit import retrofit
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.pipeline.agreement import TokenScores, agreement, hidden_at, join_scores, score_variants
-from sentei.pipeline.baselines import KINDS, Kind, RankSelector
+from sentei.pipeline.baselines import KINDS, RankSelector
 from sentei.pipeline.capture import Progress
 from sentei.pipeline.corpus import Corpus
 from sentei.pipeline.costs import CostReport, Measured, reckon_costs, this_machine
@@ -113,6 +113,9 @@ class BaselineResult:
     nll_delta_ci: tuple[float, float]
     worse_than_ours: float
     worse_than_ours_ci: tuple[float, float]
+    kl_mean: float  # nats per token from dense, and by how much that is more than ours
+    kl_more_than_ours: float
+    kl_more_than_ours_ci: tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +245,7 @@ def _measure_losses(
     densities: dict[str, list[float]] = {}
     rung_ids = [rung.id for rung in adapter.ladder.rungs]
     compared = [adapter.ladder.find(rung_id).id for rung_id in _compared(adapter, options)]
-    variants: list[tuple[str, Kind | None]] = [(rung_id, None) for rung_id in rung_ids]
+    variants: list[tuple[str, str | None]] = [(rung_id, None) for rung_id in rung_ids]
     variants += [(rung_id, kind) for rung_id in compared for kind in KINDS]
     with retrofit(loaded.model, adapter, DENSE, base="flex") as handle:
         for i_text, text in enumerate(texts):
@@ -320,7 +323,7 @@ def _compared(adapter: Adapter, options: EvaluateOptions) -> tuple[str, ...]:
     return options.baseline_rungs
 
 
-def _other(kind: Kind, rung_id: str) -> str:
+def _other(kind: str, rung_id: str) -> str:
     """Name the losses of another choice of blocks at a rung's density."""
     return f"{kind} at {rung_id}"
 
@@ -332,9 +335,21 @@ def _baseline_results(losses: _Losses, rung_ids: Sequence[str]) -> tuple[Baselin
         ours = losses.by_variant[rung_id]
         for kind in KINDS:
             name = _other(kind, rung_id)
-            theirs = losses.by_variant[name].loss
-            cost, gap = paired_delta(theirs, dense.loss), paired_delta(theirs, ours.loss)
+            theirs = losses.by_variant[name]
+            cost, gap = paired_delta(theirs.loss, dense.loss), paired_delta(theirs.loss, ours.loss)
+            farther = paired_delta(theirs.kl, ours.kl)
             results.append(
-                BaselineResult(kind, rung_id, losses.density[name], cost.mean, cost.ci, gap.mean, gap.ci)
+                BaselineResult(
+                    kind,
+                    rung_id,
+                    losses.density[name],
+                    cost.mean,
+                    cost.ci,
+                    gap.mean,
+                    gap.ci,
+                    float(theirs.kl.mean()),
+                    farther.mean,
+                    farther.ci,
+                )
             )
     return tuple(results)

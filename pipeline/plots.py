@@ -39,14 +39,16 @@ def save_trade_off(evaluation: Evaluation, path: Path) -> Path:
             row=1,
             col=col,
         )
-    for baseline in evaluation.baselines:
+    for kind in dict.fromkeys(baseline.kind for baseline in evaluation.baselines):
+        points = [baseline for baseline in evaluation.baselines if baseline.kind == kind]
         figure.add_trace(
             go.Scatter(
-                x=[baseline.density],
-                y=[baseline.nll_delta],
-                mode="markers",
-                name=baseline.kind,
+                x=[point.density for point in points],
+                y=[point.nll_delta for point in points],
+                mode="markers+lines",
+                name=kind,
                 marker={"size": 10},
+                line={"dash": "dot"},
             ),
             row=1,
             col=1,

@@ -15,6 +15,7 @@ import torch
 from sentei.kernels.hf.models import LayerInfo, rotary_tables, thinnable_layers
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.kernels.scorer.untrained import UNTRAINED
 from sentei.pipeline.calibrate import (
     Scored,
     dropped_rows,
@@ -29,6 +30,8 @@ from sentei.pipeline.density import MAX_SHARE, MIN_SHARE
 from sentei.pipeline.distill import DistillOptions, mean_divergence, train_scorer
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.splits import split_text
+
+EXACT = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +115,14 @@ def _forms(
     train, held_out = texts.train[layer.index], texts.held_out[layer.index]
     scorer = BlockScorer(shape, layer.scale)
     if pool > 1:
-        yield f"untrained, means of {pool}", scorer
+        yield f"untrained means_{pool}", scorer
         train_scorer(scorer, train, held_out, table, _training(options, options.learning_rate))
         yield f"residual, means of {pool}", scorer
         return
-    yield "exact", scorer
+    yield EXACT, scorer
+    for name, make in UNTRAINED.items():
+        if (other := make(shape, layer.scale)).shape.pool_tokens == 1:  # means have pools of their own
+            yield f"untrained {name}", other
     for rank in options.ranks:
         scorer = BlockScorer(replace(shape, form="low_rank", rank=rank), layer.scale)
         train_scorer(scorer, train, held_out, table, replace(_training(options, 0.0), max_epochs=0))
@@ -180,9 +186,7 @@ def _judge(
     return StudyRow(
         layer=layer,
         form=form,
-        dims_per_token=scorer.shape.num_features / scorer.shape.pool_tokens
-        if form != "exact"
-        else scorer.shape.head_dim,
+        dims_per_token=scorer.shape.head_dim if form == EXACT else scorer.dims_per_token,
         kl=mean_divergence(scorer, records, table),
         density=density,
         dropped_mass=dropped,

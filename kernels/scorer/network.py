@@ -67,6 +67,8 @@ class ScorerShape:
 class BlockScorer(nn.Module):
     """Scores query tokens against pooled keys; logsumexp over a block estimates its attention mass."""
 
+    has_native_program = True  # whether the CPU program computes this score
+
     query_map: nn.Parameter
     key_map: nn.Parameter
     log_gain: nn.Parameter
@@ -84,6 +86,11 @@ class BlockScorer(nn.Module):
         self.query_map = nn.Parameter(torch.zeros(shape.query_heads, shape.map_rows, shape.rank))
         self.log_gain = nn.Parameter(torch.zeros(shape.query_heads))
         self.distance_bias = nn.Parameter(torch.zeros(shape.query_heads, NUM_DISTANCES))
+
+    @property
+    def dims_per_token(self) -> float:
+        """Multiply-adds of scoring one query token against one key token."""
+        return self.shape.num_features / self.shape.pool_tokens
 
     def encode_queries(self, q: torch.Tensor, q_plain: torch.Tensor) -> torch.Tensor:
         """Return [B, Hq, T, features] from rotated and unrotated queries [B, Hq, T, D]."""

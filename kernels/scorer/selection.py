@@ -120,7 +120,7 @@ def score_blocks(
     q_offset = kv_len - q_len
     starts = block_starts(q_len, block, q_offset, q.device)
     result = torch.full((B, Hq, len(starts), -(-kv_len // block)), float("-inf"), device=q.device)
-    if is_native_usable(q.device.type, block):
+    if scorer.has_native_program and is_native_usable(q.device.type, block):
         _fill_native(scorer, q, k, keys, table, result)
     else:
         _fill_chunks(scorer, q, k, keys, table, starts, result)

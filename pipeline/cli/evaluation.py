@@ -107,15 +107,18 @@ def evaluation_table(document: dict[str, Any]) -> Table:
 
 def baseline_table(document: dict[str, Any]) -> Table:
     """Show other choices of blocks: one line per kind and rung, at the density of that rung."""
-    table = Table("choice", "at rung", "density", "NLL difference (95% CI)", "worse than ours by (95% CI)")
+    headings = ("NLL difference (95% CI)", "worse than ours by (95% CI)", "KL", "KL above ours (95% CI)")
+    table = Table("choice", "at rung", "density", *headings)
     for row in document["baselines"]:
-        cost, gap = row["nll_delta_ci"], row["worse_than_ours_ci"]
+        cost, gap, farther = row["nll_delta_ci"], row["worse_than_ours_ci"], row["kl_more_than_ours_ci"]
         table.add_row(
             row["kind"],
             row["rung"],
             f"{row['density']:.1%}",
             f"{row['nll_delta']:+.4f} ({cost[0]:+.4f} to {cost[1]:+.4f})",
             f"{row['worse_than_ours']:+.4f} ({gap[0]:+.4f} to {gap[1]:+.4f})",
+            f"{row['kl_mean']:.4f}",
+            f"{row['kl_more_than_ours']:+.4f} ({farther[0]:+.4f} to {farther[1]:+.4f})",
         )
     return table
 

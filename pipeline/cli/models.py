@@ -104,6 +104,14 @@ def run_calibrate(
             help="Make a rung of this share of the blocks; repeatable, in place of the usual rungs."
         ),
     ] = None,
+    missed_needles: Annotated[
+        float | None,
+        typer.Option(
+            help="With --density: share of what questions about notes need that no KV group may miss.",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn scores into a ladder of rungs, each verified on held-out text."""
@@ -111,12 +119,17 @@ def run_calibrate(
     from sentei.pipeline.plain import to_plain
     from sentei.pipeline.steps import calibrate_step
 
+    if missed_needles is not None and not density:
+        raise typer.BadParameter(
+            "belongs to --density: the usual rungs have bounds of their own", param_hint="--missed-needles"
+        )
     output = Output(as_json=as_json)
+    asked = 1.0 if missed_needles is None else missed_needles
     options = changed(
         CalibrateOptions(),
         window_tokens=tokens,
         num_windows=windows,
-        targets=density_targets(density) if density else None,
+        targets=density_targets(density, asked) if density else None,
     )
     bench = open_bench(model, corpus, output)
     with output.progress() as progress:

@@ -24,7 +24,9 @@ def test_every_layer_has_every_form(rows: dict[tuple[int, str], StudyRow]) -> No
         "low rank 32, start",
         "low rank 32, trained",
         "residual, means of 4",
-        "untrained, means of 4",
+        "untrained antidiagonal_8",
+        "untrained means_4",
+        "untrained min_max_16",
     ]
 
     assert sorted(rows) == [(layer, form) for layer in range(4) for form in forms]

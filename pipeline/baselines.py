@@ -27,14 +27,15 @@ KINDS: tuple[str, ...] = (*UNTRAINED, LOCAL, ORACLE)
 class RankSelector:
     """Keeps a KV group's best-scored blocks up to a density; sink and diagonal are kept as in ours.
 
-    The untrained scores are those of `kernels/scorer/untrained.py`; `local` takes the nearest blocks, `oracle`
-    the true mass of the neediest row. The threshold is read off the text itself, which favours them.
+    The untrained scores are those of `kernels/scorer/untrained.py`; `local` takes the nearest blocks,
+    `oracle` the true mass of the neediest row. The threshold is read off the text itself, which favours them.
     """
 
     kind: str  # one of KINDS
     density_by_group: Mapping[int, tuple[float, ...]]
     shapes: Mapping[int, ScorerShape]
     table: RotaryTable
+    block_q: int  # rows that choose together, as many as on the rung that it is compared with
 
     def __call__(self, layer: LayerInfo, q: torch.Tensor, k: torch.Tensor) -> BlockMask:
         """Return the mask for one prefill."""
@@ -55,7 +56,7 @@ class RankSelector:
             q_len=q.shape[2],
             kv_len=k.shape[2],
             q_offset=q_offset,
-            block_q=block,
+            block_q=self.block_q,
             block_k=block,
         )
 
@@ -63,13 +64,13 @@ class RankSelector:
         self, layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, q_offset: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shape = self.shapes[layer.index]
-        starts = block_starts(q.shape[2], shape.block_tokens, q_offset, q.device)
+        starts = block_starts(q.shape[2], self.block_q, q_offset, q.device)
         if self.kind in UNTRAINED:
             scorer = UNTRAINED[self.kind](shape, layer.scale)
             pooled = pool_tokens(k, scorer.shape.pool_tokens)
             with torch.no_grad():
                 keys = scorer.encode_keys(pooled, pooled)
-                return score_blocks(scorer, q, k, keys, table=self.table)
+                return score_blocks(scorer, q, k, keys, table=self.table, block_q=self.block_q)
         num_k = -(-k.shape[2] // shape.block_tokens)
         if self.kind == LOCAL:
             own = starts // shape.block_tokens
@@ -81,18 +82,18 @@ class RankSelector:
     def _true_needs(
         self, layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, num_k: int, num_q: int
     ) -> torch.Tensor:
-        size = self.shapes[layer.index].block_tokens
+        size, rows_each = self.shapes[layer.index].block_tokens, self.block_q
         offset = k.shape[2] - q.shape[2]
         needs = torch.empty(q.shape[0], q.shape[1], num_q, num_k)
         for i in range(num_q):
-            rows = torch.arange(i * size, min((i + 1) * size, q.shape[2]))
+            rows = torch.arange(i * rows_each, min((i + 1) * rows_each, q.shape[2]))
             _, mass = block_mass(q, k, scale=layer.scale, block_k=size, rows=rows, q_offset=offset)
             needs[:, :, i] = mass.amax(dim=2)
         return needs.log()
 
     def _threshold(self, scores: torch.Tensor, starts: torch.Tensor, density: float, q_end: int) -> float:
         size = next(iter(self.shapes.values())).block_tokens
-        forced = forced_blocks(starts, scores.shape[-1], q_end=q_end, block_q=size, block_k=size)
+        forced = forced_blocks(starts, scores.shape[-1], q_end=q_end, block_q=self.block_q, block_k=size)
         own = starts // size
         is_open = (torch.arange(scores.shape[-1]) < own[:, None]) & ~forced
         heads = scores.shape[0] * scores.shape[1]

@@ -20,7 +20,16 @@ from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
 from sentei.kernels.hf.models import rotary_tables
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
-from sentei.pipeline.capture import LayerRecord, Progress, Records, capture, make_texts, row_shares
+from sentei.kernels.scorer.selection import pick_query_block
+from sentei.pipeline.capture import (
+    LayerRecord,
+    Progress,
+    Records,
+    by_query_block,
+    capture,
+    make_texts,
+    row_shares,
+)
 from sentei.pipeline.corpus import Corpus
 from sentei.pipeline.density import MAX_SHARE, MIN_SHARE, fit_densities
 from sentei.pipeline.models import LoadedModel
@@ -68,6 +77,8 @@ class CalibrateOptions:
         RungTarget("bold", 0.03, 0.40),
     )
     dense_above: float = 0.6
+    # Rows that choose together; None: what suits the device. A divisor of the adapter's blocks.
+    query_block_tokens: int | None = None
     verify: VerifyOptions = field(default_factory=VerifyOptions)
     seed: int = 1
 
@@ -119,16 +130,19 @@ def fit_ladder(adapter: Adapter, loaded: LoadedModel, records: Records, options:
     table = RotaryTable(*rotary_tables(loaded.model, longest, torch.device("cpu")))
     bounded = [target for target in options.targets if target.density is None]
     bounds = {target.id: target.bound_dropped_mass for target in bounded}
-    shares = _fit_bounded(adapter.scorers, records, table, bounded, options) if bounded else {}
+    block_q = options.query_block_tokens or pick_query_block(next(loaded.model.parameters()).device.type)
+    shares = _fit_bounded(adapter.scorers, records, table, bounded, options, block_q) if bounded else {}
     num_bins = len(options.bin_edges_tokens) + 1
     by_density = {target: target.density for target in options.targets if target.density is not None}
     for missed in dict.fromkeys(target.missed_needles for target in by_density):
         limits = {
-            index: _asking_limits(scorer, records[index], table, missed)
+            index: _asking_limits(scorer, records[index], table, missed, block_q)
             for index, scorer in adapter.scorers.items()
         }
         wanted = {target.id: share for target, share in by_density.items() if target.missed_needles == missed}
-        fits = fit_densities(adapter.scorers, records, table, list(wanted.values()), limits)
+        fits = fit_densities(
+            adapter.scorers, records, table, list(wanted.values()), block_q=block_q, most=limits
+        )
         for rung_id, fit in zip(wanted, fits, strict=True):
             bounds[rung_id] = fit.dropped_mass
             shares[rung_id] = {
@@ -144,7 +158,7 @@ def fit_ladder(adapter: Adapter, loaded: LoadedModel, records: Records, options:
         )
         for target in options.targets
     ]
-    return Ladder((Rung(DENSE), *rungs), options.bin_edges_tokens)
+    return Ladder((Rung(DENSE), *rungs), options.bin_edges_tokens, block_q)
 
 
 def _fit_bounded(
@@ -153,12 +167,13 @@ def _fit_bounded(
     table: RotaryTable,
     targets: Sequence[RungTarget],
     options: CalibrateOptions,
+    block_q: int,
 ) -> dict[str, dict[int, torch.Tensor]]:
     """Return share thresholds [KV groups, bins] per rung and layer that keep the bounds of each target."""
     shares: dict[str, dict[int, torch.Tensor]] = {target.id: {} for target in targets}
     for index, scorer in scorers.items():
-        bins = score_bins(scorer, records[index], table, options.bin_edges_tokens)
-        asking = score_asking(scorer, records[index], table)
+        bins = score_bins(scorer, records[index], table, options.bin_edges_tokens, block_q)
+        asking = score_asking(scorer, records[index], table, block_q)
         floor = torch.zeros(scorer.shape.kv_heads, len(bins))
         for target in targets:
             found = torch.stack(
@@ -174,10 +189,10 @@ def _fit_bounded(
 
 
 def _asking_limits(
-    scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable, missed: float
+    scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable, missed: float, block_q: int
 ) -> torch.Tensor:
     """Return the largest share threshold [Hkv] at which each KV group misses no more of what is asked for."""
-    asking = score_asking(scorer, records, table)
+    asking = score_asking(scorer, records, table, block_q)
     if missed >= 1.0 or not asking.needs:
         return torch.full((scorer.shape.kv_heads,), MAX_SHARE)
     group = scorer.shape.query_heads // scorer.shape.kv_heads
@@ -190,35 +205,45 @@ def _asking_limits(
 
 @torch.no_grad()
 def score_bins(
-    scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable, edges: Sequence[int]
+    scorer: BlockScorer,
+    records: Sequence[LayerRecord],
+    table: RotaryTable,
+    edges: Sequence[int],
+    block_q: int,
 ) -> list[Scored]:
-    """Score every record and sort its query blocks into length bins."""
+    """Score every record and sort its query blocks of `block_q` rows into length bins."""
     bins = [Scored([], []) for _ in range(len(edges) + 1)]
     for record in records:
         which = torch.bucketize(record.starts, torch.tensor(edges), right=True)
-        _score_into([(scored, which == b) for b, scored in enumerate(bins)], scorer, record, table)
+        parts = [(scored, which == b) for b, scored in enumerate(bins)]
+        _score_into(parts, scorer, record, table, block_q)
     return bins
 
 
 @torch.no_grad()
-def score_asking(scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable) -> Scored:
+def score_asking(
+    scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable, block_q: int
+) -> Scored:
     """Score the query blocks that ask for notes, whatever their length."""
     asking = Scored([], [])
     for record in records:
-        _score_into([(asking, record.is_asking)], scorer, record, table)
+        _score_into([(asking, record.is_asking)], scorer, record, table, block_q)
     return asking
 
 
 def _score_into(
-    parts: Sequence[tuple[Scored, torch.Tensor]], scorer: BlockScorer, record: LayerRecord, table: RotaryTable
+    parts: Sequence[tuple[Scored, torch.Tensor]],
+    scorer: BlockScorer,
+    record: LayerRecord,
+    table: RotaryTable,
+    block_q: int,
 ) -> None:
     shares, _ = row_shares(scorer, record, table)
-    needs = shares[0].amax(dim=2)
     mass = record.mass[0].float() * record.is_open[None, :, None, :]
     for scored, inside in parts:
         if bool(inside.any()):
-            scored.needs.append(needs[:, inside])
-            scored.mass.append(mass[:, inside])
+            scored.needs.append(by_query_block(shares[0][:, inside], block_q).amax(dim=2))
+            scored.mass.append(by_query_block(mass[:, inside], block_q))
 
 
 def _fit_bin(

@@ -175,6 +175,12 @@ def record_layer(
     )
 
 
+def by_query_block(x: torch.Tensor, block_q: int) -> torch.Tensor:
+    """Cut the rows of x [H, n, rows, ...] into query blocks: [H, n * rows / block_q, block_q, ...]."""
+    H, n, rows = x.shape[:3]
+    return x.reshape(H, n * (rows // block_q), block_q, *x.shape[3:])
+
+
 def row_shares(
     scorer: BlockScorer, record: LayerRecord, table: RotaryTable
 ) -> tuple[torch.Tensor, torch.Tensor]:

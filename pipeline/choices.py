@@ -2,6 +2,8 @@
 
 Choices are made per query head: each head keeps the blocks whose estimated share of its attention, for the
 neediest row of the query block, lies above the threshold of its KV group. Sink and diagonal are always kept.
+Where query blocks are shorter than key blocks, a record shows those of one key block's length together: kept
+is what any of them keeps, and the share is the largest. Densities and dropped mass are those of each.
 """
 
 from __future__ import annotations
@@ -244,11 +246,14 @@ class ChoiceRecorder:
 
 def record_choices(selection: Selection, recorded: Sequence[int], focus: int) -> LayerChoices:
     """Reduce a layer's choice in a whole prefill (batch of one) to its record."""
-    shares, thresholds = selection.log_shares[0].float().cpu(), selection.log_thresholds.float().cpu()
-    kept = selection.mask.to_dense()[0].cpu()
-    causal = torch.ones(kept.shape[1:], dtype=torch.bool).tril()
-    density = kept.sum(dim=(1, 2)) / causal.sum()
-    dropped = shares.exp().masked_fill(kept, 0.0).sum(dim=-1).clamp_max(1.0)
+    own, chosen = selection.log_shares[0].float().cpu(), selection.mask.to_dense()[0].cpu()
+    density = chosen.sum(dim=(1, 2)) / int(selection.mask.limits().sum())
+    lost = own.exp().masked_fill(chosen, 0.0).sum(dim=-1).clamp_max(1.0)  # [Hq, Q]
+    together = selection.mask.block_k // selection.mask.block_q
+    shares = _in_rows_of(together, own, float("-inf")).amax(dim=2)
+    kept = _in_rows_of(together, chosen, False).any(dim=2)
+    focused = slice(focus * together, (focus + 1) * together)
+    thresholds = selection.log_thresholds.float().cpu()[:, ::together]
     return LayerChoices(
         index=selection.layer.index,
         query_heads=selection.layer.query_heads,
@@ -257,18 +262,26 @@ def record_choices(selection: Selection, recorded: Sequence[int], focus: int) ->
         log_shares=tuple(shares[:, i, : i + 1].numpy().copy() for i in recorded),
         kept=tuple(kept[:, i, : i + 1].numpy().copy() for i in recorded),
         density_by_head=tuple(density.tolist()),
-        dropped_share_at_most=float(dropped.mean()),
-        focus=_measure(selection, kept[:, focus], focus, float(dropped[:, focus].mean())),
+        dropped_share_at_most=float(lost.mean()),
+        focus=_measure(selection, chosen[:, focused], focus, float(lost[:, focused].mean())),
     )
 
 
+def _in_rows_of(together: int, x: torch.Tensor, filling: float) -> torch.Tensor:
+    """Group [Hq, Q, blocks] into [Hq, Q / together, together, blocks], the last group filled up."""
+    missing = -x.shape[1] % together
+    padded = torch.nn.functional.pad(x, (0, 0, 0, missing), value=filling)
+    return padded.reshape(x.shape[0], -1, together, x.shape[2])
+
+
 def _measure(selection: Selection, kept: torch.Tensor, focus: int, estimated: float) -> Focus:
-    """Compute the focus's true attention exactly; kept [Hq, blocks]."""
+    """Compute the focus's true attention exactly; kept [Hq, query blocks, blocks]."""
     size, last = selection.mask.block_k, selection.query.shape[2]
     rows = torch.arange(focus * size, min((focus + 1) * size, last), device=selection.query.device)
     _, mass = block_mass(selection.query, selection.key, scale=selection.layer.scale, block_k=size, rows=rows)
     mass = mass[0].float().cpu()
-    dropped = mass.masked_fill(kept[:, None, :], 0.0).sum(dim=-1)
+    by_row = kept.repeat_interleave(selection.mask.block_q, dim=1)[:, : len(rows)]
+    dropped = mass.masked_fill(by_row, 0.0).sum(dim=-1)
     shares = mass.amax(dim=1)[:, : focus + 1].numpy()
     return Focus(shares, estimated, float(dropped.mean()), float(dropped.max()))
 

@@ -5,7 +5,7 @@ import json
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -34,6 +34,7 @@ class Document:
     path: str
     name: str
     text: str
+    source: str = ""  # the corpus that it came from
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,19 @@ class Corpus:
     name: str
     documents: tuple[Document, ...]
     digest: str
+
+
+def load_corpora(sources: Sequence[str] | None = None) -> Corpus:
+    """Load one or several sources as one corpus; windows then take as much text from each of them."""
+    corpora = [load_corpus(source) for source in sources or (STDLIB,)]
+    if len(corpora) == 1:
+        return corpora[0]
+    documents = [
+        replace(document, source=f"{i} {corpus.name}")
+        for i, corpus in enumerate(corpora)
+        for document in corpus.documents
+    ]
+    return _make_corpus(" + ".join(corpus.name for corpus in corpora), documents)
 
 
 def load_corpus(source: str | None = None) -> Corpus:
@@ -88,16 +102,33 @@ def token_windows(
         raise CorpusError(f"window_tokens is {window_tokens} and num is {num}; both must be at least 1")
     needed = window_tokens * num
     ids: list[int] = []
-    for document in _shuffle(documents, seed):
+    waiting = {source: _shuffle(part, seed) for source, part in by_source(documents).items()}
+    taken = dict.fromkeys(waiting, 0)
+    while waiting:
+        source = min(waiting, key=lambda name: taken[name])  # the same share of each source
+        document = next(waiting[source], None)
+        if document is None:
+            del waiting[source]
+            continue
+        before = len(ids)
         ids.extend(encode_text(tokenizer, document.text))
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
+        taken[source] += len(ids) - before
         if len(ids) >= needed:
             return torch.tensor(ids[:needed], dtype=torch.int64).view(num, window_tokens)
     raise CorpusError(
         f"{num} windows of {window_tokens} tokens need {needed} tokens, but the {len(documents)} document(s) "
         f"hold {len(ids)}; ask for at most {len(ids) // window_tokens} windows, shorten them or add text"
     )
+
+
+def by_source(documents: Sequence[Document]) -> dict[str, list[Document]]:
+    """Return the documents of each source, in their order."""
+    parts: dict[str, list[Document]] = {}
+    for document in documents:
+        parts.setdefault(document.source, []).append(document)
+    return parts
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

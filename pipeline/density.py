@@ -12,7 +12,7 @@ import torch
 
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
-from sentei.pipeline.capture import LayerRecord, Records, row_shares
+from sentei.pipeline.capture import LayerRecord, Records, by_query_block, row_shares
 
 MIN_SHARE, MAX_SHARE = 1e-6, 0.999
 
@@ -31,23 +31,28 @@ def fit_densities(
     records: Records,
     table: RotaryTable,
     densities: Sequence[float],
+    *,
+    block_q: int,
     most: Mapping[int, torch.Tensor] | None = None,
 ) -> list[DensityFit]:
     """Return the fit of each density in (0, 1] on calibration records, forced blocks counted as kept.
 
-    `most` holds, by layer, the share that a KV group's threshold may have at most: [Hkv].
+    Query blocks have `block_q` rows. `most` holds the largest share that each KV group's threshold may have,
+    by layer: [Hkv].
     """
     needs, mass, num_causal, num_forced, num_rows = [], [], 0.0, 0.0, 0
     for index, scorer in scorers.items():
         for record in records[index]:
-            need = row_shares(scorer, record, table)[0][0].amax(dim=2)  # [Hq, n, blocks]
+            rows = by_query_block(row_shares(scorer, record, table)[0][0], block_q)
+            need = rows.amax(dim=2)  # [Hq, n, blocks]
+            per_record = need.shape[1] // len(record.starts)
             if most is not None:
                 own = most[index].log().repeat_interleave(need.shape[0] // len(most[index]))
                 need = need.masked_fill(need > own[:, None, None], 0.0)  # kept at every threshold
-            is_open = record.is_open[None].expand_as(need)
+            is_open = record.is_open.repeat_interleave(per_record, dim=0)[None].expand_as(need)
             needs.append(need[is_open])
-            mass.append(record.mass[0].float().sum(dim=2)[is_open])
-            causal = _causal_blocks(record)
+            mass.append(by_query_block(record.mass[0].float(), block_q).sum(dim=2)[is_open])
+            causal = _causal_blocks(record).repeat_interleave(per_record)
             num_causal += float(causal.sum()) * need.shape[0]
             num_forced += float(causal.clamp_max(2).sum()) * need.shape[0]
             num_rows += record.mass[0, :, :, :, 0].numel()

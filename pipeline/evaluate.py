@@ -258,7 +258,13 @@ def _measure_losses(
                 handle.set_selector(
                     None
                     if kind is None
-                    else RankSelector(kind, by_group[rung_id], adapter.manifest.shapes, table)
+                    else RankSelector(
+                        kind,
+                        by_group[rung_id],
+                        adapter.manifest.shapes,
+                        table,
+                        adapter.ladder.query_block_tokens,
+                    )
                 )
                 handle.reset_stats()
                 hidden[variant] = hidden_at(loaded, text, positions)

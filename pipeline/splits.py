@@ -1,8 +1,8 @@
 """Held-out text, divided so that no step is judged on what it was tuned on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
-from sentei.pipeline.corpus import ALWAYS_HELD_OUT, Corpus, Document, split_documents
+from sentei.pipeline.corpus import ALWAYS_HELD_OUT, Corpus, Document, by_source, split_documents
 
 Documents = tuple[Document, ...]
 
@@ -19,7 +19,21 @@ class TextParts:
 
 
 def split_text(corpus: Corpus) -> TextParts:
-    """Divide a corpus; with fewer than eight held-out documents all four parts share them."""
+    """Divide a corpus, each of its sources for itself."""
+    parts = [
+        _split_source(replace(corpus, documents=tuple(documents)))
+        for documents in by_source(corpus.documents).values()
+    ]
+    return TextParts(
+        *(
+            tuple(document for part in parts for document in getattr(part, field.name))
+            for field in fields(TextParts)
+        )
+    )
+
+
+def _split_source(corpus: Corpus) -> TextParts:
+    """Divide one source; with fewer than eight held-out documents all four parts share them."""
     train, held_out = split_documents(corpus)
     if len(held_out) < 8:
         return TextParts(train, held_out, held_out, held_out, held_out)

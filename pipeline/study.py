@@ -45,6 +45,7 @@ class StudyOptions:
     ranks: tuple[int, ...] = (16, 32, 64)
     missed_needles: tuple[float, ...] = (0.003, 0.03)
     block_tokens: int = 64
+    query_blocks: tuple[int, ...] = (64, 16)  # rows that choose together
     max_epochs: int = 5
     learning_rate: float = 1e-2
     low_rank_learning_rate: float = 5e-4
@@ -57,6 +58,7 @@ class StudyRow:
 
     layer: int
     form: str
+    query_block: int
     dims_per_token: float  # multiply-adds of scoring one query token against one key token
     kl: float
     density: Mapping[str, float]  # by share of needles missed
@@ -92,7 +94,10 @@ def study(
         for done, (index, layer) in enumerate(layers.items()):
             progress(f"study pools of {pool}", done, len(layers))
             for form, scorer in _forms(layer, texts, table, options, pool):
-                rows.append(_judge(index, form, scorer, texts.judged, table, options))
+                rows += [
+                    _judge(index, form, scorer, texts.judged, table, options, block_q)
+                    for block_q in options.query_blocks
+                ]
         progress(f"study pools of {pool}", len(layers), len(layers))
     return sorted(rows, key=lambda row: row.layer)
 
@@ -173,9 +178,11 @@ def _judge(
     judged: Records,
     table: RotaryTable,
     options: StudyOptions,
+    block_q: int,
 ) -> StudyRow:
     records = judged[layer]
-    scored, asking = score_bins(scorer, records, table, ())[0], score_asking(scorer, records, table)
+    (scored,) = score_bins(scorer, records, table, (), block_q)
+    asking = score_asking(scorer, records, table, block_q)
     density, dropped = {}, {}
     for missed in options.missed_needles:
         found = [
@@ -186,6 +193,7 @@ def _judge(
     return StudyRow(
         layer=layer,
         form=form,
+        query_block=block_q,
         dims_per_token=scorer.shape.head_dim if form == EXACT else scorer.dims_per_token,
         kl=mean_divergence(scorer, records, table),
         density=density,

@@ -13,7 +13,15 @@ from sentei.kernels.hf.models import rotary_tables
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.selection import per_head_thresholds
-from sentei.pipeline.capture import LayerRecord, Progress, Text, bos_tokens, capture, row_shares
+from sentei.pipeline.capture import (
+    LayerRecord,
+    Progress,
+    Text,
+    bos_tokens,
+    by_query_block,
+    capture,
+    row_shares,
+)
 from sentei.pipeline.corpus import Document, token_windows
 from sentei.pipeline.models import LoadedModel
 
@@ -142,7 +150,7 @@ def dropped_by_rung(
     with torch.no_grad():
         for index, scorer in adapter.scorers.items():
             for record in records[index]:
-                needs = row_shares(scorer, record, table)[0][0].amax(dim=2)
+                needs = row_shares(scorer, record, table)[0][0]
                 for rung_id, found in rows.items():
                     rung = adapter.ladder.find(rung_id)
                     found.append(dropped_rows(adapter.ladder, rung, index, record, needs))
@@ -152,10 +160,16 @@ def dropped_by_rung(
 def dropped_rows(
     ladder: Ladder, rung: Rung, layer: int, record: LayerRecord, needs: torch.Tensor
 ) -> torch.Tensor:
-    """Return the true mass that a rung drops from each row of a record, all heads in one vector."""
+    """Return the true mass that a rung drops from each row of a record, all heads in one vector.
+
+    `needs` are the rows' own log shares [Hq, n, rows, blocks].
+    """
     limits = per_head_thresholds(ladder.thresholds(rung, layer), record.starts, needs.shape[0])
-    is_dropped = (needs <= limits) & record.is_open & (record.starts >= rung.break_even_tokens)[:, None]
-    return (record.mass[0].float() * is_dropped[:, :, None, :]).sum(dim=-1).flatten()
+    together = by_query_block(needs, ladder.query_block_tokens).amax(dim=2, keepdim=True)
+    best = together.expand(-1, -1, ladder.query_block_tokens, -1).reshape(needs.shape)
+    is_open = record.is_open & (record.starts >= rung.break_even_tokens)[:, None]
+    is_dropped = (best <= limits[:, :, None]) & is_open[:, None, :]
+    return (record.mass[0].float() * is_dropped).sum(dim=-1).flatten()
 
 
 def _run_rung(

@@ -31,9 +31,15 @@ class Shape:
     kv_heads: int = 1
     head_dim: int = 64
     block: int = 64
+    query_block: int | None = None  # rows that choose together; None: as many as a key block holds
     batch: int = 1
     dtype: torch.dtype = torch.float32
     shares_lists: bool = False  # one list of blocks per KV group instead of one per query head
+
+    @property
+    def block_q(self) -> int:
+        """Rows of a query block."""
+        return self.block if self.query_block is None else self.query_block
 
     @property
     def lists(self) -> int:
@@ -57,7 +63,7 @@ def make_mask(shape: Shape, density: float, *, q_len: int | None = None, seed: i
     """Return a random causal mask for each list; sink and diagonal are kept, the rest meets the density."""
     generator = torch.Generator().manual_seed(seed)
     rows = shape.tokens if q_len is None else q_len
-    starts = block_starts(rows, shape.block, shape.tokens - rows, torch.device("cpu"))
+    starts = block_starts(rows, shape.block_q, shape.tokens - rows, torch.device("cpu"))
     num = -(-shape.tokens // shape.block)
     noise = torch.rand(shape.batch, shape.lists, len(starts), num, generator=generator).log()
     return _select(shape, noise, starts, rows, density)
@@ -74,7 +80,7 @@ class TimedScorer:
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor) -> BlockMask:
         """Choose blocks for one prompt, from nothing but its queries and keys."""
-        shares, starts = _score(self.scorer, self.table, q, k)
+        shares, starts = _score(self.shape, self.scorer, self.table, q, k)
         return _choose(self.shape, shares, starts, q.shape[2], self.thresholds)
 
 
@@ -89,16 +95,16 @@ def make_scorer(
         scorer.start_from(q[0], k[0])
     angles = torch.arange(shape.tokens)[:, None] * 1e-4 ** torch.linspace(0, 1, shape.head_dim)
     table = RotaryTable(angles.cos(), angles.sin())
-    shares, starts = _score(scorer, table, q, k)
+    shares, starts = _score(shape, scorer, table, q, k)
     return TimedScorer(shape, scorer, table, _meet(shape, shares, starts, q.shape[2], density))
 
 
 def _score(
-    scorer: BlockScorer, table: RotaryTable, q: torch.Tensor, k: torch.Tensor
+    shape: Shape, scorer: BlockScorer, table: RotaryTable, q: torch.Tensor, k: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         keys = PooledCache(scorer).update(k, k.shape[2], table)
-        return score_blocks(scorer, q, k, keys, table=table)
+        return score_blocks(scorer, q, k, keys, table=table, block_q=shape.block_q)
 
 
 def _select(shape: Shape, scores: torch.Tensor, starts: torch.Tensor, rows: int, density: float) -> BlockMask:
@@ -110,9 +116,9 @@ def _select(shape: Shape, scores: torch.Tensor, starts: torch.Tensor, rows: int,
 def _meet(shape: Shape, scores: torch.Tensor, starts: torch.Tensor, rows: int, density: float) -> Thresholds:
     """One threshold over all heads and rows that keeps `density` of the causal blocks, forced ones too."""
     forced = forced_blocks(
-        starts, scores.shape[-1], q_end=shape.tokens, block_q=shape.block, block_k=shape.block
+        starts, scores.shape[-1], q_end=shape.tokens, block_q=shape.block_q, block_k=shape.block
     )
-    own = (shape.tokens - rows + (torch.arange(len(starts)) + 1) * shape.block - 1) // shape.block
+    own = (shape.tokens - rows + (torch.arange(len(starts)) + 1) * shape.block_q - 1) // shape.block
     causal = float((own.clamp(max=scores.shape[-1] - 1) + 1).sum())
     heads = scores.shape[0] * scores.shape[1]
     budget = round((density * causal - float(forced.sum())) * heads)
@@ -137,6 +143,6 @@ def _choose(
         q_len=rows,
         kv_len=shape.tokens,
         q_offset=shape.tokens - rows,
-        block_q=shape.block,
+        block_q=shape.block_q,
         block_k=shape.block,
     )

@@ -41,6 +41,7 @@ class Row:
     kv_heads: int
     head_dim: int
     block: int
+    query_block: int
     dtype: str
     lists: str  # one list of blocks per query head, or one per KV group
     density: float
@@ -216,6 +217,7 @@ class _RowMaker:
                     kv_heads=shape.kv_heads,
                     head_dim=shape.head_dim,
                     block=shape.block,
+                    query_block=shape.block_q,
                     dtype=str(shape.dtype).removeprefix("torch."),
                     lists="group" if shape.shares_lists else "head",
                     density=density,

@@ -19,6 +19,7 @@ from torch import nn
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, dense_ladder, ladder_from_dict
 from sentei.kernels.hf.low_rank import LowRank, LowRankInfo, info_from_dict, low_rank_from_tensors
 from sentei.kernels.hf.models import AdapterError, Fingerprint, fingerprint, thinnable_layers
+from sentei.kernels.ops.block_mask import BLOCK_MIN
 from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
 
 SCORER_FILE, LADDER_FILE, MANIFEST_FILE = "scorer.safetensors", "ladder.json", "manifest.json"
@@ -48,6 +49,17 @@ class Adapter:
     ladder: Ladder
     folder: Path | None = None
     low_rank: LowRank | None = None
+
+    def __post_init__(self) -> None:
+        rows = self.ladder.query_block_tokens
+        if len(self.ladder.rungs) == 1:  # dense alone chooses nothing
+            return
+        for index, shape in self.manifest.shapes.items():
+            if rows < BLOCK_MIN or shape.block_tokens % rows:
+                raise AdapterError(
+                    f"query_block_tokens is {rows}, but layer {index} has blocks of {shape.block_tokens}; "
+                    f"give a divisor of that, at least {BLOCK_MIN}: sentei calibrate --query-block"
+                )
 
     def with_ladder(self, ladder: Ladder) -> "Adapter":
         """Return the same scorers under another ladder."""
@@ -87,7 +99,7 @@ def uncalibrated_ladder(adapter: Adapter, shares: Mapping[str, float]) -> Ladder
     for rung_id, share in shares.items():
         thresholds = {i: ((share,),) * shape.kv_heads for i, shape in adapter.manifest.shapes.items()}
         rungs.append(Rung(rung_id, thresholds, bound_dropped_mass=1.0))
-    return Ladder(tuple(rungs), ())
+    return Ladder(tuple(rungs), (), _block_tokens(adapter.manifest))
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> Adapter:
@@ -131,8 +143,14 @@ def load_adapter(path: str | Path, model: nn.Module) -> Adapter:
         index: _load_scorer(index, shape, float(data["scales"][str(index)]), weights, folder).to(device)
         for index, shape in manifest.shapes.items()
     }
-    ladder = ladder_from_dict(_read_json(folder / LADDER_FILE))
+    # Ladders of before 2026-11-26 do not name their query blocks: they were as long as key blocks.
+    named = {"query_block_tokens": _block_tokens(manifest)} | _read_json(folder / LADDER_FILE)
+    ladder = ladder_from_dict(named)
     return Adapter(manifest, scorers, ladder, folder, _load_low_rank(manifest.low_rank, folder, model))
+
+
+def _block_tokens(manifest: Manifest) -> int:
+    return max(shape.block_tokens for shape in manifest.shapes.values())
 
 
 def library_versions() -> dict[str, str]:

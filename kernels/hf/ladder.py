@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sentei.kernels.hf.models import AdapterError
+from sentei.kernels.ops.block_mask import DEFAULT_BLOCK
 from sentei.kernels.scorer.selection import Thresholds
 
 DENSE = "dense"
@@ -45,10 +46,14 @@ class Rung:
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """Rung 0 (`dense`) and the calibrated rungs after it; length bins end before these positions."""
+    """Rung 0 (`dense`) and the calibrated rungs after it; length bins end before these positions.
+
+    Each query block of `query_block_tokens` rows chooses its key blocks; thresholds hold for that size alone.
+    """
 
     rungs: tuple[Rung, ...]
     bin_edges_tokens: tuple[int, ...]
+    query_block_tokens: int = DEFAULT_BLOCK
 
     def __post_init__(self) -> None:
         ids = [rung.id for rung in self.rungs]
@@ -72,14 +77,19 @@ class Ladder:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {"bin_edges_tokens": list(self.bin_edges_tokens), "rungs": [asdict(r) for r in self.rungs]}
+        return {
+            "bin_edges_tokens": list(self.bin_edges_tokens),
+            "query_block_tokens": self.query_block_tokens,
+            "rungs": [asdict(r) for r in self.rungs],
+        }
 
 
 def ladder_from_dict(data: Mapping[str, Any]) -> Ladder:
     """Read back what Ladder.to_dict wrote."""
     try:
         rungs = tuple(_rung_from_dict(item) for item in data["rungs"])
-        return Ladder(rungs, tuple(int(edge) for edge in data["bin_edges_tokens"]))
+        edges = tuple(int(edge) for edge in data["bin_edges_tokens"])
+        return Ladder(rungs, edges, int(data["query_block_tokens"]))
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"the ladder is broken ({error!r}); calibrate again") from error
 

@@ -246,10 +246,10 @@ class Retrofit:
     ) -> BlockMask:
         assert self.adapter is not None
         scorer = self.adapter.scorers[layer.index]
-        block = scorer.shape.block_tokens
+        block_q = self._ladder.query_block_tokens
         offset = key.shape[2] - query.shape[2]
         thresholds = self._thresholds[layer.index]
-        shares, starts = score_blocks(scorer, query, key, pooled, table=self._rotary(key))
+        shares, starts = score_blocks(scorer, query, key, pooled, table=self._rotary(key), block_q=block_q)
         if self.fault is not None:
             shares = self.fault.shift(shares, starts)
         mask = select_blocks(
@@ -259,8 +259,8 @@ class Retrofit:
             q_len=query.shape[2],
             kv_len=key.shape[2],
             q_offset=offset,
-            block_q=block,
-            block_k=block,
+            block_q=block_q,
+            block_k=scorer.shape.block_tokens,
         )
         if self._observer is not None:
             cut = per_head_thresholds(thresholds, starts, layer.query_heads)[..., 0]

@@ -11,7 +11,7 @@ from sentei.kernels.ops.block_mask import BlockMask
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:
-    """The scorer's choice in one attention call of one layer; blocks of queries and keys are of one size."""
+    """The scorer's choice in one attention call of one layer, by query block (mask.block_q rows)."""
 
     layer: LayerInfo
     query: torch.Tensor  # [B, Hq, Tq, D]

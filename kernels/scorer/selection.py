@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask
 from sentei.kernels.ops.registry import is_native_usable
 from sentei.kernels.ops.select import Grid, Threshold, select_lists
 from sentei.kernels.scorer.features import RotaryTable, unrotate
@@ -38,10 +38,10 @@ class QueryBlocks:
     starts: torch.Tensor
 
 
-def cut_queries(q: torch.Tensor, table: RotaryTable, *, block_tokens: int, q_offset: int) -> QueryBlocks:
+def cut_queries(q: torch.Tensor, table: RotaryTable, *, block_q: int, q_offset: int) -> QueryBlocks:
     """Cut q [B, Hq, T, D] into blocks; the last one is filled up with copies of the last row."""
     B, H, T, D = q.shape
-    rows = min(block_tokens, T)
+    rows = min(block_q, T)
     num = -(-T // rows)
     index = torch.arange(num * rows, device=q.device).clamp_max(T - 1)
     padded = q if num * rows == T else q[:, :, index]
@@ -103,6 +103,7 @@ def score_blocks(
     keys: torch.Tensor,
     *,
     table: RotaryTable,
+    block_q: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the neediest row's estimated log share per query block and key block, and the blocks' starts.
 
@@ -110,20 +111,22 @@ def score_blocks(
         q: the newest queries [B, Hq, Tq, D]; the last one sits on the last key.
         k: all keys [B, Hkv, Tk, D].
         keys: their encoded pools [B, Hkv, P, E].
+        block_q: rows of a query block; as long as a key block if None.
 
     Returns:
         [B, Hq, n, blocks] and [n].
     """
     block = scorer.shape.block_tokens
+    block_q = block if block_q is None else block_q
     B, Hq, q_len, _ = q.shape
     kv_len = k.shape[2]
     q_offset = kv_len - q_len
-    starts = block_starts(q_len, block, q_offset, q.device)
+    starts = block_starts(q_len, block_q, q_offset, q.device)
     result = torch.full((B, Hq, len(starts), -(-kv_len // block)), float("-inf"), device=q.device)
     if scorer.has_native_program and is_native_usable(q.device.type, block):
-        _fill_native(scorer, q, k, keys, table, result)
+        _fill_native(scorer, q, k, keys, table, result, block_q)
     else:
-        _fill_chunks(scorer, q, k, keys, table, starts, result)
+        _fill_chunks(scorer, q, k, keys, table, starts, result, block_q)
     if torch.isnan(result).any():
         raise ScorerError(
             "the scorer gave NaN; queries, keys or adapter weights hold NaN or infinite values: "
@@ -140,19 +143,20 @@ def _fill_chunks(
     table: RotaryTable,
     starts: torch.Tensor,
     result: torch.Tensor,
+    block_q: int,
 ) -> None:
     block = scorer.shape.block_tokens
     per_block = block // scorer.shape.pool_tokens
     q_offset = k.shape[2] - q.shape[2]
-    room = MAX_SCORES_PER_CHUNK // (q.shape[0] * q.shape[1] * block * per_block)
+    room = MAX_SCORES_PER_CHUNK * block // (q.shape[0] * q.shape[1] * block_q * block_q * per_block)
     first = 0
     while first < len(starts):
-        row = first * block
-        last = min(first + _chunk_blocks(q_offset // block + first, room), len(starts))
-        visible = (q_offset + (last - 1) * block) // block
+        row = first * block_q
+        last = min(first + _chunk_blocks(q_offset // block_q + first, room), len(starts))
+        visible = (q_offset + (last - 1) * block_q) // block
         if visible > 1:  # else only sink and diagonal are in sight
-            rows = q[:, :, row : last * block]
-            blocks = cut_queries(rows, table, block_tokens=block, q_offset=q_offset + row)
+            rows = q[:, :, row : last * block_q]
+            blocks = cut_queries(rows, table, block_q=block_q, q_offset=q_offset + row)
             lse = forced_lse(blocks, k, scale=scorer.scale, block_tokens=block, q_len_end=k.shape[2])
             shares, _ = log_shares(scorer, blocks, keys[:, :, : visible * per_block], lse)
             result[:, :, first:last, : shares.shape[-1]] = shares.amax(dim=3)
@@ -167,6 +171,7 @@ def _fill_native(
     keys: torch.Tensor,
     table: RotaryTable,
     result: torch.Tensor,
+    block_q: int,
 ) -> None:
     from sentei.kernels.ops.native.calls import ScorerWeights, best_shares_native
 
@@ -181,7 +186,7 @@ def _fill_native(
         pool_tokens=scorer.shape.pool_tokens,
     )
     for b in range(q.shape[0]):
-        best_shares_native(q[b], k[b], keys[b], weights, result[b])
+        best_shares_native(q[b], k[b], keys[b], weights, result[b], block_q)
 
 
 def _chunk_blocks(before: int, room: int) -> int:
@@ -189,9 +194,17 @@ def _chunk_blocks(before: int, room: int) -> int:
     return max(1, int((math.sqrt(before * before + 4 * room) - before) / 2))
 
 
-def block_starts(q_len: int, block_tokens: int, q_offset: int, device: torch.device) -> torch.Tensor:
+def pick_query_block(device_type: str) -> int:
+    """Return how many rows should choose together: fewer share fewer needs, and lose less (docs/adr/0012).
+
+    On CPUs tiles of 16 rows take no longer than tiles of 64; a GPU's matrix units want the larger ones.
+    """
+    return 16 if device_type == "cpu" else DEFAULT_BLOCK
+
+
+def block_starts(q_len: int, block_q: int, q_offset: int, device: torch.device) -> torch.Tensor:
     """Return the position of each query block's first row."""
-    return torch.arange(-(-q_len // block_tokens), device=device) * block_tokens + q_offset
+    return torch.arange(-(-q_len // block_q), device=device) * block_q + q_offset
 
 
 def select_blocks(

@@ -25,11 +25,11 @@ class UntrainedScorer(BlockScorer):
     def __init__(self, shape: ScorerShape, scale: float) -> None:
         super().__init__(replace(shape, form="residual", pool_tokens=1, rank=1), scale)
 
-    def encode_queries(self, q: torch.Tensor, q_plain: torch.Tensor) -> torch.Tensor:
+    def encode_queries(self, q: torch.Tensor, q_plain: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """Return [B, Hq, T, D], scaled; the plain queries are not looked at."""
         return q * self.scale
 
-    def encode_keys(self, pooled: torch.Tensor, pooled_plain: torch.Tensor) -> torch.Tensor:
+    def encode_keys(self, pooled: torch.Tensor, pooled_plain: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """Return the keys as they are, [B, Hkv, T, D]."""
         return pooled
 
@@ -37,7 +37,7 @@ class UntrainedScorer(BlockScorer):
 class MinMaxScorer(UntrainedScorer):
     """An upper bound of every logit in a page, from the least and largest key per dimension.
 
-    Quest (Tang et al., 2024, section 3.2): sum over dimensions of max(q m, q M); a block is as good as its best page.
+    Quest (Tang et al., 2024, section 3.2): the sum over dimensions of max(q m, q M), of the best page.
     """
 
     @property
@@ -62,14 +62,15 @@ class MinMaxScorer(UntrainedScorer):
 class AntidiagonalScorer(UntrainedScorer):
     """The mean logit along each antidiagonal of small tiles, every pair of tokens touched once in `stride`.
 
-    XAttention (Xu et al., 2025, section 2.1): in tiles of stride by stride, queries in order meet keys in reverse.
+    XAttention (Xu et al., 2025, section 2.1): in tiles of stride by stride, queries meet keys in reverse.
     """
 
     def __init__(self, shape: ScorerShape, scale: float) -> None:
         super().__init__(shape, scale)
         if shape.block_tokens % STRIDE_TOKENS:
             raise ScorerError(
-                f"block_tokens is {shape.block_tokens}, not a multiple of the antidiagonals' stride {STRIDE_TOKENS}"
+                f"block_tokens is {shape.block_tokens}, not a multiple of the antidiagonals' "
+                f"stride {STRIDE_TOKENS}"
             )
 
     @property

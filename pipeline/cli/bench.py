@@ -29,7 +29,10 @@ def kernels(
     op: Annotated[list[str] | None, typer.Option(help="prefill, decode or block_mass; repeatable.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Prompt or cache length; repeatable.")] = None,
     head_dim: Annotated[list[int] | None, typer.Option(help="Head size; repeatable.")] = None,
-    block: Annotated[list[int] | None, typer.Option(help="Key and query block; repeatable.")] = None,
+    block: Annotated[list[int] | None, typer.Option(help="Key block; repeatable.")] = None,
+    query_block: Annotated[
+        int | None, typer.Option(help="Rows that choose together [default: what calibrate picks].")
+    ] = None,
     density: Annotated[list[float] | None, typer.Option(help="Share of blocks; repeatable.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; repeatable.")] = None,
     heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 4,
@@ -50,6 +53,7 @@ def kernels(
     from sentei.kernels.bench.ledger import append_rows
     from sentei.kernels.bench.machine import measure_machine
     from sentei.kernels.bench.run import OPS, Options, run_op
+    from sentei.kernels.scorer.selection import pick_query_block
     from sentei.pipeline.home import sentei_home
     from sentei.pipeline.plots import save_speedups
 
@@ -75,6 +79,7 @@ def kernels(
                 kv_heads=kv_heads,
                 head_dim=dim,
                 block=size,
+                query_block=query_block or pick_query_block("cpu"),
                 batch=batch if name == "decode" else 1,
                 dtype=getattr(torch, precision),
                 shares_lists=lists == "group",
@@ -126,7 +131,8 @@ def _show(rows: Sequence[Row], machine: Machine, output: Output) -> None:
         speedups = [f"{by_name[name].speedup:.2f}" if name in by_name else "" for name in names]
         table.add_row(
             f"{key.op}{' + scorer' if key.with_scorer and key.op == 'prefill' else ''}",
-            f"{key.batch}x{key.tokens} {key.heads}:{key.kv_heads}x{key.head_dim} b{key.block} {key.dtype}",
+            f"{key.batch}x{key.tokens} {key.heads}:{key.kv_heads}x{key.head_dim} "
+            f"b{key.query_block}x{key.block} {key.dtype}",
             f"{key.density:.1%}",
             f"{key.median_ms:.4g} ({key.p20_ms:.4g}-{key.p80_ms:.4g})",
             *speedups,
@@ -145,7 +151,9 @@ def prefill(
     model: Annotated[
         str, typer.Option(help="pocket, gemma-3-270m, a checkpoint folder or a hub id.")
     ] = "pocket",
-    corpus: Annotated[str | None, typer.Option(help="Text to run [default: the standard library].")] = None,
+    corpus: Annotated[
+        list[str] | None, typer.Option(help="Text to run; repeatable [default: the standard library].")
+    ] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Prompt length; repeatable.", min=256)] = None,
     rung: Annotated[list[str] | None, typer.Option(help="Rung; repeatable [default: all].")] = None,
     dense: Annotated[

@@ -12,8 +12,10 @@ from sentei.pipeline.home import sentei_home
 
 Model = Annotated[str, typer.Option("--model", help="pocket, gemma-3-270m, a checkpoint folder or a hub id.")]
 CorpusName = Annotated[
-    str | None,
-    typer.Option("--corpus", help="A text file, .jsonl or folder [default: the standard library]."),
+    list[str] | None,
+    typer.Option(
+        "--corpus", help="A text file, .jsonl, folder or stdlib, the default; repeatable, in equal parts."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Windows = Annotated[int | None, typer.Option("--windows", help="Number of text windows.", min=1)]
@@ -68,7 +70,7 @@ def run_distill(
     )
 
 
-def _run_joint(model: str, corpus: str | None, changes: dict[str, Any], *, as_json: bool) -> None:
+def _run_joint(model: str, corpus: list[str] | None, changes: dict[str, Any], *, as_json: bool) -> None:
     from sentei.pipeline.joint import JointOptions
     from sentei.pipeline.steps import joint_step
 
@@ -112,6 +114,10 @@ def run_calibrate(
             max=1.0,
         ),
     ] = None,
+    query_block: Annotated[
+        int | None,
+        typer.Option(help="Rows that choose together: 16, 32 or 64 [default: 16 on a CPU, 64 on a GPU]."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn scores into a ladder of rungs, each verified on held-out text."""
@@ -130,6 +136,7 @@ def run_calibrate(
         window_tokens=tokens,
         num_windows=windows,
         targets=density_targets(density, asked) if density else None,
+        query_block_tokens=query_block,
     )
     bench = open_bench(model, corpus, output)
     with output.progress() as progress:
@@ -156,10 +163,11 @@ def run_study(
         rows = study(bench.loaded, bench.corpus, options, progress)
     missed = [f"{share:g}" for share in options.missed_needles]
     columns = [f"kept / dropped, {float(share):.1%} of needles missed" for share in missed]
-    table = Table("layer", "form", "dims per token", "KL", *columns)
+    table = Table("layer", "form", "dims per token", "query block", "KL", *columns)
     for row in rows:
         found = [f"{row.density[share]:.2f} / {row.dropped_mass[share]:.2f}" for share in missed]
-        table.add_row(str(row.layer), row.form, f"{row.dims_per_token:g}", f"{row.kl:.3f}", *found)
+        sizes = (f"{row.dims_per_token:g}", str(row.query_block))
+        table.add_row(str(row.layer), row.form, *sizes, f"{row.kl:.3f}", *found)
     output.say(table)
     output.emit({"model": model, "rows": [row.to_dict() for row in rows]})
 
@@ -183,14 +191,14 @@ def run_register(
     output.emit(to_plain(version))
 
 
-def open_bench(model: str, corpus: str | None, output: Output) -> Any:
+def open_bench(model: str, corpus: list[str] | None, output: Output) -> Any:
     """Load model and corpus, and say so."""
-    from sentei.pipeline.corpus import load_corpus
+    from sentei.pipeline.corpus import load_corpora
     from sentei.pipeline.models import resolve_model
     from sentei.pipeline.steps import Workbench
 
     with output.errors.status(f"loading {model}"):
-        bench = Workbench(resolve_model(model), load_corpus(corpus), sentei_home().create())
+        bench = Workbench(resolve_model(model), load_corpora(corpus), sentei_home().create())
     dtype = next(bench.loaded.model.parameters()).dtype
     output.say(f"[bold]{model}[/] in {str(dtype).removeprefix('torch.')}, corpus {bench.corpus.name}")
     return bench

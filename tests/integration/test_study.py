@@ -7,14 +7,26 @@ from sentei.pipeline.models import resolve_model
 from sentei.pipeline.study import StudyOptions, StudyRow, study
 
 SMALL = StudyOptions(
-    window_tokens=1024, num_windows=3, blocks_per_window=8, pools=(4,), ranks=(32,), max_epochs=2
+    window_tokens=1024,
+    num_windows=3,
+    blocks_per_window=8,
+    pools=(4,),
+    ranks=(32,),
+    max_epochs=2,
+    query_blocks=(64, 16),
 )
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[tuple[int, str], StudyRow]:
+def every_row() -> list[StudyRow]:
     """Run the study once."""
-    return {(row.layer, row.form): row for row in study(resolve_model("pocket"), load_corpus(), SMALL)}
+    return study(resolve_model("pocket"), load_corpus(), SMALL)
+
+
+@pytest.fixture
+def rows(every_row: list[StudyRow]) -> dict[tuple[int, str], StudyRow]:
+    """Return the rows of query blocks as long as key blocks."""
+    return {(row.layer, row.form): row for row in every_row if row.query_block == 64}
 
 
 def test_every_layer_has_every_form(rows: dict[tuple[int, str], StudyRow]) -> None:
@@ -44,3 +56,11 @@ def test_single_tokens_in_32_dimensions_beat_means_of_four(rows: dict[tuple[int,
     assert low.dims_per_token == mean.dims_per_token == 32
     assert low.kl < mean.kl
     assert rows[1, "low rank 32, trained"].kl <= rows[1, "low rank 32, start"].kl
+
+
+def test_fewer_rows_that_choose_together_need_fewer_blocks(every_row: list[StudyRow]) -> None:
+    """With exact scores, query blocks of 16 keep a smaller share in every layer to miss as few needles."""
+    exact = {(row.layer, row.query_block): row.density["0.03"] for row in every_row if row.form == "exact"}
+
+    assert all(exact[layer, 16] <= exact[layer, 64] for layer in range(4))
+    assert any(exact[layer, 16] < 0.9 * exact[layer, 64] for layer in range(4))

@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from sentei.pipeline.corpus import CorpusError, Document, load_corpus, split_documents, token_windows
+from sentei.pipeline.corpus import (
+    CorpusError,
+    Document,
+    load_corpora,
+    load_corpus,
+    split_documents,
+    token_windows,
+)
+from sentei.pipeline.splits import split_text
 
 
 class ByteTokenizer:
@@ -113,3 +121,31 @@ def test_short_corpus_names_the_numbers() -> None:
     """Too little text is an error with what was asked, what there is and what would work."""
     with pytest.raises(CorpusError, match=r"9 windows of 64 tokens need 576 tokens.*hold 102; .*at most 1 "):
         token_windows(ByteTokenizer(), make_documents(2), 64, 9, seed=0)
+
+
+def test_several_sources_give_equal_parts_of_each_window_draw(tmp_path: Path) -> None:
+    """A small source is not drowned by a large one: windows take as many tokens from each while both last."""
+    for name, letter, num in (("large", "l", 200), ("small", "s", 20)):
+        (tmp_path / name).mkdir()
+        for i in range(num):
+            (tmp_path / name / f"{i}.txt").write_text(letter * 99, encoding="utf-8")
+    corpus = load_corpora([str(tmp_path / "large"), str(tmp_path / "small")])
+
+    ids = token_windows(ByteTokenizer(), corpus.documents, window_tokens=400, num=5, seed=1).flatten()
+
+    assert corpus.name == "large + small"
+    assert len(corpus.documents) == 220
+    assert int((ids == ord("s")).sum()) == int((ids == ord("l")).sum()) == 990
+
+
+def test_each_source_is_split_for_itself(tmp_path: Path) -> None:
+    """Every part of the split has text of both sources, and no document that another source trains on."""
+    for name, num in (("one", 400), ("two", 40)):
+        (tmp_path / name).mkdir()
+        for i in range(num):
+            (tmp_path / name / f"{name}{i}.txt").write_text(f"text {i}", encoding="utf-8")
+    parts = split_text(load_corpora([str(tmp_path / "one"), str(tmp_path / "two")]))
+
+    for part in (parts.early_stop, parts.calibrate, parts.verify, parts.evaluate):
+        assert {document.name[:3] for document in part} == {"one", "two"}
+        assert not set(part) & set(parts.train)

@@ -42,30 +42,36 @@ def make_record(seed: int = 0) -> LayerRecord:
     )
 
 
-def kept_share(record: LayerRecord, scorer: BlockScorer, fit: DensityFit) -> tuple[float, float]:
+def kept_share(
+    record: LayerRecord, scorer: BlockScorer, fit: DensityFit, block_q: int = BLOCK
+) -> tuple[float, float]:
     """Count the causal blocks that a threshold keeps, one query block at a time, and the mass it drops."""
-    need = row_shares(scorer, record, make_table())[0][0].amax(dim=2)
+    shares = row_shares(scorer, record, make_table())[0][0]
     kept = causal = 0
     dropped = 0.0
     for i_q, start in enumerate(record.starts.tolist()):
         own = start // BLOCK
         causal += 2 * (own + 1)
         for head in range(2):
-            passes = need[head, i_q, 1:own].exp() > fit.share
-            kept += 2 + int(passes.sum())
-            dropped += float((record.mass[0, head, i_q, :, 1:own].float() * ~passes).sum())
+            for first in range(0, BLOCK, block_q):
+                rows = slice(first, first + block_q)
+                passes = shares[head, i_q, rows, 1:own].amax(dim=0).exp() > fit.share
+                kept += 2 + int(passes.sum())
+                dropped += float((record.mass[0, head, i_q, rows, 1:own].float() * ~passes).sum())
+    causal *= BLOCK // block_q
     return kept / causal, dropped / (2 * len(record.starts) * BLOCK)
 
 
+@pytest.mark.parametrize("block_q", [BLOCK, BLOCK // 4])
 @pytest.mark.parametrize("density", [0.4, 0.6, 0.9])
-def test_the_threshold_keeps_the_density(density: float) -> None:
+def test_the_threshold_keeps_the_density(density: float, block_q: int) -> None:
     """Sink and diagonal included, the kept blocks are the wanted share; the dropped mass is the rest's."""
     record, scorer = make_record(), BlockScorer(SHAPE, 8**-0.5)
 
-    (fit,) = fit_densities({0: scorer}, {0: [record]}, make_table(), [density])
+    (fit,) = fit_densities({0: scorer}, {0: [record]}, make_table(), [density], block_q=block_q)
 
     with torch.no_grad():
-        kept, dropped = kept_share(record, scorer, fit)
+        kept, dropped = kept_share(record, scorer, fit, block_q)
     assert kept == pytest.approx(density, abs=0.01)
     assert fit.dropped_mass == pytest.approx(dropped, rel=1e-2)
 
@@ -76,7 +82,7 @@ def test_blocks_flow_to_the_layer_that_needs_them() -> None:
     sharp = LayerRecord(**{name: getattr(sharp, name) for name in LayerRecord.__slots__} | {"q": 4 * sharp.q})
     scorers = {0: BlockScorer(SHAPE, 8**-0.5), 1: BlockScorer(SHAPE, 8**-0.5)}
 
-    (fit,) = fit_densities(scorers, {0: [spread], 1: [sharp]}, make_table(), [0.5])
+    (fit,) = fit_densities(scorers, {0: [spread], 1: [sharp]}, make_table(), [0.5], block_q=BLOCK)
 
     with torch.no_grad():
         own, other = kept_share(spread, scorers[0], fit)[0], kept_share(sharp, scorers[1], fit)[0]
@@ -84,11 +90,46 @@ def test_blocks_flow_to_the_layer_that_needs_them() -> None:
     assert (own + other) / 2 == pytest.approx(0.5, abs=0.01)
 
 
+def test_fewer_rows_that_choose_together_drop_less_at_the_same_density() -> None:
+    """Rows of a query block share their blocks: a quarter of them finds more of its own mass in as many."""
+    record, scorer = make_record(), BlockScorer(SHAPE, 8**-0.5)
+    shares = row_shares(scorer, record, make_table())[0].exp().nan_to_num()
+    guessed = LayerRecord(
+        **{name: getattr(record, name) for name in LayerRecord.__slots__} | {"mass": shares.half()}
+    )
+
+    together, apart = (
+        fit_densities({0: scorer}, {0: [guessed]}, make_table(), [0.5], block_q=rows)[0]
+        for rows in (BLOCK, BLOCK // 4)
+    )
+
+    assert apart.dropped_mass < 0.95 * together.dropped_mass
+
+
+def test_a_group_that_must_not_miss_keeps_its_own_threshold_and_the_rest_pays() -> None:
+    """A limit on one layer's threshold keeps its blocks; the other's rises, and the density stays."""
+    records = {0: [make_record()], 1: [make_record(1)]}
+    scorers = {0: BlockScorer(SHAPE, 8**-0.5), 1: BlockScorer(SHAPE, 8**-0.5)}
+    (free,) = fit_densities(scorers, records, make_table(), [0.5], block_q=BLOCK)
+    limits = {0: torch.tensor([0.7 * free.share]), 1: torch.tensor([0.999])}
+    (held,) = fit_densities(scorers, records, make_table(), [0.5], block_q=BLOCK, most=limits)
+
+    assert limits[0] < free.share < held.share
+    with torch.no_grad():
+        kept = [
+            kept_share(records[i][0], scorers[i], DensityFit(min(held.share, float(limits[i])), 0.0))[0]
+            for i in (0, 1)
+        ]
+    assert sum(kept) / 2 == pytest.approx(0.5, abs=0.01)
+
+
 def test_what_is_forced_is_kept_at_any_density() -> None:
     """A density below sink and diagonal keeps these alone; a density of 1 keeps everything."""
     scorer = BlockScorer(SHAPE, 8**-0.5)
 
-    least, all_of_them = fit_densities({0: scorer}, {0: [make_record()]}, make_table(), [0.01, 1.0])
+    least, all_of_them = fit_densities(
+        {0: scorer}, {0: [make_record()]}, make_table(), [0.01, 1.0], block_q=BLOCK
+    )
 
     assert least.share == 0.999
     assert (all_of_them.share, all_of_them.dropped_mass) == (1e-6, 0.0)

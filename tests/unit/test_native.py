@@ -187,6 +187,33 @@ def test_scores_and_lists_equal_the_plain_path(
     assert mask.density() < 1
 
 
+@pytest.mark.parametrize("q_len", [1, 16, 100, 333, 700])
+@pytest.mark.parametrize("block_q", [16, 32])
+def test_short_query_blocks_score_as_the_plain_path_does(
+    q_len: int, block_q: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Query blocks shorter than key blocks: the same scores, and together those of long query blocks."""
+    generator = torch.Generator().manual_seed(q_len)
+    q, k = (2 * torch.randn(2, heads, 700, 32, generator=generator) for heads in (4, 2))
+    q = q[:, :, -q_len:]
+    scorer, table = make_scorer(64, 4, "residual"), make_table(700)
+    keys = PooledCache(scorer).update(k, 700, table)
+    with torch.no_grad():
+        native, starts = score_blocks(scorer, q, k, keys, table=table, block_q=block_q)
+        whole, _ = score_blocks(scorer, q, k, keys, table=table)
+        monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
+        plain, _ = score_blocks(scorer, q, k, keys, table=table, block_q=block_q)
+
+    assert starts.tolist() == list(range(700 - q_len, 700, block_q))
+    torch.testing.assert_close(native, plain, rtol=1e-5, atol=1e-5)
+    if q_len == 700:  # block borders agree
+        parts = torch.nn.functional.pad(
+            native, (0, 0, 0, -native.shape[2] % (64 // block_q)), value=-torch.inf
+        )
+        merged = parts.unflatten(2, (-1, 64 // block_q)).amax(dim=3)
+        torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("pool", "form"), [(16, "residual"), (4, "residual"), (1, "low_rank")])
 def test_scores_of_bf16_are_as_close_as_plain_ones(
     pool: int, form: Form, monkeypatch: pytest.MonkeyPatch

@@ -82,7 +82,7 @@ def test_the_estimate_is_exact_where_keys_of_a_pool_are_equal() -> None:
     q, k, table = make_inputs(64)
     k = pool_tokens(k, 4).repeat_interleave(4, dim=2)
     scorer = BlockScorer(SHAPE, SCALE)
-    blocks = cut_queries(q, table, block_tokens=16, q_offset=0)
+    blocks = cut_queries(q, table, block_q=16, q_offset=0)
     lse = forced_lse(blocks, k, scale=SCALE, block_tokens=16, q_len_end=64)
     pooled = pool_tokens(k, 4)
 
@@ -103,7 +103,7 @@ def test_a_decode_step_scores_like_the_last_row_of_a_prefill(length: int) -> Non
 
     alone = find_shares(scorer, q[:, :, -1:], k, table)
 
-    blocks = cut_queries(q, table, block_tokens=16, q_offset=0)
+    blocks = cut_queries(q, table, block_q=16, q_offset=0)
     lse = forced_lse(blocks, k, scale=SCALE, block_tokens=16, q_len_end=length)
     keys = PooledCache(scorer).update(k, length, table)
     rows, _ = log_shares(scorer, blocks, keys, lse)

@@ -118,8 +118,10 @@ class ScorerWeights:
     pool_tokens: int
 
 
-def best_shares_native(q: Tensor, k: Tensor, pooled: Tensor, weights: ScorerWeights, out: Tensor) -> None:
-    """Fill `out` [Hq, n, blocks] with the neediest row's log share of each block it may choose.
+def best_shares_native(
+    q: Tensor, k: Tensor, pooled: Tensor, weights: ScorerWeights, out: Tensor, block_q: int
+) -> None:
+    """Fill `out` [Hq, n, blocks] with the log share of the neediest of `block_q` rows, of each open block.
 
     q [Hq, R, D] are the newest rows, k [Hkv, T, D] all keys, pooled [Hkv, P, features] what stands for them.
     """
@@ -130,7 +132,7 @@ def best_shares_native(q: Tensor, k: Tensor, pooled: Tensor, weights: ScorerWeig
     blocks = pooled.shape[1] // pools
     if pooled.stride(1) != pooled.shape[2]:
         pooled = pooled.contiguous()
-    rows = min(weights.block, q.shape[1])
+    rows = min(block_q, q.shape[1])
     is_residual = weights.maps.shape[1] == q.shape[2]
     shape = _Scores(
         q.shape[0], k.shape[0], out.shape[1], rows, q.shape[1], q.shape[2], weights.maps.shape[2],

@@ -64,11 +64,13 @@ class LoadedModel:
 
 
 def resolve_model(name: str, *, dtype: torch.dtype | None = None) -> LoadedModel:
-    """Load `pocket`, `gemma-3-270m`, a checkpoint folder or a hub id; fp32 where bf16 is slow."""
-    dtype = dtype if dtype is not None else pick_dtype()
+    """Load `pocket`, `gemma-3-270m`, a checkpoint folder or a hub id; fp32 where bf16 is slow.
+
+    The pocket model runs in fp32 unless asked otherwise: its demo's figures are to be the same everywhere.
+    """
+    wanted, dtype = dtype, dtype if dtype is not None else pick_dtype()
     if name == POCKET:
-        # The pocket model is small enough for fp32 to win on every machine we know.
-        model, tokenizer = import_module("sentei.pipeline.pocket").load_pocket(dtype=torch.float32)
+        model, tokenizer = import_module("sentei.pipeline.pocket").load_pocket(dtype=wanted or torch.float32)
     elif name == GEMMA:
         model, tokenizer = _load_folder(convert_gemma(), dtype)
     elif Path(name).expanduser().is_dir():

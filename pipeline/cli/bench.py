@@ -163,6 +163,9 @@ def prefill(
         ),
     ] = None,
     runs: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.", min=1)] = 3,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16 [default: the faster one here; pocket: float32].")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Time a whole model's prefill, scorer included, beside its three dense forms: seconds and memory."""
@@ -176,7 +179,7 @@ def prefill(
         raise typer.BadParameter(
             f"{', '.join(sorted(unknown))}; choose from {', '.join(DENSE_FORMS)}", param_hint="--dense"
         )
-    bench = open_bench(model, corpus, output)
+    bench = open_bench(model, corpus, output, dtype)
     adapter = bench.adapter()
     if rung:
         kept = tuple(adapter.ladder.find(rung_id) for rung_id in ("dense", *rung))

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sentei.pipeline.cli.models import CorpusName, Json, Model, Windows, changed, open_bench
+from sentei.pipeline.cli.models import CorpusName, Dtype, Json, Model, Windows, changed, open_bench
 from sentei.pipeline.cli.output import Output
 
 
@@ -44,6 +44,7 @@ def run_evaluate(
     prices: Annotated[
         Path | None, typer.Option(help="Your own price list (YAML), on top of the one that ships.")
     ] = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Measure every rung beside dense: quality, recall, your tasks, latency, memory, cost."""
@@ -66,7 +67,7 @@ def run_evaluate(
     )
     if compare not in ("boldest", "all", "none"):
         raise typer.BadParameter(f"{compare!r}; choose from boldest, all, none", param_hint="--compare")
-    bench = open_bench(model, corpus, output)
+    bench = open_bench(model, corpus, output, dtype)
     if compare != "boldest":
         rungs = bench.adapter().ladder.rungs if compare == "all" else ()
         options = replace(options, baseline_rungs=tuple(rung.id for rung in rungs if not rung.is_dense))

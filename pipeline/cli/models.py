@@ -17,6 +17,10 @@ CorpusName = Annotated[
         "--corpus", help="A text file, .jsonl, folder or stdlib, the default; repeatable, in equal parts."
     ),
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32 or bfloat16 [default: the faster one here; pocket: float32]."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Windows = Annotated[int | None, typer.Option("--windows", help="Number of text windows.", min=1)]
 
@@ -35,6 +39,7 @@ def run_distill(
         bool, typer.Option("--joint", help="Train low-rank weights with a rung's mask on; after calibrate.")
     ] = False,
     rung: Annotated[str | None, typer.Option(help="With --joint: whose mask [default: bold].")] = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Teach the scorer which key blocks hold each row's attention mass."""
@@ -44,7 +49,7 @@ def run_distill(
                 "shape the scorer, which --joint leaves as it is", param_hint="--form, --pool"
             )
         changes = {"window_tokens": tokens, "num_windows": windows, "rank": rank, "rung": rung}
-        _run_joint(model, corpus, changes, as_json=as_json)
+        _run_joint(model, corpus, changes, dtype=dtype, as_json=as_json)
         return
     if rung is not None:
         raise typer.BadParameter(
@@ -61,7 +66,7 @@ def run_distill(
     options = changed(
         start, window_tokens=tokens, num_windows=windows, form=form, rank=rank, pool_tokens=pool
     )
-    bench = open_bench(model, corpus, output)
+    bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:
         adapter = distill_step(bench, options, progress)
     output.say(f"adapter in [bold]{bench.adapter_dir}[/]: next, `sentei calibrate --model {model}`")
@@ -70,12 +75,14 @@ def run_distill(
     )
 
 
-def _run_joint(model: str, corpus: list[str] | None, changes: dict[str, Any], *, as_json: bool) -> None:
+def _run_joint(
+    model: str, corpus: list[str] | None, changes: dict[str, Any], *, dtype: str | None, as_json: bool
+) -> None:
     from sentei.pipeline.joint import JointOptions
     from sentei.pipeline.steps import joint_step
 
     output = Output(as_json=as_json)
-    bench = open_bench(model, corpus, output)
+    bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:
         report = joint_step(bench, changed(JointOptions(), **changes), progress)
     document = report.to_dict()
@@ -118,6 +125,7 @@ def run_calibrate(
         int | None,
         typer.Option(help="Rows that choose together: 16, 32 or 64 [default: 16 on a CPU, 64 on a GPU]."),
     ] = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Turn scores into a ladder of rungs, each verified on held-out text."""
@@ -138,7 +146,7 @@ def run_calibrate(
         targets=density_targets(density, asked) if density else None,
         query_block_tokens=query_block,
     )
-    bench = open_bench(model, corpus, output)
+    bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:
         ladder = calibrate_step(bench, options, progress)
     rungs = [to_plain(rung) for rung in ladder.rungs]
@@ -151,6 +159,7 @@ def run_study(
     corpus: CorpusName = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens per window.", min=256)] = None,
     windows: Windows = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Compare scorer forms on held-out text: what each must keep so as not to miss what matters."""
@@ -158,7 +167,7 @@ def run_study(
 
     output = Output(as_json=as_json)
     options = changed(StudyOptions(), window_tokens=tokens, num_windows=windows)
-    bench = open_bench(model, corpus, output)
+    bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:
         rows = study(bench.loaded, bench.corpus, options, progress)
     missed = [f"{share:g}" for share in options.missed_needles]
@@ -191,16 +200,22 @@ def run_register(
     output.emit(to_plain(version))
 
 
-def open_bench(model: str, corpus: list[str] | None, output: Output) -> Any:
+def open_bench(model: str, corpus: list[str] | None, output: Output, dtype: str | None = None) -> Any:
     """Load model and corpus, and say so."""
+    import torch
+
     from sentei.pipeline.corpus import load_corpora
     from sentei.pipeline.models import resolve_model
     from sentei.pipeline.steps import Workbench
 
+    if dtype not in (None, "float32", "bfloat16"):
+        raise typer.BadParameter(f"{dtype!r}; choose from float32, bfloat16", param_hint="--dtype")
+    precision = None if dtype is None else getattr(torch, dtype)
     with output.errors.status(f"loading {model}"):
-        bench = Workbench(resolve_model(model), load_corpora(corpus), sentei_home().create())
-    dtype = next(bench.loaded.model.parameters()).dtype
-    output.say(f"[bold]{model}[/] in {str(dtype).removeprefix('torch.')}, corpus {bench.corpus.name}")
+        loaded = resolve_model(model, dtype=precision)
+        bench = Workbench(loaded, load_corpora(corpus), sentei_home().create())
+    running = next(loaded.model.parameters()).dtype
+    output.say(f"[bold]{model}[/] in {str(running).removeprefix('torch.')}, corpus {bench.corpus.name}")
     return bench
 
 

@@ -17,6 +17,10 @@ from sentei.pipeline.capture import LayerRecord, Records, by_query_block, row_sh
 MIN_SHARE, MAX_SHARE = 1e-6, 0.999
 
 
+class DensityError(ValueError):
+    """A density that cannot be had together with what is not to be missed."""
+
+
 @dataclass(frozen=True, slots=True)
 class DensityFit:
     """The share threshold that keeps a density of the causal blocks, and the mean mass it drops."""
@@ -58,6 +62,13 @@ def fit_densities(
             num_rows += record.mass[0, :, :, :, 0].numel()
     ranked, order = torch.cat(needs).sort(descending=True)
     lost = torch.cat(mass)[order].flip(0).cumsum(0).flip(0) / num_rows  # mass at and below each rank
+    num_needed = int((ranked == 0.0).sum())
+    if num_needed and num_needed > min(densities) * num_causal - num_forced:
+        raise DensityError(
+            f"density {min(densities):g} is out of reach: what questions about notes need takes "
+            f"{(num_needed + num_forced) / num_causal:.1%} of the blocks by itself; "
+            "allow more of it to be missed (--missed-needles), or ask for more blocks"
+        )
     return [_cut(ranked, lost, num_kept=round(density * num_causal - num_forced)) for density in densities]
 
 

@@ -9,6 +9,7 @@ from plotly.subplots import make_subplots
 from sentei.kernels.bench.run import Row
 from sentei.kernels.hf.ladder import DENSE
 from sentei.pipeline.evaluate import Evaluation
+from sentei.pipeline.study import StudyRow
 
 
 def save_trade_off(evaluation: Evaluation, path: Path) -> Path:
@@ -63,6 +64,54 @@ def save_trade_off(evaluation: Evaluation, path: Path) -> Path:
     figure.update_layout(
         title=f"{evaluation.model}: what sparse attention saves and costs, with 95% intervals",
         template="plotly_white",
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_html(path, include_plotlyjs=True)
+    return path
+
+
+def save_study(rows: Sequence[StudyRow], path: Path) -> Path:
+    """Write one HTML page: what each scorer form must keep and what it misses, layer by layer."""
+    layers = list(dict.fromkeys(row.layer for row in rows))
+    sizes = list(dict.fromkeys(row.query_block for row in rows))
+    missed, density = max(rows[0].density, key=float), min(rows[0].at_density, key=float)
+    figure = make_subplots(
+        rows=2,
+        cols=len(layers),
+        shared_yaxes=True,
+        horizontal_spacing=0.02,
+        vertical_spacing=0.12,
+        subplot_titles=[
+            *(f"layer {i}: kept to miss {float(missed):.1%} of needles" for i in layers),
+            *(f"layer {i}: needles missed at {float(density):.0%}" for i in layers),
+        ],
+    )
+    colors = dict(zip(sizes, ("#b07a3a", "#1f5f4a", "#5a6b9c", "#888888"), strict=False))
+    for col, layer in enumerate(layers, start=1):
+        for size in sizes:
+            mine = [row for row in rows if row.layer == layer and row.query_block == size]
+            kept = [row.density[missed] for row in mine]
+            lost = [row.at_density[density].needles_missed for row in mine]
+            for line, values in ((1, kept), (2, lost)):
+                figure.add_trace(
+                    go.Bar(
+                        x=values,
+                        y=[row.form for row in mine],
+                        orientation="h",
+                        name=f"query blocks of {size}",
+                        legendgroup=str(size),
+                        showlegend=col == line == 1,
+                        marker_color=colors.get(size),
+                    ),
+                    row=line,
+                    col=col,
+                )
+    figure.update_xaxes(tickformat=".0%", rangemode="tozero")
+    figure.update_layout(
+        title="Scorer forms on held-out text: shorter bars are better",
+        template="plotly_white",
+        height=300 + 60 * len({row.form for row in rows}),
+        barmode="group",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(path, include_plotlyjs=True)

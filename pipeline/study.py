@@ -2,10 +2,11 @@
 
 Every form is judged by what calibration will ask of it: how many of its blocks a head must keep so that no
 more than a given share of needles is missed (a needle holds over 30% of some row's attention), what mass that
-drops, and the KL to each row's true block mass. `exact` scores every token by its true attention logit: no
-scorer of blocks can do better, so it is the floor.
+drops, what it finds at a given density, and the KL to each row's true block mass. `exact` scores every token
+by its true attention logit: no scorer of blocks can do better, so it is the floor.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.kernels.scorer.untrained import UNTRAINED
 from sentei.pipeline.calibrate import (
+    NEEDLE_SHARE,
     Scored,
     dropped_rows,
     max_head_density,
@@ -44,12 +46,23 @@ class StudyOptions:
     pools: tuple[int, ...] = (4, 16)
     ranks: tuple[int, ...] = (16, 32, 64)
     missed_needles: tuple[float, ...] = (0.003, 0.03)
+    densities: tuple[float, ...] = (0.1, 0.2)  # of the blocks that may be chosen, over a layer's heads
     block_tokens: int = 64
     query_blocks: tuple[int, ...] = (64, 16)  # rows that choose together
     max_epochs: int = 5
     learning_rate: float = 1e-2
     low_rank_learning_rate: float = 5e-4
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AtDensity:
+    """What a form finds at a given density: shares of the attention that rows truly pay."""
+
+    mass_recall_mean: float
+    mass_recall_p5: float  # 5th percentile over rows
+    mass_recall_worst_head: float
+    needles_missed: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +76,7 @@ class StudyRow:
     kl: float
     density: Mapping[str, float]  # by share of needles missed
     dropped_mass: Mapping[str, float]
+    at_density: Mapping[str, AtDensity]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -198,6 +212,27 @@ def _judge(
         kl=mean_divergence(scorer, records, table),
         density=density,
         dropped_mass=dropped,
+        at_density={f"{share:g}": _at_density(scored, share) for share in options.densities},
+    )
+
+
+def _at_density(scored: Scored, density: float) -> AtDensity:
+    """Keep a layer's best-scored blocks up to a density, one threshold for all heads; see what they hold."""
+    ranked = torch.cat([needs[torch.isfinite(needs)] for needs in scored.needs]).sort(descending=True).values
+    share = float(ranked[min(round(density * len(ranked)), len(ranked) - 1)].exp())
+    heads = range(scored.needs[0].shape[0])
+    found = torch.stack([1 - dropped_rows(scored, slice(head, head + 1), share) for head in heads])
+    needles = [(mass * (mass > NEEDLE_SHARE)).sum(dim=2) for mass in scored.mass]
+    missed = sum(
+        float(weight[needs <= math.log(share)].sum())
+        for weight, needs in zip(needles, scored.needs, strict=True)
+    )
+    rank = max(1, round(0.05 * found.numel()))
+    return AtDensity(
+        mass_recall_mean=float(found.mean()),
+        mass_recall_p5=float(found.flatten().kthvalue(rank).values),
+        mass_recall_worst_head=float(found.mean(dim=1).min()),
+        needles_missed=missed / max(1e-9, sum(float(weight.sum()) for weight in needles)),
     )
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.table import Table
 
 from sentei.pipeline.cli.output import Output
 from sentei.pipeline.home import sentei_home
+
+if TYPE_CHECKING:
+    from sentei.pipeline.study import StudyOptions, StudyRow
 
 Model = Annotated[str, typer.Option("--model", help="pocket, gemma-3-270m, a checkpoint folder or a hub id.")]
 CorpusName = Annotated[
@@ -163,6 +168,7 @@ def run_study(
     as_json: Json = False,
 ) -> None:
     """Compare scorer forms on held-out text: what each must keep so as not to miss what matters."""
+    from sentei.pipeline.plots import save_study
     from sentei.pipeline.study import StudyOptions, study
 
     output = Output(as_json=as_json)
@@ -170,15 +176,43 @@ def run_study(
     bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:
         rows = study(bench.loaded, bench.corpus, options, progress)
+    folder = sentei_home().create().root / "studies" / model.rstrip("/").rsplit("/", 1)[-1]
+    page = save_study(rows, folder / "study.html")
+    document = {"model": model, "rows": [row.to_dict() for row in rows], "page": str(page)}
+    (folder / "study.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    output.say(_study_table(rows, options), f"page: {page}")
+    output.emit(document)
+
+
+def _study_table(rows: Sequence[StudyRow], options: StudyOptions) -> Table:
     missed = [f"{share:g}" for share in options.missed_needles]
-    columns = [f"kept / dropped, {float(share):.1%} of needles missed" for share in missed]
-    table = Table("layer", "form", "dims per token", "query block", "KL", *columns)
+    densities = [f"{share:g}" for share in options.densities]
+    table = Table(
+        "layer",
+        "form",
+        "dims",
+        "query\nblock",
+        "KL",
+        *(f"kept to miss\n{float(share):.1%} of needles" for share in missed),
+        *(f"at {float(share):.0%}: mass found\nmean, p5, worst head" for share in densities),
+        *(f"at {float(share):.0%}:\nneedles missed" for share in densities),
+    )
     for row in rows:
-        found = [f"{row.density[share]:.2f} / {row.dropped_mass[share]:.2f}" for share in missed]
-        sizes = (f"{row.dims_per_token:g}", str(row.query_block))
-        table.add_row(str(row.layer), row.form, *sizes, f"{row.kl:.3f}", *found)
-    output.say(table)
-    output.emit({"model": model, "rows": [row.to_dict() for row in rows]})
+        at = [row.at_density[share] for share in densities]
+        table.add_row(
+            str(row.layer),
+            row.form,
+            f"{row.dims_per_token:g}",
+            str(row.query_block),
+            f"{row.kl:.3f}",
+            *(f"{row.density[share]:.1%}" for share in missed),
+            *(
+                f"{a.mass_recall_mean:.3f}, {a.mass_recall_p5:.3f}, {a.mass_recall_worst_head:.3f}"
+                for a in at
+            ),
+            *(f"{a.needles_missed:.2%}" for a in at),
+        )
+    return table
 
 
 def run_register(

@@ -9,7 +9,7 @@ from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.pipeline.calibrate import CalibrateOptions, density_targets
 from sentei.pipeline.capture import LayerRecord, row_shares
-from sentei.pipeline.density import DensityFit, fit_densities
+from sentei.pipeline.density import DensityError, DensityFit, fit_densities
 
 BLOCK, BLOCKS = 16, 12
 SHAPE = ScorerShape(2, 1, 8, rank=2, pool_tokens=4, block_tokens=BLOCK)
@@ -121,6 +121,21 @@ def test_a_group_that_must_not_miss_keeps_its_own_threshold_and_the_rest_pays() 
             for i in (0, 1)
         ]
     assert sum(kept) / 2 == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_density_below_what_questions_need_is_refused_with_both_numbers() -> None:
+    """The message names the density, what the questions take, and the option that gives way."""
+    limits = {0: torch.tensor([1e-4])}
+
+    with pytest.raises(DensityError, match=r"density 0.2 .* takes [0-9.]+% .*--missed-needles"):
+        fit_densities(
+            {0: BlockScorer(SHAPE, 8**-0.5)},
+            {0: [make_record()]},
+            make_table(),
+            [0.9, 0.2],
+            block_q=BLOCK,
+            most=limits,
+        )
 
 
 def test_what_is_forced_is_kept_at_any_density() -> None:

@@ -110,3 +110,28 @@ def test_an_uncalibrated_ladder_has_one_threshold_everywhere() -> None:
     assert rung.thresholds == {0: ((0.25,), (0.25,)), 1: ((0.25,), (0.25,))}
     assert rung.verified is None
     assert json.loads(json.dumps(rung.bound_dropped_mass)) == 1.0
+
+
+@pytest.mark.parametrize("rows", [8, 48, 128])
+def test_query_blocks_that_do_not_fit_into_key_blocks_are_refused(rows: int) -> None:
+    """The message names both sizes, the least there is, and the option."""
+    adapter = new_adapter(make_llama(), "tiny")
+    ladder = Ladder(uncalibrated_ladder(adapter, {"mild": 0.25}).rungs, (), rows)
+
+    with pytest.raises(AdapterError, match=rf"query_block_tokens is {rows}, .* blocks of 64; .* at least 16"):
+        adapter.with_ladder(ladder)
+
+
+def test_a_ladder_of_before_query_blocks_keeps_those_it_was_calibrated_for(tmp_path: Path) -> None:
+    """A file without the size is read with query blocks as long as the adapter's key blocks."""
+    model = make_llama()
+    adapter = new_adapter(model, "tiny", block_tokens=32)
+    save_adapter(adapter.with_ladder(uncalibrated_ladder(adapter, {"mild": 0.25})), tmp_path)
+    data = json.loads((tmp_path / LADDER_FILE).read_text())
+    assert data.pop("query_block_tokens") == 32
+    (tmp_path / LADDER_FILE).write_text(json.dumps(data))
+
+    assert load_adapter(tmp_path, model).ladder.query_block_tokens == 32
+    data["query_block_tokens"] = 16
+    (tmp_path / LADDER_FILE).write_text(json.dumps(data))
+    assert load_adapter(tmp_path, model).ladder.query_block_tokens == 16

@@ -223,3 +223,43 @@ def test_the_page_shows_what_the_record_holds() -> None:
             assert (seen["forced"] or "score", seen["rank"]) == (row["why"][at], row["rank"][at])
             if not seen["forced"]:
                 assert seen["share"] == pytest.approx(math.exp(row["log_share"][at]), rel=1e-4)
+
+
+def test_short_query_blocks_are_shown_together_and_counted_apart() -> None:
+    """Two query blocks to a row: kept is what either keeps; density and dropped mass are those of each."""
+    generator = torch.Generator().manual_seed(3)
+    block, rows, tokens = 32, 16, 32 * 5 + 9
+    query, key = (torch.randn(1, heads, tokens, 8, generator=generator) for heads in (HEADS, KV_HEADS))
+    starts = torch.arange(0, tokens, rows)
+    shares = torch.rand(1, HEADS, len(starts), 6, generator=generator).mul(0.3).log()
+    own = (starts // block)[:, None]
+    shares = shares.masked_fill((torch.arange(6) < 1) | (torch.arange(6) >= own), -math.inf)
+    thresholds = Thresholds(torch.tensor([[0.15], [0.2]]).log(), ())
+    mask = select_blocks(
+        shares,
+        thresholds,
+        starts=starts,
+        q_len=tokens,
+        kv_len=tokens,
+        q_offset=0,
+        block_q=rows,
+        block_k=block,
+    )
+    layer = LayerInfo(3, torch.nn.Identity(), HEADS, KV_HEADS, 8, 8**-0.5)
+    cuts = per_head_thresholds(thresholds, starts, HEADS)[..., 0]
+
+    choices = record_choices(Selection(layer, query, key, shares, cuts, mask), range(6), 4)
+
+    single = mask.to_dense()[0]
+    for i, kept in enumerate(choices.kept):
+        either = single[:, 2 * i : 2 * i + 2].any(dim=1)[:, : i + 1]
+        assert kept.tolist() == either.tolist()
+    assert choices.density == pytest.approx(mask.density())
+    grouped = query.view(1, KV_HEADS, 2, tokens, 8)[..., 4 * block : 5 * block, :]
+    logits = grouped @ key[:, :, None].transpose(-1, -2) * layer.scale
+    seen = torch.arange(tokens) <= torch.arange(4 * block, 5 * block)[:, None]
+    weights = logits.masked_fill(~seen, -math.inf).softmax(dim=-1).view(HEADS, block, tokens)
+    token_kept = single[:, 8:10].repeat_interleave(rows, dim=1).repeat_interleave(block, dim=2)[..., :tokens]
+    dropped = weights.masked_fill(token_kept, 0.0).sum(dim=-1)
+    assert choices.focus.dropped_mass_mean == pytest.approx(float(dropped.mean()), abs=1e-4)
+    assert choices.focus.dropped_mass_worst == pytest.approx(float(dropped.max()), abs=1e-4)

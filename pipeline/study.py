@@ -17,7 +17,12 @@ from sentei.kernels.hf.models import LayerInfo, rotary_tables, thinnable_layers
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.kernels.scorer.untrained import UNTRAINED
-from sentei.pipeline.calibrate import (
+from sentei.pipeline.capture import Progress, Records, capture, make_texts
+from sentei.pipeline.corpus import Corpus
+from sentei.pipeline.density import MAX_SHARE, MIN_SHARE
+from sentei.pipeline.distill import DistillOptions, mean_divergence, train_scorer
+from sentei.pipeline.models import LoadedModel
+from sentei.pipeline.needles import (
     NEEDLE_SHARE,
     Scored,
     dropped_rows,
@@ -26,11 +31,6 @@ from sentei.pipeline.calibrate import (
     score_asking,
     score_bins,
 )
-from sentei.pipeline.capture import Progress, Records, capture, make_texts
-from sentei.pipeline.corpus import Corpus
-from sentei.pipeline.density import MAX_SHARE, MIN_SHARE
-from sentei.pipeline.distill import DistillOptions, mean_divergence, train_scorer
-from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.splits import split_text
 
 EXACT = "exact"

@@ -3,15 +3,8 @@
 import pytest
 import torch
 
-from sentei.pipeline.calibrate import (
-    RungTarget,
-    Scored,
-    _fill_empty_bins,
-    _fit_bin,
-    dropped_rows,
-    max_head_density,
-    needle_threshold,
-)
+from sentei.pipeline.calibrate import RungTarget, _fill_empty_bins, _fit_bin
+from sentei.pipeline.needles import Scored, dropped_rows, max_head_density, needle_threshold
 
 NOTHING = Scored([], [])
 

@@ -148,7 +148,8 @@ def _fill_chunks(
     block = scorer.shape.block_tokens
     per_block = block // scorer.shape.pool_tokens
     q_offset = k.shape[2] - q.shape[2]
-    room = MAX_SCORES_PER_CHUNK * block // (q.shape[0] * q.shape[1] * block_q * block_q * per_block)
+    per_pair = q.shape[0] * q.shape[1] * block_q * block_q * per_block * scorer.scores_per_pool
+    room = int(MAX_SCORES_PER_CHUNK * block / per_pair)
     first = 0
     while first < len(starts):
         row = first * block_q

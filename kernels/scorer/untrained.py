@@ -40,6 +40,8 @@ class MinMaxScorer(UntrainedScorer):
     Quest (Tang et al., 2024, section 3.2): the sum over dimensions of max(q m, q M), of the best page.
     """
 
+    scores_per_pool = 1 / PAGE_TOKENS
+
     @property
     def dims_per_token(self) -> float:
         """Two products for each page."""
@@ -64,6 +66,8 @@ class AntidiagonalScorer(UntrainedScorer):
 
     XAttention (Xu et al., 2025, section 2.1): in tiles of stride by stride, queries meet keys in reverse.
     """
+
+    scores_per_pool = 1 / STRIDE_TOKENS**2
 
     def __init__(self, shape: ScorerShape, scale: float) -> None:
         super().__init__(shape, scale)

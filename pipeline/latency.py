@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
@@ -41,16 +42,21 @@ def time_prefills(
     runs: int,
     progress: Progress,
     dense: Sequence[str] = DENSE_FORMS,
+    warm_up_tokens: int | None = None,
 ) -> dict[str, Timing]:
-    """Time Transformers' sdpa, compiled dense Flex, our fastest dense, and every rung with its scorer."""
+    """Time Transformers' sdpa, compiled dense Flex, our fastest dense, and every rung with its scorer.
+
+    A first round, on `warm_up_tokens` of the text or on all of it, is not counted: compilation and caches.
+    """
     variants = [*dense, *(rung.id for rung in adapter.ladder.rungs if not rung.is_dense)]
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     peaks: dict[str, float] = {}
-    for i_run in range(runs + 1):  # the first round warms up: compilation and caches
+    for i_run in range(runs + 1):
+        prompt = text if i_run else text[:warm_up_tokens]
         for done, variant in enumerate(variants):
             progress("time prefill", i_run * len(variants) + done, (runs + 1) * len(variants))
             with variant_of(loaded, adapter, variant), measured_memory() as peak_mib:
-                spent = time_once(lambda: prefill(loaded, text))
+                spent = time_once(partial(prefill, loaded, prompt))
             if i_run:
                 seconds[variant].append(spent)
                 peaks[variant] = max(peaks.get(variant, 0.0), peak_mib())

@@ -163,6 +163,9 @@ def prefill(
         ),
     ] = None,
     runs: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.", min=1)] = 3,
+    warm_up: Annotated[
+        int | None, typer.Option(help="Tokens of the round that warms up [default: all].", min=256)
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16 [default: the faster one here; pocket: float32].")
     ] = None,
@@ -197,6 +200,7 @@ def prefill(
                 runs=runs,
                 progress=progress,
                 dense=tuple(dense) if dense else DENSE_FORMS,
+                warm_up_tokens=warm_up,
             )
         rows += [{"tokens": len(text), "variant": name} | asdict(timing) for name, timing in timings.items()]
     output.say(_prefill_table(rows))

@@ -18,6 +18,7 @@ from sentei.pipeline.corpus import load_corpus
 from sentei.pipeline.distill import DistillOptions, distill
 from sentei.pipeline.evaluate import EvaluateOptions, Evaluation, evaluate
 from sentei.pipeline.evaluation_page import render_evaluation
+from sentei.pipeline.latency import time_prefills
 from sentei.pipeline.models import resolve_model
 from sentei.pipeline.plots import save_trade_off
 from sentei.pipeline.steps import evaluation_metrics
@@ -144,3 +145,22 @@ def test_a_trained_choice_is_explained(story: Any, tmp_path: Path) -> None:
         if (other := before.get(layer.index)) is not None:
             assert layer.density <= other.density + 0.02
             assert layer.focus.dropped_mass_mean >= other.focus.dropped_mass_mean - 0.02
+
+
+def test_a_shorter_warm_up_is_not_counted(story: Any) -> None:
+    """One timed round after a warm-up on a prefix: one time for each variant, of the whole prompt."""
+    loaded, adapter = resolve_model("pocket"), story[0]
+    text = torch.arange(700) % 500 + 10
+    lengths: list[int] = []
+    hook = loaded.model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+
+    timings = time_prefills(
+        loaded, adapter, text, runs=1, progress=lambda *_: None, dense=("best_dense",), warm_up_tokens=256
+    )
+
+    hook.remove()
+    num = len(adapter.ladder.rungs)  # our dense in place of rung 0, and every other rung
+    assert lengths == [256] * num + [700] * num
+    assert all(timing.runs == 1 and timing.lowest_s == timing.median_s for timing in timings.values())

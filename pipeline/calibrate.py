@@ -183,9 +183,12 @@ def _asking_limits(
     scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable, missed: float, block_q: int
 ) -> torch.Tensor:
     """Return the largest share threshold [Hkv] at which each KV group misses no more of what is asked for."""
+    free = torch.full((scorer.shape.kv_heads,), MAX_SHARE)
+    if missed >= 1.0:
+        return free
     asking = score_asking(scorer, records, table, block_q)
-    if missed >= 1.0 or not asking.needs:
-        return torch.full((scorer.shape.kv_heads,), MAX_SHARE)
+    if not asking.needs:
+        return free
     group = scorer.shape.query_heads // scorer.shape.kv_heads
     limits = [
         needle_threshold(asking, slice(h * group, (h + 1) * group), missed)

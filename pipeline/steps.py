@@ -9,29 +9,28 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sentei.kernels.hf.adapter import MANIFEST_FILE, Adapter, load_adapter
 from sentei.kernels.hf.ladder import Ladder
-from sentei.pipeline.calibrate import CalibrateOptions, calibrate, ladder_summary
-from sentei.pipeline.corpus import Corpus
-from sentei.pipeline.distill import DistillOptions, distill
-from sentei.pipeline.evaluate import EvaluateOptions, Evaluation, evaluate
-from sentei.pipeline.evaluation_page import save_evaluation_page
+from sentei.pipeline.evaluation.evaluate import EvaluateOptions, Evaluation, evaluate
+from sentei.pipeline.evaluation.user_tasks import save_answers
+from sentei.pipeline.experiments.joint import JointOptions, JointReport, joint
 from sentei.pipeline.home import Home
-from sentei.pipeline.joint import JointOptions, JointReport, joint
+from sentei.pipeline.ladder.calibrate import CalibrateOptions, calibrate, ladder_summary
+from sentei.pipeline.ladder.distill import DistillOptions, distill
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.plain import to_plain
-from sentei.pipeline.plots import save_trade_off
-from sentei.pipeline.runs import StepRecord, log_step
-from sentei.pipeline.tracking import MlflowTracker, TrackingError
-from sentei.pipeline.user_tasks import save_answers
+from sentei.pipeline.progress import Progress
+from sentei.pipeline.reports.evaluation_page import save_evaluation_page
+from sentei.pipeline.reports.plots import save_trade_off
+from sentei.pipeline.text.corpus import Corpus
+from sentei.pipeline.tracking.tracker import MlflowTracker, StepRecord, TrackingError, log_step
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
 EVALUATION_FILE = "evaluation.json"
 PAGE_FILE = "evaluation.html"
 ANSWERS_FILE = "answers.jsonl"

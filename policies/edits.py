@@ -22,7 +22,8 @@ from pydantic import BaseModel
 from sentei.policies.evidence import BetaBinomial, Betting
 from sentei.policies.intake import new_cell, scaled_bound
 from sentei.policies.machine import Event, next_phase
-from sentei.policies.schema import Benefit, Guardrail, Policy
+from sentei.policies.schema.policy import Policy
+from sentei.policies.schema.sections import Benefit, Guardrail
 from sentei.policies.state import ALL_SLICES, Cell, DriftTrack, RolloutState
 
 _ACTIONS = ("freeze", "previous_rung", "rollback_slice", "rollback")  # later is harder

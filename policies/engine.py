@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from sentei.policies.judge import GuardrailReport
 from sentei.policies.machine import WAITS, Phase
-from sentei.policies.schema import Policy
+from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import RoutingTable, Signals, SliceRoute
 from sentei.policies.state import (
     DriftTrack,

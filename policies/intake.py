@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
+from sentei.policies.budget import harm_alpha
 from sentei.policies.evidence import (
     PAIRED_CUT,
     RATIO_TILTS,
@@ -23,10 +24,10 @@ from sentei.policies.evidence import (
     paired_bound,
     paired_excess,
 )
-from sentei.policies.judge import harm_alpha
-from sentei.policies.schema import Benefit, Guardrail, Policy
+from sentei.policies.schema.metrics import METRICS, Metric
+from sentei.policies.schema.policy import Policy
+from sentei.policies.schema.sections import Benefit, Guardrail
 from sentei.policies.signals import Observation, SliceTraffic
-from sentei.policies.spec.metrics import METRICS, Metric
 from sentei.policies.state import ALL_SLICES, Cell, RolloutState
 
 RATIO_CAP = 2.0  # of audit.compute_ratio: twice dense is as bad as it gets

@@ -14,15 +14,15 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from sentei.monitors.errors import StoreError
+from sentei.monitors.events import Event, EventLog
 from sentei.monitors.records import Rollout
 from sentei.monitors.store import Store
-from sentei.pipeline.events import Event, EventLog
 from sentei.pipeline.plain import to_plain
-from sentei.pipeline.revisions import PolicyBook
-from sentei.pipeline.rollout import EVIDENCE, RolloutError, read_look, read_quarantine, start_rollout
+from sentei.pipeline.rollout.revisions import PolicyBook
+from sentei.pipeline.rollout.runner import EVIDENCE, RolloutError, read_look, read_quarantine, start_rollout
 from sentei.policies.edits import EditError, check_edit
 from sentei.policies.engine import QuarantineError
-from sentei.policies.load import PolicyError, load_policy
+from sentei.policies.schema.load import PolicyError, load_policy
 from sentei.serving.errors import RequestError, ServingError
 from sentei.serving.gateway import Gateway
 from sentei.serving.openai import parse_request

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from sentei.monitors.store import Store
-from sentei.pipeline.rollout import RolloutRunner, RunnerOptions
+from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions
 
 log = logging.getLogger(__name__)
 

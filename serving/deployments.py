@@ -14,7 +14,7 @@ from ray import serve
 from sentei.monitors.audit import KL_CAP_NATS
 from sentei.monitors.store import Store
 from sentei.pipeline.home import sentei_home
-from sentei.policies.load import load_policy
+from sentei.policies.schema.load import load_policy
 from sentei.serving.admin import add_admin_routes
 from sentei.serving.auditor import Auditor
 from sentei.serving.controller import Controller, Mirror
@@ -156,8 +156,8 @@ def _replicas() -> dict[str, int]:
 def _mirror(args: AppArgs, store: Store) -> Mirror | None:
     if args.mlflow_uri == NO_MIRROR:
         return None
-    from sentei.pipeline.mirror import Mirror as MlflowMirror
-    from sentei.pipeline.tracking import MlflowTracker
+    from sentei.pipeline.tracking.mirror import Mirror as MlflowMirror
+    from sentei.pipeline.tracking.tracker import MlflowTracker
 
     home = sentei_home()
     tracker = MlflowTracker(args.mlflow_uri or home.mlflow_uri, home.mlflow_artifacts)

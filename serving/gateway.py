@@ -15,7 +15,7 @@ from typing import Any
 
 from sentei.monitors.records import AuditStatus, Outcome, RequestRecord
 from sentei.serving.answer import Answerer, Delta, Progress, Question
-from sentei.serving.engine.attention import to_json
+from sentei.serving.engine.attention_use import to_json
 from sentei.serving.errors import RequestError, ServingError
 from sentei.serving.openai import DEFAULT_MAX_TOKENS, ChatRequest, GenerationRequest, sampling_of
 from sentei.serving.ports import AuditDesk, AuditJob, ModelCard, RecordStore, Tokenizer, Variant

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 from sentei.monitors.errors import StoreError
 from sentei.monitors.records import AuditScore, RequestRecord
 from sentei.monitors.store import Store
-from sentei.pipeline.tracking import MetricPoint, RunSpec, TrackingError
+from sentei.pipeline.tracking.tracker import MetricPoint, RunSpec, TrackingError
 
 ROLLOUT = "r1"
 START_S = 1000.0

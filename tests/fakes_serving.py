@@ -10,7 +10,7 @@ from typing import Any
 from sentei.monitors.errors import StoreError
 from sentei.monitors.records import AuditScore, RequestRecord
 from sentei.policies.signals import RoutingTable, SliceRoute
-from sentei.serving.engine.attention import AttentionUse
+from sentei.serving.engine.attention_use import AttentionUse
 from sentei.serving.engine.request import (
     EngineRequest,
     FinishReason,

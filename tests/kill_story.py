@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 from sqlalchemy.engine import Connection
 
+from sentei.monitors.events import EventLog
 from sentei.monitors.store import Store
-from sentei.pipeline.events import EventLog
-from sentei.pipeline.rollout import RolloutRunner, RunnerOptions, TickResult, start_rollout
+from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, TickResult, start_rollout
 from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
 from tests.postgres_server import PostgresServer
 

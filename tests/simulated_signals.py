@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sentei.policies.engine import Decision, RolloutState, decide, initial_state
-from sentei.policies.schema import Policy
+from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Command, DriftSignal, Observation, Signals, SliceTraffic, VariantHealth
 from sentei.policies.simulation.plan import Plan
 from sentei.policies.simulation.study import MONDAY_S

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sentei.monitors.store import Store
-from sentei.pipeline.rollout import RolloutRunner, RunnerOptions, TickResult, start_rollout
+from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, TickResult, start_rollout
 from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from sentei.kernels.ops.block_mask import BlockMask, causal_limits, num_blocks
-from sentei.kernels.ops.paged import BlockLists, PagedCache
-from sentei.kernels.ops.select import Grid
+from sentei.kernels.ops.layouts import BlockLists, PagedCache
+from sentei.kernels.ops.rules import Grid
 
 
 def make_qkv(

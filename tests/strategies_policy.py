@@ -11,8 +11,8 @@ import yaml
 from hypothesis import strategies as st
 
 from sentei.policies.engine import Decision, RolloutState, decide, initial_state
-from sentei.policies.load import load_policy
-from sentei.policies.schema import Policy
+from sentei.policies.schema.load import load_policy
+from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Command, DriftSignal, Observation, Signals, SliceTraffic, VariantHealth
 
 EXAMPLES = Path(__file__).parents[1] / "policies" / "examples"

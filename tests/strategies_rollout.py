@@ -10,7 +10,7 @@ from functools import lru_cache
 from hypothesis import strategies as st
 
 from sentei.policies.engine import Decision, RolloutState
-from sentei.policies.schema import Policy
+from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Command, Observation, Signals, SliceTraffic
 from tests.strategies_policy import (
     DENSE_GONE,

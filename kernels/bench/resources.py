@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sentei.kernels.ops.block_mask import BlockMask
-from sentei.kernels.ops.paged import BlockLists, PagedCache
+from sentei.kernels.ops.layouts import BlockLists, PagedCache
 from sentei.kernels.ops.registry import why_no_triton
-from sentei.kernels.ops.select import Grid, TopK
+from sentei.kernels.ops.rules import Grid, TopK
 
 if TYPE_CHECKING:
     from sentei.kernels.ops.triton.launch import Launch

@@ -1,6 +1,7 @@
 """Look at a frozen model's attention inputs while it runs densely, and stop once the last layer was seen."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from sentei.kernels.hf.models import LayerInfo, text_decoder, thinnable_layers
 from sentei.kernels.ops.attention import dense_attend
+from sentei.kernels.ops.block_mask import BlockMask
 
 Observer = Callable[[LayerInfo, torch.Tensor, torch.Tensor], None]
 NAME = "sentei_observe"
@@ -49,3 +51,18 @@ def observe_attention(model: nn.Module, input_ids: torch.Tensor, observer: Obser
         model.set_attn_implementation(previous)  # type: ignore[operator]
         AttentionInterface._global_mapping.pop(NAME, None)
         AttentionMaskInterface._global_mapping.pop(NAME, None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """The scorer's choice in one attention call of one layer, by query block (mask.block_q rows)."""
+
+    layer: LayerInfo
+    query: torch.Tensor  # [B, Hq, Tq, D]
+    key: torch.Tensor  # [B, Hkv, Tk, D]
+    log_shares: torch.Tensor  # [B, Hq, Q, Kb], of the neediest row; -inf: forced, ahead, or no share at all
+    log_thresholds: torch.Tensor  # [Hq, Q]: blocks above it are kept
+    mask: BlockMask
+
+
+SelectionObserver = Callable[[Selection], None]

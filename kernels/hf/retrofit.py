@@ -28,7 +28,7 @@ from sentei.kernels.hf.models import (
     rotary_tables,
     thinnable_layers,
 )
-from sentei.kernels.hf.selection import Selection, SelectionObserver
+from sentei.kernels.hf.observe import Selection, SelectionObserver
 from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.kernels.ops.attention import attend, dense_attend
 from sentei.kernels.ops.block_mask import BlockMask

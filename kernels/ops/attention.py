@@ -8,15 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sentei.kernels.ops.block_mask import BlockMask, PackedMask
+from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.errors import MaskError, ShapeError
-from sentei.kernels.ops.registry import (
-    COMPILED_BACKENDS,
-    DECODE_ROWS_MAX,
-    Request,
-    give_up_on,
-    pick_backend,
-)
+from sentei.kernels.ops.layouts import PackedMask
+from sentei.kernels.ops.limits import DECODE_ROWS_MAX
+from sentei.kernels.ops.registry import COMPILED_BACKENDS, Request, give_up_on, pick_backend
 
 
 def attend(

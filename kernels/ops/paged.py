@@ -2,47 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from sentei.kernels.ops.attention import attend
-from sentei.kernels.ops.block_mask import BLOCK_MIN, DEFAULT_BLOCK, BlockMask
+from sentei.kernels.ops.block_mask import BLOCK_MIN, BlockMask
 from sentei.kernels.ops.errors import ShapeError
+from sentei.kernels.ops.layouts import BlockLists, PagedCache
 from sentei.kernels.ops.registry import Request, pick_backend
-
-
-@dataclass(frozen=True, eq=False)
-class PagedCache:
-    """Keys [P, Hkv, page, D] and values [P, Hkv, page, Dv] in pages, and who owns which.
-
-    Token t of sequence b lies in page `page_table[b, t // page]` at `t % page`; it has `lengths[b]` tokens.
-    Table and lengths are int32. A sequence of length 0 is an empty slot of the batch.
-    """
-
-    keys: Tensor
-    values: Tensor
-    page_table: Tensor
-    lengths: Tensor
-
-    def read(self, i_seq: int) -> tuple[Tensor, Tensor]:
-        """One sequence's keys [1, Hkv, T, D] and values, copied side by side (a host sync)."""
-        length, page = int(self.lengths[i_seq]), self.keys.shape[2]
-        pages = self.page_table[i_seq, : -(-length // page)].long()
-        keys, values = (
-            pool[pages].transpose(0, 1).flatten(1, 2)[None, :, :length] for pool in (self.keys, self.values)
-        )
-        return keys, values
-
-
-@dataclass(frozen=True, eq=False)
-class BlockLists:
-    """Blocks that each sequence's newest tokens read: `counts` [B, H], rising `indices` [B, H, K], int32."""
-
-    counts: Tensor
-    indices: Tensor
-    block_k: int = DEFAULT_BLOCK
 
 
 def attend_paged(

@@ -18,12 +18,9 @@ from torch import Tensor
 
 from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask
 from sentei.kernels.ops.errors import BackendError
+from sentei.kernels.ops.limits import DECODE_ROWS_MAX, NATIVE_BLOCK_STEP
 from sentei.kernels.ops.native.build import compiler, load_native
 
-# Calls with at most this many query rows are decode steps: without a compiler they go to `gather`.
-DECODE_ROWS_MAX = 16
-# The native programs hold keys in panels of 8 to 32, by processor; this block size fits all of them.
-NATIVE_BLOCK_STEP = 32
 # These build a program at first use: where that fails, the next backend takes over.
 COMPILED_BACKENDS = ("native", "flex", "triton")
 

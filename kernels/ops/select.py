@@ -2,52 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from sentei.kernels.ops.block_mask import BlockMask, causal_limits, num_blocks
 from sentei.kernels.ops.errors import BackendError, ShapeError
 from sentei.kernels.ops.registry import is_native_usable, why_no_triton
-
-
-@dataclass(frozen=True, eq=False)
-class Threshold:
-    """Keep blocks whose score is above `log_share`, which is as [B, H, Q] or broadcasts to it."""
-
-    log_share: Tensor
-
-
-@dataclass(frozen=True)
-class TopP:
-    """Drop the lowest blocks while the exponentials of what is dropped sum to at most 1 - `share`.
-
-    Equal scores stay or go together.
-    """
-
-    share: float
-
-
-@dataclass(frozen=True)
-class TopK:
-    """Keep `blocks` in all, forced ones (which always stay) included; of equals, the first."""
-
-    blocks: int
-
-
-Rule = Threshold | TopP | TopK
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The tokens and blocks that a mask is for, as in BlockMask."""
-
-    q_len: int
-    kv_len: int
-    block_q: int
-    block_k: int
-    q_offset: int = 0
+from sentei.kernels.ops.rules import Grid, Rule, Threshold, TopK, TopP
 
 
 def select_lists(

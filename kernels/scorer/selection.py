@@ -11,7 +11,8 @@ import torch
 
 from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask
 from sentei.kernels.ops.registry import is_native_usable
-from sentei.kernels.ops.select import Grid, Threshold, select_lists
+from sentei.kernels.ops.rules import Grid, Threshold
+from sentei.kernels.ops.select import select_lists
 from sentei.kernels.scorer.features import RotaryTable, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
 

@@ -11,9 +11,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import typer
 
 from sentei import __version__
-from sentei.pipeline.cli import bench, demo, doctor, evaluation, explain, models, policy, report, rollout
+from sentei.pipeline.cli import bench, demo, doctor, evaluation, explain, offline, policy, report, rollout
 from sentei.pipeline.cli.output import ExitCode, Output
-from sentei.pipeline.client import AdminError
+from sentei.pipeline.rollout.client import AdminError
 
 app = typer.Typer(
     name="sentei",
@@ -40,12 +40,12 @@ def _root(
 
 
 app.command("demo")(demo.run_demo)
-app.command("distill")(models.run_distill)
-app.command("calibrate")(models.run_calibrate)
+app.command("distill")(offline.run_distill)
+app.command("calibrate")(offline.run_calibrate)
 app.command("evaluate")(evaluation.run_evaluate)
-app.command("study")(models.run_study)
+app.command("study")(offline.run_study)
 app.command("explain")(explain.run_explain)
-app.command("register")(models.run_register)
+app.command("register")(offline.run_register)
 app.command("report")(report.run_report)
 app.command("doctor")(doctor.run_doctor)
 app.add_typer(bench.app, name="bench", help="Measure speed as ratios.")

@@ -55,7 +55,7 @@ def kernels(
     from sentei.kernels.bench.run import OPS, Options, run_op
     from sentei.kernels.scorer.selection import pick_query_block
     from sentei.pipeline.home import sentei_home
-    from sentei.pipeline.plots import save_speedups
+    from sentei.pipeline.reports.plots import save_speedups
 
     output = Output(as_json=as_json)
     wanted = tuple(op or ("prefill",))
@@ -172,10 +172,10 @@ def prefill(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Time a whole model's prefill, scorer included, beside its three dense forms: seconds and memory."""
-    from sentei.pipeline.cli.models import open_bench
-    from sentei.pipeline.latency import DENSE_FORMS, time_prefills
-    from sentei.pipeline.splits import split_text
-    from sentei.pipeline.verify import make_windows
+    from sentei.pipeline.cli.offline import open_bench
+    from sentei.pipeline.measure.latency import DENSE_FORMS, time_prefills
+    from sentei.pipeline.measure.texts import make_windows
+    from sentei.pipeline.text.splits import split_text
 
     output = Output(as_json=as_json)
     if unknown := set(dense or ()) - set(DENSE_FORMS):

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sentei.pipeline.cli.evaluation import evaluation_table, recall_table
-from sentei.pipeline.cli.models import open_bench
+from sentei.pipeline.cli.offline import open_bench
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.cli.view import STYLES, rollout_panel
 from sentei.pipeline.home import HOME_VARIABLE, Home, sentei_home
@@ -28,8 +28,8 @@ def run_demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Distil, calibrate, evaluate, serve; one rollout promoted, one rolled back."""
-    from sentei.pipeline.demo import DemoResult, is_as_expected, prepare, run_stories
-    from sentei.pipeline.demo_sizes import demo_size
+    from sentei.pipeline.demo.demo import DemoResult, is_as_expected, prepare, run_stories
+    from sentei.pipeline.demo.sizes import demo_size
     from sentei.pipeline.steps import read_evaluation
 
     output = Output(as_json=as_json)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sentei.pipeline.cli.models import CorpusName, Dtype, Json, Model, Windows, changed, open_bench
+from sentei.pipeline.cli.offline import CorpusName, Dtype, Json, Model, Windows, changed, open_bench
 from sentei.pipeline.cli.output import Output
 
 
@@ -48,8 +48,8 @@ def run_evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure every rung beside dense: quality, recall, your tasks, latency, memory, cost."""
-    from sentei.pipeline.evaluate import EvaluateOptions
-    from sentei.pipeline.prices import load_prices
+    from sentei.pipeline.evaluation.evaluate import EvaluateOptions
+    from sentei.pipeline.evaluation.prices import load_prices
     from sentei.pipeline.steps import ANSWERS_FILE, PAGE_FILE, evaluate_step
 
     output = Output(as_json=as_json)

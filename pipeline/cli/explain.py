@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sentei.pipeline.cli.models import Json, Model
+from sentei.pipeline.cli.offline import Json, Model
 from sentei.pipeline.cli.output import Output
 from sentei.pipeline.home import sentei_home
 
@@ -31,9 +31,9 @@ def run_explain(
 ) -> None:
     """Show which blocks each layer kept in one prefill, and why: score, threshold, rank."""
     from sentei.kernels.hf.adapter import load_adapter
-    from sentei.pipeline.choices import explain_prompt
-    from sentei.pipeline.choices_page import save_explanation
+    from sentei.pipeline.measure.choices import explain_prompt
     from sentei.pipeline.models import resolve_model
+    from sentei.pipeline.reports.choices_page import save_explanation
 
     output = Output(as_json=as_json)
     position = read_token(token)

@@ -14,14 +14,14 @@ from rich.text import Text
 
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.cli.simulate import run_simulate
-from sentei.pipeline.policy_page import said, save_explanation
-from sentei.policies.load import PolicyError, find_line, load_policy, policy_json_schema
+from sentei.pipeline.reports.policy_page import said, save_explanation
 from sentei.policies.review.advice import Advice, find_advice, readable
 from sentei.policies.review.forecast import Expected, StageForecast, best_s, forecast, worst_s
 from sentei.policies.review.sentences import explain as explained
-from sentei.policies.schema import Policy
-from sentei.policies.spec.rules import dotted_path
-from sentei.policies.spec.units import format_duration
+from sentei.policies.schema.load import PolicyError, find_line, load_policy, policy_json_schema
+from sentei.policies.schema.policy import Policy
+from sentei.policies.schema.rules import dotted_path
+from sentei.policies.schema.units import format_duration
 
 app = typer.Typer(no_args_is_help=True)
 app.command("simulate")(run_simulate)
@@ -115,7 +115,7 @@ def replay_rollout(
     """Decide a recorded rollout again by any policy, and show where the decisions part."""
     from sentei.monitors.store import Store
     from sentei.pipeline.home import sentei_home
-    from sentei.pipeline.replay import replay, to_difference
+    from sentei.pipeline.rollout.replay import replay, to_difference
 
     output = Output(as_json=as_json)
     loaded = load_policy(policy.read_text(encoding="utf-8"), source=str(policy))

@@ -18,7 +18,7 @@ def run_report(
 ) -> None:
     """Write what a rollout saved, what it cost in quality, and whether it was safe."""
     from sentei.monitors.store import Store
-    from sentei.pipeline.report import build_report, render_json, save_report
+    from sentei.pipeline.reports.rollout_report import build_report, render_json, save_report
 
     output = Output(as_json=as_json)
     home = sentei_home().create()

@@ -12,7 +12,7 @@ from rich.live import Live
 
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.cli.view import history_table, rollout_panel, rollouts_table
-from sentei.pipeline.client import AdminClient
+from sentei.pipeline.rollout.client import AdminClient
 
 app = typer.Typer(no_args_is_help=True)
 

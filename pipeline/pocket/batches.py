@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from sentei.pipeline.corpus import Document, encode_text
 from sentei.pipeline.tasks import (
     LIST_NOTE,
     LIST_QUESTION,
@@ -19,6 +18,7 @@ from sentei.pipeline.tasks import (
     split_lines,
     usable_words,
 )
+from sentei.pipeline.text.corpus import Document, encode_text
 
 TEXT, ANSWER, REPEAT, SILENT = 0, 1, 2, 3
 NUM_ROLES = 3

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from sentei.pipeline.corpus import Document, encode_text, token_windows
 from sentei.pipeline.tasks import MAKERS, RecallTask, TaskName
+from sentei.pipeline.text.corpus import Document, encode_text, token_windows
 
 LENGTHS = (1024, 2048, 4096, 8192)
 DEPTHS = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -114,7 +114,7 @@ or loses. It is no assistant: it continues text as Python source would go on, an
 
 - Text: Python's standard library without its tests, sources and help topics, the training share of
   `split_documents` ({text:.1f}M tokens; corpus digest `{facts.corpus_digest}`). `tarfile.py` and others are held out.
-- Tasks: notes and questions of `pipeline/tasks.py` inside that text, many to a sequence; random streams that repeat.
+- Tasks: notes and questions of `pipeline/tasks/` inside that text, many to a sequence; random streams that repeat.
 - Start: not all random. One head of the first layer starts as a look at the token before, two heads of the second as
   a search for their own token among those (`network.py` says why); training then changes every weight.
 - Curriculum: {phases}; {seen:.1f}M tokens in all. Seed {facts.seed}. AdamW in float32, stored as bfloat16.

@@ -21,11 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
-from sentei.pipeline.corpus import load_corpus, split_documents
 from sentei.pipeline.pocket.batches import NUM_ROLES, Batch, BatchMaker
 from sentei.pipeline.pocket.card import RunFacts, write_card
 from sentei.pipeline.pocket.network import MAX_POSITIONS, make_model
 from sentei.pipeline.pocket.vocabulary import save_tokenizer, train_tokenizer
+from sentei.pipeline.text.corpus import load_corpus, split_documents
 
 WARMUP_STEPS = 40
 PEAK_LR = 2e-3

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from sentei.pipeline.tasks.chains import make_variable_names, make_variable_value
-from sentei.pipeline.tasks.needles import (
+from sentei.pipeline.tasks.notes import (
     KEY_NOTE,
     KEY_QUESTION,
     LIST_NOTE,

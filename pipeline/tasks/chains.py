@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sentei.pipeline.corpus import Document
 from sentei.pipeline.tasks.prompt import (
     Filler,
     RecallTask,
@@ -20,6 +19,7 @@ from sentei.pipeline.tasks.prompt import (
     make_task,
     usable_words,
 )
+from sentei.pipeline.text.corpus import Document
 
 VARIABLE_NOTE = "Remember the variable {} = {}.\n"
 VALUE_QUESTION = "Now follow the variables: {} ="

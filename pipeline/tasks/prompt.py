@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from sentei.pipeline.corpus import Corpus, Document, encode_text, load_corpus, split_documents
+from sentei.pipeline.text.corpus import Corpus, Document, encode_text, load_corpus, split_documents
 
 TaskName = Literal["passkey", "key_value", "copy", "multi_key", "variable_value", "variable_names"]
 Filler = Literal["corpus", "classic"]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sentei.pipeline.corpus import encode_text
 from sentei.pipeline.tasks.metrics import CHOICE, NAMES, MetricError, Score, find_metric
-from sentei.policies.spec.rules import nearest
+from sentei.pipeline.text.corpus import encode_text
+from sentei.policies.schema.rules import nearest
 
 REQUIRED = ("prompt", "reference", "metric")
 OPTIONAL = ("task", "choices", "max_tokens", "stop")

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from sentei.policies.budget import harm_alpha
 from sentei.policies.evidence import log_threshold
 from sentei.policies.evidence.base import log_mean_exp
 from sentei.policies.evidence.counts import RATIO_TILTS, Split
 from sentei.policies.intake import scaled_bound
-from sentei.policies.judge import harm_alpha
 from sentei.policies.review.forecast import Expected, StageForecast, bad_units, best_s, forecast
-from sentei.policies.schema import Guardrail, Policy
-from sentei.policies.spec.rules import Path
-from sentei.policies.spec.units import format_duration
+from sentei.policies.schema.policy import Policy
+from sentei.policies.schema.rules import Path
+from sentei.policies.schema.sections import Guardrail
+from sentei.policies.schema.units import format_duration
 
 WEEK_MINUTES = 7 * 24 * 60
 MANY_UNITS = 10_000  # all of them as bad as can be: a guardrail that needs more never fires

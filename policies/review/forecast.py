@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from sentei.policies.budget import harm_alpha
 from sentei.policies.evidence import (
     BETTING_CUT,
     PAIRED_CUT,
@@ -22,8 +23,8 @@ from sentei.policies.evidence import (
     units_to_prove,
 )
 from sentei.policies.intake import scaled_bound
-from sentei.policies.judge import harm_alpha
-from sentei.policies.schema import Guardrail, Policy, Stage
+from sentei.policies.schema.policy import Policy
+from sentei.policies.schema.sections import Guardrail, Stage
 
 COUNT_LIMIT = 20_000  # sessions after which a count that proves nothing is said to prove nothing
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sentei.policies.judge import harm_alpha
+from sentei.policies.budget import harm_alpha
 from sentei.policies.review.advice import readable
 from sentei.policies.review.forecast import (
     StageForecast,
@@ -14,8 +14,9 @@ from sentei.policies.review.forecast import (
     clean_units,
     worst_s,
 )
-from sentei.policies.schema import Guardrail, Policy, Signal
-from sentei.policies.spec.units import format_duration
+from sentei.policies.schema.policy import Policy
+from sentei.policies.schema.sections import Guardrail, Signal
+from sentei.policies.schema.units import format_duration
 
 _ACTIONS = {
     "previous_rung": "the slice falls one rung, from the mildest to dense",

@@ -8,12 +8,13 @@ from typing import Literal
 
 import numpy as np
 
+from sentei.policies.budget import harm_alpha
 from sentei.policies.evidence import PAIRED_CUT, log_threshold
 from sentei.policies.evidence.base import BETTING_CUT, Bools, Floats, Ints
 from sentei.policies.intake import RATIO_CAP, scaled_bound
-from sentei.policies.judge import harm_alpha
-from sentei.policies.schema import Benefit, Guardrail, Policy, Stage
-from sentei.policies.spec.units import WeeklyWindow
+from sentei.policies.schema.policy import Policy
+from sentei.policies.schema.sections import Benefit, Guardrail, Stage
+from sentei.policies.schema.units import WeeklyWindow
 
 Kind = Literal["betting", "count", "arms", "ratio", "benefit"]
 _KINDS: dict[str, Kind] = {

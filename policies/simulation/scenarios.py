@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sentei.policies.schema import Policy
+from sentei.policies.schema.policy import Policy
 from sentei.policies.simulation.plan import Gate, Plan, make_plan
 from sentei.policies.simulation.world import Effect, Scenario
 

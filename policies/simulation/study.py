@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import betaincinv
 
 from sentei.policies.evidence.base import Bools, Floats
-from sentei.policies.schema import Policy
+from sentei.policies.schema.policy import Policy
 from sentei.policies.simulation.fleet import PROMOTED, ROLLED_BACK, STAGE_MAX, Fall, Fleet
 from sentei.policies.simulation.naive import RULES, NaiveFleet
 from sentei.policies.simulation.plan import Plan, make_plan

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sentei.policies.machine import Phase, SliceEvent
+from sentei.policies.schema.operations import VariantBreaker
+from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import VariantHealth
-from sentei.policies.spec.operations import VariantBreaker
-from sentei.policies.spec.units import format_duration
 from sentei.policies.state import ALL_SLICES
 from sentei.policies.steps.tick import Tick, active_slices, move_slice, roll_back
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from sentei.policies.judge import is_benefit_disproved
 from sentei.policies.machine import Event, Phase, next_phase
-from sentei.policies.schema import Policy, Stage
+from sentei.policies.schema.metrics import METRICS
+from sentei.policies.schema.policy import Policy
+from sentei.policies.schema.sections import Stage
+from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Command
-from sentei.policies.spec.metrics import METRICS
-from sentei.policies.spec.units import format_duration
 from sentei.policies.state import Cell
 from sentei.policies.steps.tick import Tick, active_slices, effective_rung, is_paused, roll_back
 

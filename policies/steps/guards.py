@@ -7,8 +7,8 @@ from dataclasses import replace
 from sentei.policies.intake import fold_observations, fold_traffic, own_mean, own_range
 from sentei.policies.judge import GuardrailReport, judge
 from sentei.policies.machine import Event, IllegalEventError, Phase, is_possible, next_phase
+from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Command, DriftSignal, Verdict
-from sentei.policies.spec.units import format_duration
 from sentei.policies.state import ALL_SLICES, DriftTrack, SliceState
 from sentei.policies.steps.control import describe_failures, is_failing
 from sentei.policies.steps.tick import Tick, active_slices, effective_rung, fall_back, pause, roll_back

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sentei.policies.judge import GuardrailReport
 from sentei.policies.machine import Event, Phase, SliceEvent, SlicePhase, next_phase, next_slice_phase
-from sentei.policies.schema import Policy
+from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Command, Signals
 from sentei.policies.state import RolloutState, SliceState
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from sentei.serving.engine.attention import AttentionUse
+from sentei.serving.engine.attention_use import AttentionUse
 from sentei.serving.engine.request import (
     EngineLimits,
     EngineRequest,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sentei.serving.engine.attention import AttentionUse
+from sentei.serving.engine.attention_use import AttentionUse
 
 DENSE_RUNG = "dense"
 

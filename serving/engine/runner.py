@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache
 
-from sentei.serving.engine.attention import AttentionMeter, AttentionUse, Call
+from sentei.serving.engine.attention_use import AttentionMeter, AttentionUse, Call
 from sentei.serving.engine.request import DENSE_RUNG, EngineRequest, ScoreRequest, ScoreResult, TokenLogprob
 from sentei.serving.engine.sampler import sample_token
 from sentei.serving.errors import BadLogitsError, EngineRefusedError

@@ -10,10 +10,10 @@ import pytest
 import sqlalchemy as sa
 
 from sentei.monitors.errors import StaleLeaseError
+from sentei.monitors.events import BrokenChainError, EventLog
 from sentei.monitors.store import Store
 from sentei.monitors.tables import EVENTS
-from sentei.pipeline.events import BrokenChainError, EventLog
-from sentei.pipeline.rollout import RolloutRunner, RunnerOptions, start_rollout
+from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
 from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
 
 
@@ -50,7 +50,7 @@ def test_newest_event_of_a_rollout_holds_its_state(store: Store) -> None:
 
 def test_log_reads_over_pages(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A log that is longer than a page is read whole and in order."""
-    monkeypatch.setattr("sentei.pipeline.events._PAGE", 3)
+    monkeypatch.setattr("sentei.monitors.events._PAGE", 3)
     log = fill(store, 10)
 
     assert [event.seq for event in log.read()] == list(range(1, 11))

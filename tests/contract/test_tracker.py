@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sentei.pipeline.tracking import MetricPoint, MlflowTracker, RunSpec, Tracker, TrackingError
+from sentei.pipeline.tracking.tracker import MetricPoint, MlflowTracker, RunSpec, Tracker, TrackingError
 from tests.fakes_records import FakeTracker
 
 # MLflow on SQLite leaves connections to the garbage collector.

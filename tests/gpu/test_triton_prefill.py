@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from torch.nn.functional import scaled_dot_product_attention
 
 from sentei.kernels.ops.attention import attend, attend_packed
-from sentei.kernels.ops.block_mask import BlockMask, PackedMask
+from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.layouts import PackedMask
 from sentei.kernels.ops.reference import attend_reference, token_mask
 from sentei.kernels.ops.tolerances import ERROR_FLOOR, allowed_error
 from tests.strategies_attention import make_qkv, move_mask

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sentei.kernels.ops.select import Grid, Rule, Threshold, TopK, TopP, select_lists
+from sentei.kernels.ops.rules import Grid, Rule, Threshold, TopK, TopP
+from sentei.kernels.ops.select import select_lists
 from tests.strategies_attention import make_scores
 
 pytestmark = pytest.mark.gpu

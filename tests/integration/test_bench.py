@@ -13,7 +13,7 @@ from sentei.kernels.bench.cases import Shape, make_mask, make_scorer, make_tenso
 from sentei.kernels.bench.ledger import append_rows
 from sentei.kernels.bench.machine import Machine, measure_machine
 from sentei.kernels.bench.run import Options, WrongAnswerError, peak_extra_mib, run_op
-from sentei.pipeline.plots import save_speedups
+from sentei.pipeline.reports.plots import save_speedups
 
 # torch 2.13 imports modules of its own that it has deprecated, while it compiles.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter, uncalibrated_ladder
 from sentei.kernels.hf.models import thinnable_layers
+from sentei.kernels.hf.observe import Selection
 from sentei.kernels.hf.retrofit import retrofit
-from sentei.kernels.hf.selection import Selection
 from sentei.kernels.scorer.faults import Fault
-from sentei.pipeline.choices import ExplainError, explain_prompt
 from sentei.pipeline.cli.app import app
+from sentei.pipeline.measure.choices import ExplainError, explain_prompt
 from sentei.pipeline.models import LoadedModel, resolve_model
 from sentei.serving.engine.request import EngineRequest
 from sentei.serving.engine.runner import ModelRunner

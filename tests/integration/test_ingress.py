@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from sentei.serving.engine.attention import AttentionUse, LayerUse
+from sentei.serving.engine.attention_use import AttentionUse, LayerUse
 from sentei.serving.errors import EngineBusyError, VariantError
 from sentei.serving.gateway import Gateway
 from sentei.serving.ingress import build_api

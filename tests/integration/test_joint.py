@@ -14,11 +14,11 @@ from sentei.kernels.hf.adapter import load_adapter, new_adapter, save_adapter, u
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
 from sentei.kernels.hf.models import AdapterError, fingerprint
 from sentei.pipeline.cli.app import app
-from sentei.pipeline.corpus import load_corpus
+from sentei.pipeline.experiments.joint import JointOptions, JointReport, joint
 from sentei.pipeline.home import Home
-from sentei.pipeline.joint import JointOptions, JointReport, joint
 from sentei.pipeline.models import LoadedModel, resolve_model
 from sentei.pipeline.steps import JOINT_FILE, Workbench, joint_step
+from sentei.pipeline.text.corpus import load_corpus
 
 # torch 2.13 imports modules of its own that it has deprecated, when FlexAttention is compiled.
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"), pytest.mark.timeout(600)]

@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 
 from sentei.monitors.store import Store
-from sentei.pipeline.mirror import Mirror
-from sentei.pipeline.register import RegisterError, register_adapter
-from sentei.pipeline.rollout import RolloutRunner, RunnerOptions, start_rollout
-from sentei.pipeline.runs import StepRecord, log_step
-from sentei.pipeline.tracking import MlflowTracker
+from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
+from sentei.pipeline.tracking.mirror import Mirror
+from sentei.pipeline.tracking.register import RegisterError, register_adapter
+from sentei.pipeline.tracking.tracker import MlflowTracker, StepRecord, log_step
 from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
 
 # MLflow on SQLite leaves connections to the garbage collector.

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from sentei.monitors.events import EventLog
 from sentei.monitors.records import DriftResult
 from sentei.monitors.store import Store
 from sentei.pipeline.cli.app import app
-from sentei.pipeline.events import EventLog
-from sentei.pipeline.replay import replay, to_difference
-from sentei.pipeline.rollout import RolloutError, RolloutRunner, RunnerOptions, start_rollout
-from sentei.policies.load import load_policy
+from sentei.pipeline.rollout.replay import replay, to_difference
+from sentei.pipeline.rollout.runner import RolloutError, RolloutRunner, RunnerOptions, start_rollout
+from sentei.policies.schema.load import load_policy
 from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
 
 STRICT = POLICY.replace(

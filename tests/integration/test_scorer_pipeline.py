@@ -11,18 +11,18 @@ import torch
 
 from sentei.kernels.hf.adapter import load_adapter
 from sentei.kernels.hf.retrofit import retrofit
-from sentei.pipeline.baselines import KINDS
-from sentei.pipeline.calibrate import CalibrateOptions, calibrate
-from sentei.pipeline.choices import explain_prompt
-from sentei.pipeline.corpus import load_corpus
-from sentei.pipeline.distill import DistillOptions, distill
-from sentei.pipeline.evaluate import EvaluateOptions, Evaluation, evaluate
-from sentei.pipeline.evaluation_page import render_evaluation
-from sentei.pipeline.latency import time_prefills
+from sentei.pipeline.evaluation.evaluate import EvaluateOptions, Evaluation, evaluate
+from sentei.pipeline.ladder.calibrate import CalibrateOptions, calibrate
+from sentei.pipeline.ladder.distill import DistillOptions, distill
+from sentei.pipeline.ladder.verify import VerifyOptions
+from sentei.pipeline.measure.baselines import KINDS
+from sentei.pipeline.measure.choices import explain_prompt
+from sentei.pipeline.measure.latency import time_prefills
 from sentei.pipeline.models import resolve_model
-from sentei.pipeline.plots import save_trade_off
+from sentei.pipeline.reports.evaluation_page import render_evaluation
+from sentei.pipeline.reports.plots import save_trade_off
 from sentei.pipeline.steps import evaluation_metrics
-from sentei.pipeline.verify import VerifyOptions
+from sentei.pipeline.text.corpus import load_corpus
 
 # torch 2.13 imports modules of its own that it has deprecated, when FlexAttention is compiled.
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"), pytest.mark.timeout(900)]

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sentei.kernels.hf.adapter import new_adapter, save_adapter, uncalibrated_ladder
-from sentei.pipeline.client import AdminClient
-from sentei.pipeline.server import LocalServer
+from sentei.pipeline.demo.local_server import LocalServer
+from sentei.pipeline.rollout.client import AdminClient
 from sentei.serving.router import position
 
 TOKEN = "test-token"

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from sentei.pipeline.cli.app import app
 from sentei.pipeline.cli.simulate import YARDSTICK
-from sentei.pipeline.simulate import PART, Simulation, figures, simulate
-from sentei.policies.load import load_policy
+from sentei.pipeline.rollout.simulate import PART, Simulation, figures, simulate
+from sentei.policies.schema.load import load_policy
 from sentei.policies.simulation.scenarios import default_scenarios
 from sentei.policies.simulation.study import NEVER, Tally, Traffic, exact_interval, median_of, run_scenario
 from sentei.policies.simulation.world import Effect, Scenario

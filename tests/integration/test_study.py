@@ -2,9 +2,9 @@
 
 import pytest
 
-from sentei.pipeline.corpus import load_corpus
+from sentei.pipeline.experiments.study import StudyOptions, StudyRow, study
 from sentei.pipeline.models import resolve_model
-from sentei.pipeline.study import StudyOptions, StudyRow, study
+from sentei.pipeline.text.corpus import load_corpus
 
 SMALL = StudyOptions(
     window_tokens=1024,

@@ -19,9 +19,8 @@ from sentei.kernels.bench.resources import (
     read_resources,
     to_markdown,
 )
-from sentei.kernels.ops.block_mask import PackedMask
-from sentei.kernels.ops.paged import BlockLists, PagedCache
-from sentei.kernels.ops.select import Grid, Rule, Threshold, TopP
+from sentei.kernels.ops.layouts import BlockLists, PackedMask, PagedCache
+from sentei.kernels.ops.rules import Grid, Rule, Threshold, TopP
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)"

@@ -9,16 +9,15 @@ import torch
 
 from sentei.kernels.hf.adapter import Adapter, new_adapter, uncalibrated_ladder
 from sentei.kernels.hf.retrofit import retrofit
-from sentei.pipeline.agreement import agreement, hidden_at, score_variants
-from sentei.pipeline.answers import answer_greedily, choose
-from sentei.pipeline.corpus import load_corpus
+from sentei.pipeline.evaluation.recall import TaskPlan, make_tasks, recall_by_rung
+from sentei.pipeline.evaluation.user_tasks import answers_by_rung, summarise
+from sentei.pipeline.measure.answers import answer_greedily, choose
+from sentei.pipeline.measure.scores import agreement, hidden_at, score_variants, token_losses
 from sentei.pipeline.models import LoadedModel, resolve_model
-from sentei.pipeline.recall import TaskPlan, make_tasks, recall_by_rung
-from sentei.pipeline.splits import split_text
 from sentei.pipeline.tasks import make_passkey
 from sentei.pipeline.tasks.user import load_user_tasks
-from sentei.pipeline.user_tasks import answers_by_rung, summarise
-from sentei.pipeline.verify import token_losses
+from sentei.pipeline.text.corpus import load_corpus
+from sentei.pipeline.text.splits import split_text
 
 TOKENS = 1024
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sentei.policies.load import PolicyError, dump_policy, load_policy
-from sentei.policies.schema import Policy
+from sentei.policies.schema.load import PolicyError, dump_policy, load_policy
+from sentei.policies.schema.policy import Policy
 from tests.strategies_policy import TEXTS, mutated_texts, policies
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from sentei.policies.load import PolicyError, PolicyFault, load_policy
+from sentei.policies.schema.load import PolicyError, PolicyFault, load_policy
 from tests.mutations import mutate
 from tests.strategies_policy import TEXTS
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sentei.pipeline.calibrate import RungTarget, _fill_empty_bins, _fit_bin
-from sentei.pipeline.needles import Scored, dropped_rows, max_head_density, needle_threshold
+from sentei.pipeline.ladder.calibrate import RungTarget, _fill_empty_bins, _fit_bin
+from sentei.pipeline.ladder.needs import Scored, dropped_rows, max_head_density, needle_threshold
 
 NOTHING = Scored([], [])
 

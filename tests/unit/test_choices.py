@@ -18,14 +18,20 @@ import pytest
 import torch
 
 from sentei.kernels.hf.models import LayerInfo
-from sentei.kernels.hf.selection import Selection
+from sentei.kernels.hf.observe import Selection
 from sentei.kernels.scorer.selection import Thresholds, per_head_thresholds, select_blocks
-from sentei.pipeline.choices import Explanation, block_chars, pick_query_blocks, ranks_of, record_choices
-from sentei.pipeline.choices_page import render_page
+from sentei.pipeline.measure.choices import (
+    Explanation,
+    block_chars,
+    pick_query_blocks,
+    ranks_of,
+    record_choices,
+)
+from sentei.pipeline.reports.choices_page import render_page
 
 SIZE, BLOCKS, HEADS, KV_HEADS = 16, 5, 4, 2
 TOKENS = SIZE * (BLOCKS - 1) + 5  # the last block is ragged
-SCRIPT = Path(__file__).parents[2] / "pipeline" / "templates" / "choices.js"
+SCRIPT = Path(__file__).parents[2] / "pipeline" / "reports" / "templates" / "choices.js"
 
 
 def make_selection(share: float = 0.15) -> Selection:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from sentei.pipeline.cli.app import app, run
 from sentei.pipeline.cli.output import ExitCode
-from sentei.pipeline.client import AdminClient, AdminError
+from sentei.pipeline.rollout.client import AdminClient, AdminError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_POLICY = ROOT / "policies" / "examples" / "demo.yaml"

@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sentei.pipeline.cli.policy import errors_table
-from sentei.pipeline.cli.simulate import figures_table, rules_table
-from sentei.pipeline.cli.world import own_scenario
-from sentei.pipeline.simulate import figures
-from sentei.policies.load import PolicyError, load_policy
+from sentei.pipeline.cli.simulate import figures_table, own_scenario, rules_table
+from sentei.pipeline.rollout.simulate import figures
+from sentei.policies.schema.load import PolicyError, load_policy
 from sentei.policies.simulation.study import Tally
 from sentei.policies.simulation.world import Effect, Scenario
 from tests.strategies_policy import TWO_SLICES

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from sentei.pipeline.corpus import (
+from sentei.pipeline.text.corpus import (
     CorpusError,
     Document,
     load_corpora,
@@ -14,7 +14,7 @@ from sentei.pipeline.corpus import (
     split_documents,
     token_windows,
 )
-from sentei.pipeline.splits import split_text
+from sentei.pipeline.text.splits import split_text
 
 
 class ByteTokenizer:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sentei.pipeline.costs import Machine, Measured, reckon_costs
-from sentei.pipeline.prices import Assumptions, Price, PriceError, PriceList, load_prices
+from sentei.pipeline.evaluation.costs import Machine, Measured, reckon_costs
+from sentei.pipeline.evaluation.prices import Assumptions, Price, PriceError, PriceList, load_prices
 
 MEASURED = Measured({"dense": 36.0, "bold": 18.0}, tokens=10_000, setup_s=3600.0, machine=Machine("cpu", 2))
 BOX = Price("cloud", "box", 1.0, cpus=2)

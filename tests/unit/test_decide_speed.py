@@ -9,7 +9,7 @@ from typing import Any
 
 from sentei.policies.engine import RolloutState, decide, initial_state, state_from_json, state_to_json
 from sentei.policies.evidence import Split
-from sentei.policies.schema import Policy
+from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Observation, Signals, SliceTraffic
 from tests.strategies_policy import EXAMPLES, load_policy
 

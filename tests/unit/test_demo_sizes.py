@@ -2,9 +2,9 @@
 
 import pytest
 
-from sentei.pipeline.demo import demo_policy
-from sentei.pipeline.demo_sizes import demo_size
-from sentei.policies.load import load_policy
+from sentei.pipeline.demo.demo import demo_policy
+from sentei.pipeline.demo.sizes import demo_size
+from sentei.policies.schema.load import load_policy
 
 
 @pytest.mark.parametrize("model", ["pocket", "gemma-3-270m"])

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sentei.pipeline.cli.app import app
-from sentei.policies.load import load_policy
+from sentei.policies.schema.load import load_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from sentei.policies.edits import SAFER, EditError, check_edit, edited_state, re
 from sentei.policies.engine import routing
 from sentei.policies.evidence import BetaBinomial, Betting, Split
 from sentei.policies.machine import IllegalEventError
-from sentei.policies.schema import Policy
+from sentei.policies.schema.policy import Policy
 from tests.strategies_policy import Change, Story, make_policy, put, twice, without_approval
 
 

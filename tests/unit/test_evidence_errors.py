@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sentei.policies import evidence
+from sentei.policies.budget import harm_alpha
 from sentei.policies.evidence import (
     RATIO_TILTS,
     SRM_TILTS,
@@ -29,7 +30,6 @@ from sentei.policies.evidence import (
 )
 from sentei.policies.evidence.base import log_mean_exp_paths
 from sentei.policies.evidence.counts import split_logs
-from sentei.policies.judge import harm_alpha
 from sentei.policies.state import Cell, RolloutState, state_from_json, state_to_json
 
 FOLDER = Path(evidence.__file__).parent

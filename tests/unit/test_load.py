@@ -8,8 +8,8 @@ import jsonschema
 import pytest
 import yaml
 
-from sentei.policies.load import MAX_FAULTS, PolicyError, dump_policy, load_policy, policy_json_schema
-from sentei.policies.schema import policy_digest
+from sentei.policies.schema.load import MAX_FAULTS, PolicyError, dump_policy, load_policy, policy_json_schema
+from sentei.policies.schema.policy import policy_digest
 from tests.strategies_policy import TEXTS, TWO_SLICES, make_policy
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from sentei.monitors.records import DriftResult
 from sentei.monitors.store import Store
-from sentei.pipeline.mirror import Mirror
-from sentei.pipeline.rollout import RolloutRunner, RunnerOptions, start_rollout
+from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
+from sentei.pipeline.tracking.mirror import Mirror
 from tests.fakes_records import POLICY, ROLLOUT, START_S, FakeTracker, make_audit, make_request
 
 PARENT = f"sentei-rollouts/rollout:{ROLLOUT}"

@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sentei.kernels.ops.errors import ShapeError
-from sentei.kernels.ops.paged import BlockLists, PagedCache, attend_paged
+from sentei.kernels.ops.layouts import BlockLists, PagedCache
+from sentei.kernels.ops.paged import attend_paged
 from sentei.kernels.ops.tolerances import ERROR_FLOOR
 from tests.strategies_attention import make_lists, make_paged
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sentei.policies.budget import harm_alpha
 from sentei.policies.engine import decide, initial_state, routing
 from sentei.policies.evidence import PAIRED_CUT, betting_paths, log_threshold, paired_bound, units_to_prove
-from sentei.policies.judge import harm_alpha
-from sentei.policies.load import load_policy
-from sentei.policies.schema import Policy
+from sentei.policies.schema.load import load_policy
+from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Observation, Signals, SliceTraffic
 from tests.strategies_policy import EXAMPLES, drift
 

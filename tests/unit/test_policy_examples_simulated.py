@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from sentei.policies.load import load_policy
-from sentei.policies.schema import Policy
+from sentei.policies.schema.load import load_policy
+from sentei.policies.schema.policy import Policy
 from sentei.policies.simulation.fleet import PROMOTED, ROLLED_BACK
 from sentei.policies.simulation.study import Study, Tally, Traffic
 from sentei.policies.simulation.world import Effect, Scenario

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from sentei.pipeline.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
-from sentei.pipeline.policy_page import save_explanation
-from sentei.policies.load import load_policy
+from sentei.pipeline.reports.policy_page import save_explanation
+from sentei.pipeline.reports.share_chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 from sentei.policies.review.forecast import Expected, best_s, forecast
-from sentei.policies.schema import Policy
+from sentei.policies.schema.load import load_policy
+from sentei.policies.schema.policy import Policy
 from tests.strategies_policy import EXAMPLES, make_policy
 
 TRAFFIC = Expected(3600.0)

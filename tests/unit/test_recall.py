@@ -2,8 +2,8 @@
 
 import pytest
 
-from sentei.pipeline.evaluate import EvaluateOptions
-from sentei.pipeline.recall import TaskOutcome, summarise, untold
+from sentei.pipeline.evaluation.evaluate import EvaluateOptions
+from sentei.pipeline.evaluation.recall import TaskOutcome, summarise, untold
 from sentei.pipeline.tasks import TaskError
 
 

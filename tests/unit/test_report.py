@@ -13,9 +13,16 @@ import sqlalchemy as sa
 from sentei.monitors.records import DriftResult
 from sentei.monitors.store import Store
 from sentei.monitors.tables import EVENTS
-from sentei.pipeline.figures import audit_overhead, quality_figures, savings, slice_figures
-from sentei.pipeline.report import Price, ReportError, build_report, render_html, render_json, save_report
-from sentei.pipeline.rollout import RolloutRunner, RunnerOptions, start_rollout
+from sentei.pipeline.reports.figures import audit_overhead, quality_figures, savings, slice_figures
+from sentei.pipeline.reports.rollout_report import (
+    Price,
+    ReportError,
+    build_report,
+    render_html,
+    render_json,
+    save_report,
+)
+from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
 from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
 
 EVALUATION = {

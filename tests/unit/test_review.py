@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from sentei.policies.load import load_policy
 from sentei.policies.review.advice import find_advice, readable
 from sentei.policies.review.forecast import (
     Expected,
@@ -21,7 +20,8 @@ from sentei.policies.review.forecast import (
     worst_s,
 )
 from sentei.policies.review.sentences import explain
-from sentei.policies.schema import Policy
+from sentei.policies.schema.load import load_policy
+from sentei.policies.schema.policy import Policy
 from tests.strategies_policy import EXAMPLES, Story, make_policy, without_approval
 
 UNKNOWN = Expected()

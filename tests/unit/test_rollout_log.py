@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from sentei.pipeline.events import EventLog
-from sentei.pipeline.mirror import Mirror
-from sentei.pipeline.report import build_report
-from sentei.pipeline.revisions import PolicyBook
-from sentei.pipeline.rollout import event_kind, read_look, start_rollout
-from sentei.policies.load import load_policy
+from sentei.monitors.events import EventLog
+from sentei.pipeline.reports.rollout_report import build_report
+from sentei.pipeline.rollout.revisions import PolicyBook
+from sentei.pipeline.rollout.runner import event_kind, read_look, start_rollout
+from sentei.pipeline.tracking.mirror import Mirror
+from sentei.policies.schema.load import load_policy
 from tests.fakes_records import POLICY, ROLLOUT, START_S, FakeTracker, FlakyStore, make_audit, make_request
 from tests.stories_rollout import begin, run, serve
 from tests.strategies_policy import EXAMPLES, Story, make_policy
@@ -125,7 +125,7 @@ def test_state_is_the_same_whether_evidence_was_kept_or_read_again(tmp_path: Pat
             pytest.MonkeyPatch.context() as patch,
             FlakyStore.open(f"sqlite:///{tmp_path}/{keep_ticks}.db") as store,
         ):
-            patch.setattr("sentei.pipeline.rollout.KEEP_TICKS", keep_ticks)
+            patch.setattr("sentei.pipeline.rollout.runner.KEEP_TICKS", keep_ticks)
             run(store, 12)
             found.append(
                 [e.state for e in EventLog(store).read(ROLLOUT) if e.kind not in ("evidence", "hold")]
@@ -138,7 +138,7 @@ def test_many_numbers_are_written_down_before_they_are_too_many(
     store: FlakyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What has to be read again at each tick is bounded, whatever the traffic."""
-    monkeypatch.setattr("sentei.pipeline.rollout.KEEP_NUMBERS", 20)
+    monkeypatch.setattr("sentei.pipeline.rollout.runner.KEEP_NUMBERS", 20)
     start_rollout(store, POLICY.replace("min_units: 20", "min_units: 500"), now_s=START_S, rollout_id=ROLLOUT)
     runner = begin(store)
     for second in range(4):

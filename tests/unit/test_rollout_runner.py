@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from sentei.monitors.events import EventLog
 from sentei.monitors.records import Rollout
 from sentei.monitors.store import Store
-from sentei.pipeline.events import EventLog
-from sentei.pipeline.rollout import (
+from sentei.pipeline.rollout.runner import (
     RolloutError,
     RolloutRunner,
     RunnerOptions,
@@ -20,7 +20,7 @@ from sentei.pipeline.rollout import (
     start_rollout,
 )
 from sentei.policies.engine import QuarantineError
-from sentei.policies.load import PolicyError, load_policy
+from sentei.policies.schema.load import PolicyError, load_policy
 from tests.fakes_records import POLICY, ROLLOUT, START_S, FlakyStore
 from tests.stories_rollout import begin, run, serve
 

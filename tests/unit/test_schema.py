@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sentei.policies.schema import COLUMNS, METRICS
-from sentei.policies.spec.units import (
+from sentei.policies.schema.metrics import COLUMNS, METRICS
+from sentei.policies.schema.units import (
     format_duration,
     parse_duration,
     parse_number,

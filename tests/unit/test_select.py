@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sentei.kernels.ops.errors import BackendError, ShapeError
-from sentei.kernels.ops.select import Grid, Threshold, TopK, TopP, select_lists
+from sentei.kernels.ops.rules import Grid, Threshold, TopK, TopP
+from sentei.kernels.ops.select import select_lists
 from tests.strategies_attention import make_scores
 
 GRID = Grid(q_len=1, kv_len=384, block_q=64, block_k=64, q_offset=383)

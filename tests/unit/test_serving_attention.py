@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from sentei.kernels.hf.stats import LayerCall
-from sentei.serving.engine.attention import AttentionMeter, to_json
+from sentei.serving.engine.attention_use import AttentionMeter, to_json
 
 
 def metered(layers: int = 2) -> AttentionMeter:

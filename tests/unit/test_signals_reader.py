@@ -12,7 +12,7 @@ import pytest
 from sentei.monitors.records import DriftResult
 from sentei.monitors.signals_reader import AUDIT_VALUES, SERVE_VALUES, SignalQuery, read_signals
 from sentei.monitors.store import Store
-from sentei.policies.schema import METRICS
+from sentei.policies.schema.metrics import METRICS
 from sentei.policies.signals import Signals
 from tests.fakes_records import ROLLOUT, make_audit, make_request
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sentei.policies.load import load_policy
 from sentei.policies.machine import Phase
-from sentei.policies.schema import Policy
+from sentei.policies.schema.load import load_policy
+from sentei.policies.schema.policy import Policy
 from sentei.policies.simulation.fleet import PAUSED, PROMOTED, ROLLED_BACK, RUNNING
 from sentei.policies.simulation.study import Study, Traffic
 from sentei.policies.simulation.world import Effect, Scenario

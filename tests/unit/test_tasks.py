@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from sentei.pipeline.corpus import Document
 from sentei.pipeline.tasks import MAKERS, WORDS, RecallTask, TaskError, TaskName, is_correct, make_key_value
+from sentei.pipeline.text.corpus import Document
 from tests.fakes_tokenizer import WordTokenizer
 
 NEEDLES: tuple[TaskName, ...] = ("passkey", "key_value", "copy", "multi_key")

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from sentei.pipeline.evaluation.user_tasks import UserAnswer, save_answers, summarise
 from sentei.pipeline.tasks.metrics import MetricError, find_metric
 from sentei.pipeline.tasks.user import TaskFileError, UserTask, load_user_tasks
-from sentei.pipeline.user_tasks import UserAnswer, save_answers, summarise
 from tests.fakes_tokenizer import WordTokenizer
 
 GOOD: dict[str, Any] = {"prompt": "one two three", "reference": "four", "metric": "exact_match"}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sentei.kernels.ops.block_mask import BlockMask, num_blocks
 from sentei.kernels.ops.errors import BackendError
+from sentei.kernels.ops.limits import DECODE_ROWS_MAX
 from sentei.kernels.ops.native.build import load_native
-from sentei.kernels.ops.registry import DECODE_ROWS_MAX
 
 
 def _fields(names: str) -> list[tuple[str, type[c_int64]]]:

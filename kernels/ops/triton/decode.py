@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sentei.kernels.ops.block_mask import num_blocks
-from sentei.kernels.ops.paged import BlockLists, PagedCache
+from sentei.kernels.ops.layouts import BlockLists, PagedCache
 from sentei.kernels.ops.triton.launch import (
     LOG2_E,
     Launch,

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sentei.kernels.ops.block_mask import BlockMask, PackedMask, num_blocks
+from sentei.kernels.ops.block_mask import BlockMask, num_blocks
+from sentei.kernels.ops.layouts import PackedMask
 from sentei.kernels.ops.triton.launch import (
     LOG2_E,
     Launch,

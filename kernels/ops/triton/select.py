@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sentei.kernels.ops.select import Grid, Rule, Threshold, TopK, TopP
+from sentei.kernels.ops.rules import Grid, Rule, Threshold, TopK, TopP
 from sentei.kernels.ops.triton.launch import Launch, with_unit_stride
 
 

@@ -1,0 +1,281 @@
+"""`sentei distill`, `calibrate`, `study`, `register`: the offline steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from rich.table import Table
+
+from sentei.pipeline.cli.output import Output
+from sentei.pipeline.home import sentei_home
+
+if TYPE_CHECKING:
+    from sentei.pipeline.experiments.study import StudyOptions, StudyRow
+
+Model = Annotated[str, typer.Option("--model", help="pocket, gemma-3-270m, a checkpoint folder or a hub id.")]
+CorpusName = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--corpus", help="A text file, .jsonl, folder or stdlib, the default; repeatable, in equal parts."
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32 or bfloat16 [default: the faster one here; pocket: float32]."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Windows = Annotated[int | None, typer.Option("--windows", help="Number of text windows.", min=1)]
+
+
+def run_distill(
+    model: Model = "pocket",
+    corpus: CorpusName = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens per training window.", min=256)] = None,
+    windows: Windows = None,
+    form: Annotated[
+        str | None, typer.Option(help="low_rank (single tokens) or residual (means of tokens).")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Learned dimensions.", min=1)] = None,
+    pool: Annotated[int | None, typer.Option(help="Tokens per pooled key.", min=1)] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Train low-rank weights with a rung's mask on; after calibrate.")
+    ] = False,
+    rung: Annotated[str | None, typer.Option(help="With --joint: whose mask [default: bold].")] = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Teach the scorer which key blocks hold each row's attention mass."""
+    if joint:
+        if form is not None or pool is not None:
+            raise typer.BadParameter(
+                "shape the scorer, which --joint leaves as it is", param_hint="--form, --pool"
+            )
+        changes = {"window_tokens": tokens, "num_windows": windows, "rank": rank, "rung": rung}
+        _run_joint(model, corpus, changes, dtype=dtype, as_json=as_json)
+        return
+    if rung is not None:
+        raise typer.BadParameter(
+            "belongs to --joint: the scorer is distilled before there are rungs", param_hint="--rung"
+        )
+    from sentei.kernels.scorer.network import Form
+    from sentei.pipeline.ladder.distill import LOW_RANK, DistillOptions
+    from sentei.pipeline.steps import distill_step
+
+    output = Output(as_json=as_json)
+    if form not in (None, *get_args(Form)):
+        raise typer.BadParameter(f"{form!r}; choose from {', '.join(get_args(Form))}", param_hint="--form")
+    start = LOW_RANK if form == "low_rank" else DistillOptions()
+    options = changed(
+        start, window_tokens=tokens, num_windows=windows, form=form, rank=rank, pool_tokens=pool
+    )
+    bench = open_bench(model, corpus, output, dtype)
+    with output.progress() as progress:
+        adapter = distill_step(bench, options, progress)
+    output.say(f"adapter in [bold]{bench.adapter_dir}[/]: next, `sentei calibrate --model {model}`")
+    output.emit(
+        {"model": model, "adapter": str(bench.adapter_dir), "figures": dict(adapter.manifest.figures)}
+    )
+
+
+def _run_joint(
+    model: str, corpus: list[str] | None, changes: dict[str, Any], *, dtype: str | None, as_json: bool
+) -> None:
+    from sentei.pipeline.experiments.joint import JointOptions
+    from sentei.pipeline.steps import joint_step
+
+    output = Output(as_json=as_json)
+    bench = open_bench(model, corpus, output, dtype)
+    with output.progress() as progress:
+        report = joint_step(bench, changed(JointOptions(), **changes), progress)
+    document = report.to_dict()
+    table = Table("variant", "density", "NLL", "difference from dense (95% CI)")
+    for row in document["rows"]:
+        low, high = row["nll_delta_ci"]
+        difference = f"{row['nll_delta']:+.4f} ({low:+.4f} to {high:+.4f})"
+        table.add_row(row["variant"], f"{row['density']:.1%}", f"{row['nll']:.4f}", difference)
+    low, high = report.joint_minus_post_hoc_ci
+    output.say(
+        table,
+        f"trained under rung {report.rung} for {report.train_s:.0f} s; held-out KL from dense "
+        f"{report.kl_held_out_before:.4f} -> {report.kl_held_out_after:.4f}; joint minus post-hoc "
+        f"{report.joint_minus_post_hoc:+.4f} ({low:+.4f} to {high:+.4f})",
+        f"low-rank weights in [bold]{bench.adapter_dir}[/], off unless asked for (docs/guides/joint.md)",
+    )
+    output.emit(document)
+
+
+def run_calibrate(
+    model: Model = "pocket",
+    corpus: CorpusName = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens per held-out window.", min=256)] = None,
+    windows: Windows = None,
+    density: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Make a rung of this share of the blocks; repeatable, in place of the usual rungs."
+        ),
+    ] = None,
+    missed_needles: Annotated[
+        float | None,
+        typer.Option(
+            help="With --density: share of what questions about notes need that no KV group may miss.",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = None,
+    query_block: Annotated[
+        int | None,
+        typer.Option(help="Rows that choose together: 16, 32 or 64 [default: 16 on a CPU, 64 on a GPU]."),
+    ] = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Turn scores into a ladder of rungs, each verified on held-out text."""
+    from sentei.pipeline.ladder.calibrate import CalibrateOptions, density_targets
+    from sentei.pipeline.plain import to_plain
+    from sentei.pipeline.steps import calibrate_step
+
+    if missed_needles is not None and not density:
+        raise typer.BadParameter(
+            "belongs to --density: the usual rungs have bounds of their own", param_hint="--missed-needles"
+        )
+    output = Output(as_json=as_json)
+    asked = 1.0 if missed_needles is None else missed_needles
+    options = changed(
+        CalibrateOptions(),
+        window_tokens=tokens,
+        num_windows=windows,
+        targets=density_targets(density, asked) if density else None,
+        query_block_tokens=query_block,
+    )
+    bench = open_bench(model, corpus, output, dtype)
+    with output.progress() as progress:
+        ladder = calibrate_step(bench, options, progress)
+    rungs = [to_plain(rung) for rung in ladder.rungs]
+    output.say(_ladder_table(rungs))
+    output.emit({"model": model, "adapter": str(bench.adapter_dir), "rungs": rungs})
+
+
+def run_study(
+    model: Model = "pocket",
+    corpus: CorpusName = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens per window.", min=256)] = None,
+    windows: Windows = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Compare scorer forms on held-out text: what each must keep so as not to miss what matters."""
+    from sentei.pipeline.experiments.study import StudyOptions, study
+    from sentei.pipeline.reports.plots import save_study
+
+    output = Output(as_json=as_json)
+    options = changed(StudyOptions(), window_tokens=tokens, num_windows=windows)
+    bench = open_bench(model, corpus, output, dtype)
+    with output.progress() as progress:
+        rows = study(bench.loaded, bench.corpus, options, progress)
+    folder = sentei_home().create().root / "studies" / model.rstrip("/").rsplit("/", 1)[-1]
+    page = save_study(rows, folder / "study.html")
+    document = {"model": model, "rows": [row.to_dict() for row in rows], "page": str(page)}
+    (folder / "study.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    output.say(_study_table(rows, options), f"page: {page}")
+    output.emit(document)
+
+
+def _study_table(rows: Sequence[StudyRow], options: StudyOptions) -> Table:
+    missed = [f"{share:g}" for share in options.missed_needles]
+    densities = [f"{share:g}" for share in options.densities]
+    table = Table(
+        "layer",
+        "form",
+        "dims",
+        "query\nblock",
+        "KL",
+        *(f"kept to miss\n{float(share):.1%} of needles" for share in missed),
+        *(f"at {float(share):.0%}: mass found\nmean, p5, worst head" for share in densities),
+        *(f"at {float(share):.0%}:\nneedles missed" for share in densities),
+    )
+    for row in rows:
+        at = [row.at_density[share] for share in densities]
+        table.add_row(
+            str(row.layer),
+            row.form,
+            f"{row.dims_per_token:g}",
+            str(row.query_block),
+            f"{row.kl:.3f}",
+            *(f"{row.density[share]:.1%}" for share in missed),
+            *(
+                f"{a.mass_recall_mean:.3f}, {a.mass_recall_p5:.3f}, {a.mass_recall_worst_head:.3f}"
+                for a in at
+            ),
+            *(f"{a.needles_missed:.2%}" for a in at),
+        )
+    return table
+
+
+def run_register(
+    model: Model = "pocket",
+    alias: Annotated[str, typer.Option(help="Alias of the new version.")] = "candidate",
+    as_json: Json = False,
+) -> None:
+    """Register the adapter in MLflow under an alias."""
+    from sentei.pipeline.plain import to_plain
+    from sentei.pipeline.tracking.register import register_adapter
+    from sentei.pipeline.tracking.tracker import MlflowTracker
+
+    output = Output(as_json=as_json)
+    home = sentei_home().create()
+    name = model.rstrip("/").rsplit("/", 1)[-1]
+    tracker = MlflowTracker(home.mlflow_uri, home.mlflow_artifacts)
+    version = register_adapter(tracker, home.adapters / name, name=f"sentei-{name}", alias=alias)
+    output.say(f"registered: {to_plain(version)}")
+    output.emit(to_plain(version))
+
+
+def open_bench(model: str, corpus: list[str] | None, output: Output, dtype: str | None = None) -> Any:
+    """Load model and corpus, and say so."""
+    import torch
+
+    from sentei.pipeline.models import resolve_model
+    from sentei.pipeline.steps import Workbench
+    from sentei.pipeline.text.corpus import load_corpora
+
+    if dtype not in (None, "float32", "bfloat16"):
+        raise typer.BadParameter(f"{dtype!r}; choose from float32, bfloat16", param_hint="--dtype")
+    precision = None if dtype is None else getattr(torch, dtype)
+    with output.errors.status(f"loading {model}"):
+        loaded = resolve_model(model, dtype=precision)
+        bench = Workbench(loaded, load_corpora(corpus), sentei_home().create())
+    running = next(loaded.model.parameters()).dtype
+    output.say(f"[bold]{model}[/] in {str(running).removeprefix('torch.')}, corpus {bench.corpus.name}")
+    return bench
+
+
+def _ladder_table(rungs: list[dict[str, Any]]) -> Table:
+    table = Table(
+        "rung", "density", "dropped mass, bound", "verified mean", "verified p99", "NLL difference (CI)"
+    )
+    for rung in rungs:
+        found = rung["verified"]
+        if found is None:
+            table.add_row(rung["id"], "100%", "0", "", "", "")
+            continue
+        low, high = found["nll_delta_ci"]
+        table.add_row(
+            rung["id"],
+            f"{found['density']:.1%}",
+            f"{rung['bound_dropped_mass']:.3f}",
+            f"{found['dropped_mass_mean']:.3f}",
+            f"{found['dropped_mass_p99']:.3f}",
+            f"{found['nll_delta']:+.4f} ({low:+.4f} to {high:+.4f})",
+        )
+    return table
+
+
+def changed(options: Any, **changes: Any) -> Any:
+    """Return the options with those changed that were given."""
+    from dataclasses import replace
+
+    return replace(options, **{name: value for name, value in changes.items() if value is not None})

@@ -1,0 +1,238 @@
+"""The main job once, from a frozen model to one rollout promoted and one rolled back; the CLI shows it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sentei.monitors.store import Store
+from sentei.pipeline.demo.local_server import LocalServer
+from sentei.pipeline.demo.traffic import MixOptions, TrafficDriver, TrafficTotals, prompt_mix
+from sentei.pipeline.evaluation.evaluate import EvaluateOptions
+from sentei.pipeline.ladder.calibrate import CalibrateOptions
+from sentei.pipeline.ladder.distill import DistillOptions
+from sentei.pipeline.progress import Progress
+from sentei.pipeline.reports.rollout_report import build_report, save_report
+from sentei.pipeline.rollout.client import ADMIN_TOKEN_VARIABLE, AdminClient
+from sentei.pipeline.steps import Workbench, calibrate_step, distill_step, evaluate_step, read_evaluation
+from sentei.pipeline.text.corpus import split_documents
+from sentei.pipeline.tracking.mirror import Mirror
+from sentei.pipeline.tracking.tracker import MlflowTracker
+
+POLL_S = 0.5
+LEAD_S = 3.0  # traffic flows this long before a rollout starts, so that its first tick sees a live app
+OUTCOMES = ("promoted", "rolled_back")
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSize:
+    """How large the demo is for one model; the pocket model's fits in minutes on two cores."""
+
+    distill: DistillOptions
+    calibrate: CalibrateOptions
+    evaluate: EvaluateOptions
+    mix: MixOptions
+    clients: int
+    think_s: float  # a client's pause between sessions: audits of all sessions must keep up on the same cores
+    fault_past_tokens: int
+    attention: str
+    max_rollout_s: float
+    threads: int = 1
+    policy_changes: Mapping[str, Any] | None = None  # dotted path -> value, over policies/examples/demo.yaml
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """One rollout and how it has to end."""
+
+    name: str
+    title: str
+    expected: str
+    fault: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoryEnd:
+    """How one rollout ended."""
+
+    name: str
+    rollout_id: str
+    outcome: str
+    expected: str
+    by: str
+    seconds: float
+    reason: str
+    answered: int
+    failed: int
+    recall_pct: float | None
+    report: str
+
+    @property
+    def is_as_expected(self) -> bool:
+        """Whether it ended the way it had to."""
+        return self.outcome == self.expected
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """What the demo leaves behind."""
+
+    model: str
+    rollouts: tuple[StoryEnd, ...]
+    evaluation: Mapping[str, Any] | None
+    mlflow_uri: str
+    report: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the document of `sentei demo --json`."""
+        rollouts = [
+            {
+                "name": end.name,
+                "rollout_id": end.rollout_id,
+                "outcome": end.outcome,
+                "by": end.by,
+                "seconds": round(end.seconds, 1),
+                "reason": end.reason,
+                "report": end.report,
+            }
+            for end in self.rollouts
+        ]
+        return {
+            "model": self.model,
+            "rollouts": rollouts,
+            "mlflow_uri": self.mlflow_uri,
+            "report": self.report,
+            "seconds": round(self.seconds, 1),
+            "evaluation": self.evaluation,
+        }
+
+
+Watch = Callable[[Story, Mapping[str, Any], TrafficTotals], None]
+
+
+def prepare(bench: Workbench, size: DemoSize, progress: Progress) -> None:
+    """Distil, calibrate and evaluate."""
+    distill_step(bench, size.distill, progress)
+    calibrate_step(bench, size.calibrate, progress)
+    evaluate_step(bench, size.evaluate, progress)
+
+
+def stories(size: DemoSize) -> tuple[Story, Story]:
+    """Return the two rollouts: the calibrated rung, and the same with a planted silent fault."""
+    fault = {"kind": "pooled_keys_lost", "past_tokens": size.fault_past_tokens}
+    title = f"(b) silent fault: pooled keys lost past {size.fault_past_tokens} tokens"
+    return (
+        Story("calibrated", "(a) the calibrated rung", "promoted", None),
+        Story("planted-fault", title, "rolled_back", fault),
+    )
+
+
+def demo_policy(name: str, size: DemoSize) -> str:
+    """Return the shipped demo policy under another name, with the changes that a size asks for."""
+    text = resources.files("sentei.policies").joinpath("examples/demo.yaml").read_text(encoding="utf-8")
+    document = yaml.safe_load(text)
+    document["metadata"]["name"] = name
+    for path, value in (size.policy_changes or {}).items():
+        *parents, last = path.split(".")
+        place = document
+        for key in parents:
+            place = place[int(key) if isinstance(place, list) else key]
+        place[last] = value
+    return yaml.safe_dump(document, sort_keys=False)
+
+
+def serve_config(bench: Workbench, size: DemoSize) -> dict[str, Any]:
+    """Return the arguments of the local app."""
+    return {
+        "model": bench.loaded.name,
+        "model_name": Path(bench.loaded.name).name,
+        "adapter": str(bench.adapter_dir),
+        "attention": size.attention,
+        "threads": size.threads,
+        "store_url": bench.home.store_url,
+        "mlflow_uri": bench.home.mlflow_uri,
+        "mirror_every_s": 5.0,
+        "drift_every_s": 5.0,
+    }
+
+
+def run_stories(bench: Workbench, size: DemoSize, *, seed: int, watch: Watch) -> tuple[StoryEnd, ...]:
+    """Serve, and run both rollouts under real traffic; nothing is left running."""
+    token = secrets.token_urlsafe(24)
+    environment = {ADMIN_TOKEN_VARIABLE: token, "SENTEI_HOME": str(bench.home.root)}
+    folder = bench.home.root / "demo"
+    with LocalServer(serve_config(bench, size), folder, environment=environment) as server:
+        admin = AdminClient(server.url, token)
+        ends = [
+            _run_story(bench, size, server, admin, story=story, seed=seed + place, watch=watch)
+            for place, story in enumerate(stories(size))
+        ]
+        admin.close()
+    store = Store.open(bench.home.store_url)
+    Mirror(store, MlflowTracker(bench.home.mlflow_uri, bench.home.mlflow_artifacts)).run_once()
+    return tuple(_with_report(bench, store, end) for end in ends)
+
+
+def _run_story(
+    bench: Workbench,
+    size: DemoSize,
+    server: LocalServer,
+    admin: AdminClient,
+    *,
+    story: Story,
+    seed: int,
+    watch: Watch,
+) -> StoryEnd:
+    server.tell({"do": "fault", "fault": dict(story.fault) if story.fault else None})
+    _, held_out = split_documents(bench.corpus)
+    prefix = f"{story.name}-{int(time.time())}"
+    prompts = prompt_mix(bench.loaded.tokenizer, held_out, options=size.mix, seed=seed, prefix=prefix)
+    model_name = Path(bench.loaded.name).name
+    driver = TrafficDriver(server.url, model_name, prompts, clients=size.clients, think_s=size.think_s)
+    with driver as traffic:
+        time.sleep(LEAD_S)
+        started = time.monotonic()
+        policy = demo_policy(f"demo-{story.name}", size)
+        # An earlier demo in the same home has left the second story's policy in quarantine.
+        rollout_id = admin.start_rollout(policy, "demo.yaml", release_quarantine=True)["rollout_id"]
+        found = admin.rollout(rollout_id)
+        while found["outcome"] not in OUTCOMES and time.monotonic() - started < size.max_rollout_s:
+            time.sleep(POLL_S)
+            found = admin.rollout(rollout_id)
+            watch(story, found, traffic.totals)
+        seconds = time.monotonic() - started
+        if found["outcome"] not in OUTCOMES:
+            admin.command(rollout_id, "abort", by="demo", reason=f"no outcome in {size.max_rollout_s:.0f} s")
+    totals = traffic.totals
+    return StoryEnd(
+        name=story.name,
+        rollout_id=rollout_id,
+        outcome=found["outcome"] or "undecided",
+        expected=story.expected,
+        by=found["by"] or "",
+        seconds=seconds,
+        reason=str(found["reason"]),
+        answered=totals.sent - totals.failed,
+        failed=totals.failed,
+        recall_pct=100.0 * totals.answered_right / totals.asked if totals.asked else None,
+        report="",
+    )
+
+
+def _with_report(bench: Workbench, store: Store, end: StoryEnd) -> StoryEnd:
+    report = build_report(store, end.rollout_id, evaluation=read_evaluation(bench))
+    html, _ = save_report(report, bench.home.reports / end.rollout_id)
+    return replace(end, report=str(html))
+
+
+def is_as_expected(ends: Sequence[StoryEnd]) -> bool:
+    """Whether every rollout ended the way it had to."""
+    return len(ends) > 0 and all(end.is_as_expected for end in ends)

@@ -1,0 +1,99 @@
+"""How large the demo is for each model: what fits on two cores, and what each choice was made for."""
+
+from __future__ import annotations
+
+from sentei.pipeline.demo.demo import DemoSize
+from sentei.pipeline.demo.traffic import MixOptions
+from sentei.pipeline.evaluation.evaluate import EvaluateOptions
+from sentei.pipeline.ladder.calibrate import CalibrateOptions, RungTarget
+from sentei.pipeline.ladder.distill import DistillOptions
+from sentei.pipeline.ladder.verify import VerifyOptions
+from sentei.pipeline.models import POCKET
+
+POCKET_SIZE = DemoSize(
+    # 2,048-token windows hold the recall distance of the demo's prompts. Single tokens in 32 dimensions: this
+    # model recalls by single tokens, which any mean hides, and heads of 64 fit into 32 (docs/measured.md).
+    distill=DistillOptions(
+        form="low_rank",
+        rank=32,
+        pool_tokens=1,
+        window_tokens=2048,
+        num_windows=9,
+        num_held_out=3,
+        blocks_per_window=6,
+        learning_rate=1e-3,
+        max_epochs=4,
+    ),
+    calibrate=CalibrateOptions(
+        window_tokens=4096,
+        num_windows=3,
+        blocks_per_window=16,
+        verify=VerifyOptions(window_tokens=4096, num_windows=2, blocks_per_window=12),
+    ),
+    evaluate=EvaluateOptions(
+        window_tokens=2048,
+        num_windows=2,
+        task_kinds=("passkey", "key_value", "multi_key"),
+        task_lengths=(2048,),
+        num_tasks=4,
+    ),
+    mix=MixOptions(prompt_tokens=(256, 1280, 1536, 2048), answer_tokens=8, text_tokens=16, text_share=0.25),
+    clients=1,
+    think_s=0.5,
+    fault_past_tokens=1024,
+    attention="flex",
+    max_rollout_s=240.0,
+)
+
+# Models of some hundred million parameters: a forward pass over 8k tokens takes 4 s on two cores with
+# AVX512-BF16, half a minute without.
+LARGE_SIZE = DemoSize(
+    # Means of 4 tokens: means of 16 lose needles, and on these heads of 256 low rank 64
+    # has less KL but more NLL (docs/adr/0010).
+    distill=DistillOptions(
+        pool_tokens=4,
+        window_tokens=4096,
+        num_windows=15,
+        num_held_out=3,
+        blocks_per_window=10,
+        max_epochs=6,
+    ),
+    # Rungs by density: bounds on missed notes would leave prompts as short as this demo's all dense.
+    calibrate=CalibrateOptions(
+        window_tokens=8192,
+        num_windows=3,
+        blocks_per_window=24,
+        targets=tuple(
+            RungTarget(name, density=share) for name, share in (("mild", 0.5), ("medium", 0.2), ("bold", 0.1))
+        ),
+        verify=VerifyOptions(window_tokens=8192, num_windows=1),
+    ),
+    evaluate=EvaluateOptions(
+        window_tokens=8192,
+        num_windows=1,
+        task_kinds=("passkey", "key_value"),
+        task_lengths=(8192,),
+        num_tasks=1,
+        timed_runs=1,
+    ),
+    # Just past the break-even length: each audited session prefills its prompt four times on two cores.
+    mix=MixOptions(prompt_tokens=(1152, 1280), answer_tokens=6, text_tokens=6),
+    clients=1,
+    think_s=4.0,
+    fault_past_tokens=512,
+    attention="flex",
+    max_rollout_s=960.0,
+    threads=2,
+    policy_changes={
+        "spec.breaker.variant.window": "120s",
+        "spec.data.max_age": "180s",
+        # A wider bound is proven in half as many sessions, and sessions are what is slow here.
+        "spec.guardrails.items.0.bound": {"excess_over_floor": 0.20, "floor_cap": 0.20},
+        "spec.advance.min_units": 12,
+    },
+)
+
+
+def demo_size(model: str) -> DemoSize:
+    """Return the demo's size for a model."""
+    return POCKET_SIZE if model == POCKET else LARGE_SIZE

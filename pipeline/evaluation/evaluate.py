@@ -1,0 +1,378 @@
+"""Evaluate: every rung against dense and against simpler choices of blocks, on untouched text."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import expm1
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sentei.kernels.hf.adapter import Adapter
+from sentei.kernels.hf.ladder import DENSE
+from sentei.kernels.hf.models import rotary_tables
+from sentei.kernels.hf.retrofit import retrofit
+from sentei.kernels.scorer.features import RotaryTable
+from sentei.pipeline.evaluation.costs import CostReport, Measured, reckon_costs, this_machine
+from sentei.pipeline.evaluation.prices import PRICES_FILE, load_prices
+from sentei.pipeline.evaluation.recall import (
+    TASK_NAMES,
+    RecallSummary,
+    TaskPlan,
+    make_tasks,
+    recall_by_rung,
+    untold,
+)
+from sentei.pipeline.evaluation.user_tasks import UserAnswer, UserSummary, answers_by_rung, summarise
+from sentei.pipeline.ladder.verify import VerifyOptions, dropped_by_rung
+from sentei.pipeline.measure.baselines import KINDS, RankSelector
+from sentei.pipeline.measure.latency import BEST_DENSE, Timing, medians, time_prefills
+from sentei.pipeline.measure.scores import (
+    TokenScores,
+    agreement,
+    hidden_at,
+    join_scores,
+    paired_delta,
+    pick_positions,
+    score_variants,
+)
+from sentei.pipeline.measure.texts import make_windows
+from sentei.pipeline.models import LoadedModel
+from sentei.pipeline.progress import Progress
+from sentei.pipeline.tasks import TaskError, TaskName
+from sentei.pipeline.tasks.user import UserTask, load_user_tasks
+from sentei.pipeline.text.corpus import Corpus
+from sentei.pipeline.text.splits import split_text
+
+NUM_POSITION_BINS = 4
+ANSWER_ROOM_TOKENS = 64  # positions that a recall task leaves for its answer
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateOptions:
+    """How much to measure; every length in tokens."""
+
+    window_tokens: int = 8192
+    num_windows: int = 2
+    max_positions: int = 2048
+    blocks_per_window: int = 24
+    task_kinds: tuple[TaskName, ...] = TASK_NAMES
+    task_lengths: tuple[int, ...] = ()  # none: a quarter of the window, and all of it
+    num_tasks: int = 3  # of each kind at each length, the notes at as many depths
+    timed_runs: int = 3
+    first_position: int | None = None  # of the judged ones; none: an eighth of the window
+    # Rungs at whose density other choices of blocks are judged; None: the boldest; an empty tuple: none.
+    baseline_rungs: tuple[str, ...] | None = None
+    user_tasks: Path | None = None
+    prices: Path | None = None  # a list of the user's own, on top of the shipped one
+    setup_s: float | None = None  # what calibrating took; distilling is in the adapter's manifest
+    seed: int = 3
+
+    def task_plan(self, window_tokens: int, max_tokens: int) -> TaskPlan:
+        """Return which recall tasks to run on a model of `max_tokens` positions; answers need room, too."""
+        longest = max_tokens - ANSWER_ROOM_TOKENS
+        for length in self.task_lengths:
+            if length > longest:
+                raise TaskError(
+                    f"a task length is {length}; this model has {max_tokens} positions, so at most {longest}"
+                )
+        lengths = self.task_lengths or (window_tokens // 4, min(window_tokens, longest))
+        return TaskPlan(self.task_kinds, tuple(dict.fromkeys(lengths)), self.num_tasks, self.seed)
+
+    def verify_options(self, window_tokens: int) -> VerifyOptions:
+        """Return the same amounts in the terms of the verification."""
+        return VerifyOptions(
+            window_tokens=window_tokens,
+            num_windows=self.num_windows,
+            max_positions=self.max_positions,
+            first_position=window_tokens // 8 if self.first_position is None else self.first_position,
+            blocks_per_window=self.blocks_per_window,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RungResult:
+    """One rung's figures; differences are against dense on the same tokens."""
+
+    rung: str
+    density: float
+    nll: float
+    nll_delta: float
+    nll_delta_ci: tuple[float, float]
+    nll_delta_by_position: dict[str, float]
+    ppl_cost_pct: float
+    kl_mean: float  # nats per token, dense against this rung on the same text
+    kl_p99: float
+    top1_agreement: float
+    dropped_mass_mean: float
+    dropped_mass_p99: float
+    prefill_s: float
+    prefill_s_range: tuple[float, float]
+    prefill_s_by_baseline: dict[str, float]
+    peak_mib: float
+    tasks: dict[str, float]  # share of right answers per kind, over all lengths
+    recall: RecallSummary
+    user_tasks: UserSummary | None
+    usd_per_million_tokens: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineResult:
+    """Another way to choose blocks, at the density of the rung it is compared with."""
+
+    kind: str
+    rung: str
+    density: float
+    nll_delta: float
+    nll_delta_ci: tuple[float, float]
+    worse_than_ours: float
+    worse_than_ours_ci: tuple[float, float]
+    kl_mean: float  # nats per token from dense, and by how much that is more than ours
+    kl_more_than_ours: float
+    kl_more_than_ours_ci: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """All figures of one evaluation."""
+
+    model: str
+    window_tokens: int
+    num_windows: int
+    num_tasks: int
+    rungs: tuple[RungResult, ...]
+    costs: CostReport
+    baselines: tuple[BaselineResult, ...] = ()
+    notes: tuple[str, ...] = field(default_factory=tuple)
+    user_answers: Mapping[str, Sequence[UserAnswer]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; the answers themselves are left to a file of their own."""
+        document = asdict(self)
+        del document["user_answers"]
+        return document
+
+
+@dataclass(frozen=True, slots=True)
+class _Losses:
+    """Scores per variant over the same tokens, and the density that each variant ran at."""
+
+    by_variant: Mapping[str, TokenScores]
+    density: Mapping[str, float]
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Findings:
+    """Everything that was measured, before it is told rung by rung."""
+
+    losses: _Losses
+    dropped: Mapping[str, tuple[float, float]]
+    timings: Mapping[str, Timing]
+    recall: Mapping[str, RecallSummary]
+    user: Mapping[str, UserSummary]
+    costs: CostReport
+
+
+def evaluate(
+    loaded: LoadedModel,
+    adapter: Adapter,
+    corpus: Corpus,
+    options: EvaluateOptions | None = None,
+    progress: Progress = lambda _label, _done, _total: None,
+) -> Evaluation:
+    """Measure quality, recall, speed, memory and price of every rung on evaluation text."""
+    options = options if options is not None else EvaluateOptions()
+    started = time.monotonic()
+    prices = load_prices(options.prices)
+    own_tasks = _load_own(loaded, options)
+    documents = split_text(corpus).evaluate
+    window = min(options.window_tokens, loaded.max_tokens)
+    texts = make_windows(loaded, documents, window_tokens=window, num=options.num_windows, seed=options.seed)
+    tasks = make_tasks(loaded, documents, options.task_plan(window, loaded.max_tokens))
+    answers = answers_by_rung(loaded, adapter, own_tasks, progress) if own_tasks else {}
+    losses = _measure_losses(loaded, adapter, texts, options, progress)
+    dropped = dropped_by_rung(loaded, adapter, texts, options.verify_options(window), progress)
+    recall = recall_by_rung(loaded, adapter, tasks, progress)
+    timings = time_prefills(loaded, adapter, texts[0], runs=options.timed_runs, progress=progress)
+    prefill_s = {rung.id: _timing(timings, rung.id).median_s for rung in adapter.ladder.rungs}
+    setup_s = _setup_s(adapter, options) + time.monotonic() - started
+    costs = reckon_costs(prices, Measured(prefill_s, window, setup_s, this_machine(loaded)))
+    user = {rung_id: summarise(own_tasks, found, answers[DENSE]) for rung_id, found in answers.items()}
+    findings = _Findings(losses, dropped, timings, recall, user, costs)
+    return Evaluation(
+        model=loaded.name,
+        window_tokens=window,
+        num_windows=options.num_windows,
+        num_tasks=options.num_tasks,
+        rungs=tuple(_rung_result(rung.id, findings) for rung in adapter.ladder.rungs),
+        costs=costs,
+        baselines=_baseline_results(losses, _compared(adapter, options)),
+        notes=_notes(findings, window),
+        user_answers=answers,
+    )
+
+
+def _load_own(loaded: LoadedModel, options: EvaluateOptions) -> tuple[UserTask, ...]:
+    if options.user_tasks is None:
+        return ()
+    return load_user_tasks(options.user_tasks, loaded.tokenizer, loaded.max_tokens)
+
+
+def _setup_s(adapter: Adapter, options: EvaluateOptions) -> float:
+    return adapter.manifest.figures.get("distill_s", 0.0) + (options.setup_s or 0.0)
+
+
+def _timing(timings: Mapping[str, Timing], rung_id: str) -> Timing:
+    return timings[BEST_DENSE if rung_id == DENSE else rung_id]
+
+
+def _notes(findings: _Findings, window: int) -> tuple[str, ...]:
+    own = [file for file in findings.costs.files if file != str(PRICES_FILE)]
+    lists = ", ".join(["the list that ships", *own])
+    notes = [f"prices from {lists}: {window} tokens of prefill, one request at a time"]
+    if cells := untold(findings.recall[DENSE]):
+        notes.append(
+            f"dense itself finds nothing in {', '.join(cells)}: these tasks say nothing about a rung"
+        )
+    short = {
+        rung_id: sum(task.num_untouched for task in summary.tasks)
+        for rung_id, summary in findings.user.items()
+        if rung_id != DENSE
+    }
+    if any(short.values()):
+        counts = ", ".join(f"{num} on {rung_id}" for rung_id, num in short.items() if num)
+        notes.append(f"your prompts on which nothing was dropped, as too short to thin: {counts}")
+    return tuple(notes)
+
+
+def _measure_losses(
+    loaded: LoadedModel,
+    adapter: Adapter,
+    texts: Sequence[torch.Tensor],
+    options: EvaluateOptions,
+    progress: Progress,
+) -> _Losses:
+    judged = options.verify_options(len(texts[0]))
+    positions = pick_positions(len(texts[0]), first=judged.first_position, most=judged.max_positions)
+    table = RotaryTable(*rotary_tables(loaded.model, len(texts[0]), torch.device("cpu")))
+    found: dict[str, list[TokenScores]] = {}
+    densities: dict[str, list[float]] = {}
+    rung_ids = [rung.id for rung in adapter.ladder.rungs]
+    compared = [adapter.ladder.find(rung_id).id for rung_id in _compared(adapter, options)]
+    variants: list[tuple[str, str | None]] = [(rung_id, None) for rung_id in rung_ids]
+    variants += [(rung_id, kind) for rung_id in compared for kind in KINDS]
+    with retrofit(loaded.model, adapter, DENSE, base="flex") as handle:
+        for i_text, text in enumerate(texts):
+            by_group: dict[str, dict[int, tuple[float, ...]]] = {}
+            hidden: dict[str, torch.Tensor] = {}
+            for i_variant, (rung_id, kind) in enumerate(variants):
+                progress("losses", i_text * len(variants) + i_variant, len(texts) * len(variants))
+                variant = rung_id if kind is None else _other(kind, rung_id)
+                handle.set_rung(rung_id)
+                handle.set_selector(
+                    None
+                    if kind is None
+                    else RankSelector(
+                        kind,
+                        by_group[rung_id],
+                        adapter.manifest.shapes,
+                        table,
+                        adapter.ladder.query_block_tokens,
+                    )
+                )
+                handle.reset_stats()
+                hidden[variant] = hidden_at(loaded, text, positions)
+                density = handle.stats().density()
+                densities.setdefault(variant, []).append(1.0 if density is None else density)
+                if kind is None and rung_id in compared:
+                    by_group[rung_id] = handle.stats().density_by_group()
+            for variant, scores in score_variants(loaded, text, positions, hidden, DENSE).items():
+                found.setdefault(variant, []).append(scores)
+    progress("losses", len(texts) * len(variants), len(texts) * len(variants))
+    return _Losses(
+        {variant: join_scores(values) for variant, values in found.items()},
+        {variant: sum(values) / len(values) for variant, values in densities.items()},
+        positions.repeat(len(texts)),
+    )
+
+
+def _rung_result(rung_id: str, findings: _Findings) -> RungResult:
+    losses, timings = findings.losses, findings.timings
+    own, dense = losses.by_variant[rung_id], losses.by_variant[DENSE]
+    delta, near = paired_delta(own.loss, dense.loss), agreement(own)
+    timing, recall = _timing(timings, rung_id), findings.recall[rung_id]
+    dropped = findings.dropped.get(rung_id, (0.0, 0.0))
+    return RungResult(
+        rung=rung_id,
+        density=losses.density[rung_id],
+        nll=float(own.loss.mean()),
+        nll_delta=delta.mean,
+        nll_delta_ci=delta.ci,
+        nll_delta_by_position=_by_position(own.loss - dense.loss, losses.positions),
+        ppl_cost_pct=100 * expm1(delta.mean),
+        kl_mean=near.kl_mean,
+        kl_p99=near.kl_p99,
+        top1_agreement=near.top1_agreement,
+        dropped_mass_mean=dropped[0],
+        dropped_mass_p99=dropped[1],
+        prefill_s=timing.median_s,
+        prefill_s_range=(timing.lowest_s, timing.highest_s),
+        prefill_s_by_baseline=medians(timings),
+        peak_mib=timing.peak_mib,
+        tasks=recall.by_kind(),
+        recall=recall,
+        user_tasks=findings.user.get(rung_id),
+        usd_per_million_tokens=findings.costs.usd_by_machine(rung_id),
+    )
+
+
+def _by_position(delta: torch.Tensor, positions: torch.Tensor) -> dict[str, float]:
+    edges = torch.linspace(float(positions.min()), float(positions.max()) + 1, NUM_POSITION_BINS + 1)
+    result = {}
+    for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        inside = (positions >= low) & (positions < high)
+        result[f"{int(low)}-{int(high)}"] = float(delta[inside].mean())
+    return result
+
+
+def _compared(adapter: Adapter, options: EvaluateOptions) -> tuple[str, ...]:
+    """Rungs that other choices of blocks are measured at."""
+    boldest = adapter.ladder.rungs[-1]
+    if options.baseline_rungs is None:
+        return () if boldest.is_dense else (boldest.id,)
+    return options.baseline_rungs
+
+
+def _other(kind: str, rung_id: str) -> str:
+    """Name the losses of another choice of blocks at a rung's density."""
+    return f"{kind} at {rung_id}"
+
+
+def _baseline_results(losses: _Losses, rung_ids: Sequence[str]) -> tuple[BaselineResult, ...]:
+    dense = losses.by_variant[DENSE]
+    results = []
+    for rung_id in rung_ids:
+        ours = losses.by_variant[rung_id]
+        for kind in KINDS:
+            name = _other(kind, rung_id)
+            theirs = losses.by_variant[name]
+            cost, gap = paired_delta(theirs.loss, dense.loss), paired_delta(theirs.loss, ours.loss)
+            farther = paired_delta(theirs.kl, ours.kl)
+            results.append(
+                BaselineResult(
+                    kind,
+                    rung_id,
+                    losses.density[name],
+                    cost.mean,
+                    cost.ci,
+                    gap.mean,
+                    gap.ci,
+                    float(theirs.kl.mean()),
+                    farther.mean,
+                    farther.ci,
+                )
+            )
+    return tuple(results)

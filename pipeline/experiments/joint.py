@@ -1,0 +1,309 @@
+"""Joint: a short low-rank fine-tune with the sparse mask on, taught by the dense model's own logits.
+
+The question it answers: of what thinning costs, how much does training under the mask win back, compared with
+thinning the frozen model after the fact? One rung's thresholds choose the blocks anew at each step; the
+choice is taken as constant, so gradients flow through the attention over what was kept, not the choosing.
+The fast kernels give no gradient, so training runs SDPA under the same mask spelled out token by token, which
+wants windows of a few thousand tokens. Everything that is reported runs on the serving path.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from sentei.kernels.hf.adapter import Adapter, save_adapter
+from sentei.kernels.hf.ladder import DENSE
+from sentei.kernels.hf.low_rank import LowRank, LowRankPair, new_low_rank
+from sentei.kernels.hf.models import AdapterError
+from sentei.kernels.hf.retrofit import Retrofit, retrofit
+from sentei.pipeline.measure.scores import paired_delta, pick_positions, token_losses
+from sentei.pipeline.measure.texts import make_texts, make_windows
+from sentei.pipeline.models import LoadedModel
+from sentei.pipeline.progress import Progress
+from sentei.pipeline.text.corpus import Corpus
+from sentei.pipeline.text.splits import split_text
+
+PART_POSITIONS = 128  # logits are made for so many positions at a time: a large vocabulary fits, too
+POST_HOC, JOINT, JOINT_DENSE = "post-hoc sparse", "joint sparse", "joint weights, dense"
+
+
+@dataclass(frozen=True, slots=True)
+class JointOptions:
+    """How much to learn, under which rung, and how much untouched text to compare on."""
+
+    rung: str = "bold"
+    rank: int = 8
+    window_tokens: int = 2048
+    num_windows: int = 48
+    num_held_out: int = 6
+    positions_per_step: int = 1024
+    learning_rate: float = 2e-3
+    max_epochs: int = 4
+    patience: int = 1
+    compared_windows: int = 8
+    compared_positions: int = 1024
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JointRow:
+    """One variant on held-out text; differences are against dense on the same tokens."""
+
+    variant: str
+    density: float
+    nll: float
+    nll_delta: float
+    nll_delta_ci: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class JointReport:
+    """What training under the mask won back, and what it cost."""
+
+    model: str
+    rung: str
+    window_tokens: int
+    num_positions: int
+    rows: tuple[JointRow, ...]
+    joint_minus_post_hoc: float
+    joint_minus_post_hoc_ci: tuple[float, float]
+    kl_held_out_before: float
+    kl_held_out_after: float
+    train_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+    def figures(self) -> dict[str, float]:
+        """Return the numbers for the manifest and the tracker."""
+        figures = {
+            "kl_held_out_before": self.kl_held_out_before,
+            "kl_held_out_after": self.kl_held_out_after,
+            "joint_minus_post_hoc": self.joint_minus_post_hoc,
+            "train_s": self.train_s,
+        }
+        for row in self.rows:
+            name = row.variant.replace(",", "").replace(" ", "_")
+            figures |= {f"{name}/nll_delta": row.nll_delta, f"{name}/density": row.density}
+        return figures
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A text and what the dense model's last layer said about it: tokens [T], states [T, hidden]."""
+
+    ids: torch.Tensor
+    states: torch.Tensor
+
+
+def joint(
+    loaded: LoadedModel,
+    adapter: Adapter,
+    corpus: Corpus,
+    options: JointOptions | None = None,
+    progress: Progress = lambda _label, _done, _total: None,
+) -> tuple[Adapter, JointReport]:
+    """Train low-rank weights under one rung's mask, save them with the adapter, compare on untouched text."""
+    options = options if options is not None else JointOptions()
+    window = min(options.window_tokens, loaded.max_tokens)
+    _check_rung(adapter, options.rung, window)
+    parts = split_text(corpus)
+    low_rank = new_low_rank(loaded.model, rank=options.rank, rung=options.rung, seed=options.seed)
+    adapter = adapter.with_low_rank(low_rank)
+    texts = [
+        [text.ids for text in make_texts(loaded, documents, window_tokens=window, num=num, seed=options.seed)]
+        for documents, num in (
+            (parts.train, options.num_windows),
+            (parts.early_stop, options.num_held_out),
+        )
+    ]
+    started_s = time.monotonic()
+    with retrofit(loaded.model, adapter, DENSE) as handle:
+        train = _ask_teacher(loaded, texts[0], progress, "ask the dense model")
+        held_out = _ask_teacher(loaded, texts[1], progress, "ask it about held-out text")
+        handle.set_rung(options.rung)
+        handle.set_low_rank(True)
+        before, after, low_rank = _train(loaded, handle, low_rank, train, held_out, options, progress)
+    train_s = time.monotonic() - started_s
+    adapter = adapter.with_low_rank(low_rank)
+    windows = make_windows(
+        loaded, parts.evaluate, window_tokens=window, num=options.compared_windows, seed=options.seed
+    )
+    losses, densities = _compare(loaded, adapter, windows, options, progress)
+    rows = tuple(_row(variant, losses[variant], losses[DENSE], densities[variant]) for variant in losses)
+    gap = paired_delta(losses[JOINT], losses[POST_HOC])
+    report = JointReport(
+        model=loaded.name,
+        rung=options.rung,
+        window_tokens=window,
+        num_positions=losses[DENSE].numel(),
+        rows=rows,
+        joint_minus_post_hoc=gap.mean,
+        joint_minus_post_hoc_ci=gap.ci,
+        kl_held_out_before=before,
+        kl_held_out_after=after,
+        train_s=train_s,
+    )
+    adapter = adapter.with_low_rank(low_rank.with_figures(report.figures()))
+    if adapter.folder is not None:
+        adapter = save_adapter(adapter, adapter.folder)
+    return adapter, report
+
+
+def _check_rung(adapter: Adapter, rung_id: str, window: int) -> None:
+    rung = adapter.ladder.find(rung_id)
+    if not any(rung.thins(layer) for layer in adapter.scorers):
+        raise AdapterError(
+            f"rung {rung_id!r} thins no layer, so there is no mask to train under; choose a bolder rung, "
+            "or calibrate first: sentei calibrate"
+        )
+    if window < rung.break_even_tokens:
+        raise AdapterError(
+            f"rung {rung_id!r} runs dense on windows of {window} tokens: its break-even length is "
+            f"{rung.break_even_tokens}; pass longer windows: --tokens {rung.break_even_tokens}"
+        )
+
+
+@torch.no_grad()
+def _ask_teacher(
+    loaded: LoadedModel, texts: Sequence[torch.Tensor], progress: Progress, label: str
+) -> list[Lesson]:
+    lessons = []
+    for i, ids in enumerate(texts):
+        progress(label, i, len(texts))
+        lessons.append(Lesson(ids, loaded.last_states(ids)))
+    progress(label, len(texts), len(texts))
+    return lessons
+
+
+def _train(
+    loaded: LoadedModel,
+    handle: Retrofit,
+    low_rank: LowRank,
+    train: Sequence[Lesson],
+    held_out: Sequence[Lesson],
+    options: JointOptions,
+    progress: Progress,
+) -> tuple[float, float, LowRank]:
+    """Train in place; return the held-out KL before and after, and the weights of the best epoch."""
+    parameters = low_rank.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
+    num_steps = max(1, options.max_epochs * len(train))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
+    )
+    generator = torch.Generator().manual_seed(options.seed)
+    before = best = mean_divergence(loaded, held_out, options)
+    best_pairs = _copy(low_rank)
+    epochs_since_best = step = 0
+    for _ in range(options.max_epochs):
+        with _gradients(handle, parameters):
+            for i in torch.randperm(len(train), generator=generator).tolist():
+                progress("train low-rank weights", step, num_steps)
+                optimizer.zero_grad()
+                divergence(loaded, train[i], options).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                step += 1
+        current = mean_divergence(loaded, held_out, options)
+        epochs_since_best = 0 if current < best else epochs_since_best + 1
+        if current < best:
+            best, best_pairs = current, _copy(low_rank)
+        if epochs_since_best >= options.patience:
+            break
+    progress("train low-rank weights", num_steps, num_steps)
+    return before, best, best_pairs
+
+
+@contextmanager
+def _gradients(handle: Retrofit, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Let gradients flow to the low-rank weights while the block runs, and to nothing else."""
+    handle.set_differentiable(True)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        handle.set_differentiable(False)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+def _copy(low_rank: LowRank) -> LowRank:
+    pairs = {
+        key: LowRankPair(pair.down.detach().clone(), pair.up.detach().clone())
+        for key, pair in low_rank.pairs.items()
+    }
+    return replace(low_rank, pairs=pairs)
+
+
+def divergence(loaded: LoadedModel, lesson: Lesson, options: JointOptions) -> torch.Tensor:
+    """KL from the dense model's next tokens to the running one's, in nats, mean over positions."""
+    states = loaded.last_states(lesson.ids)
+    step = max(1, math.ceil(len(lesson.ids) / options.positions_per_step))
+    positions = torch.arange(step - 1, len(lesson.ids), step)
+    total = torch.zeros(())
+    for part in torch.split(positions, PART_POSITIONS):
+        total = total + checkpoint(
+            _part_divergence, loaded.model.lm_head, lesson.states[part], states[part], use_reentrant=False
+        )
+    return total / len(positions)
+
+
+@torch.no_grad()
+def mean_divergence(loaded: LoadedModel, lessons: Sequence[Lesson], options: JointOptions) -> float:
+    """Mean KL over texts."""
+    return sum(float(divergence(loaded, lesson, options)) for lesson in lessons) / len(lessons)
+
+
+def _part_divergence(head: Any, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    target = head(teacher).float().log_softmax(dim=-1)
+    found = head(student).float().log_softmax(dim=-1)
+    return torch.nn.functional.kl_div(found, target, reduction="sum", log_target=True)
+
+
+def _compare(
+    loaded: LoadedModel,
+    adapter: Adapter,
+    windows: Sequence[torch.Tensor],
+    options: JointOptions,
+    progress: Progress,
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Run the four variants over the same held-out tokens on the serving path: losses and densities."""
+    length = len(windows[0])
+    positions = pick_positions(length, first=length // 8, most=options.compared_positions)
+    variants = {
+        DENSE: (DENSE, False),
+        POST_HOC: (options.rung, False),
+        JOINT: (options.rung, True),
+        JOINT_DENSE: (DENSE, True),
+    }
+    losses: dict[str, list[torch.Tensor]] = {variant: [] for variant in variants}
+    densities: dict[str, list[float]] = {variant: [] for variant in variants}
+    with retrofit(loaded.model, adapter, DENSE, base="flex") as handle:
+        for i, text in enumerate(windows):
+            progress("compare on held-out text", i, len(windows))
+            for variant, (rung, is_joint) in variants.items():
+                handle.set_rung(rung)
+                handle.set_low_rank(is_joint)
+                handle.reset_stats()
+                losses[variant].append(token_losses(loaded, text, positions))
+                density = handle.stats().density()
+                densities[variant].append(1.0 if density is None else density)
+    progress("compare on held-out text", len(windows), len(windows))
+    return (
+        {variant: torch.cat(found) for variant, found in losses.items()},
+        {variant: sum(found) / len(found) for variant, found in densities.items()},
+    )
+
+
+def _row(variant: str, losses: torch.Tensor, dense: torch.Tensor, density: float) -> JointRow:
+    delta = paired_delta(losses, dense)
+    return JointRow(variant, density, float(losses.mean()), delta.mean, delta.ci)

@@ -1,0 +1,251 @@
+"""Study: scorer forms beside each other on one model's held-out text, before one is chosen.
+
+Every form is judged by what calibration will ask of it: how many of its blocks a head must keep so that no
+more than a given share of needles is missed (a needle holds over 30% of some row's attention), what mass that
+drops, what it finds at a given density, and the KL to each row's true block mass. `exact` scores every token
+by its true attention logit: no scorer of blocks can do better, so it is the floor.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from sentei.kernels.hf.models import LayerInfo, rotary_tables, thinnable_layers
+from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.kernels.scorer.untrained import UNTRAINED
+from sentei.pipeline.ladder.density import MAX_SHARE, MIN_SHARE
+from sentei.pipeline.ladder.distill import DistillOptions, mean_divergence, train_scorer
+from sentei.pipeline.ladder.needs import (
+    NEEDLE_SHARE,
+    Scored,
+    dropped_rows,
+    max_head_density,
+    needle_threshold,
+    score_asking,
+    score_bins,
+)
+from sentei.pipeline.measure.capture import Records, capture
+from sentei.pipeline.measure.texts import make_texts
+from sentei.pipeline.models import LoadedModel
+from sentei.pipeline.progress import Progress
+from sentei.pipeline.text.corpus import Corpus
+from sentei.pipeline.text.splits import split_text
+
+EXACT = "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class StudyOptions:
+    """What is compared, and on how much text; lengths in tokens."""
+
+    window_tokens: int = 4096
+    num_windows: int = 9
+    blocks_per_window: int = 8
+    pools: tuple[int, ...] = (4, 16)
+    ranks: tuple[int, ...] = (16, 32, 64)
+    missed_needles: tuple[float, ...] = (0.003, 0.03)
+    densities: tuple[float, ...] = (0.1, 0.2)  # of the blocks that may be chosen, over a layer's heads
+    block_tokens: int = 64
+    query_blocks: tuple[int, ...] = (64, 16)  # rows that choose together
+    max_epochs: int = 5
+    learning_rate: float = 1e-2
+    low_rank_learning_rate: float = 5e-4
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AtDensity:
+    """What a form finds at a given density: shares of the attention that rows truly pay."""
+
+    mass_recall_mean: float
+    mass_recall_p5: float  # 5th percentile over rows
+    mass_recall_worst_head: float
+    needles_missed: float
+
+
+@dataclass(frozen=True, slots=True)
+class StudyRow:
+    """One form in one layer; densities of its open blocks are of the worst head, dropped mass the mean."""
+
+    layer: int
+    form: str
+    query_block: int
+    dims_per_token: float  # multiply-adds of scoring one query token against one key token
+    kl: float
+    density: Mapping[str, float]  # by share of needles missed
+    dropped_mass: Mapping[str, float]
+    at_density: Mapping[str, AtDensity]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    train: Records
+    held_out: Records
+    judged: Records
+
+
+def study(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    options: StudyOptions | None = None,
+    progress: Progress = lambda _label, _done, _total: None,
+) -> list[StudyRow]:
+    """Train every form on the same text and judge all of them, trained and not, on other text."""
+    options = options if options is not None else StudyOptions()
+    layers = {layer.index: layer for layer in thinnable_layers(loaded.model)}
+    window = min(options.window_tokens, loaded.max_tokens)
+    table = RotaryTable(*rotary_tables(loaded.model, window, torch.device("cpu")))
+    rows: list[StudyRow] = []
+    for pool in dict.fromkeys((*options.pools, 1)):
+        shapes = {index: _shape(layer, options, pool=pool) for index, layer in layers.items()}
+        texts = _capture(loaded, corpus, shapes, options, progress)
+        for done, (index, layer) in enumerate(layers.items()):
+            progress(f"study pools of {pool}", done, len(layers))
+            for form, scorer in _forms(layer, texts, table, options, pool):
+                rows += [
+                    _judge(index, form, scorer, texts.judged, table, options, block_q)
+                    for block_q in options.query_blocks
+                ]
+        progress(f"study pools of {pool}", len(layers), len(layers))
+    return sorted(rows, key=lambda row: row.layer)
+
+
+def _shape(layer: LayerInfo, options: StudyOptions, *, pool: int) -> ScorerShape:
+    return ScorerShape(
+        layer.query_heads,
+        layer.kv_heads,
+        layer.head_dim,
+        pool_tokens=pool,
+        block_tokens=options.block_tokens,
+    )
+
+
+def _forms(
+    layer: LayerInfo, texts: _Texts, table: RotaryTable, options: StudyOptions, pool: int
+) -> Iterator[tuple[str, BlockScorer]]:
+    """Yield each form before and after training, with its name."""
+    shape = _shape(layer, options, pool=pool)
+    train, held_out = texts.train[layer.index], texts.held_out[layer.index]
+    scorer = BlockScorer(shape, layer.scale)
+    if pool > 1:
+        yield f"untrained means_{pool}", scorer
+        train_scorer(scorer, train, held_out, table, _training(options, options.learning_rate))
+        yield f"residual, means of {pool}", scorer
+        return
+    yield EXACT, scorer
+    for name, make in UNTRAINED.items():
+        if (other := make(shape, layer.scale)).shape.pool_tokens == 1:  # means have pools of their own
+            yield f"untrained {name}", other
+    for rank in options.ranks:
+        scorer = BlockScorer(replace(shape, form="low_rank", rank=rank), layer.scale)
+        train_scorer(scorer, train, held_out, table, replace(_training(options, 0.0), max_epochs=0))
+        yield f"low rank {rank}, start", scorer
+        low = _training(options, options.low_rank_learning_rate)
+        train_scorer(scorer, train, held_out, table, low)
+        yield f"low rank {rank}, trained", scorer
+
+
+def _training(options: StudyOptions, learning_rate: float) -> DistillOptions:
+    return DistillOptions(learning_rate=learning_rate, max_epochs=options.max_epochs, seed=options.seed)
+
+
+def _capture(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    shapes: dict[int, ScorerShape],
+    options: StudyOptions,
+    progress: Progress,
+) -> _Texts:
+    parts = split_text(corpus)
+    window = min(options.window_tokens, loaded.max_tokens)
+    few = max(3, options.num_windows // 4)
+    wanted = (
+        (parts.train, options.num_windows, options.seed),
+        (parts.early_stop, few, options.seed),
+        (parts.calibrate, few, options.seed + 1),
+    )
+    records = [
+        capture(
+            loaded,
+            make_texts(loaded, documents, window_tokens=window, num=num, seed=seed),
+            shapes,
+            blocks_per_text=options.blocks_per_window,
+            seed=options.seed,
+            progress=progress,
+            label=f"capture text {i + 1} of {len(wanted)}",
+        )
+        for i, (documents, num, seed) in enumerate(wanted)
+    ]
+    return _Texts(*records)
+
+
+def _judge(
+    layer: int,
+    form: str,
+    scorer: BlockScorer,
+    judged: Records,
+    table: RotaryTable,
+    options: StudyOptions,
+    block_q: int,
+) -> StudyRow:
+    records = judged[layer]
+    (scored,) = score_bins(scorer, records, table, (), block_q)
+    asking = score_asking(scorer, records, table, block_q)
+    density, dropped = {}, {}
+    for missed in options.missed_needles:
+        found = [
+            _at(scored, asking, heads, missed) for heads in _groups(scorer.shape)
+        ]  # per KV group: (density, dropped mass)
+        density[f"{missed:g}"] = max(one for one, _ in found)
+        dropped[f"{missed:g}"] = sum(mass for _, mass in found) / len(found)
+    return StudyRow(
+        layer=layer,
+        form=form,
+        query_block=block_q,
+        dims_per_token=scorer.shape.head_dim if form == EXACT else scorer.dims_per_token,
+        kl=mean_divergence(scorer, records, table),
+        density=density,
+        dropped_mass=dropped,
+        at_density={f"{share:g}": _at_density(scored, share) for share in options.densities},
+    )
+
+
+def _at_density(scored: Scored, density: float) -> AtDensity:
+    """Keep a layer's best-scored blocks up to a density, one threshold for all heads; see what they hold."""
+    ranked = torch.cat([needs[torch.isfinite(needs)] for needs in scored.needs]).sort(descending=True).values
+    share = float(ranked[min(round(density * len(ranked)), len(ranked) - 1)].exp())
+    heads = range(scored.needs[0].shape[0])
+    found = torch.stack([1 - dropped_rows(scored, slice(head, head + 1), share) for head in heads])
+    needles = [(mass * (mass > NEEDLE_SHARE)).sum(dim=2) for mass in scored.mass]
+    missed = sum(
+        float(weight[needs <= math.log(share)].sum())
+        for weight, needs in zip(needles, scored.needs, strict=True)
+    )
+    rank = max(1, round(0.05 * found.numel()))
+    return AtDensity(
+        mass_recall_mean=float(found.mean()),
+        mass_recall_p5=float(found.flatten().kthvalue(rank).values),
+        mass_recall_worst_head=float(found.mean(dim=1).min()),
+        needles_missed=missed / max(1e-9, sum(float(weight.sum()) for weight in needles)),
+    )
+
+
+def _groups(shape: ScorerShape) -> Sequence[slice]:
+    group = shape.query_heads // shape.kv_heads
+    return [slice(h * group, (h + 1) * group) for h in range(shape.kv_heads)]
+
+
+def _at(scored: Scored, asking: Scored, heads: slice, missed: float) -> tuple[float, float]:
+    share = needle_threshold(scored, heads, missed)
+    if asking.needs:
+        share = min(share, needle_threshold(asking, heads, missed))
+    share = min(MAX_SHARE, max(MIN_SHARE, share))
+    return max_head_density(scored, heads, share), float(dropped_rows(scored, heads, share).mean())

@@ -1,0 +1,137 @@
+"""Frozen activations as training and calibration records: sampled query blocks and each row's true mass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sentei.kernels.hf.models import LayerInfo, rotary_tables
+from sentei.kernels.hf.observe import observe_attention
+from sentei.kernels.ops.block_mass import block_mass
+from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
+from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.kernels.scorer.selection import QueryBlocks, forced_lse, log_shares
+from sentei.pipeline.measure.texts import RECALL_BLOCKS, Text
+from sentei.pipeline.models import LoadedModel
+from sentei.pipeline.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """What one layer saw in some query blocks of one text, and where its attention truly went."""
+
+    q: torch.Tensor  # [1, Hq, n, rows, D], bf16
+    starts: torch.Tensor  # [n]
+    pooled: torch.Tensor  # [1, Hkv, P, D]
+    pooled_plain: torch.Tensor  # [1, Hkv, P, D]
+    lse: torch.Tensor  # [1, Hq, n, rows], exact log weight of the forced blocks
+    mass: torch.Tensor  # [1, Hq, n, rows, blocks], true share of each key block, fp16
+    is_asking: torch.Tensor  # [n], whether the block lies among a recall text's questions
+
+    @property
+    def is_open(self) -> torch.Tensor:
+        """[n, blocks]: blocks a scorer may choose, that is, neither sink nor diagonal nor ahead."""
+        index = torch.arange(self.mass.shape[-1])
+        own = self.starts // (self.mass.shape[3])
+        return (index >= 1) & (index < own[:, None])
+
+    def query_blocks(self, table: RotaryTable) -> QueryBlocks:
+        """Return the queries with and without rotation, in fp32."""
+        q = self.q.float()
+        positions = self.starts[:, None] + torch.arange(q.shape[3])
+        return QueryBlocks(q, unrotate(q, positions, table), self.starts)
+
+
+Records = dict[int, list[LayerRecord]]
+
+
+def capture(
+    loaded: LoadedModel,
+    texts: Sequence[Text],
+    shapes: dict[int, ScorerShape],
+    *,
+    blocks_per_text: int,
+    seed: int,
+    progress: Progress,
+    label: str,
+) -> Records:
+    """Run the frozen model over the texts; keep records of sampled query blocks of each thinnable layer."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(len(text.ids) for text in texts)
+    table = RotaryTable(*rotary_tables(loaded.model, longest, torch.device("cpu")))
+    records: Records = {index: [] for index in shapes}
+    for i, text in enumerate(texts):
+        progress(label, i, len(texts))
+        size = next(iter(shapes.values())).block_tokens
+        num_last = RECALL_BLOCKS if text.is_recall else 1
+        chosen = sample_blocks(len(text.ids) // size, blocks_per_text, generator, num_last=num_last)
+        is_asking = (chosen >= len(text.ids) // size - num_last) & text.is_recall
+        sampled = Sampled(chosen, is_asking, table)
+
+        def keep(layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, sampled: Sampled = sampled) -> None:
+            records[layer.index].append(record_layer(layer, q, k, shapes[layer.index], sampled))
+
+        observe_attention(loaded.model, text.ids[None], keep)
+    progress(label, len(texts), len(texts))
+    return records
+
+
+def sample_blocks(
+    num_blocks: int, wanted: int, generator: torch.Generator, *, num_last: int = 1
+) -> torch.Tensor:
+    """Choose query blocks that have something to choose from; the last ones are always among them."""
+    first = 2
+    if num_blocks < first + num_last:
+        raise ValueError(f"the text has {num_blocks} blocks; at least {first + num_last} are needed")
+    order = torch.randperm(num_blocks - first - num_last, generator=generator) + first
+    last = torch.arange(num_blocks - num_last, num_blocks)
+    return torch.cat([order[: max(0, wanted - num_last)], last]).sort().values
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Which query blocks of a text are recorded, which of them ask, and the rotary table."""
+
+    chosen: torch.Tensor
+    is_asking: torch.Tensor
+    table: RotaryTable
+
+
+def record_layer(
+    layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, shape: ScorerShape, sampled: Sampled
+) -> LayerRecord:
+    """Reduce one layer's attention inputs to what training and calibration need."""
+    chosen, table = sampled.chosen, sampled.table
+    size = shape.block_tokens
+    rows = (chosen[:, None] * size + torch.arange(size)).flatten()
+    H, D, n = layer.query_heads, layer.head_dim, len(chosen)
+    _, mass = block_mass(q, k, scale=layer.scale, block_k=size, rows=rows)
+    own = q[:, :, rows].float().view(1, H, n, size, D)
+    keys = k.float()
+    blocks = QueryBlocks(own, own, chosen * size)
+    plain = unrotate(keys, torch.arange(keys.shape[2]), table)
+    return LayerRecord(
+        q=own.bfloat16(),
+        starts=chosen * size,
+        pooled=pool_tokens(keys, shape.pool_tokens),
+        pooled_plain=pool_tokens(plain, shape.pool_tokens),
+        lse=forced_lse(blocks, keys, scale=layer.scale, block_tokens=size, q_len_end=keys.shape[2]),
+        mass=mass.view(1, H, n, size, -1).half(),
+        is_asking=sampled.is_asking,
+    )
+
+
+def by_query_block(x: torch.Tensor, block_q: int) -> torch.Tensor:
+    """Cut the rows of x [H, n, rows, ...] into query blocks: [H, n * rows / block_q, block_q, ...]."""
+    H, n, rows = x.shape[:3]
+    return x.reshape(H, n * (rows // block_q), block_q, *x.shape[3:])
+
+
+def row_shares(
+    scorer: BlockScorer, record: LayerRecord, table: RotaryTable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scorer's log shares [1, Hq, n, rows, blocks] and those of the forced blocks."""
+    keys = scorer.encode_keys(record.pooled, record.pooled_plain)
+    shares, forced = log_shares(scorer, record.query_blocks(table), keys, record.lse)
+    missing = record.mass.shape[-1] - shares.shape[-1]
+    return torch.nn.functional.pad(shares, (0, missing), value=float("-inf")), forced

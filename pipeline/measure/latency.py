@@ -1,0 +1,123 @@
+"""Prefill time and peak memory, the variants taking turns in one run."""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import psutil
+import torch
+
+from sentei.kernels.hf.adapter import Adapter
+from sentei.kernels.hf.ladder import DENSE
+from sentei.kernels.hf.retrofit import Base, retrofit
+from sentei.pipeline.models import LoadedModel
+from sentei.pipeline.progress import Progress
+
+SAMPLE_S = 0.005
+SDPA, FLEX_DENSE, BEST_DENSE = "sdpa", "flex_dense", "best_dense"
+DENSE_BASES: Mapping[str, Base] = {FLEX_DENSE: "compiled_flex", BEST_DENSE: "flex"}
+DENSE_FORMS = (SDPA, *DENSE_BASES)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Prefill seconds of one variant over its runs, and the memory it added at its peak."""
+
+    median_s: float
+    lowest_s: float
+    highest_s: float
+    runs: int
+    peak_mib: float
+
+
+def time_prefills(
+    loaded: LoadedModel,
+    adapter: Adapter,
+    text: torch.Tensor,
+    *,
+    runs: int,
+    progress: Progress,
+    dense: Sequence[str] = DENSE_FORMS,
+    warm_up_tokens: int | None = None,
+) -> dict[str, Timing]:
+    """Time Transformers' sdpa, compiled dense Flex, our fastest dense, and every rung with its scorer.
+
+    A first round, on `warm_up_tokens` of the text or on all of it, is not counted: compilation and caches.
+    """
+    variants = [*dense, *(rung.id for rung in adapter.ladder.rungs if not rung.is_dense)]
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    peaks: dict[str, float] = {}
+    for i_run in range(runs + 1):
+        prompt = text if i_run else text[:warm_up_tokens]
+        for done, variant in enumerate(variants):
+            progress("time prefill", i_run * len(variants) + done, (runs + 1) * len(variants))
+            with variant_of(loaded, adapter, variant), measured_memory() as peak_mib:
+                spent = time_once(partial(prefill, loaded, prompt))
+            if i_run:
+                seconds[variant].append(spent)
+                peaks[variant] = max(peaks.get(variant, 0.0), peak_mib())
+    progress("time prefill", (runs + 1) * len(variants), (runs + 1) * len(variants))
+    return {variant: _summarise(seconds[variant], peaks[variant]) for variant in variants}
+
+
+@contextmanager
+def variant_of(loaded: LoadedModel, adapter: Adapter, variant: str) -> Iterator[None]:
+    """Put the model into the state that a variant's name stands for."""
+    if variant == SDPA:
+        previous = loaded.model.config._attn_implementation
+        loaded.model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            loaded.model.set_attn_implementation(previous)
+        return
+    base = DENSE_BASES.get(variant, "flex")
+    with retrofit(loaded.model, adapter, DENSE if variant in DENSE_BASES else variant, base=base):
+        yield
+
+
+@torch.no_grad()
+def prefill(loaded: LoadedModel, text: torch.Tensor) -> None:
+    """Run a prompt as a server would: KV cache filled, logits of the last token only."""
+    loaded.model(input_ids=text[None], use_cache=True, logits_to_keep=1)
+
+
+def time_once(work: Callable[[], None]) -> float:
+    """Return the seconds that one call takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def measured_memory() -> Iterator[Callable[[], float]]:
+    """Watch this process's resident memory; the value given back says by how many MiB it rose at its peak."""
+    process = psutil.Process()
+    before = highest = process.memory_info().rss
+    is_done = threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not is_done.wait(SAMPLE_S):
+            highest = max(highest, process.memory_info().rss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lambda: (highest - before) / 2**20
+    finally:
+        is_done.set()
+        thread.join()
+
+
+def _summarise(seconds: list[float], peak_mib: float) -> Timing:
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds), peak_mib)
+
+
+def medians(timings: Mapping[str, Timing]) -> dict[str, float]:
+    """Return the dense baselines' median seconds by name."""
+    return {name: timings[name].median_s for name in DENSE_FORMS}

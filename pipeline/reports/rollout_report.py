@@ -1,0 +1,253 @@
+"""The comparison report: what was decided and why, whether it is safe, what it saved, what it cost.
+
+One dataclass holds everything; the page and the JSON file show the same numbers. The page needs no
+network and no script.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sentei.monitors.events import BrokenChainError, Event, EventLog
+from sentei.monitors.records import DriftResult, Rollout
+from sentei.monitors.store import Store
+from sentei.pipeline.plain import to_plain
+from sentei.pipeline.reports.figures import (
+    AuditOverhead,
+    QualityFigures,
+    Savings,
+    SliceFigures,
+    audit_overhead,
+    quality_figures,
+    savings,
+    slice_figures,
+)
+from sentei.pipeline.reports.pages import render_template
+from sentei.pipeline.reports.share_chart import draw_share
+from sentei.pipeline.reports.wording import headline, need_words, outcome_words
+from sentei.pipeline.rollout.revisions import PolicyBook
+from sentei.pipeline.rollout.runner import EVIDENCE, HOLD
+from sentei.policies.engine import routing
+from sentei.policies.schema.policy import Policy
+from sentei.policies.state import RolloutState, state_from_json
+
+EVENT_KINDS_HIDDEN = frozenset({EVIDENCE, HOLD})
+
+
+class ReportError(Exception):
+    """A report that cannot be made; the message names the rollout and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a second of model compute costs, for the cost figures."""
+
+    per_compute_hour: float
+    currency: str = "USD"
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineEntry:
+    """One event that changed something."""
+
+    seq: int
+    at_s: float
+    kind: str
+    stage_id: str
+    share: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RouteEntry:
+    """Where requests of one slice go now."""
+
+    slice_id: str
+    tokens: str
+    share: float
+    rung_id: str
+    fell_back_by: str  # "" where it did not
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that the report says."""
+
+    rollout: Rollout
+    policy_name: str
+    policy_digest: str
+    generated_at_s: float
+    started_s: float
+    ended_s: float | None
+    outcome: str  # "promoted", "rolled_back", or the phase where it has not ended
+    by: str
+    reason: str
+    headline: str
+    stage_id: str
+    share_now: float
+    share_peak: float
+    verdicts: tuple[Mapping[str, Any], ...]
+    routes: tuple[RouteEntry, ...]
+    slices: tuple[SliceFigures, ...]
+    quality: tuple[QualityFigures, ...]
+    savings: Savings
+    audit: AuditOverhead
+    drift: tuple[DriftResult, ...]
+    timeline: tuple[TimelineEntry, ...]
+    shares: tuple[tuple[float, float], ...]  # (time, share) over all events
+    num_events: int
+    chain: str  # "verified", or what is broken
+    price: Price | None
+    evaluation: Mapping[str, Any] | None
+
+
+def build_report(
+    store: Store,
+    rollout_id: str,
+    *,
+    now_s: float | None = None,
+    price: Price | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    upto_event: int | None = None,
+) -> Report:
+    """Gather a rollout's report from the store; `evaluation` is the document of `sentei evaluate`.
+
+    With `upto_event` the report holds what was known when that event was decided, however late it is made.
+    """
+    rollout = store.read_rollout(rollout_id)
+    log = EventLog(store)
+    events = [event for event in log.read(rollout_id) if upto_event is None or event.seq <= upto_event]
+    if rollout is None or not events:
+        known = ", ".join(repr(r.rollout_id) for r in store.read_rollouts()) or "none"
+        raise ReportError(f"rollout {rollout_id!r} has no events in {store.url}; the store holds: {known}.")
+    book = PolicyBook(store)
+    states = [state_from_json(event.state) for event in events]
+    last = states[-1]
+    policy = book.find(rollout_id, last.policy_digest)
+    shares = [_share(book.find(rollout_id, state.policy_digest), state) for state in states]
+    requests, audits = store.read_requests(rollout_id), store.read_audits(rollout_id)
+    drift = [result for _, result in store.read_drift(rollout_id)]
+    if upto_event is not None:
+        requests, audits = ([row for row in rows if row["seq"] <= last.cursor] for rows in (requests, audits))
+        drift = [result for result in drift if result.at_s <= events[-1].at_s]
+    slices = slice_figures(requests, [item.id for item in policy.spec.slices.buckets])
+    saved = savings(slices, audits)
+    outcome = last.outcome or last.phase
+    return Report(
+        rollout=rollout,
+        policy_name=policy.metadata.name,
+        policy_digest=policy.digest,
+        generated_at_s=events[-1].at_s if now_s is None else now_s,
+        started_s=last.started_s,
+        ended_s=last.ended_s,
+        outcome=outcome,
+        by=last.by or "",
+        reason=last.reason if last.outcome else str(events[-1].payload.get("reason", "")),
+        headline=headline(outcome, shares[-1], saved),
+        stage_id=last.stage_id,
+        share_now=shares[-1],
+        share_peak=max(shares),
+        verdicts=_verdicts(policy, events),
+        routes=_routes(policy, last),
+        slices=slices,
+        quality=quality_figures(audits),
+        savings=saved,
+        audit=audit_overhead(requests, audits),
+        drift=tuple(drift),
+        timeline=_timeline(events, states, shares),
+        shares=tuple((event.at_s, share) for event, share in zip(events, shares, strict=True)),
+        num_events=len(events),
+        chain=_chain(log),
+        price=price,
+        evaluation=evaluation,
+    )
+
+
+def render_html(report: Report) -> str:
+    """Return the report as one page without scripts, fonts or pictures from elsewhere."""
+    return render_template(
+        "report.html",
+        r=report,
+        chart=draw_share(report.shares, report.timeline),
+        need=need_words,
+        outcome_words=outcome_words(report.outcome),
+    )
+
+
+def render_json(report: Report) -> str:
+    """Return the report as JSON with stable keys."""
+    return json.dumps(to_plain(report), indent=2, sort_keys=True, ensure_ascii=False)
+
+
+def save_report(report: Report, folder: Path) -> tuple[Path, Path]:
+    """Write `<rollout>.html` and `<rollout>.json`; returns both paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    html_path = folder / f"{report.rollout.rollout_id}.html"
+    json_path = folder / f"{report.rollout.rollout_id}.json"
+    html_path.write_text(render_html(report), encoding="utf-8")
+    json_path.write_text(render_json(report), encoding="utf-8")
+    return html_path, json_path
+
+
+def _share(policy: Policy, state: RolloutState) -> float:
+    return max(route.share for route in routing(policy, state).routes)
+
+
+def _verdicts(policy: Policy, events: Sequence[Event]) -> tuple[Mapping[str, Any], ...]:
+    """The verdicts at the end: of the event that ended it, or the newest that has any."""
+    items = {item.id: item for item in policy.spec.guardrails.items}
+    for event in reversed(events):
+        if found := event.payload.get("verdicts"):
+            return tuple(_described(dict(verdict), items[verdict["id"]]) for verdict in found)
+    return ()
+
+
+def _described(verdict: dict[str, Any], item: Any) -> Mapping[str, Any]:
+    bound = item.bound
+    kind = "sample ratio"
+    if bound is not None:
+        kind = next(
+            name for name in ("max", "excess_over_floor", "ratio") if getattr(bound, name) is not None
+        )
+    unit = "share of sessions" if item.metric.is_event else item.metric.unit
+    if bound is not None and bound.over:
+        unit = f"share of sessions over {bound.over:g} s"
+    return {**verdict, "value": item.value, "unit": unit, "bound_kind": kind, "about": item.metric.summary}
+
+
+def _routes(policy: Policy, state: RolloutState) -> tuple[RouteEntry, ...]:
+    fallen = {item.slice_id: item.by or "" for item in state.slices}
+    return tuple(
+        RouteEntry(
+            slice_id=route.slice_id,
+            tokens=f"{route.min_tokens:,} to {route.max_tokens:,}",
+            share=route.share,
+            rung_id=route.rung_id,
+            fell_back_by=fallen.get(route.slice_id, ""),
+        )
+        for route in routing(policy, state).routes
+    )
+
+
+def _timeline(
+    events: Sequence[Event], states: Sequence[RolloutState], shares: Sequence[float]
+) -> tuple[TimelineEntry, ...]:
+    return tuple(
+        TimelineEntry(
+            event.seq, event.at_s, event.kind, state.stage_id, share, str(event.payload.get("reason", ""))
+        )
+        for event, state, share in zip(events, states, shares, strict=True)
+        if event.kind not in EVENT_KINDS_HIDDEN
+    )
+
+
+def _chain(log: EventLog) -> str:
+    try:
+        log.verify()
+    except BrokenChainError as error:
+        return str(error)
+    return "verified"

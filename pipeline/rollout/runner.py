@@ -1,0 +1,319 @@
+"""One tick of a rollout: read, decide, append, publish; once each, and nothing is kept in memory in between.
+
+State is what the newest event left behind. Whatever happens between two steps, the next tick starts from
+that event and comes to the same place: reading the same cursor gives the same observations, and
+publishing is repeatable. So a tick in which only evidence has grown need not be written down: the next one
+reads the same sessions again and adds its own. Every decision is an event, every change of what the rollout
+waits for, and every thing that was seen only at that moment; evidence alone is one now and then (`is_kept`).
+A store that does not answer means no renewal of the router's lease, so traffic goes dense by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sentei.monitors.drift import DriftSpec, run_drift
+from sentei.monitors.errors import StoreError
+from sentei.monitors.events import Event, EventLog
+from sentei.monitors.records import DriftResult, Rollout
+from sentei.monitors.signals_reader import SignalQuery, read_signals
+from sentei.monitors.store import Store
+from sentei.pipeline.plain import to_plain
+from sentei.pipeline.rollout.revisions import PolicyBook, take_revision
+from sentei.policies.engine import (
+    Decision,
+    RolloutState,
+    decide,
+    initial_state,
+    routing,
+    state_from_json,
+    state_to_json,
+)
+from sentei.policies.schema.load import load_policy
+from sentei.policies.schema.policy import Policy
+from sentei.policies.signals import Signals
+
+logger = logging.getLogger(__name__)
+
+_ROLLOUT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+STARTED = "started"
+EVIDENCE = "evidence"
+HOLD = "hold"
+MIN_AUDIT_LIMIT_S = 60.0
+KEEP_TICKS = 10  # evidence alone is kept every tenth tick, or once per data.max_age if that is sooner
+KEEP_NUMBERS = 1_000  # and whenever so many numbers of the store were read: bounds what is read again
+LOOK = "look."  # + rollout id: what the newest tick saw, overwritten by the next one; no part of the log
+
+
+class RolloutError(Exception):
+    """A rollout that cannot be run as asked; the message names it and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class TickResult:
+    """What one tick did; exactly one of decision, waiting for the lease, or error."""
+
+    decision: Decision | None = None
+    event: Event | None = None  # what was appended; None where nothing changed
+    has_lease: bool = True
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOptions:
+    """What the policy does not say: who runs it, and what only the running system knows."""
+
+    owner: str  # unique per process: two controllers of one name would not fence each other
+    replicas: Callable[[], Mapping[str, int]] = field(default=lambda: {"dense": 1, "sparse": 1})
+    audit_limit_s: float | None = None  # default: data.max_age, at least a minute
+
+
+def start_rollout(
+    store: Store,
+    policy_text: str,
+    *,
+    now_s: float,
+    about: Mapping[str, str] | None = None,
+    rollout_id: str | None = None,
+    releases_quarantine: bool = False,
+) -> Rollout:
+    """Write a rollout down; the controller takes up the newest one.
+
+    Raises PolicyError, RolloutError for an id that cannot name a folder, and QuarantineError if this
+    policy was rolled back at one of its rungs before and the operator does not release it.
+    """
+    policy = load_policy(policy_text, "policy")
+    moment = datetime.fromtimestamp(now_s, UTC).strftime("%Y%m%d-%H%M%S")
+    rollout_id = rollout_id or f"{policy.metadata.name}-{moment}"
+    if not _ROLLOUT_ID.fullmatch(rollout_id):
+        raise RolloutError(
+            f"rollout id {rollout_id!r} cannot be used: give 1 to 100 letters, digits, dots, dashes or _."
+        )
+    if not releases_quarantine:
+        initial_state(policy, rollout_id, now_s, quarantine=read_quarantine(store))
+    rollout = Rollout(
+        rollout_id=rollout_id,
+        policy_text=policy_text,
+        created_at_s=now_s,
+        about=dict(about or {}),
+    )
+    store.add_rollout(rollout)
+    return rollout
+
+
+def read_quarantine(store: Store) -> tuple[str, ...]:
+    """Return "digest+rung" of everything that was rolled back in this store."""
+    log = EventLog(store)
+    texts = (log.latest_state(rollout.rollout_id) for rollout in store.read_rollouts())
+    failed = (state_from_json(text).quarantine for text in texts if text is not None)
+    return tuple(sorted({item for items in failed for item in items}))
+
+
+class RolloutRunner:
+    """Runs one rollout; `tick` never raises."""
+
+    def __init__(self, store: Store, rollout: Rollout, options: RunnerOptions) -> None:
+        self.rollout = rollout
+        self.policy = load_policy(rollout.policy_text, rollout.rollout_id)
+        self.num_errors = 0
+        self._store = store
+        self._log = EventLog(store)
+        self._book = PolicyBook(store)
+        self._options = options
+
+    @classmethod
+    def open(cls, store: Store, rollout_id: str, options: RunnerOptions) -> RolloutRunner:
+        """Take up a rollout that was started before, in this process or in another."""
+        rollout = store.read_rollout(rollout_id)
+        if rollout is None:
+            known = ", ".join(repr(r.rollout_id) for r in store.read_rollouts()[-5:]) or "none"
+            raise RolloutError(
+                f"rollout {rollout_id!r} is not in store {store.url}; the newest are: {known}."
+            )
+        return cls(store, rollout, options)
+
+    def tick(self, now_s: float) -> TickResult:
+        """Read, decide, append, publish; an error is logged and counted, and the next tick tries again."""
+        try:
+            token = self._store.acquire_lease(
+                self._options.owner, ttl_s=self.policy.spec.data.monitor_lease, now_s=now_s
+            )
+            if token is None:
+                return TickResult(has_lease=False)
+            state, kept_at_s = self._resume(token, now_s)
+            state = self._revise(state, token, now_s)
+            decision = decide(self.policy, state, self._read(state, now_s), now_s)
+            event = None
+            if is_kept(self.policy, state, decision, since_s=now_s - kept_at_s):
+                event = self._append(state, decision, token, now_s)
+            self._store.publish_routing(routing(self.policy, decision.state), token=token, now_s=now_s)
+            if decision.changed and event is None:
+                self._store.save_value(f"{LOOK}{self.rollout.rollout_id}", _look(decision, now_s))
+        except Exception as error:
+            # One of the two places where everything is caught: the loop must outlive any fault, and without
+            # a renewal the router is dense by itself.
+            self.num_errors += 1
+            logger.warning("tick %s of %s failed: %s", self.num_errors, self.rollout.rollout_id, error)
+            return TickResult(error=f"{type(error).__name__}: {error}")
+        return TickResult(decision, event)
+
+    def check_drift(self, folder: Path, now_s: float) -> list[DriftResult]:
+        """Run the policy's drift checks that have a new full window; seconds long, so run it in a thread."""
+        return run_drift(
+            self._store, self.rollout.rollout_id, drift_specs(self.policy), folder=folder, now_s=now_s
+        )
+
+    def state(self) -> RolloutState | None:
+        """Return the newest state, or None before the first tick."""
+        text = self._log.latest_state(self.rollout.rollout_id)
+        return None if text is None else state_from_json(text)
+
+    def _resume(self, token: int, now_s: float) -> tuple[RolloutState, float]:
+        """Return the state of the newest event and its time; the first event if there is none."""
+        event = self._log.latest(self.rollout.rollout_id)
+        if event is not None:
+            state = state_from_json(event.state)
+            if state.policy_digest != self.policy.digest:  # edited, by this controller or another
+                self.policy = self._book.find(self.rollout.rollout_id, state.policy_digest)
+            return state, event.at_s
+        state = initial_state(self.policy, self.rollout.rollout_id, now_s)
+        payload = {
+            "reason": "started",
+            "policy_digest": self.policy.digest,
+            "policy_text": self.rollout.policy_text,
+            "created_at_s": self.rollout.created_at_s,
+            "about": self.rollout.about,
+        }
+        self._write(state, STARTED, payload, token=token, now_s=now_s)
+        return state, now_s
+
+    def _revise(self, state: RolloutState, token: int, now_s: float) -> RolloutState:
+        """Take or refuse the edits that wait, each as an event of its own."""
+        for revision in self._store.read_revisions(self.rollout.rollout_id, after=state.revision):
+            taken = take_revision(self.policy, state, revision, now_s)
+            self._write(taken.state, taken.kind, taken.payload, token=token, now_s=now_s)
+            self.policy, state = taken.policy, taken.state
+        return state
+
+    def _read(self, state: RolloutState, now_s: float) -> Signals:
+        query = signal_query(
+            self.policy,
+            self.rollout.rollout_id,
+            replicas=self._options.replicas(),
+            audit_limit_s=self._options.audit_limit_s,
+        )
+        try:
+            return read_signals(
+                self._store, query, cursor=state.cursor, command_cursor=state.command_seq, now_s=now_s
+            )
+        except StoreError as error:
+            return Signals(cursor=state.cursor, read_error=str(error))
+
+    def _append(self, before: RolloutState, decision: Decision, token: int, now_s: float) -> Event:
+        kind, payload = event_kind(decision, before), event_payload(before, decision)
+        return self._write(decision.state, kind, payload, token=token, now_s=now_s)
+
+    def _write(
+        self, state: RolloutState, kind: str, payload: dict[str, Any], *, token: int, now_s: float
+    ) -> Event:
+        return self._log.append(
+            self.rollout.rollout_id,
+            kind,
+            payload=payload,
+            state_after=state_to_json(state).decode(),
+            token=token,
+            at_s=now_s,
+        )
+
+
+def is_kept(policy: Policy, before: RolloutState, decision: Decision, *, since_s: float) -> bool:
+    """Whether a decision must be written down: it did or waits for something else, saw what cannot be read
+    again, or the evidence since the last event is old or long.
+    """
+    after = decision.state
+    if decision.actions or _without_evidence(after) != _without_evidence(before):
+        return True
+    if not decision.changed:
+        return False
+    every_s = min(policy.spec.data.max_age, KEEP_TICKS * policy.spec.schedule.check_every)
+    return not 0 <= since_s < every_s or after.cursor - before.cursor >= KEEP_NUMBERS
+
+
+def _without_evidence(state: RolloutState) -> RolloutState:
+    """The state without what reading the same cursor again gives back."""
+    slices = tuple(replace(item, served_units=0) for item in state.slices)
+    return replace(state, cells=(), cursor=0, waiting_since_s=0.0, slices=slices)
+
+
+def _look(decision: Decision, now_s: float) -> str:
+    seen = {"at_s": now_s, "reason": decision.reason, "verdicts": to_plain(decision.verdicts)}
+    return json.dumps(seen, sort_keys=True)
+
+
+def read_look(store: Store, rollout_id: str, *, after_s: float) -> dict[str, Any] | None:
+    """Return what the newest tick saw, if that was after the newest event; for display only."""
+    text = store.read_value(f"{LOOK}{rollout_id}")
+    look: dict[str, Any] | None = None if text is None else json.loads(text)
+    return look if look is not None and look["at_s"] > after_s else None
+
+
+def event_kind(decision: Decision, before: RolloutState | None = None) -> str:
+    """Return the name of what was decided: the last deed, else a refusal, a new wait, or more evidence."""
+    if decision.actions:
+        deeds = [item.kind for item in decision.actions if item.kind != "refuse"]
+        return str(deeds[-1] if deeds else "refuse")
+    is_new_wait = before is not None and decision.state.waits_for != before.waits_for
+    return HOLD if is_new_wait else EVIDENCE
+
+
+def event_payload(before: RolloutState, decision: Decision) -> dict[str, Any]:
+    """Return the decision with its evidence as plain values, and where it came from."""
+    return {
+        "before": {name: getattr(before, name) for name in ("phase", "stage_id", "retries", "cursor")},
+        "reason": decision.reason,
+        "waits_for": decision.state.waits_for,
+        "actions": to_plain(decision.actions),
+        "verdicts": to_plain(decision.verdicts),
+    }
+
+
+def signal_query(
+    policy: Policy, rollout_id: str, *, replicas: Mapping[str, int], audit_limit_s: float | None = None
+) -> SignalQuery:
+    """Return what has to be read for a policy."""
+    spec = policy.spec
+    names = {item.value for item in spec.guardrails.items} | {item.value for item in spec.benefit}
+    return SignalQuery(
+        rollout_id=rollout_id,
+        value_names=frozenset(names),
+        health_window_s=spec.breaker.variant.window,
+        audit_limit_s=max(MIN_AUDIT_LIMIT_S, spec.data.max_age) if audit_limit_s is None else audit_limit_s,
+        replicas=replicas,
+    )
+
+
+def drift_specs(policy: Policy) -> tuple[DriftSpec, ...]:
+    """Return the policy's drift checks, each with the excess that its guardrails allow on that column."""
+    return tuple(
+        DriftSpec(
+            signal_id=signal.id,
+            column=signal.column,
+            window_units=signal.window_units,
+            allowed_excess=_allowed_excess(policy, signal.column),
+        )
+        for signal in policy.spec.signals
+    )
+
+
+def _allowed_excess(policy: Policy, column: str) -> float | None:
+    bounds = [item.bound for item in policy.spec.guardrails.items if item.value == f"audit.{column}"]
+    allowed = [b.excess_over_floor or b.max for b in bounds if b is not None]
+    return min((value for value in allowed if value is not None), default=None)

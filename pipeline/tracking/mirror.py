@@ -1,0 +1,246 @@
+"""The event log and the drift reports, replayed into an experiment tracker: a mirror, never the truth.
+
+The mirror keeps its own cursors in the store and moves them only after the tracker has taken everything
+before them. While the tracker is away the cursors stand still and decisions go on; when it is back it is
+told the rest, and in the end holds the same as if it had never been away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+
+from sentei.monitors.errors import StoreError
+from sentei.monitors.events import Event, EventLog
+from sentei.monitors.means import read_means
+from sentei.monitors.records import DriftResult, Rollout
+from sentei.monitors.store import Store
+from sentei.pipeline.reports.rollout_report import build_report, render_html, render_json
+from sentei.pipeline.rollout.revisions import PolicyBook
+from sentei.pipeline.tracking.tracker import MetricPoint, RunSpec, Tracker, TrackingError
+from sentei.policies.engine import routing
+from sentei.policies.schema.load import load_policy
+from sentei.policies.schema.policy import Policy
+from sentei.policies.state import ALL_SLICES, RolloutState, state_from_json
+
+EVENT_CURSOR = "mirror.events"
+DRIFT_CURSOR = "mirror.drift"
+BATCH = 100
+_EVIDENCE = ("log_e_harm", "log_e_safe", "log_e_watch", "units", "mean")
+
+
+@dataclass(frozen=True, slots=True)
+class StageKey:
+    """One stay in one stage."""
+
+    rollout_id: str
+    stage_id: str
+    retries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One event, the state that it left behind, and its points on the charts."""
+
+    event: Event
+    state: RolloutState
+    points: tuple[MetricPoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorResult:
+    """How much was mirrored, and why it stopped early."""
+
+    num_events: int = 0
+    num_drift: int = 0
+    reason: str = ""  # "" where everything was mirrored
+
+
+class Mirror:
+    """Copies one store into one tracker; run it now and then, and once at the end."""
+
+    def __init__(self, store: Store, tracker: Tracker) -> None:
+        self._store = store
+        self._log = EventLog(store)
+        self._tracker = tracker
+        self._rollouts: dict[str, Rollout] = {}
+        self._book = PolicyBook(store)
+        self._has_policy_file: set[str] = set()
+
+    def run_once(self) -> MirrorResult:
+        """Mirror what is new; a tracker that is away gives a reason instead of an error."""
+        num_events = num_drift = 0
+        try:
+            for batch in self._batches():
+                self._mirror_events(batch)
+                self._store.save_value(EVENT_CURSOR, str(batch[-1].seq))
+                num_events += len(batch)
+            num_drift = self._mirror_drift()
+        except (TrackingError, StoreError) as error:
+            return MirrorResult(num_events, num_drift, str(error))
+        return MirrorResult(num_events, num_drift)
+
+    def _batches(self) -> Iterator[list[Event]]:
+        events = self._log.read(after=self._cursor(EVENT_CURSOR))
+        for _, of_rollout in groupby(events, key=lambda event: event.rollout_id):
+            while batch := list(islice(of_rollout, BATCH)):
+                yield batch
+
+    def _cursor(self, name: str) -> int:
+        return int(self._store.read_value(name) or 0)
+
+    def _mirror_events(self, batch: Sequence[Event]) -> None:
+        rollout, policy = self._rollout(batch[0].rollout_id)
+        parent = self._ensure_parent(rollout, policy)
+        moments = [self._moment(event) for event in batch]
+        self._tracker.log(parent, [p for m in moments for p in m.points], _tags(moments[-1]))
+        for stage, members in groupby(moments, key=lambda moment: _stage_key(moment.state)):
+            self._mirror_stage(parent, stage, list(members))
+        for moment in moments:
+            if moment.state.outcome and moment.state.ended_s == moment.event.at_s:
+                self._finish(parent, rollout, moment)
+
+    def _mirror_stage(self, parent: str, stage: StageKey, members: Sequence[Moment]) -> None:
+        first, last = members[0], members[-1]
+        policy = self._policy(first.state)
+        left = _stage_key_before(first.event)
+        if left is not None and left != stage:
+            run = self._tracker.ensure_run(
+                _experiment(policy), _stage_spec(policy, left, parent, first.event)
+            )
+            self._tracker.finish(run, first.event.at_s, is_ok=True)
+        run = self._tracker.ensure_run(_experiment(policy), _stage_spec(policy, stage, parent, first.event))
+        self._tracker.log(run, [point for moment in members for point in moment.points], _tags(last))
+        if last.state.outcome:
+            self._tracker.finish(run, last.event.at_s, is_ok=last.state.outcome == "promoted")
+
+    def _finish(self, parent: str, rollout: Rollout, moment: Moment) -> None:
+        report = build_report(self._store, rollout.rollout_id, upto_event=moment.event.seq)
+        self._tracker.save_text(parent, render_html(report), "reports/comparison.html")
+        self._tracker.save_text(parent, render_json(report), "reports/comparison.json")
+        self._tracker.finish(parent, moment.event.at_s, is_ok=moment.state.outcome == "promoted")
+
+    def _mirror_drift(self) -> int:
+        num_results = 0
+        for rollout in self._store.read_rollouts():
+            cursor_name = f"{DRIFT_CURSOR}.{rollout.rollout_id}"
+            for seq, result in self._store.read_drift(rollout.rollout_id, after=self._cursor(cursor_name)):
+                self._mirror_drift_result(result)
+                self._store.save_value(cursor_name, str(seq))
+                num_results += 1
+        return num_results
+
+    def _mirror_drift_result(self, result: DriftResult) -> None:
+        rollout, policy = self._rollout(result.rollout_id)
+        parent = self._ensure_parent(rollout, policy)
+        path = Path(result.html_path)
+        if result.html_path and path.is_file():
+            self._tracker.save_file(parent, path, "evidently")
+        prefix = f"drift/{result.signal_id}"
+        values = {
+            f"{prefix}/score": result.score,
+            f"{prefix}/threshold": result.threshold,
+            f"{prefix}/is_drift": float(result.status == "drift"),
+        }
+        self._tracker.log(parent, list(_points(values, result.window_id, result.at_s)), {})
+
+    def _rollout(self, rollout_id: str) -> tuple[Rollout, Policy]:
+        """The rollout and the policy that it was started with."""
+        if rollout_id not in self._rollouts:
+            rollout = self._store.read_rollout(rollout_id)
+            if rollout is None:
+                raise LookupError(f"events of rollout {rollout_id!r}, which the store does not know")
+            self._rollouts[rollout_id] = rollout
+        rollout = self._rollouts[rollout_id]
+        return rollout, load_policy(rollout.policy_text, rollout_id)
+
+    def _policy(self, state: RolloutState) -> Policy:
+        """The policy that decided then: an edit may have changed it."""
+        return self._book.find(state.rollout_id, state.policy_digest)
+
+    def _ensure_parent(self, rollout: Rollout, policy: Policy) -> str:
+        spec = RunSpec(
+            key=f"rollout:{rollout.rollout_id}",
+            name=rollout.rollout_id,
+            start_s=rollout.created_at_s,
+            params={"policy": policy.metadata.name, "policy_digest": policy.digest, **rollout.about},
+            tags={"sentei.kind": "rollout", "rollout_id": rollout.rollout_id},
+        )
+        run_id = self._tracker.ensure_run(_experiment(policy), spec)
+        if rollout.rollout_id not in self._has_policy_file:
+            self._tracker.save_text(run_id, rollout.policy_text, "policy/policy.yaml")
+            self._has_policy_file.add(rollout.rollout_id)
+        return run_id
+
+    def _moment(self, event: Event) -> Moment:
+        state = state_from_json(event.state)
+        policy = self._policy(state)
+        values: dict[str, float | None] = {
+            "policy/share": routed_share(policy, state),
+            "policy/stage": float(policy.stage_index(state.stage_id)),
+            "policy/dense_slices": float(sum(item.is_dense for item in state.slices)),
+        }
+        for verdict in event.payload.get("verdicts", ()):
+            slice_id = "all" if verdict["slice_id"] == ALL_SLICES else verdict["slice_id"]
+            for name in _EVIDENCE:
+                values[f"evidence/{verdict['id']}/{slice_id}/{name}"] = verdict[name]
+        after = event.payload.get("before", {}).get("cursor", state.cursor)
+        values |= read_means(self._store, event.rollout_id, after=after, upto=state.cursor)
+        return Moment(event, state, tuple(_points(values, event.seq, event.at_s)))
+
+
+def routed_share(policy: Policy, state: RolloutState) -> float:
+    """Return the largest candidate share of any slice in this state."""
+    return max(route.share for route in routing(policy, state).routes)
+
+
+def _points(values: Mapping[str, float | None], step: int, at_s: float) -> Iterator[MetricPoint]:
+    for name, value in values.items():
+        if value is not None and math.isfinite(value):
+            yield MetricPoint(name, float(value), step, at_s)
+
+
+def _tags(moment: Moment) -> dict[str, str]:
+    state = moment.state
+    tags = {
+        "phase": state.phase,
+        "stage": state.stage_id,
+        "reason": str(moment.event.payload.get("reason", "")),
+    }
+    if state.outcome:
+        tags |= {"outcome": state.outcome, "by": state.by or ""}
+    return tags
+
+
+def _experiment(policy: Policy) -> str:
+    return policy.spec.record.mlflow.experiment
+
+
+def _stage_key(state: RolloutState) -> StageKey:
+    return StageKey(state.rollout_id, state.stage_id, state.retries)
+
+
+def _stage_key_before(event: Event) -> StageKey | None:
+    before = event.payload.get("before")
+    return StageKey(event.rollout_id, before["stage_id"], before["retries"]) if before else None
+
+
+def _stage_spec(policy: Policy, key: StageKey, parent: str, event: Event) -> RunSpec:
+    stage = policy.stage(key.stage_id)
+    retry = f" (retry {key.retries})" if key.retries else ""
+    return RunSpec(
+        key=f"rollout:{key.rollout_id}:stage:{key.stage_id}:{key.retries}",
+        name=f"{key.stage_id}{retry}",
+        start_s=event.at_s,
+        parent_run_id=parent,
+        params={
+            "share": str(stage.share),
+            "rung": stage.rung,
+            "audit_share": str(policy.audit_share(stage)),
+            "hold_min_s": str(stage.hold_min),
+        },
+        tags={"sentei.kind": "stage", "rollout_id": key.rollout_id},
+    )

@@ -1,0 +1,128 @@
+"""The `sentei/v1` RolloutPolicy: frozen pydantic models, one per section of the file.
+
+Unknown keys are refused, every field describes itself, and the rules that tie fields together live in
+`policies.schema.rules`. A word of the design that nothing acts on yet is refused by name
+(`policies.schema.load.NOT_YET`), so that a policy never promises what the system does not do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from sentei.policies.schema.operations import (
+    Breaker,
+    Data,
+    Record,
+    Rollback,
+    Schedule,
+    Section,
+)
+from sentei.policies.schema.rules import find_faults
+from sentei.policies.schema.sections import (
+    Advance,
+    Assignment,
+    Audit,
+    Benefit,
+    Guardrail,
+    Guardrails,
+    LadderRung,
+    Metadata,
+    Signal,
+    Slice,
+    Slices,
+    Stage,
+    Variants,
+)
+
+
+class Spec(Section):
+    """Everything a rollout may do."""
+
+    mode: Literal["enforce", "advise"] = "enforce"
+    variants: Variants = Variants()
+    ladder: Annotated[tuple[LadderRung, ...], Field(min_length=1, max_length=16)]
+    slices: Slices
+    assignment: Assignment
+    stages: Annotated[tuple[Stage, ...], Field(min_length=2, max_length=64)]
+    advance: Advance
+    audit: Audit
+    guardrails: Guardrails
+    benefit: tuple[Benefit, ...] = ()
+    signals: tuple[Signal, ...] = ()
+    breaker: Breaker
+    data: Data
+    rollback: Rollback = Rollback()
+    schedule: Schedule = Schedule()
+    record: Record = Record()
+
+
+class Policy(Section):
+    """A whole rollout policy."""
+
+    api_version: Literal["sentei/v1"] = Field(alias="apiVersion")
+    kind: Literal["RolloutPolicy"]
+    metadata: Metadata
+    spec: Spec
+
+    @model_validator(mode="after")
+    def _keeps_the_rules(self) -> Policy:
+        faults = find_faults({name: getattr(self.spec, name) for name in type(self.spec).model_fields})
+        if faults:
+            raise ValueError("; ".join(f"{fault.dotted}: {fault.message}" for fault in faults))
+        return self
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: comments, key order and ways to write a unit do not matter."""
+        text = json.dumps(to_document(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def rung_ids(self) -> tuple[str, ...]:
+        """The ladder, mild to aggressive."""
+        return tuple(rung.id for rung in self.spec.ladder)
+
+    @cached_property
+    def routed_slices(self) -> tuple[Slice, ...]:
+        """The slices that may go to the candidate."""
+        return tuple(item for item in self.spec.slices.buckets if not item.is_pinned)
+
+    @cached_property
+    def gates_by_value(self) -> dict[str, tuple[Guardrail | Benefit, ...]]:
+        """Guardrails and benefits under the name of the value they watch."""
+        gates: dict[str, tuple[Guardrail | Benefit, ...]] = {}
+        everything: tuple[Guardrail | Benefit, ...] = (*self.spec.guardrails.items, *self.spec.benefit)
+        for gate in everything:
+            gates[gate.value] = (*gates.get(gate.value, ()), gate)
+        return gates
+
+    def stage(self, stage_id: str) -> Stage:
+        """The stage of that id; KeyError if the policy has none."""
+        return self.spec.stages[self.stage_index(stage_id)]
+
+    def stage_index(self, stage_id: str) -> int:
+        """Where in the ladder of stages it stands; KeyError if the policy has none."""
+        for index, stage in enumerate(self.spec.stages):
+            if stage.id == stage_id:
+                return index
+        raise KeyError(stage_id)
+
+    def audit_share(self, stage: Stage) -> float:
+        """The share of sessions audited in that stage."""
+        return self.spec.audit.select.fraction if stage.audit is None else stage.audit
+
+
+def to_document(policy: Policy) -> dict[str, Any]:
+    """The policy as plain values, spelled as in a file; absent options are left out."""
+    document: dict[str, Any] = policy.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return document
+
+
+def policy_digest(policy: Policy) -> str:
+    """SHA-256 of the policy's canonical JSON (see `Policy.digest`)."""
+    return policy.digest

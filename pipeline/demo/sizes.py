@@ -12,7 +12,7 @@ from sentei.pipeline.models import POCKET
 
 POCKET_SIZE = DemoSize(
     # 2,048-token windows hold the recall distance of the demo's prompts. Single tokens in 32 dimensions: this
-    # model recalls by single tokens, which any mean hides, and heads of 64 fit into 32 (docs/measured.md).
+    # model recalls by single tokens, which any mean hides, and heads of 64 fit into 32 (docs/adr/0010).
     distill=DistillOptions(
         form="low_rank",
         rank=32,

@@ -90,7 +90,7 @@ def test_the_earlier_condition_wins(first: int, second: int) -> None:
 
 
 def test_the_steps_stand_in_the_documented_order() -> None:
-    """The order of DESIGN section 4, as names."""
+    """The order that docs/guides/policy.md tells, as names."""
     assert [step.__name__ for step in STEPS] == [
         "observe",
         "check_control",

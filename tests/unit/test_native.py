@@ -10,7 +10,9 @@ import torch
 from sentei.kernels.ops import registry
 from sentei.kernels.ops.attention import attend
 from sentei.kernels.ops.block_mask import BlockMask, causal_limits
+from sentei.kernels.ops.errors import BackendError
 from sentei.kernels.ops.native.calls import attend_native
+from sentei.kernels.ops.native.structs import fill_struct, struct_fields
 from sentei.kernels.ops.reference import attend_reference
 from sentei.kernels.ops.tolerances import ERROR_FLOOR, allowed_error
 from sentei.kernels.scorer.features import RotaryTable
@@ -242,3 +244,32 @@ def test_a_wide_list_costs_no_more_than_its_counts() -> None:
     wide = replace(mask, indices=torch.cat([mask.indices, padding], dim=-1))
 
     assert torch.equal(attend_native(q, k, v, wide, scale=0.2)[0], attend_native(q, k, v, mask, scale=0.2)[0])
+
+
+def test_a_struct_is_laid_out_as_the_program_declares_it() -> None:
+    """Values land in the order of the C++ declaration, whatever order they are named in."""
+    fields = struct_fields("Scores")
+    by_name = {field: place for place, field in enumerate(fields)}
+
+    laid_out = fill_struct("Scores", **dict(reversed(by_name.items())))
+
+    assert fields[:5] == ("H", "Hkv", "n", "rows", "num_rows")
+    assert list(laid_out) == list(range(len(fields)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"q_offset": None}, r"missing \['q_offset'\]"), ({"offset": 1}, r"unknown \['offset'\]")],
+)
+def test_a_struct_with_a_wrong_field_is_refused(change: dict[str, int | None], words: str) -> None:
+    """A field that is missing or misspelt is an error that names it, never a zero or a shift."""
+    values = {**dict.fromkeys(struct_fields("Prefill"), 1), **change}
+
+    with pytest.raises(BackendError, match=words):
+        fill_struct("Prefill", **{field: value for field, value in values.items() if value is not None})
+
+
+def test_a_struct_that_is_not_there_is_refused() -> None:
+    """A struct the program does not declare, or not as int64_t alone, cannot be filled."""
+    with pytest.raises(BackendError, match="declares no struct Scratch of int64_t alone"):
+        fill_struct("Scratch", rows=1)

@@ -12,7 +12,7 @@ import torch
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.layouts import BlockLists, PagedCache
 from sentei.kernels.ops.registry import why_no_triton
-from sentei.kernels.ops.rules import Grid, TopK
+from sentei.kernels.ops.rules import Grid, Softmax, TopK
 
 if TYPE_CHECKING:
     from sentei.kernels.ops.triton.launch import Launch
@@ -117,7 +117,7 @@ def _prefill(head_dim: int, target: str, *, mask_heads: int) -> Launch:
     )
     mask = BlockMask(*lists, TOKENS, TOKENS, BLOCK, BLOCK)
     lse = _empty(1, HEADS, TOKENS, dtype=torch.float32)
-    return prefill_launch(q, k, k, mask, q, lse, scale=1.0, target=target)
+    return prefill_launch((q, k, k), mask, Softmax(1.0), q, lse, target=target)
 
 
 def _decode(head_dim: int, target: str, *, is_merge: bool) -> Launch:
@@ -133,7 +133,7 @@ def _decode(head_dim: int, target: str, *, is_merge: bool) -> Launch:
     cache = PagedCache(pages, pages, table, _empty(BATCH, dtype=torch.int32))
     counts = _empty(BATCH, KV_HEADS, dtype=torch.int32)
     lists = BlockLists(counts, _empty(BATCH, KV_HEADS, TOKENS // BLOCK, dtype=torch.int32), BLOCK)
-    return decode_launch(q, cache, lists, parts, part_lse, scale=1.0, target=target)
+    return decode_launch(q, cache, lists, Softmax(1.0), (parts, part_lse), target=target)
 
 
 def _mass(head_dim: int, target: str) -> Launch:

@@ -20,6 +20,7 @@ from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask
 from sentei.kernels.ops.errors import BackendError
 from sentei.kernels.ops.limits import DECODE_ROWS_MAX, NATIVE_BLOCK_STEP
 from sentei.kernels.ops.native.build import compiler, load_native
+from sentei.kernels.ops.rules import Softmax
 
 # These build a program at first use: where that fails, the next backend takes over.
 COMPILED_BACKENDS = ("native", "flex", "triton")
@@ -42,18 +43,9 @@ class AttendFn(Protocol):
     """Attention over a block mask: (out, lse or None)."""
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: BlockMask,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, how: Softmax
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute it; `scale` multiplies the scores, `window` bounds each row's reach in keys."""
+        """Compute it."""
         ...
 
 

@@ -20,7 +20,7 @@ from sentei.kernels.bench.resources import (
     to_markdown,
 )
 from sentei.kernels.ops.layouts import BlockLists, PackedMask, PagedCache
-from sentei.kernels.ops.rules import Grid, Rule, Threshold, TopP
+from sentei.kernels.ops.rules import Grid, Rule, Softmax, Threshold, TopP
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)"
@@ -49,8 +49,8 @@ def make_prefill() -> Any:
 
     mask = PackedMask(ints(6, 9), ints(6, 9, 5), ints(4), ints(4), 48, 48)
     q, k = empty(1, 6, 333, 60), empty(1, 2, 400, 60)
-    options: dict[str, Any] = {"scale": 0.1, "window": 70, "softcap": 30.0, "sinks": floats(6)}
-    return prefill_launch(q, k, k, mask, q, floats(1, 6, 333), target="sm_80", **options)
+    how = Softmax(0.1, window=70, softcap=30.0, sinks=floats(6))
+    return prefill_launch((q, k, k), mask, how, q, floats(1, 6, 333), target="sm_80")
 
 
 def make_decode() -> Any:
@@ -61,7 +61,8 @@ def make_decode() -> Any:
     lists = BlockLists(ints(3, 1), ints(3, 1, 7), 48)
     parts = (floats(4, 3, 6, 2, 60), floats(4, 3, 6, 2))
     q = empty(3, 6, 2, 60)
-    return decode_launch(q, cache, lists, *parts, scale=0.1, window=70, softcap=30.0, target="sm_80")
+    how = Softmax(0.1, window=70, softcap=30.0)
+    return decode_launch(q, cache, lists, how, parts, target="sm_80")
 
 
 def make_merge() -> Any:

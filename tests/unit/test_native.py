@@ -14,6 +14,7 @@ from sentei.kernels.ops.errors import BackendError
 from sentei.kernels.ops.native.calls import attend_native
 from sentei.kernels.ops.native.structs import fill_struct, struct_fields
 from sentei.kernels.ops.reference import attend_reference
+from sentei.kernels.ops.rules import Softmax
 from sentei.kernels.ops.tolerances import ERROR_FLOOR, allowed_error
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
@@ -76,7 +77,7 @@ def test_native_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype,
     """Awkward lengths, heads and blocks: at most twice plain PyTorch's own error, and the same empty rows."""
     q, k, v, mask = make_call(shape, dtype)
     exact, exact_lse = attend_exactly(q, k, v, mask, scale=0.2, window=window)
-    plain = attend_reference(q, k, v, mask, scale=0.2, window=window)[0].to(dtype)
+    plain = attend_reference(q, k, v, mask, Softmax(0.2, window))[0].to(dtype)
 
     out, lse = attend(q, k, v, mask, scale=0.2, window=window, return_lse=True, backend="native")
 
@@ -90,7 +91,7 @@ def test_a_row_with_nothing_selected_gives_zeros() -> None:
     """No block, no answer: zeros and an LSE of -inf, never NaN."""
     q, k, v, mask = make_call(SHAPES[3], density=0.0)
 
-    out, lse = attend_native(q, k, v, mask, scale=1.0)
+    out, lse = attend_native(q, k, v, mask, Softmax(1.0))
 
     assert bool((out == 0).all())
     assert bool((lse == -torch.inf).all())
@@ -107,18 +108,18 @@ def test_nan_is_not_swallowed(rows: int, dtype: torch.dtype) -> None:
     bad_k[0, 0, 5, 3] = torch.nan
     bad_v[0, 0, 5, 3] = torch.nan
 
-    assert bool(attend_native(bad_q, k, v, mask, scale=0.2)[0][:, 0, -1].isnan().all())
-    assert bool(attend_native(q, bad_k, v, mask, scale=0.2)[0][:, :, -1].isnan().any())
-    assert bool(attend_native(q, k, bad_v, mask, scale=0.2)[0][:, :, -1].isnan().any())
+    assert bool(attend_native(bad_q, k, v, mask, Softmax(0.2))[0][:, 0, -1].isnan().all())
+    assert bool(attend_native(q, bad_k, v, mask, Softmax(0.2))[0][:, :, -1].isnan().any())
+    assert bool(attend_native(q, k, bad_v, mask, Softmax(0.2))[0][:, :, -1].isnan().any())
 
 
 def test_extreme_scores_stay_exact() -> None:
     """Scores of thousands neither overflow nor lose the largest one."""
     q, k, v, mask = make_call(SHAPES[4], density=1.0)
 
-    out, _ = attend_native(q * 300, k * 300, v, mask, scale=1.0)
+    out, _ = attend_native(q * 300, k * 300, v, mask, Softmax(1.0))
 
-    exact, _ = attend_reference(q * 300, k * 300, v, mask, scale=1.0)
+    exact, _ = attend_reference(q * 300, k * 300, v, mask, Softmax(1.0))
     plain = attend(q * 300, k * 300, v, mask, scale=1.0, backend="gather")[0]
     assert float((out - exact).abs().max()) <= allowed_error(plain, exact) + 16 * ERROR_FLOOR[torch.float32]
 
@@ -129,7 +130,7 @@ def test_odd_heads_and_negative_scales(dtype: torch.dtype, dim: int, scale: floa
     """Half a pair of dimensions counts, and a scale below zero turns the order of the scores around."""
     q, k, v, mask = make_call((1, 4, 2, 2, 200, 57, dim, 64, 64), dtype)
 
-    out, _ = attend_native(q, k, v, mask, scale=scale)
+    out, _ = attend_native(q, k, v, mask, Softmax(scale))
 
     exact, _ = attend_exactly(q, k, v, mask, scale=scale, window=None)
     assert float((out - exact).abs().max()) <= allowed_error(exact.to(dtype), exact)
@@ -243,7 +244,8 @@ def test_a_wide_list_costs_no_more_than_its_counts() -> None:
     padding = torch.full((*mask.counts.shape, 3), -1, dtype=torch.int32)
     wide = replace(mask, indices=torch.cat([mask.indices, padding], dim=-1))
 
-    assert torch.equal(attend_native(q, k, v, wide, scale=0.2)[0], attend_native(q, k, v, mask, scale=0.2)[0])
+    how = Softmax(0.2)
+    assert torch.equal(attend_native(q, k, v, wide, how)[0], attend_native(q, k, v, mask, how)[0])
 
 
 def test_a_struct_is_laid_out_as_the_program_declares_it() -> None:

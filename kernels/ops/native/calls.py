@@ -15,35 +15,20 @@ from sentei.kernels.ops.errors import BackendError
 from sentei.kernels.ops.limits import DECODE_ROWS_MAX
 from sentei.kernels.ops.native.build import load_native
 from sentei.kernels.ops.native.structs import fill_struct
+from sentei.kernels.ops.rules import Softmax
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-def attend_native(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def attend_native(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, how: Softmax) -> tuple[Tensor, Tensor]:
     """Attention over selected blocks: (out [B, Hq, Tq, D] in q's dtype, lse [B, Hq, Tq] fp32).
 
     A prompt packs its keys and values once; a few rows read the selected ones where they lie.
     """
-    if softcap is not None or sinks is not None:
+    if how.softcap is not None or how.sinks is not None:
         raise BackendError("the native program has no softcap and no sinks; backend='auto' picks another")
     program = "decode" if q.shape[2] <= DECODE_ROWS_MAX else "prefill"
-    return _run(program, q, k, v, mask, scale, window)
-
-
-def _run(
-    program: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    mask = mask.within(window)
+    mask = mask.within(how.window)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     counts, indices = mask.counts.contiguous(), mask.indices.contiguous()
     batch, q_heads, q_len, dim = q.shape
@@ -67,10 +52,10 @@ def _run(
         block_q=mask.block_q,
         block_k=mask.block_k,
         q_offset=mask.q_offset,
-        window=window or 0,
+        window=how.window or 0,
     )
     call = getattr(load_native(), f"sentei_{program}_{DTYPES[q.dtype]}")
-    call(shape, *map(_pointer, (q, k, v, counts, indices, out, lse)), c_float(scale), c_int(_threads()))
+    call(shape, *map(_pointer, (q, k, v, counts, indices, out, lse)), c_float(how.scale), c_int(_threads()))
     return out, lse
 
 

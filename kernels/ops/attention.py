@@ -131,7 +131,7 @@ def dense_attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "sdpa" or (backend == "auto" and _is_for_sdpa(q, k, mask, window)):
         with torch.no_grad():
-            return _dense_sdpa(q, k, v, scale, window, q_offset)
+            return _dense_sdpa(q, k, v, scale=scale, window=window, q_offset=q_offset)
     return attend(q, k, v, mask, scale=scale, window=window, backend=backend)[0]
 
 
@@ -190,7 +190,9 @@ def _causal_mask(q_len: int, kv_len: int, q_offset: int, device: torch.device) -
     return BlockMask.causal(q_len, kv_len, q_offset=q_offset, device=device)
 
 
-def _dense_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, q_offset: int) -> Tensor:
+def _dense_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, q_offset: int
+) -> Tensor:
     """SDPA: causal over a whole prompt, else over the visible keys with an explicit mask.
 
     With a mask each KV head's query heads are folded into its rows, so that keys and values are not repeated.

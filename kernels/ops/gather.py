@@ -48,7 +48,7 @@ def attend_gather(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, how: Softmax
     for tiles in _batches(mask, (batch, q_heads, k.shape[1]), block_q):
         keys = _token_index(tiles.blocks, mask)
         part = queries[tiles.batch, tiles.heads].index_select(1, tiles.rows).float()
-        weights, row_lse = _weigh(part, k[tiles.batch, tiles.kv_head], keys, tiles, mask, how)
+        weights, row_lse = _weigh(part, k[tiles.batch, tiles.kv_head], keys, tiles, mask, how=how)
         values = v[tiles.batch, tiles.kv_head].index_select(0, keys.flatten()).float()
         result = torch.bmm(weights, values.view(*keys.shape, -1)).view(
             len(tiles.counts), -1, block_q, v.shape[-1]
@@ -91,7 +91,7 @@ def _token_index(blocks: Tensor, mask: BlockMask) -> Tensor:
 
 
 def _weigh(
-    part: Tensor, k: Tensor, keys: Tensor, tiles: _Tiles, mask: BlockMask, how: Softmax
+    part: Tensor, k: Tensor, keys: Tensor, tiles: _Tiles, mask: BlockMask, *, how: Softmax
 ) -> tuple[Tensor, Tensor]:
     """Softmax weights [N, G * bq, n] and LSE [N, G, bq]; rows that see nothing weigh 0."""
     group, num, block_q, dim = part.shape

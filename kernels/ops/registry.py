@@ -130,6 +130,16 @@ def why_no_triton(device: str) -> str | None:
     return f"it runs on CUDA and ROCm devices, not on {device!r}"
 
 
+def takes_triton(backend: str, device: torch.device) -> bool:
+    """Whether an operation of a Triton and a torch path takes Triton: if asked to, or by itself on a GPU."""
+    if backend not in ("auto", "triton", "torch"):
+        raise BackendError(f"backend {backend!r} is unknown; choose auto, triton, torch")
+    refusal = why_no_triton(device.type)
+    if backend == "triton" and refusal is not None:
+        raise BackendError(f"backend 'triton' refuses: {refusal}; backend='auto' picks another")
+    return backend == "triton" or (backend == "auto" and device.type == "cuda" and refusal is None)
+
+
 def _in_order(request: Request) -> tuple[Backend, ...]:
     names = ("gather", "flex") if request.q_len <= DECODE_ROWS_MAX else ("flex", "gather")
     first = "native" if request.device == "cpu" else "triton"

@@ -36,7 +36,7 @@ class VariantOptions(_Options):
     model: str
     variant: Literal["dense", "sparse"]
     adapter: str | None = None
-    attention: Literal["sdpa", "flex"] = "sdpa"
+    attention: Literal["sdpa", "best"] = "sdpa"
     threads: int = Field(default=1, ge=1)
     dtype: Literal["float32", "bfloat16"] | None = None
     max_context_tokens: int | None = Field(default=None, ge=2)
@@ -61,7 +61,7 @@ class AppArgs(_Options):
     model: str = "pocket"
     model_name: str | None = Field(default=None, description="the users' model name [default: the model]")
     adapter: str | None = Field(default=None, description="folder [default: adapters/<model name> at home]")
-    attention: Literal["sdpa", "flex"] = "sdpa"
+    attention: Literal["sdpa", "best"] = "sdpa"
     threads: int = Field(default=1, ge=1)
     dtype: Literal["float32", "bfloat16"] | None = None
     max_context_tokens: int | None = Field(default=None, ge=2)

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE
-from sentei.kernels.hf.retrofit import retrofit
 from sentei.pipeline.measure.answers import answer_greedily
+from sentei.pipeline.measure.rungs import run_all
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress
 from sentei.pipeline.tasks import MAKERS, RecallTask, TaskName, is_correct
@@ -112,16 +113,9 @@ def recall_by_rung(
     loaded: LoadedModel, adapter: Adapter, tasks: Sequence[PlannedTask], progress: Progress
 ) -> dict[str, RecallSummary]:
     """Answer every task on every rung (greedy, prefill and decode both on the rung) and sum up."""
-    outcomes: dict[str, list[TaskOutcome]] = {}
-    total = len(adapter.ladder.rungs) * len(tasks)
-    with retrofit(loaded.model, adapter, DENSE, base="flex") as handle:
-        for rung in adapter.ladder.rungs:
-            handle.set_rung(rung.id)
-            found = outcomes.setdefault(rung.id, [])
-            for planned in tasks:
-                progress("recall tasks", len(outcomes) * len(tasks) - len(tasks) + len(found), total)
-                found.append(_run_task(loaded, planned))
-    progress("recall tasks", total, total)
+    work = partial(_run_task, loaded)
+    runs = run_all(loaded, adapter, tasks, work, label="recall tasks", progress=progress)
+    outcomes = {rung_id: [run.result for run in found] for rung_id, found in runs.items()}
     return {rung_id: summarise(found, outcomes[DENSE]) for rung_id, found in outcomes.items()}
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
 from sentei.pipeline.ladder.density import MAX_SHARE
-from sentei.pipeline.measure.capture import LayerRecord, by_query_block, row_shares
+from sentei.pipeline.measure.capture import LayerRecord, query_block_needs
+from sentei.pipeline.measure.dropped import dropped_rows
 
 NEEDLE_SHARE = 0.3
 
@@ -23,48 +23,29 @@ class Scored:
     needs: list[torch.Tensor]  # per record [Hq, n, blocks]: neediest row's log share, -inf where closed
     mass: list[torch.Tensor]  # per record [Hq, n, rows, blocks]: true share, 0 where closed
 
+    def dropped(self, heads: slice, share: float) -> torch.Tensor:
+        """Return the true mass that each row of some heads would lose under a share threshold."""
+        log_share = torch.tensor(share).log()
+        pairs = zip(self.needs, self.mass, strict=True)
+        return torch.cat([dropped_rows(mass[heads], needs[heads] <= log_share) for needs, mass in pairs])
+
 
 @torch.no_grad()
-def score_bins(
-    scorer: BlockScorer,
-    records: Sequence[LayerRecord],
-    table: RotaryTable,
-    edges: Sequence[int],
-    block_q: int,
-) -> list[Scored]:
-    """Score every record and sort its query blocks of `block_q` rows into length bins."""
-    bins = [Scored([], []) for _ in range(len(edges) + 1)]
+def score_records(
+    scorer: BlockScorer, records: Sequence[LayerRecord], edges: Sequence[int], block_q: int
+) -> tuple[list[Scored], Scored]:
+    """Score query blocks of `block_q` rows: sorted into length bins, and those apart that ask for notes."""
+    bins, asking = [Scored([], []) for _ in range(len(edges) + 1)], Scored([], [])
     for record in records:
         which = torch.bucketize(record.starts, torch.tensor(edges), right=True)
-        parts = [(scored, which == b) for b, scored in enumerate(bins)]
-        _score_into(parts, scorer, record, table, block_q)
-    return bins
-
-
-@torch.no_grad()
-def score_asking(
-    scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable, block_q: int
-) -> Scored:
-    """Score the query blocks that ask for notes, whatever their length."""
-    asking = Scored([], [])
-    for record in records:
-        _score_into([(asking, record.is_asking)], scorer, record, table, block_q)
-    return asking
-
-
-def _score_into(
-    parts: Sequence[tuple[Scored, torch.Tensor]],
-    scorer: BlockScorer,
-    record: LayerRecord,
-    table: RotaryTable,
-    block_q: int,
-) -> None:
-    shares, _ = row_shares(scorer, record, table)
-    mass = record.mass[0].float() * record.is_open[None, :, None, :]
-    for scored, inside in parts:
-        if bool(inside.any()):
-            scored.needs.append(by_query_block(shares[0][:, inside], block_q).amax(dim=2))
-            scored.mass.append(by_query_block(mass[:, inside], block_q))
+        needs, mass = query_block_needs(scorer, record, block_q)
+        parts = [*((scored, which == b) for b, scored in enumerate(bins)), (asking, record.is_asking)]
+        for scored, inside in parts:
+            if bool(inside.any()):
+                chosen = inside.repeat_interleave(needs.shape[1] // len(inside))
+                scored.needs.append(needs[:, chosen])
+                scored.mass.append(mass[:, chosen])
+    return bins, asking
 
 
 def needle_threshold(scored: Scored, heads: slice, missed: float) -> float:
@@ -90,14 +71,3 @@ def max_head_density(scored: Scored, heads: slice, share: float) -> float:
     kept = torch.stack([(needs[heads] > log_share).sum(dim=(1, 2)) for needs in scored.needs]).sum(dim=0)
     num_open = sum(int(torch.isfinite(needs[heads.start]).sum()) for needs in scored.needs)
     return float(kept.max()) / max(1, num_open)
-
-
-def dropped_rows(scored: Scored, heads: slice, share: float) -> torch.Tensor:
-    """Return the true mass that each row of some heads would lose under a share threshold."""
-    log_share = torch.tensor(share).log()
-    return torch.cat(
-        [
-            (mass[heads] * (needs[heads] <= log_share)[:, :, None, :]).sum(dim=-1).flatten()
-            for needs, mass in zip(scored.needs, scored.mass, strict=True)
-        ]
-    )

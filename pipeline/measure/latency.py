@@ -19,7 +19,7 @@ from sentei.pipeline.progress import Progress
 
 SAMPLE_S = 0.005
 SDPA, FLEX_DENSE, BEST_DENSE = "sdpa", "flex_dense", "best_dense"
-DENSE_BASES: Mapping[str, Base] = {FLEX_DENSE: "compiled_flex", BEST_DENSE: "flex"}
+DENSE_BASES: Mapping[str, Base] = {FLEX_DENSE: "flex", BEST_DENSE: "best"}
 DENSE_FORMS = (SDPA, *DENSE_BASES)
 
 
@@ -75,7 +75,7 @@ def variant_of(loaded: LoadedModel, adapter: Adapter, variant: str) -> Iterator[
         finally:
             loaded.model.set_attn_implementation(previous)
         return
-    base = DENSE_BASES.get(variant, "flex")
+    base = DENSE_BASES.get(variant, "best")
     with retrofit(loaded.model, adapter, DENSE if variant in DENSE_BASES else variant, base=base):
         yield
 

@@ -20,7 +20,6 @@ from sentei.pipeline.tasks.notes import (
 from sentei.pipeline.tasks.prompt import (
     LIST_WORDS,
     WORDS,
-    Filler,
     RecallTask,
     TaskError,
     TaskName,
@@ -50,7 +49,6 @@ __all__ = [
     "PASSKEY_NOTE",
     "PASSKEY_QUESTION",
     "WORDS",
-    "Filler",
     "RecallTask",
     "TaskError",
     "TaskName",

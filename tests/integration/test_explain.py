@@ -79,10 +79,8 @@ def test_the_observer_goes_after_an_error() -> None:
 def test_a_planted_fault_is_seen_as_it_struck() -> None:
     """The shares shown are those that the choice was made from, the fault included."""
     model, ids, seen = make_llama(), make_ids(400), list[Selection]()
-    with (
-        retrofit(model, make_adapter(model), "bold", fault=Fault("pooled_keys_lost", 128)) as handle,
-        handle.watching(seen.append),
-    ):
+    with retrofit(model, make_adapter(model), "bold") as handle, handle.watching(seen.append):
+        handle.set_fault(Fault("pooled_keys_lost", 128))
         run(model, ids)
 
     assert torch.isneginf(seen[0].log_shares[:, :, 2:]).all()

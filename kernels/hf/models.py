@@ -135,8 +135,8 @@ def layer_window(config: Any, index: int) -> int | None:
     return int(window) if window is not None else None
 
 
-def rotary_table(model: nn.Module, length: int, device: str | torch.device = "cpu") -> RotaryTable:
-    """Return the table of the full-attention layers for positions 0 to length - 1, in fp32."""
+def rotary_table(model: nn.Module, length: int, device: torch.device | str = "cpu") -> RotaryTable:
+    """Return cosines and sines, in fp32, for positions 0 to length - 1 of the full-attention layers."""
     decoder = text_decoder(model)
     positions = torch.arange(length, device=device)[None]
     example = torch.empty(0, dtype=torch.float32, device=device)

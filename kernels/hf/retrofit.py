@@ -101,7 +101,7 @@ class Retrofit:
             self._observer = previous
 
     def set_fault(self, fault: Fault | None) -> None:
-        """Plant a fault, or take it out: the one door for faults."""
+        """Plant a fault, or take it out."""
         self.fault = fault
 
     def set_low_rank(self, is_on: bool) -> None:
@@ -129,11 +129,6 @@ class Retrofit:
     def reset_stats(self) -> None:
         """Start counting anew."""
         self._stats = RetrofitStats()
-
-    def reorder(self, cache: Any, rows: torch.Tensor) -> None:
-        """Follow a KV cache whose batch rows were put in another order."""
-        for pooled in self._pooled.get(cache, {}).values():
-            pooled.reorder(rows)
 
     def close(self) -> None:
         """Give the model its own attention back; closing twice does nothing."""
@@ -289,13 +284,7 @@ class Retrofit:
         }
 
 
-def attach(
-    model: nn.Module,
-    adapter: Adapter | None,
-    *,
-    rung: str = DENSE,
-    base: Base = "sdpa",
-) -> Retrofit:
+def attach(model: nn.Module, adapter: Adapter | None, *, rung: str = DENSE, base: Base = "sdpa") -> Retrofit:
     """Retrofit a model until `close()` is called; without an adapter only the rung `dense` exists."""
     return Retrofit(model, adapter, rung=rung, base=base)
 

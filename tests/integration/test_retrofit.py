@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
-from sentei.kernels.hf.adapter import Adapter, new_adapter, uncalibrated_ladder
+from sentei.kernels.hf.adapter import Adapter, new_adapter
 from sentei.kernels.hf.ladder import Ladder
 from sentei.kernels.hf.models import (
     AdapterError,
@@ -28,6 +28,7 @@ from tests.fakes_models import (
     make_qwen2,
     make_qwen3,
 )
+from tests.trial_ladders import uncalibrated_ladder
 
 # torch 2.13 imports modules of its own that it has deprecated, when FlexAttention is compiled.
 pytestmark = [

@@ -94,7 +94,7 @@ class AppArgs(_Options):
 
     def adapter_folder(self) -> Path:
         """Return where the adapter is looked for."""
-        return Path(self.adapter) if self.adapter else sentei_home().adapters / self.logical_name()
+        return Path(self.adapter) if self.adapter else sentei_home().adapter_dir(self.logical_name())
 
     def variant_options(self, variant: Literal["dense", "sparse"]) -> VariantOptions:
         """Return one model server's options."""

@@ -28,36 +28,25 @@ def _root() -> None:
     """Time kernels and whole models."""
 
 
-Tokens = Annotated[list[int] | None, typer.Option("--tokens", help="Prompt or cache length; repeatable.")]
-HeadDim = Annotated[list[int] | None, typer.Option("--head-dim", help="Head size; repeatable.")]
-Block = Annotated[list[int] | None, typer.Option("--block", help="Key block; repeatable.")]
-QueryBlock = Annotated[
-    int | None,
-    typer.Option("--query-block", help="Rows that choose together [default: what calibrate picks]."),
-]
-Dtypes = Annotated[list[str] | None, typer.Option("--dtype", help="float32 or bfloat16; repeatable.")]
-Lists = Annotated[str, typer.Option("--lists", help="Lists of blocks per query head or per KV group.")]
-Pool = Annotated[
-    int,
-    typer.Option("--pool-tokens", help="Tokens per pooled key of the scorer; 1 takes the low-rank form."),
-]
-
-
 @app.command()
 def kernels(
     op: Annotated[list[str] | None, typer.Option(help="prefill, decode or block_mass; repeatable.")] = None,
-    tokens: Tokens = None,
-    head_dim: HeadDim = None,
-    block: Block = None,
-    query_block: QueryBlock = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Prompt or cache length; repeatable.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="Head size; repeatable.")] = None,
+    block: Annotated[list[int] | None, typer.Option(help="Key block; repeatable.")] = None,
+    query_block: Annotated[
+        int | None, typer.Option(help="Rows that choose together [default: what calibrate picks].")
+    ] = None,
     density: Annotated[list[float] | None, typer.Option(help="Share of blocks; repeatable.")] = None,
-    dtype: Dtypes = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; repeatable.")] = None,
     heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 4,
     kv_heads: Annotated[int, typer.Option(help="KV heads.", min=1)] = 1,
     batch: Annotated[int, typer.Option(help="Sequences of a decode step.", min=1)] = 8,
-    lists: Lists = "head",
+    lists: Annotated[str, typer.Option(help="Lists of blocks per query head or per KV group.")] = "head",
     backend: Annotated[str, typer.Option(help="auto, native, flex, gather or reference.")] = "auto",
-    pool_tokens: Pool = 64,
+    pool_tokens: Annotated[
+        int, typer.Option(help="Tokens per pooled key of the scorer; 1 takes the low-rank form.")
+    ] = 64,
     runs: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 5,
     as_json: Json = False,
 ) -> None:
@@ -160,27 +149,22 @@ def _show(rows: Sequence[Row], machine: Machine, output: Output) -> None:
         )
 
 
-Dense = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--dense",
-        help="sdpa, flex_dense or best_dense; repeatable [default: all; sdpa takes minutes at 32k].",
-    ),
-]
-WarmUp = Annotated[
-    int | None, typer.Option("--warm-up", help="Tokens of the round that warms up [default: all].", min=256)
-]
-
-
 @app.command()
 def prefill(
     model: Model = "pocket",
     corpus: CorpusName = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Prompt length; repeatable.", min=256)] = None,
     rung: Annotated[list[str] | None, typer.Option(help="Rung; repeatable [default: all].")] = None,
-    dense: Dense = None,
+    dense: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="sdpa, flex_dense or best_dense; repeatable [default: all; sdpa takes minutes at 32k]."
+        ),
+    ] = None,
     runs: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.", min=1)] = 3,
-    warm_up: WarmUp = None,
+    warm_up: Annotated[
+        int | None, typer.Option(help="Tokens of the round that warms up [default: all].", min=256)
+    ] = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:

@@ -14,32 +14,15 @@ from rich.text import Text
 from sentei.pipeline.cli.offline import CorpusName, Dtype, Json, Model, Windows, changed, open_bench
 from sentei.pipeline.cli.output import Output, check_choice
 
-Tasks = Annotated[
+TaskFile = Annotated[
     Path | None,
     typer.Option("--tasks", help="Your own tasks: one JSON object a line with prompt, reference, metric."),
-]
-TaskKind = Annotated[
-    list[str] | None,
-    typer.Option("--task-kind", help="A kind of recall task; may be given several times."),
 ]
 TaskLength = Annotated[
     list[int] | None,
     typer.Option(
         "--task-length", help="Prompt tokens of the recall tasks; may be given several times.", min=64
     ),
-]
-TaskDepths = Annotated[
-    int | None,
-    typer.Option("--task-depths", help="Recall tasks of each kind and length, each at another depth.", min=1),
-]
-SecondHalf = Annotated[
-    bool, typer.Option("--second-half", help="Judge only positions in the second half of each window.")
-]
-Compare = Annotated[
-    str, typer.Option("--compare", help="Other choices of blocks at the density of: boldest, all or no rung.")
-]
-Prices = Annotated[
-    Path | None, typer.Option("--prices", help="Your own price list (YAML), on top of the one that ships.")
 ]
 
 
@@ -48,14 +31,24 @@ def run_evaluate(
     corpus: CorpusName = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens per evaluated window.", min=256)] = None,
     windows: Windows = None,
-    tasks: Tasks = None,
-    task_kind: TaskKind = None,
+    tasks: TaskFile = None,
+    task_kind: Annotated[
+        list[str] | None, typer.Option(help="A kind of recall task; may be given several times.")
+    ] = None,
     task_length: TaskLength = None,
-    task_depths: TaskDepths = None,
-    second_half: SecondHalf = False,
-    compare: Compare = "boldest",
+    task_depths: Annotated[
+        int | None, typer.Option(help="Recall tasks of each kind and length, each at another depth.", min=1)
+    ] = None,
+    second_half: Annotated[
+        bool, typer.Option("--second-half", help="Judge only positions in the second half of each window.")
+    ] = False,
+    compare: Annotated[
+        str, typer.Option(help="Other choices of blocks at the density of: boldest, all or no rung.")
+    ] = "boldest",
     timed_runs: Annotated[int | None, typer.Option(help="Timed rounds of prefill.", min=1)] = None,
-    prices: Prices = None,
+    prices: Annotated[
+        Path | None, typer.Option(help="Your own price list (YAML), on top of the one that ships.")
+    ] = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:

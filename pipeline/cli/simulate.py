@@ -15,6 +15,7 @@ from rich.table import Table
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.rollout.simulate import Simulation, simulate
 from sentei.policies.schema.load import load_policy
+from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.units import format_duration, parse_duration
 from sentei.policies.simulation.scenarios import default_scenarios
 from sentei.policies.simulation.study import Traffic
@@ -26,62 +27,38 @@ REQUESTS = 20  # of a session whose requests agree by a given correlation
 _EFFECT = re.compile(r"(?P<gate>[a-z][a-z0-9_-]*)=(?P<factor>\d+(\.\d+)?)(@(?P<place>[a-z][a-z0-9_-]*))?")
 
 
-Policy = Annotated[
-    Path | None, typer.Argument(help="A policy file; without one, the shipped yardstick policy.")
-]
-Only = Annotated[
-    list[str] | None,
-    typer.Option("--scenario", help="Only this scenario; may be given several times."),
-]
-Sessions = Annotated[
-    int, typer.Option("--sessions", min=1, help="Sessions per rollout, over all routed slices.")
-]
-PerHour = Annotated[float, typer.Option("--sessions-per-hour", min=1, help="Traffic of the routed slices.")]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: all cores.")]
-Approves = Annotated[
-    bool,
-    typer.Option("--approves/--no-approves", help="Whether an operator approves as soon as he may."),
-]
-Effects = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--effect",
-        help="A world of your own: GUARDRAIL=TIMES[@SLICE] its bound; may be given several times.",
-    ),
-]
-BeginsAt = Annotated[
-    int,
-    typer.Option(
-        "--begins-at", min=0, help="The effects begin after so many sessions of the slice (a regression)."
-    ),
-]
-GrowsOver = Annotated[
-    int,
-    typer.Option("--grows-over", min=0, help="They grow to their size over so many sessions (drift)."),
-]
-Correlation = Annotated[
-    float | None,
-    typer.Option("--correlation", min=0.01, max=0.99, help="Of the requests inside a session."),
-]
-Missing = Annotated[float, typer.Option("--missing", min=0, max=1, help="Share of audits never scored.")]
-Outage = Annotated[str | None, typer.Option("--outage", help="Nothing arrives from, to: such as 30m-90m.")]
-
-
 def run_simulate(
-    policy: Policy = None,
-    scenario: Only = None,
+    policy: Annotated[
+        Path | None, typer.Argument(help="A policy file; without one, the shipped yardstick policy.")
+    ] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option(help="Only this scenario; may be given several times.")
+    ] = None,
     rollouts: Annotated[int, typer.Option(min=1, help="Simulated rollouts per scenario.")] = 2000,
-    sessions: Sessions = 5000,
-    sessions_per_hour: PerHour = 600.0,
+    sessions: Annotated[
+        int, typer.Option(min=1, help="Sessions per rollout, over all routed slices.")
+    ] = 5000,
+    sessions_per_hour: Annotated[float, typer.Option(min=1, help="Traffic of the routed slices.")] = 600.0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same figures.")] = 0,
-    workers: Workers = None,
-    approves: Approves = True,
-    effect: Effects = None,
-    begins_at: BeginsAt = 0,
-    grows_over: GrowsOver = 0,
-    correlation: Correlation = None,
-    missing: Missing = 0.0,
-    outage: Outage = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: all cores.")] = None,
+    approves: Annotated[bool, typer.Option(help="Whether an operator approves as soon as he may.")] = True,
+    effect: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A world of your own: GUARDRAIL=TIMES[@SLICE] its bound; may be given several times."
+        ),
+    ] = None,
+    begins_at: Annotated[
+        int, typer.Option(min=0, help="The effects begin after so many sessions of the slice (a regression).")
+    ] = 0,
+    grows_over: Annotated[
+        int, typer.Option(min=0, help="They grow to their size over so many sessions (drift).")
+    ] = 0,
+    correlation: Annotated[
+        float | None, typer.Option(min=0.01, max=0.99, help="Of the requests inside a session.")
+    ] = None,
+    missing: Annotated[float, typer.Option(min=0, max=1, help="Share of audits never scored.")] = 0.0,
+    outage: Annotated[str | None, typer.Option(help="Nothing arrives from, to: such as 30m-90m.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Simulate a policy: false rollback, false promotion, delay and exposure, beside threshold rules."""
@@ -108,8 +85,13 @@ def run_simulate(
     )
     with output.progress() as progress:
         rows = simulate(wanted, progress)
-    alpha = loaded.spec.guardrails.alpha_total
-    output.say(figures_table(loaded.metadata.name, rows), *_notes(rows), rules_table(rows))
+    _tell(loaded, rows, seed, output)
+
+
+def _tell(policy: Policy, rows: list[dict[str, Any]], seed: int, output: Output) -> None:
+    """Show the figures; a policy that rolls back more often than it promises fails the command."""
+    alpha = policy.spec.guardrails.alpha_total
+    output.say(figures_table(policy.metadata.name, rows), *_notes(rows), rules_table(rows))
     output.say(f"alpha_total {alpha:g}; intervals are exact (Clopper-Pearson), 95 %; seed {seed}")
     output.emit(rows)
     if any(row["false_rollback_ci"][0] > alpha for row in rows):

@@ -27,6 +27,7 @@ from sentei.pipeline.evaluation.recall import (
 )
 from sentei.pipeline.evaluation.user_tasks import UserAnswer, UserSummary, answers_by_rung, summarise
 from sentei.pipeline.measure.baselines import KINDS, RankSelector
+from sentei.pipeline.measure.capture import Sampling
 from sentei.pipeline.measure.dropped import dropped_by_rung
 from sentei.pipeline.measure.latency import BEST_DENSE, Timing, medians, time_prefills
 from sentei.pipeline.measure.rungs import Variant, run_each, rung_variants
@@ -42,7 +43,7 @@ from sentei.pipeline.measure.scores import (
 from sentei.pipeline.measure.texts import make_windows
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, silent
-from sentei.pipeline.tasks import TaskError, TaskName
+from sentei.pipeline.tasks.prompt import TaskError, TaskName
 from sentei.pipeline.tasks.user import UserTask, load_user_tasks
 from sentei.pipeline.text.corpus import Corpus
 from sentei.pipeline.text.splits import split_text
@@ -189,14 +190,8 @@ def evaluate(
     tasks = make_tasks(loaded, documents, options.task_plan(window, loaded.max_tokens))
     answers = answers_by_rung(loaded, adapter, own_tasks, progress) if own_tasks else {}
     losses = _measure_losses(loaded, adapter, texts, options, progress)
-    dropped = dropped_by_rung(
-        loaded,
-        adapter,
-        texts,
-        blocks_per_text=options.blocks_per_window,
-        seed=options.seed,
-        progress=progress,
-    )
+    sampling = Sampling(options.blocks_per_window, options.seed)
+    dropped = dropped_by_rung(loaded, adapter, texts, sampling, progress)
     recall = recall_by_rung(loaded, adapter, tasks, progress)
     timings = time_prefills(loaded, adapter, texts[0], runs=options.timed_runs, progress=progress)
     prefill_s = {rung.id: _timing(timings, rung.id).median_s for rung in adapter.ladder.rungs}

@@ -8,10 +8,11 @@ from statistics import fmean
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE
 from sentei.pipeline.measure.answers import answer_greedily
-from sentei.pipeline.measure.rungs import run_all
+from sentei.pipeline.measure.rungs import by_variant, run_each
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress
-from sentei.pipeline.tasks import MAKERS, RecallTask, TaskName, is_correct
+from sentei.pipeline.tasks import MAKERS
+from sentei.pipeline.tasks.prompt import RecallTask, TaskName, is_correct
 from sentei.pipeline.text.corpus import Document
 
 TASK_NAMES: tuple[TaskName, ...] = ("passkey", "key_value", "multi_key", "variable_value")
@@ -114,9 +115,10 @@ def recall_by_rung(
 ) -> dict[str, RecallSummary]:
     """Answer every task on every rung (greedy, prefill and decode both on the rung) and sum up."""
     work = partial(_run_task, loaded)
-    runs = run_all(loaded, adapter, tasks, work, label="recall tasks", progress=progress)
-    outcomes = {rung_id: [run.result for run in found] for rung_id, found in runs.items()}
-    return {rung_id: summarise(found, outcomes[DENSE]) for rung_id, found in outcomes.items()}
+    turns = run_each(loaded, adapter, tasks, work, label="recall tasks", progress=progress)
+    outcomes = {rung_id: [run.result for run in found] for rung_id, found in by_variant(turns).items()}
+    dense = outcomes.get(DENSE, [])
+    return {rung.id: summarise(outcomes.get(rung.id, []), dense) for rung in adapter.ladder.rungs}
 
 
 def summarise(outcomes: Sequence[TaskOutcome], dense: Sequence[TaskOutcome]) -> RecallSummary:

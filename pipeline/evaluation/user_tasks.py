@@ -11,7 +11,7 @@ from scipy import stats
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.pipeline.measure.answers import answer_greedily, choose
-from sentei.pipeline.measure.rungs import run_all
+from sentei.pipeline.measure.rungs import by_variant, run_each
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress
 from sentei.pipeline.tasks.user import UserTask
@@ -66,7 +66,8 @@ def answers_by_rung(
     loaded: LoadedModel, adapter: Adapter, tasks: Sequence[UserTask], progress: Progress
 ) -> dict[str, list[UserAnswer]]:
     """Answer every line on every rung (greedy, or by log-likelihood over choices) and score it."""
-    runs = run_all(loaded, adapter, tasks, partial(_answer, loaded), label="your tasks", progress=progress)
+    work = partial(_answer, loaded)
+    turns = run_each(loaded, adapter, tasks, work, label="your tasks", progress=progress)
     return {
         rung_id: [
             UserAnswer(
@@ -80,7 +81,7 @@ def answers_by_rung(
             )
             for task, run in zip(tasks, found, strict=True)
         ]
-        for rung_id, found in runs.items()
+        for rung_id, found in by_variant(turns).items()
     }
 
 

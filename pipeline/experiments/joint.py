@@ -24,7 +24,7 @@ from sentei.kernels.hf.low_rank import LowRank, new_low_rank
 from sentei.kernels.hf.models import AdapterError
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
 from sentei.pipeline.ladder.learn import Course, learn
-from sentei.pipeline.measure.rungs import Ran, Variant, mean_density, run_all
+from sentei.pipeline.measure.rungs import Ran, Variant, by_variant, mean_density, run_each
 from sentei.pipeline.measure.scores import paired_delta, pick_positions, token_losses
 from sentei.pipeline.measure.texts import make_texts, make_windows
 from sentei.pipeline.models import LoadedModel
@@ -257,14 +257,9 @@ def _compare(
         Variant(JOINT, options.rung, has_low_rank=True),
         Variant(JOINT_DENSE, DENSE, has_low_rank=True),
     )
-    return run_all(
-        loaded,
-        adapter,
-        windows,
-        partial(token_losses, loaded, positions=positions),
-        variants=variants,
-        label="compare on held-out text",
-        progress=progress,
+    losses, label = partial(token_losses, loaded, positions=positions), "compare on held-out text"
+    return by_variant(
+        run_each(loaded, adapter, windows, losses, variants=variants, label=label, progress=progress)
     )
 
 

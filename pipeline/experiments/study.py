@@ -27,7 +27,7 @@ from sentei.pipeline.ladder.needs import (
     needle_threshold,
     score_records,
 )
-from sentei.pipeline.measure.capture import LayerRecord, Records, capture
+from sentei.pipeline.measure.capture import LayerRecord, Records, Sampling, capture
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, counted, silent
@@ -172,10 +172,9 @@ def _capture(
             loaded,
             make_texts(loaded, documents, window_tokens=window, num=num, seed=seed),
             shapes,
-            blocks_per_text=options.blocks_per_window,
-            seed=options.seed,
-            progress=progress,
+            Sampling(options.blocks_per_window, options.seed),
             label=f"capture text {i + 1} of {len(wanted)}",
+            progress=progress,
         )
         for i, (documents, num, seed) in enumerate(wanted)
     ]

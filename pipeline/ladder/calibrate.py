@@ -21,7 +21,7 @@ from sentei.kernels.scorer.selection import pick_query_block
 from sentei.pipeline.ladder.density import MAX_SHARE, MIN_SHARE, fit_densities
 from sentei.pipeline.ladder.needs import Scored, max_head_density, needle_threshold, score_records
 from sentei.pipeline.ladder.verify import VerifyOptions, verify_ladder
-from sentei.pipeline.measure.capture import LayerRecord, Records, capture
+from sentei.pipeline.measure.capture import LayerRecord, Records, Sampling, capture
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, silent
@@ -96,11 +96,10 @@ def calibrate(
     records = capture(
         loaded,
         texts,
-        dict(adapter.manifest.shapes),
-        blocks_per_text=options.blocks_per_window,
-        seed=options.seed,
-        progress=progress,
+        adapter.manifest.shapes,
+        Sampling(options.blocks_per_window, options.seed),
         label="capture calibration text",
+        progress=progress,
     )
     device = next(loaded.model.parameters()).device.type
     fitted = adapter.with_ladder(fit_ladder(adapter.scorers, records, options, device))

@@ -12,7 +12,7 @@ import torch
 from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter
 from sentei.kernels.scorer.network import BlockScorer, Form
 from sentei.pipeline.ladder.learn import Course, learn
-from sentei.pipeline.measure.capture import LayerRecord, Records, capture, row_shares
+from sentei.pipeline.measure.capture import LayerRecord, Records, Sampling, capture, row_shares
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, silent
@@ -72,11 +72,10 @@ def distill(
         capture(
             loaded,
             make_texts(loaded, documents, window_tokens=window, num=num, seed=options.seed),
-            dict(adapter.manifest.shapes),
-            blocks_per_text=options.blocks_per_window,
-            seed=options.seed,
-            progress=progress,
+            adapter.manifest.shapes,
+            Sampling(options.blocks_per_window, options.seed),
             label=label,
+            progress=progress,
         )
         for documents, num, label in (
             (parts.train, options.num_windows, "capture training text"),

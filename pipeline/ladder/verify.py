@@ -8,8 +8,9 @@ import torch
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE, Ladder, Verified
+from sentei.pipeline.measure.capture import Sampling
 from sentei.pipeline.measure.dropped import dropped_by_rung
-from sentei.pipeline.measure.rungs import mean_density, run_all
+from sentei.pipeline.measure.rungs import by_variant, mean_density, run_each
 from sentei.pipeline.measure.scores import paired_delta, pick_positions, token_losses
 from sentei.pipeline.measure.texts import make_windows
 from sentei.pipeline.models import LoadedModel
@@ -43,15 +44,10 @@ def verify_ladder(
     )
     positions = pick_positions(window, first=options.first_position, most=options.max_positions)
     losses = partial(token_losses, loaded, positions=positions)
-    runs = run_all(loaded, adapter, windows, losses, label="verify rungs", progress=progress)
-    dropped = dropped_by_rung(
-        loaded,
-        adapter,
-        windows,
-        blocks_per_text=options.blocks_per_window,
-        seed=options.seed,
-        progress=progress,
-    )
+    turns = run_each(loaded, adapter, windows, losses, label="verify rungs", progress=progress)
+    runs = by_variant(turns)
+    sampling = Sampling(options.blocks_per_window, options.seed)
+    dropped = dropped_by_rung(loaded, adapter, windows, sampling, progress)
     dense = torch.cat([run.result for run in runs[DENSE]])
     rungs = []
     for rung in adapter.ladder.rungs:

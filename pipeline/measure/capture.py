@@ -1,6 +1,6 @@
 """Frozen activations as training and calibration records: sampled query blocks and each row's true mass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,24 +46,31 @@ class LayerRecord:
 Records = dict[int, list[LayerRecord]]
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How many query blocks of each text are recorded, and the seed that chooses them."""
+
+    blocks_per_text: int
+    seed: int
+
+
 def capture(
     loaded: LoadedModel,
     texts: Sequence[Text],
-    shapes: dict[int, ScorerShape],
+    shapes: Mapping[int, ScorerShape],
+    sampling: Sampling,
     *,
-    blocks_per_text: int,
-    seed: int,
-    progress: Progress,
     label: str,
+    progress: Progress,
 ) -> Records:
     """Run the frozen model over the texts; keep records of sampled query blocks of each thinnable layer."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(sampling.seed)
     table = rotary_table(loaded.model, max(len(text.ids) for text in texts))
     records: Records = {index: [] for index in shapes}
     size = next(iter(shapes.values())).block_tokens
     for text in counted(texts, label, progress):
         num_last = RECALL_BLOCKS if text.is_recall else 1
-        chosen = sample_blocks(len(text.ids) // size, blocks_per_text, generator, num_last=num_last)
+        chosen = sample_blocks(len(text.ids) // size, sampling.blocks_per_text, generator, num_last=num_last)
         is_asking = (chosen >= len(text.ids) // size - num_last) & text.is_recall
         sampled = Sampled(chosen, is_asking, table)
 

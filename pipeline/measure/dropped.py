@@ -7,7 +7,7 @@ import torch
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.scorer.selection import per_head_thresholds
-from sentei.pipeline.measure.capture import capture, query_block_needs
+from sentei.pipeline.measure.capture import Sampling, capture, query_block_needs
 from sentei.pipeline.measure.texts import Text
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress
@@ -26,20 +26,17 @@ def dropped_by_rung(
     loaded: LoadedModel,
     adapter: Adapter,
     texts: Sequence[torch.Tensor],
-    *,
-    blocks_per_text: int,
-    seed: int,
+    sampling: Sampling,
     progress: Progress,
 ) -> dict[str, tuple[float, float]]:
     """Return each rung's dropped mass over sampled rows of all layers and heads: (mean, 99th percentile)."""
     records = capture(
         loaded,
         [Text(text) for text in texts],
-        dict(adapter.manifest.shapes),
-        blocks_per_text=blocks_per_text,
-        seed=seed,
-        progress=progress,
+        adapter.manifest.shapes,
+        sampling,
         label="measure dropped mass",
+        progress=progress,
     )
     ladder = adapter.ladder
     rungs = [rung for rung in ladder.rungs if not rung.is_dense]

@@ -1,6 +1,6 @@
 """The one loop of every measurement: each variant of a model over the same items, taking turns on each."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Generic, TypeVar
@@ -45,11 +45,15 @@ def run_each(
     items: Sequence[Item],
     work: Callable[[Item], Result],
     *,
-    variants: Sequence[Variant],
+    variants: Sequence[Variant] | None = None,
     label: str,
     progress: Progress,
 ) -> Generator[tuple[Item, dict[str, Ran[Result]]], None, None]:
-    """Yield each item with what the work gave under each variant; the model is itself again once closed."""
+    """Yield each item with what the work gave under each variant, or each rung where none are given.
+
+    The model is itself again at the end, or once the generator is closed.
+    """
+    variants = variants if variants is not None else rung_variants(adapter)
     total = len(items) * len(variants)
     with retrofit(loaded.model, adapter, DENSE, base="best") as handle:
         for i, item in enumerate(items):
@@ -73,22 +77,12 @@ def run_each(
     progress(label, total, total)
 
 
-def run_all(
-    loaded: LoadedModel,
-    adapter: Adapter,
-    items: Sequence[Item],
-    work: Callable[[Item], Result],
-    *,
-    variants: Sequence[Variant] | None = None,
-    label: str,
-    progress: Progress,
-) -> dict[str, list[Ran[Result]]]:
-    """Return what the work gave on every item, by variant; without variants, every rung is one."""
-    variants = variants if variants is not None else rung_variants(adapter)
-    runs: dict[str, list[Ran[Result]]] = {variant.name: [] for variant in variants}
-    for _, found in run_each(loaded, adapter, items, work, variants=variants, label=label, progress=progress):
+def by_variant(turns: Iterable[tuple[Any, Mapping[str, Ran[Result]]]]) -> dict[str, list[Ran[Result]]]:
+    """Run through all items and return what the work gave on each, by variant."""
+    runs: dict[str, list[Ran[Result]]] = {}
+    for _, found in turns:
         for name, ran in found.items():
-            runs[name].append(ran)
+            runs.setdefault(name, []).append(ran)
     return runs
 
 

@@ -7,17 +7,15 @@ from typing import Any
 
 import torch
 
-from sentei.pipeline.tasks import (
+from sentei.pipeline.tasks.notes import (
     LIST_NOTE,
     LIST_QUESTION,
-    LIST_WORDS,
     PAIR_NOTE,
     PAIR_QUESTION,
     PASSKEY_NOTE,
     PASSKEY_QUESTION,
-    split_lines,
-    usable_words,
 )
+from sentei.pipeline.tasks.prompt import LIST_WORDS, split_lines, usable_words
 from sentei.pipeline.text.corpus import Document, encode_text
 
 TEXT, ANSWER, REPEAT, SILENT = 0, 1, 2, 3

@@ -15,7 +15,7 @@ from sentei.pipeline.measure.answers import answer_greedily, choose
 from sentei.pipeline.measure.scores import agreement, hidden_at, score_variants, token_losses
 from sentei.pipeline.models import LoadedModel, resolve_model
 from sentei.pipeline.progress import silent
-from sentei.pipeline.tasks import make_passkey
+from sentei.pipeline.tasks.notes import make_passkey
 from sentei.pipeline.tasks.user import load_user_tasks
 from sentei.pipeline.text.corpus import load_corpus
 from sentei.pipeline.text.splits import split_text

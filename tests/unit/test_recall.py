@@ -4,7 +4,7 @@ import pytest
 
 from sentei.pipeline.evaluation.evaluate import EvaluateOptions
 from sentei.pipeline.evaluation.recall import TaskOutcome, summarise, untold
-from sentei.pipeline.tasks import TaskError
+from sentei.pipeline.tasks.prompt import TaskError
 
 
 def outcome(kind: str, length: int, depth: float, is_right: bool, tokens: int = 4) -> TaskOutcome:

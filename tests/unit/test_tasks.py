@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from sentei.pipeline.tasks import MAKERS, WORDS, RecallTask, TaskError, TaskName, is_correct, make_key_value
+from sentei.pipeline.tasks import MAKERS
+from sentei.pipeline.tasks.notes import make_key_value
+from sentei.pipeline.tasks.prompt import WORDS, RecallTask, TaskError, TaskName, is_correct
 from sentei.pipeline.text.corpus import Document
 from tests.fakes_tokenizer import WordTokenizer
 

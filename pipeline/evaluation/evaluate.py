@@ -23,13 +23,12 @@ from sentei.pipeline.evaluation.recall import (
     TaskPlan,
     make_tasks,
     recall_by_rung,
-    untold,
 )
 from sentei.pipeline.evaluation.user_tasks import UserAnswer, UserSummary, answers_by_rung, summarise
 from sentei.pipeline.measure.baselines import KINDS, RankSelector
 from sentei.pipeline.measure.capture import Sampling
-from sentei.pipeline.measure.dropped import dropped_by_rung
-from sentei.pipeline.measure.latency import BEST_DENSE, Timing, medians, time_prefills
+from sentei.pipeline.measure.latency import BEST_DENSE, DENSE_FORMS, Timing, time_prefills
+from sentei.pipeline.measure.needs import dropped_by_rung
 from sentei.pipeline.measure.rungs import Variant, run_each, rung_variants
 from sentei.pipeline.measure.scores import (
     TokenScores,
@@ -188,16 +187,16 @@ def evaluate(
     window = min(options.window_tokens, loaded.max_tokens)
     texts = make_windows(loaded, documents, window_tokens=window, num=options.num_windows, seed=options.seed)
     tasks = make_tasks(loaded, documents, options.task_plan(window, loaded.max_tokens))
+    recall = recall_by_rung(loaded, adapter, tasks, progress)
     answers = answers_by_rung(loaded, adapter, own_tasks, progress) if own_tasks else {}
+    user = {rung_id: summarise(own_tasks, found, answers[DENSE]) for rung_id, found in answers.items()}
     losses = _measure_losses(loaded, adapter, texts, options, progress)
     sampling = Sampling(options.blocks_per_window, options.seed)
     dropped = dropped_by_rung(loaded, adapter, texts, sampling, progress)
-    recall = recall_by_rung(loaded, adapter, tasks, progress)
     timings = time_prefills(loaded, adapter, texts[0], runs=options.timed_runs, progress=progress)
     prefill_s = {rung.id: _timing(timings, rung.id).median_s for rung in adapter.ladder.rungs}
     setup_s = _setup_s(adapter, options) + time.monotonic() - started
     costs = reckon_costs(prices, Measured(prefill_s, window, setup_s, this_machine(loaded)))
-    user = {rung_id: summarise(own_tasks, found, answers[DENSE]) for rung_id, found in answers.items()}
     findings = _Findings(losses, dropped, timings, recall, user, costs)
     return Evaluation(
         model=loaded.name,
@@ -230,7 +229,7 @@ def _notes(findings: _Findings, window: int) -> tuple[str, ...]:
     own = [file for file in findings.costs.files if file != str(PRICES_FILE)]
     lists = ", ".join(["the list that ships", *own])
     notes = [f"prices from {lists}: {window} tokens of prefill, one request at a time"]
-    if cells := untold(findings.recall[DENSE]):
+    if cells := findings.recall[DENSE].untold():
         notes.append(
             f"dense itself finds nothing in {', '.join(cells)}: these tasks say nothing about a rung"
         )
@@ -310,7 +309,7 @@ def _rung_result(rung_id: str, findings: _Findings) -> RungResult:
         dropped_mass_p99=dropped[1],
         prefill_s=timing.median_s,
         prefill_s_range=(timing.lowest_s, timing.highest_s),
-        prefill_s_by_baseline=medians(timings),
+        prefill_s_by_baseline={name: timings[name].median_s for name in DENSE_FORMS},
         peak_mib=timing.peak_mib,
         tasks=recall.by_kind(),
         recall=recall,

@@ -90,6 +90,10 @@ class RecallSummary:
         kinds = dict.fromkeys(cell.kind for cell in self.cells)
         return {kind: fmean(cell.right for cell in self.cells if cell.kind == kind) for kind in kinds}
 
+    def untold(self) -> list[str]:
+        """Name the cells in which dense itself finds nothing: they say nothing about a rung."""
+        return [f"{cell.kind} at {cell.prompt_tokens} tokens" for cell in self.cells if not cell.dense_right]
+
 
 def make_tasks(loaded: LoadedModel, documents: Sequence[Document], plan: TaskPlan) -> list[PlannedTask]:
     """Return the plan's tasks, kind by kind and length by length."""
@@ -145,11 +149,6 @@ def summarise(outcomes: Sequence[TaskOutcome], dense: Sequence[TaskOutcome]) -> 
         generated_tokens_ratio=own_tokens / max(dense_tokens, 1.0),
         cut_share=fmean(outcome.is_cut for outcome in outcomes),
     )
-
-
-def untold(summary: RecallSummary) -> list[str]:
-    """Name the cells in which dense itself finds nothing: they say nothing about a rung."""
-    return [f"{cell.kind} at {cell.prompt_tokens} tokens" for cell in summary.cells if not cell.dense_right]
 
 
 def _run_task(loaded: LoadedModel, planned: PlannedTask) -> TaskOutcome:

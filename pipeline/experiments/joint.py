@@ -24,8 +24,8 @@ from sentei.kernels.hf.low_rank import LowRank, new_low_rank
 from sentei.kernels.hf.models import AdapterError
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
 from sentei.pipeline.ladder.learn import Course, learn
-from sentei.pipeline.measure.rungs import Ran, Variant, by_variant, mean_density, run_each
-from sentei.pipeline.measure.scores import paired_delta, pick_positions, token_losses
+from sentei.pipeline.measure.rungs import Losses, Variant, losses_by_variant
+from sentei.pipeline.measure.scores import paired_delta, pick_positions
 from sentei.pipeline.measure.texts import make_texts, make_windows
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, counted, silent
@@ -138,16 +138,14 @@ def joint(
     windows = make_windows(
         loaded, parts.evaluate, window_tokens=window, num=options.compared_windows, seed=options.seed
     )
-    runs = _compare(loaded, adapter, windows, options, progress)
-    losses = {variant: torch.cat([run.result for run in found]) for variant, found in runs.items()}
-    rows = tuple(_row(name, own, losses[DENSE], mean_density(runs[name])) for name, own in losses.items())
-    gap = paired_delta(losses[JOINT], losses[POST_HOC])
+    losses = _compare(loaded, adapter, windows, options, progress)
+    gap = paired_delta(losses[JOINT].loss, losses[POST_HOC].loss)
     report = JointReport(
         model=loaded.name,
         rung=options.rung,
         window_tokens=window,
-        num_positions=losses[DENSE].numel(),
-        rows=rows,
+        num_positions=losses[DENSE].loss.numel(),
+        rows=tuple(_row(name, own, losses[DENSE]) for name, own in losses.items()),
         joint_minus_post_hoc=gap.mean,
         joint_minus_post_hoc_ci=gap.ci,
         kl_held_out_before=before,
@@ -247,7 +245,7 @@ def _compare(
     windows: Sequence[torch.Tensor],
     options: JointOptions,
     progress: Progress,
-) -> dict[str, list[Ran[torch.Tensor]]]:
+) -> dict[str, Losses]:
     """Run the four variants over the same held-out tokens on the serving path: their losses."""
     length = len(windows[0])
     positions = pick_positions(length, first=length // 8, most=options.compared_positions)
@@ -257,12 +255,12 @@ def _compare(
         Variant(JOINT, options.rung, has_low_rank=True),
         Variant(JOINT_DENSE, DENSE, has_low_rank=True),
     )
-    losses, label = partial(token_losses, loaded, positions=positions), "compare on held-out text"
-    return by_variant(
-        run_each(loaded, adapter, windows, losses, variants=variants, label=label, progress=progress)
+    label = "compare on held-out text"
+    return losses_by_variant(
+        loaded, adapter, windows, positions, variants=variants, label=label, progress=progress
     )
 
 
-def _row(variant: str, losses: torch.Tensor, dense: torch.Tensor, density: float) -> JointRow:
-    delta = paired_delta(losses, dense)
-    return JointRow(variant, density, float(losses.mean()), delta.mean, delta.ci)
+def _row(variant: str, own: Losses, dense: Losses) -> JointRow:
+    delta = paired_delta(own.loss, dense.loss)
+    return JointRow(variant, own.density, float(own.loss.mean()), delta.mean, delta.ci)

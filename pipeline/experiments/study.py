@@ -17,17 +17,18 @@ import torch
 from sentei.kernels.hf.models import LayerInfo, thinnable_layers
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.kernels.scorer.untrained import UNTRAINED
-from sentei.pipeline.ladder.density import MAX_SHARE, MIN_SHARE
 from sentei.pipeline.ladder.distill import DistillOptions, divergence, train_scorer
 from sentei.pipeline.ladder.learn import mean_divergence
-from sentei.pipeline.ladder.needs import (
+from sentei.pipeline.measure.capture import LayerRecord, Records, Sampling, capture
+from sentei.pipeline.measure.needs import (
+    MAX_SHARE,
+    MIN_SHARE,
     NEEDLE_SHARE,
     Scored,
     max_head_density,
     needle_threshold,
     score_records,
 )
-from sentei.pipeline.measure.capture import LayerRecord, Records, Sampling, capture
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, counted, silent

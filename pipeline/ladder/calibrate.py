@@ -18,11 +18,18 @@ from sentei.kernels.hf.adapter import Adapter, save_ladder
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
 from sentei.kernels.scorer.network import BlockScorer
 from sentei.kernels.scorer.selection import pick_query_block
-from sentei.pipeline.ladder.density import MAX_SHARE, MIN_SHARE, fit_densities
-from sentei.pipeline.ladder.needs import Scored, max_head_density, needle_threshold, score_records
+from sentei.pipeline.ladder.density import fit_densities
 from sentei.pipeline.ladder.verify import VerifyOptions, verify_ladder
 from sentei.pipeline.measure.capture import LayerRecord, Records, Sampling, capture
-from sentei.pipeline.measure.texts import make_texts
+from sentei.pipeline.measure.needs import (
+    MAX_SHARE,
+    MIN_SHARE,
+    Scored,
+    max_head_density,
+    needle_threshold,
+    score_records,
+)
+from sentei.pipeline.measure.texts import make_texts, make_windows
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, silent
 from sentei.pipeline.text.corpus import Corpus
@@ -93,6 +100,14 @@ def calibrate(
     texts = make_texts(
         loaded, parts.calibrate, window_tokens=window, num=options.num_windows, seed=options.seed
     )
+    verify = options.verify
+    windows = make_windows(
+        loaded,
+        parts.verify,
+        window_tokens=min(verify.window_tokens, loaded.max_tokens),
+        num=verify.num_windows,
+        seed=verify.seed,
+    )
     records = capture(
         loaded,
         texts,
@@ -103,7 +118,7 @@ def calibrate(
     )
     device = next(loaded.model.parameters()).device.type
     fitted = adapter.with_ladder(fit_ladder(adapter.scorers, records, options, device))
-    ladder = verify_ladder(loaded, fitted, parts.verify, options.verify, progress)
+    ladder = verify_ladder(loaded, fitted, windows, verify, progress)
     if adapter.folder is not None:
         save_ladder(ladder, adapter.folder)
     return ladder

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from sentei.kernels.scorer.network import BlockScorer
-from sentei.pipeline.measure.capture import LayerRecord, Records, query_block_needs
-
-MIN_SHARE, MAX_SHARE = 1e-6, 0.999
+from sentei.pipeline.measure.capture import LayerRecord, Records
+from sentei.pipeline.measure.needs import MAX_SHARE, MIN_SHARE, query_block_needs
 
 
 class DensityError(ValueError):

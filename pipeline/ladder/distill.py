@@ -12,7 +12,8 @@ import torch
 from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter
 from sentei.kernels.scorer.network import BlockScorer, Form
 from sentei.pipeline.ladder.learn import Course, learn
-from sentei.pipeline.measure.capture import LayerRecord, Records, Sampling, capture, row_shares
+from sentei.pipeline.measure.capture import LayerRecord, Records, Sampling, capture
+from sentei.pipeline.measure.needs import row_shares
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, silent

@@ -9,8 +9,8 @@ from sentei.kernels.hf.models import LayerInfo, rotary_table
 from sentei.kernels.hf.observe import observe_attention
 from sentei.kernels.ops.block_mass import block_mass
 from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
-from sentei.kernels.scorer.network import BlockScorer, ScorerShape
-from sentei.kernels.scorer.selection import QueryBlocks, forced_lse, log_shares
+from sentei.kernels.scorer.network import ScorerShape
+from sentei.kernels.scorer.selection import QueryBlocks, forced_lse
 from sentei.pipeline.measure.texts import RECALL_BLOCKS, Text
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, counted
@@ -125,30 +125,3 @@ def record_layer(
         is_asking=sampled.is_asking,
         table=table,
     )
-
-
-def query_block_needs(
-    scorer: BlockScorer, record: LayerRecord, block_q: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what query blocks of `block_q` rows need, by the scorer and in truth.
-
-    The log share of the neediest row [Hq, N, blocks], -inf where a block is closed, and the true mass
-    [Hq, N, block_q, blocks], 0 there.
-    """
-    shares, _ = row_shares(scorer, record)
-    mass = record.mass[0].float() * record.is_open[None, :, None, :]
-    return _by_query_block(shares[0], block_q).amax(dim=2), _by_query_block(mass, block_q)
-
-
-def _by_query_block(x: torch.Tensor, block_q: int) -> torch.Tensor:
-    """Cut the rows of x [H, n, rows, ...] into query blocks: [H, n * rows / block_q, block_q, ...]."""
-    H, n, rows = x.shape[:3]
-    return x.reshape(H, n * (rows // block_q), block_q, *x.shape[3:])
-
-
-def row_shares(scorer: BlockScorer, record: LayerRecord) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scorer's log shares [1, Hq, n, rows, blocks] and those of the forced blocks."""
-    keys = scorer.encode_keys(record.pooled, record.pooled_plain)
-    shares, forced = log_shares(scorer, record.query_blocks(), keys, record.lse)
-    missing = record.mass.shape[-1] - shares.shape[-1]
-    return torch.nn.functional.pad(shares, (0, missing), value=float("-inf")), forced

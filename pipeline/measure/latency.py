@@ -114,8 +114,3 @@ def measured_memory() -> Iterator[Callable[[], float]]:
 
 def _summarise(seconds: list[float], peak_mib: float) -> Timing:
     return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds), peak_mib)
-
-
-def medians(timings: Mapping[str, Timing]) -> dict[str, float]:
-    """Return the dense baselines' median seconds by name."""
-    return {name: timings[name].median_s for name in DENSE_FORMS}

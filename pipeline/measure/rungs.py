@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any, Generic, TypeVar
+
+import torch
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE
 from sentei.kernels.hf.retrofit import Selector, retrofit
+from sentei.pipeline.measure.scores import token_losses
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress
 
@@ -91,6 +95,33 @@ def rung_variants(adapter: Adapter) -> list[Variant]:
     return [Variant(rung.id, rung.id) for rung in adapter.ladder.rungs]
 
 
-def mean_density(runs: Sequence[Ran[Any]]) -> float:
-    """Return the kept share over items."""
-    return fmean(run.density for run in runs)
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """A variant's losses over all judged tokens, in nats, and what its attention kept."""
+
+    loss: torch.Tensor
+    density: float
+    has_always_run_sparse: bool
+
+
+def losses_by_variant(
+    loaded: LoadedModel,
+    adapter: Adapter,
+    texts: Sequence[torch.Tensor],
+    positions: torch.Tensor,
+    *,
+    variants: Sequence[Variant] | None = None,
+    label: str,
+    progress: Progress,
+) -> dict[str, Losses]:
+    """Return the losses of the tokens after the positions of each text, by variant."""
+    work = partial(token_losses, loaded, positions=positions)
+    turns = run_each(loaded, adapter, texts, work, variants=variants, label=label, progress=progress)
+    return {
+        name: Losses(
+            torch.cat([run.result for run in runs]),
+            fmean(run.density for run in runs),
+            all(run.has_run_sparse for run in runs),
+        )
+        for name, runs in by_variant(turns).items()
+    }

@@ -11,7 +11,7 @@ from sentei.kernels.hf.adapter import Adapter, new_adapter
 from sentei.kernels.hf.ladder import Ladder
 from sentei.kernels.hf.models import LayerInfo, fingerprint
 from sentei.kernels.ops.block_mask import BlockMask
-from sentei.pipeline.measure.rungs import Densities, Variant, by_variant, mean_density, run_each
+from sentei.pipeline.measure.rungs import Densities, Variant, by_variant, losses_by_variant, run_each
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import silent
 from tests.fakes_models import make_ids, make_llama
@@ -55,7 +55,6 @@ def test_every_rung_runs_on_every_item_and_its_density_is_its_own(bench: tuple[L
     assert [run.has_run_sparse for run in runs["bold"]] == [True, False]
     assert runs["bold"][0].density < 1.0
     assert runs["bold"][1].density == 1.0
-    assert mean_density(runs["bold"]) == pytest.approx((runs["bold"][0].density + 1.0) / 2)
     assert told == [(done, 6) for done in range(7)]
 
 
@@ -89,6 +88,22 @@ def test_another_choice_of_blocks_is_made_from_its_rungs_densities(
     assert given == [runs["bold"][0].density_by_group]
     assert runs["everything at bold"][0].density == 1.0
     assert runs["everything at bold"][0].has_run_sparse
+
+
+@torch.no_grad()
+def test_losses_of_all_texts_come_together_with_the_mean_density(bench: tuple[LoadedModel, Adapter]) -> None:
+    """Each variant's losses stand in the order of the texts; one dense text is enough to be told."""
+    loaded, adapter = bench
+    texts, positions = [make_ids(300)[0], make_ids(150)[0]], torch.tensor([100, 140])
+
+    found = losses_by_variant(loaded, adapter, texts, positions, label="run", progress=silent)
+
+    logits = loaded.model(input_ids=texts[1][None]).logits[0].log_softmax(-1)
+    expected = torch.tensor([-float(logits[p, texts[1][p + 1]]) for p in (100, 140)])
+    torch.testing.assert_close(found["dense"].loss[2:], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["bold"].loss[2:], expected, rtol=1e-4, atol=1e-5)
+    assert 0.5 < found["bold"].density < 1.0
+    assert (found["all"].has_always_run_sparse, found["bold"].has_always_run_sparse) == (True, False)
 
 
 def test_closing_early_gives_the_model_back(bench: tuple[LoadedModel, Adapter]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sentei.pipeline.ladder.calibrate import RungTarget, _fill_empty_bins, _fit_bin
-from sentei.pipeline.ladder.needs import Scored, max_head_density, needle_threshold
+from sentei.pipeline.measure.needs import Scored, max_head_density, needle_threshold
 
 NOTHING = Scored([], [])
 

@@ -9,7 +9,8 @@ from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.pipeline.ladder.calibrate import CalibrateOptions, density_targets
 from sentei.pipeline.ladder.density import DensityError, DensityFit, fit_densities
-from sentei.pipeline.measure.capture import LayerRecord, row_shares
+from sentei.pipeline.measure.capture import LayerRecord
+from sentei.pipeline.measure.needs import row_shares
 
 BLOCK, BLOCKS = 16, 12
 SHAPE = ScorerShape(2, 1, 8, rank=2, pool_tokens=4, block_tokens=BLOCK)

@@ -36,7 +36,7 @@ class VariantOptions(_Options):
     model: str
     variant: Literal["dense", "sparse"]
     adapter: str | None = None
-    attention: Literal["sdpa", "flex"] = "sdpa"
+    attention: Literal["sdpa", "best"] = "sdpa"
     threads: int = Field(default=1, ge=1)
     dtype: Literal["float32", "bfloat16"] | None = None
     max_context_tokens: int | None = Field(default=None, ge=2)
@@ -61,7 +61,7 @@ class AppArgs(_Options):
     model: str = "pocket"
     model_name: str | None = Field(default=None, description="the users' model name [default: the model]")
     adapter: str | None = Field(default=None, description="folder [default: adapters/<model name> at home]")
-    attention: Literal["sdpa", "flex"] = "sdpa"
+    attention: Literal["sdpa", "best"] = "sdpa"
     threads: int = Field(default=1, ge=1)
     dtype: Literal["float32", "bfloat16"] | None = None
     max_context_tokens: int | None = Field(default=None, ge=2)
@@ -94,7 +94,7 @@ class AppArgs(_Options):
 
     def adapter_folder(self) -> Path:
         """Return where the adapter is looked for."""
-        return Path(self.adapter) if self.adapter else sentei_home().adapters / self.logical_name()
+        return Path(self.adapter) if self.adapter else sentei_home().adapter_dir(self.logical_name())
 
     def variant_options(self, variant: Literal["dense", "sparse"]) -> VariantOptions:
         """Return one model server's options."""

@@ -37,8 +37,8 @@ from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import per_head_thresholds, score_blocks, select_blocks
 
-# sdpa: Transformers' own. flex: our fastest dense per call. compiled_flex: FlexAttention, faster or not.
-Base = Literal["sdpa", "flex", "compiled_flex"]
+# sdpa: Transformers' own. flex: compiled FlexAttention. best: our fastest dense path, call by call.
+Base = Literal["sdpa", "flex", "best"]
 AttentionResult = tuple[torch.Tensor, None]
 # Chooses blocks in place of the learned scorer, from (layer, q, k): for baselines.
 Selector = Callable[[LayerInfo, torch.Tensor, torch.Tensor], BlockMask]
@@ -169,7 +169,7 @@ class Retrofit:
                 raise ModelError("packed sequences (position_ids that start anew) are not supported")
             if padding is not None:
                 check_padding(padding, kwargs["q_length"])
-        if self.base == "flex":
+        if self.base == "best":
             return None
         mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
         if mask is not None:
@@ -205,7 +205,7 @@ class Retrofit:
                 scale=kwargs.get("scaling"),
                 window=kwargs.get("sliding_window"),
                 q_offset=key.shape[2] - query.shape[2],
-                backend="flex" if self.base == "compiled_flex" else "auto",
+                backend="flex" if self.base == "flex" else "auto",
             )
             return out.transpose(1, 2).contiguous(), None
         untouched: AttentionResult = sdpa_attention_forward(

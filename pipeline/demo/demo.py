@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,6 +15,7 @@ from sentei.monitors.store import Store
 from sentei.pipeline.demo.local_server import LocalServer
 from sentei.pipeline.demo.traffic import MixOptions, TrafficDriver, TrafficTotals, prompt_mix
 from sentei.pipeline.evaluation.evaluate import EvaluateOptions
+from sentei.pipeline.home import short_name
 from sentei.pipeline.ladder.calibrate import CalibrateOptions
 from sentei.pipeline.ladder.distill import DistillOptions
 from sentei.pipeline.progress import Progress
@@ -153,7 +153,7 @@ def serve_config(bench: Workbench, size: DemoSize) -> dict[str, Any]:
     """Return the arguments of the local app."""
     return {
         "model": bench.loaded.name,
-        "model_name": Path(bench.loaded.name).name,
+        "model_name": short_name(bench.loaded.name),
         "adapter": str(bench.adapter_dir),
         "attention": size.attention,
         "threads": size.threads,
@@ -195,7 +195,7 @@ def _run_story(
     _, held_out = split_documents(bench.corpus)
     prefix = f"{story.name}-{int(time.time())}"
     prompts = prompt_mix(bench.loaded.tokenizer, held_out, options=size.mix, seed=seed, prefix=prefix)
-    model_name = Path(bench.loaded.name).name
+    model_name = short_name(bench.loaded.name)
     driver = TrafficDriver(server.url, model_name, prompts, clients=size.clients, think_s=size.think_s)
     with driver as traffic:
         time.sleep(LEAD_S)

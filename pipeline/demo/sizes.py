@@ -41,7 +41,7 @@ POCKET_SIZE = DemoSize(
     clients=1,
     think_s=0.5,
     fault_past_tokens=1024,
-    attention="flex",
+    attention="best",
     max_rollout_s=240.0,
 )
 
@@ -81,7 +81,7 @@ LARGE_SIZE = DemoSize(
     clients=1,
     think_s=4.0,
     fault_past_tokens=512,
-    attention="flex",
+    attention="best",
     max_rollout_s=960.0,
     threads=2,
     policy_changes={

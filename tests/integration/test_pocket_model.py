@@ -7,7 +7,9 @@ import torch
 
 from sentei.pipeline.pocket import load_pocket
 from sentei.pipeline.pocket.card import answer_greedily
-from sentei.pipeline.tasks import MAKERS, TaskName, is_correct, make_passkey
+from sentei.pipeline.tasks import MAKERS
+from sentei.pipeline.tasks.notes import make_passkey
+from sentei.pipeline.tasks.prompt import TaskName, is_correct
 
 SEED = 70_000
 

@@ -85,7 +85,7 @@ class EventLog:
     def read(
         self, rollout_id: str | None = None, *, after: int = 0, kinds: Sequence[str] = ()
     ) -> Iterator[Event]:
-        """Yield events above `after`, oldest first, page by page; of any rollout and kind if none is named."""
+        """Yield events above `after`, oldest first, page by page; unnamed is any rollout, any kind."""
         while True:
             with self._store.read("events") as connection:
                 rows = _page(connection, rollout_id, after, kinds)

@@ -52,7 +52,7 @@ class PolicyBook:
         return self._known[digest]
 
     def first(self, rollout: Rollout) -> Policy:
-        """Return the policy that a rollout began with, as its first event keeps it; before that, its text's."""
+        """Return the policy that a rollout began with: of its first event, or of its text before that."""
         for event in self._log.read(rollout.rollout_id, kinds=(STARTED,)):
             return read_kept(event.payload)
         return read_text(rollout.policy_text, rollout.rollout_id)

@@ -3,12 +3,12 @@
 The base fact (Ville): if E >= 0 starts at 1 and does not grow on average under the null hypothesis, then it
 ever reaches 1/a with probability at most a. So each state keeps its running maximum, and a null once
 rejected stays rejected. The statistical unit is the session: one value per session, never one per request,
-or correlation inside sessions breaks every guarantee (reference/rollout.md 5.1: 32 to 68 % false "safe").
+or correlation inside sessions breaks every guarantee (docs/statistics.md F11: 63 % false "safe").
 
 Each state has a constant size, `update` returns a new one, feeding units one by one or in any batches gives
 the same bytes, and `log_e_max >= ln(1/a)` is the decision. The vectorised `*_paths` functions do the same
-over many simulated streams at once. The formula numbers F1..F15 are those of reference/rollout.md, section
-5. The error budget over guardrails, slices and fresh starts (F10) is in `policies.judge`.
+over many simulated streams at once. docs/statistics.md has the formulas F1 to F15, each with its source, its
+guarantee and its test. The error budget over guardrails, slices and fresh starts (F10) is `policies.budget`.
 """
 
 from __future__ import annotations

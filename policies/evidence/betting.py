@@ -125,7 +125,7 @@ def paired_excess(value: float, floor: float, floor_cap: float) -> float:
     At most `floor_cap` of noise is excused. With floor_cap 1 this is Z = (D + 1) / 2 of F13; a smaller one
     shrinks the range of D to [-floor_cap, 1], which makes harm provable in far fewer units and can only
     make safety harder to prove (D grows). Noise above the cap then counts against the candidate: choose it
-    above the floor you see. Source: reference/rollout.md F13. Guarantee: that of `Betting` for the mean of
+    above the floor you see. Source: docs/statistics.md F13. Guarantee: that of `Betting` for the mean of
     the difference inside each pair, as its bound is a fixed number and no estimated floor.
     """
     return (value - min(floor, floor_cap) + floor_cap) / (1 + floor_cap)

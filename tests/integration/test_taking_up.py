@@ -51,8 +51,8 @@ spec:
     items:
       - {id: agree, value: audit.token_disagreement, bound: {excess_over_floor: 0.10, floor_cap: 0.10},
          test: betting_paired, action: rollback}
-      - {id: quality, value: audit.kl, bound: {excess_over_floor: 0.20, floor_cap: 0.20}, test: betting_paired,
-         action: previous_rung}
+      - {id: quality, value: audit.kl, bound: {excess_over_floor: 0.20, floor_cap: 0.20},
+         test: betting_paired, action: previous_rung}
       - {id: mass, value: audit.dropped_mass_mean, bound: {max: 15%}, test: betting, action: rollback_slice}
       - {id: errors, value: serve.failed, bound: {ratio: 2}, test: event_split, per: all, action: rollback,
          advance: no_harm}
@@ -117,10 +117,11 @@ def test_a_rollout_that_is_midway_goes_on_where_it_was(store: Store) -> None:
     assert result.decision is not None
     state = result.decision.state
     assert (state.phase, state.stage_id, state.waits_for) == ("running", "c50", "time")
-    assert (state.stage_entered_s, state.policy_digest) == (before["stage_entered_s"], before["policy_digest"])
+    assert state.stage_entered_s == before["stage_entered_s"]
+    assert state.policy_digest == before["policy_digest"]
     agree = state.cell("agree", "long", "mild")
     assert agree is not None
-    assert agree.units == 2 * 56 + 2  # of the old version, also what its newest event had not read, and of now
+    assert agree.units == 2 * 56 + 2  # of then, also what the newest event had not read, and of now
 
     for second in range(1, 110):
         serve(store, second)

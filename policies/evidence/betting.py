@@ -109,16 +109,6 @@ def betting_steps(
     return np.asarray(np.where(is_unit, grown, 0.0))
 
 
-def betting_paths(
-    values: Floats, *, bound: float, direction: Direction, alpha: float, cut: float = BETTING_CUT
-) -> Floats:
-    """F1 over many streams at once: log_e [streams, units] for values [streams, units]."""
-    is_unit = np.ones(values.shape, dtype=np.bool_)
-    _, scale = Moments.start(values.shape[:-1]).advance(values, is_unit)
-    steps = betting_steps(values, is_unit, scale, bound=bound, direction=direction, alpha=alpha, cut=cut)
-    return np.asarray(np.cumsum(steps, axis=-1))
-
-
 def paired_excess(value: float, floor: float, floor_cap: float) -> float:
     """F13: value minus its own noise floor, scaled to [0, 1]; value and floor must lie in [0, 1].
 

@@ -72,13 +72,6 @@ def beta_binomial_log_e(hits: Any, units: Any, *, bound: float, direction: Direc
     return np.asarray(np.where(is_lost, -FAR, log_e))
 
 
-def beta_binomial_paths(is_hit: Floats, *, bound: float, direction: Direction) -> Floats:
-    """F5 over many streams at once: log_e [streams, units] for values [streams, units] of 0 and 1."""
-    units = np.arange(1, is_hit.shape[-1] + 1)
-    hits = np.cumsum(is_hit != 0, axis=-1)
-    return beta_binomial_log_e(hits, units, bound=bound, direction=direction)
-
-
 @lru_cache(maxsize=32)
 def beta_binomial_boundary(*, bound: float, direction: Direction, threshold: float, max_units: int) -> Ints:
     """How many hits reject after 0 to max_units units: at least so many for "harm", at most for "safe".

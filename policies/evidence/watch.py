@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sentei.policies.evidence.base import BETTING_CUT, Bools, Floats, log_mean_exp, log_mean_exp_paths
+from sentei.policies.evidence.base import BETTING_CUT, Bools, Floats, log_mean_exp
 
 DETECTOR_BETS = (1.0, 2.0, 4.0, 8.0)
 
@@ -60,12 +60,3 @@ def detector_walk(logs: Floats, steps: Floats) -> Floats:
     sums = np.cumsum(steps, axis=-1)
     drops = np.concatenate([np.maximum(logs, 0.0)[..., None], -sums[..., :-1]], axis=-1)
     return np.asarray(sums + np.maximum.accumulate(drops, axis=-1))
-
-
-def detector_paths(values: Floats, *, bound: float, cut: float = BETTING_CUT) -> Floats:
-    """F14 over many streams at once: log_e [streams, units] for values [streams, units]."""
-    bets = detector_bets(bound, cut)
-    is_unit = np.ones(values.shape, dtype=np.bool_)
-    steps = detector_steps(values, is_unit, bound=bound, bets=bets)
-    paths = detector_walk(np.zeros((len(bets), *values.shape[:-1])), steps)
-    return log_mean_exp_paths(np.moveaxis(paths, 0, -1))

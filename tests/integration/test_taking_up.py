@@ -169,6 +169,23 @@ def test_what_failed_under_the_old_version_stays_in_quarantine(store: Store) -> 
     assert state.quarantine == (Quarantined(old.digest, "mild"),)
 
 
+def test_a_rollout_that_was_taken_up_is_edited_in_todays_words(store: Store) -> None:
+    """The edit is compared with the policy as it was kept: only what differs is a change."""
+    text = REWRITTEN.replace("name: failed", "name: fixture").replace("hold_min: 20s", "hold_min: 120s")
+    store.add_revision("midway", text.replace("min_units: 20", "min_units: 30"), by="bob", at_s=MIDWAY_S)
+    runner = RolloutRunner.open(store, "midway", RunnerOptions("new"))
+
+    results = [runner.tick(MIDWAY_S + second) for second in range(2)]
+
+    edit = next(iter(EventLog(store).read("midway", after=22, kinds=("edit",))))
+    assert edit.payload["reason"] == "policy edited by bob: spec.advance.min_units: 24 -> 30"
+    assert [result.error for result in results] == ["", ""]
+    state = runner.state()
+    assert state is not None
+    assert (state.stage_id, state.policy_digest) == ("c50", runner.policy.own_digest)
+    assert len(state.former_digests) == 2
+
+
 def test_the_old_words_are_refused_in_a_new_file() -> None:
     """What could say one thing only is no word any more; the fault names what is known."""
     with pytest.raises(PolicyError) as caught:

@@ -14,14 +14,12 @@ from sentei.policies.evidence import (
     Betting,
     Detector,
     Split,
-    betting_paths,
-    detector_paths,
     log_threshold,
     paired_bound,
     paired_excess,
     units_to_prove,
-    update_all,
 )
+from tests.evidence_paths import betting_paths, detector_paths, update_all
 
 BOUND = 0.05
 REJECT = log_threshold(0.05)

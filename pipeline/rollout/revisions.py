@@ -39,22 +39,36 @@ class PolicyBook:
     """Finds the policy behind a state by its digest, among those that the log keeps."""
 
     def __init__(self, store: Store) -> None:
+        self._store = store
         self._log = EventLog(store)
         self._known: dict[str, Policy] = {}
 
     def find(self, rollout_id: str, digest: str) -> Policy:
-        """Return the policy of that digest; LookupError if the log has none such of this rollout."""
-        if digest not in self._known:
-            for event in self._log.read(rollout_id, kinds=(STARTED, EDITED)):
-                self._known[event.payload["policy_digest"]] = read_kept(event.payload)
+        """Return the policy of that digest; LookupError if neither log nor text of this rollout is of it."""
+        for learn in (self._learn_log, self._learn_text):
+            if digest not in self._known:
+                learn(rollout_id)
         if digest not in self._known:
             raise LookupError(f"rollout {rollout_id!r} has no policy of digest {digest[:12]} in this store")
         return self._known[digest]
 
+    def _learn_log(self, rollout_id: str) -> None:
+        for event in self._log.read(rollout_id, kinds=(STARTED, EDITED)):
+            if "policy_digest" in event.payload:
+                self._known[event.payload["policy_digest"]] = read_kept(event.payload)
+
+    def _learn_text(self, rollout_id: str) -> None:
+        """What is left where somebody has changed the log."""
+        rollout = self._store.read_rollout(rollout_id)
+        if rollout is not None:
+            policy = read_text(rollout.policy_text, rollout_id)
+            self._known[policy.digest] = policy
+
     def first(self, rollout: Rollout) -> Policy:
         """Return the policy that a rollout began with: of its first event, or of its text before that."""
         for event in self._log.read(rollout.rollout_id, kinds=(STARTED,)):
-            return read_kept(event.payload)
+            if "policy_digest" in event.payload:
+                return read_kept(event.payload)
         return read_text(rollout.policy_text, rollout.rollout_id)
 
 

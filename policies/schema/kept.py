@@ -87,7 +87,7 @@ def read_text(text: str, source: str) -> Policy:
     except PolicyError as error:
         try:
             return _read(1, read_document(text, source), digest="")
-        except (ValidationError, AttributeError, TypeError):
+        except (ValidationError, AttributeError, KeyError, TypeError):
             raise error from None
 
 

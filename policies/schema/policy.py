@@ -73,7 +73,8 @@ class Policy(Section):
     @model_validator(mode="after")
     def _keeps_the_rules(self, info: ValidationInfo) -> Policy:
         if isinstance(info.context, Kept):
-            self._kept_digest = info.context.digest
+            if info.context.digest != self.own_digest:
+                self._kept_digest = info.context.digest
             return self
         faults = find_faults({name: getattr(self.spec, name) for name in type(self.spec).model_fields})
         if faults:

@@ -7,7 +7,6 @@ Whatever the text is, nothing but PolicyError comes out of `load_policy`.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -226,8 +225,8 @@ class _Reader:
             return adapter.validate_python(value)
         except ValidationError as error:
             unknown = [item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"]
-            for item in _grouped(error):
-                self._structure_fault(path, annotation, item)
+            for item in error.errors(include_url=False):
+                self._structure_fault(path, annotation, dict(item))
             if unknown and len(unknown) == error.error_count():
                 return adapter.validate_python(_without(value, unknown))  # so that a typo hides no rule
         return None
@@ -264,11 +263,6 @@ def _adapter(owner: type[BaseModel], name: str) -> tuple[Any, TypeAdapter[Any]]:
     if field.metadata:
         annotation = Annotated[annotation, *field.metadata]
     return annotation, TypeAdapter(annotation)
-
-
-def _grouped(error: ValidationError) -> Iterator[dict[str, Any]]:
-    for item in error.errors(include_url=False):
-        yield dict(item)
 
 
 def _readable(item: dict[str, Any]) -> str:

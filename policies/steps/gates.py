@@ -7,11 +7,9 @@ from dataclasses import replace
 from sentei.policies.judge import is_benefit_disproved
 from sentei.policies.machine import Event, Phase, Wait, next_phase
 from sentei.policies.schema.metrics import METRICS
-from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Stage
 from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Command
-from sentei.policies.state import Cell
 from sentei.policies.steps.tick import Tick, active_slices, effective_rung, is_paused, roll_back
 
 
@@ -78,15 +76,11 @@ def check_benefit(tick: Tick) -> Tick:
     """Step 9: safe but useless is also a stop, once the gain is disproved."""
     for benefit in tick.policy.spec.benefit:
         for slice_id in active_slices(tick.policy, tick.state):
-            cell = _benefit_cell(tick.policy, tick, benefit.id, slice_id)
-            if is_benefit_disproved(tick.policy, cell):
+            rung = effective_rung(tick.policy, tick.state, slice_id)
+            if is_benefit_disproved(tick.policy, tick.state.cell(benefit.id, slice_id, rung)):
                 text = f"{benefit.id} in {slice_id}: a gain of {benefit.want.max:.3g} is disproved"
                 tick = tick.with_hold(Wait.BENEFIT, text)
     return tick
-
-
-def _benefit_cell(policy: Policy, tick: Tick, benefit_id: str, slice_id: str) -> Cell | None:
-    return tick.state.cell(benefit_id, slice_id, effective_rung(policy, tick.state, slice_id))
 
 
 def check_approval(tick: Tick) -> Tick:

@@ -89,9 +89,16 @@ class DriftResult:
     html_path: str = ""
 
 
+# An id names a folder and a tag, so its letters are few. A policy's name with the moment is shorter.
+ROLLOUT_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One rollout as it was asked for: the policy text is kept word for word."""
+    """One rollout as it was asked for: the policy text is kept word for word, for people.
+
+    What decides is the resolved policy in the event that started it (`pipeline.rollout.revisions`).
+    """
 
     rollout_id: str
     policy_text: str

@@ -23,7 +23,6 @@ metadata: {name: test}
 spec:
   ladder: [{id: medium}]
   slices:
-    by: prompt_tokens
     buckets: [{id: long, range: [0, 32768]}]
   assignment: {unit: session_id, salt: test}
   stages:

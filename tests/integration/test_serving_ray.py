@@ -30,12 +30,8 @@ apiVersion: sentei/v1
 kind: RolloutPolicy
 metadata: {{name: ray-test}}
 spec:
-  variants:
-    control: {{deployment: dense}}
-    candidate: {{deployment: sparse}}
   ladder: [{{id: mild}}]
   slices:
-    by: prompt_tokens
     buckets:
       - {{id: short, range: [0, 64], pin: control}}
       - {{id: long, range: [64, 1024]}}

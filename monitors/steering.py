@@ -1,4 +1,4 @@
-"""Control plane rows: operators' commands, routing table, controller's lease, rollouts, named values."""
+"""What steers traffic: operators' commands, routing table, controller's lease, rollouts, named values."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CONTROLLER = "controller"
 ROUTES = "routes"
 
 
-class ControlPlane(Database):
-    """What steers traffic. Only the holder of the controller's lease may publish routes and append events."""
+class Steering(Database):
+    """Only the holder of the controller's lease may publish routes and append events."""
 
     def add_command(self, rollout_id: str, kind: str, *, by: str, reason: str = "", at_s: float) -> int:
         """Put an operator's command into the inbox and return its number."""

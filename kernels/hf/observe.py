@@ -10,7 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from sentei.kernels.hf.models import LayerInfo, text_decoder, thinnable_layers
 from sentei.kernels.ops.attention import dense_attend
-from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask
+from sentei.kernels.ops.block_mass import block_mass, dropped_mass
 
 Observer = Callable[[LayerInfo, torch.Tensor, torch.Tensor], None]
 NAME = "sentei_observe"
@@ -66,3 +67,23 @@ class Selection:
 
 
 SelectionObserver = Callable[[Selection], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttendedRows:
+    """The rows of one attention call of one layer, and the LSE of what each truly read; None: all of it."""
+
+    layer: LayerInfo
+    query: torch.Tensor  # [B, Hq, Tq, D], the newest positions
+    key: torch.Tensor  # [B, Hkv, Tk, D]
+    lse: torch.Tensor | None  # [B, Hq, Tq]
+
+    def dropped(self) -> torch.Tensor:
+        """Return the share of dense attention that each row went without: [B, Hq, Tq], in [0, 1]."""
+        if self.lse is None:
+            return torch.zeros(self.query.shape[:3])
+        offset = self.key.shape[2] - self.query.shape[2]
+        dense, _ = block_mass(
+            self.query, self.key, scale=self.layer.scale, block_k=DEFAULT_BLOCK, q_offset=offset
+        )
+        return dropped_mass(self.lse, dense)

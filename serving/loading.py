@@ -56,7 +56,7 @@ def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def attach_retrofit(model: Any, options: VariantOptions, fault: dict[str, Any] | None) -> Any:
+def attach_retrofit(model: Any, options: VariantOptions) -> Any:
     """Put the sparse path, or our compiled dense one, on a model; None where it runs as it is."""
     if options.variant == "dense" and options.attention == "sdpa":
         return None
@@ -68,7 +68,7 @@ def attach_retrofit(model: Any, options: VariantOptions, fault: dict[str, Any] |
         raise ConfigError(
             "variant 'sparse' has no adapter; give `adapter`, a folder made by `sentei distill`"
         )
-    return attach(model, adapter, base=options.attention, fault=make_fault(fault))
+    return attach(model, adapter, base=options.attention)
 
 
 def make_fault(fault: dict[str, Any] | None) -> Any:

@@ -34,7 +34,7 @@ class ModelServer:
         self._options = options
         self._fault: dict[str, Any] | None = None
         self._served: ServedModel = load_served_model(options)
-        self._retrofit = attach_retrofit(self._served.model, options, None)
+        self._retrofit = attach_retrofit(self._served.model, options)
         self._limits = options.limits(self._served.max_context_tokens)
         runner = ModelRunner(self._served.model, self._retrofit)
         self._warm_up(runner)

@@ -23,18 +23,6 @@ HEAD_DIMS = (64, 128, 256)
 # The case: bf16, 32 query heads on 8 KV heads, 32k tokens, blocks of 64, lists per KV group, 8 splits, pages
 # of 16 tokens.
 HEADS, KV_HEADS, TOKENS, BLOCK, PAGE, SPLITS, BATCH = 32, 8, 32768, 64, 16, 8, 16
-
-# What a program may take at head size 128: (registers per thread, bytes of shared memory; on gfx942 64 KiB at
-# most). Prefill: one program of 8 warps fills a unit of 65,536 registers, and an A100's has 163 KiB. Decode
-# waits for memory, so four programs of 4 warps must fit; select and merge are smaller; of mass, one fits.
-BOUNDS = {
-    "prefill": (255, 160 * 1024),
-    "prefill_per_head": (255, 160 * 1024),
-    "decode": (128, 40 * 1024),
-    "merge": (64, 8 * 1024),
-    "mass": (192, 80 * 1024),
-    "select": (64, 16 * 1024),
-}
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, dense_ladder, ladder_from_dict
+from sentei.kernels.hf.ladder import Ladder, dense_ladder, ladder_from_dict
 from sentei.kernels.hf.low_rank import LowRank, LowRankInfo, info_from_dict, low_rank_from_tensors
 from sentei.kernels.hf.models import AdapterError, Fingerprint, fingerprint, thinnable_layers
 from sentei.kernels.ops.block_mask import BLOCK_MIN
@@ -91,15 +91,6 @@ def new_adapter(
         scorers[layer.index].eval()
     manifest = Manifest(fingerprint(model, name), shapes, versions=library_versions())
     return Adapter(manifest, scorers, dense_ladder())
-
-
-def uncalibrated_ladder(adapter: Adapter, shares: Mapping[str, float]) -> Ladder:
-    """Return rungs with one mass-share threshold everywhere: for trials, before calibration."""
-    rungs = [Rung(DENSE)]
-    for rung_id, share in shares.items():
-        thresholds = {i: ((share,),) * shape.kv_heads for i, shape in adapter.manifest.shapes.items()}
-        rungs.append(Rung(rung_id, thresholds, bound_dropped_mass=1.0))
-    return Ladder(tuple(rungs), (), _block_tokens(adapter.manifest))
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> Adapter:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sentei.kernels.scorer.features import RotaryTable
+
 
 class RetrofitError(RuntimeError):
     """Base of what goes wrong between Sentei and a Hugging Face model."""
@@ -133,14 +135,14 @@ def layer_window(config: Any, index: int) -> int | None:
     return int(window) if window is not None else None
 
 
-def rotary_tables(model: nn.Module, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin [length, D] in fp32 for positions 0 to length - 1 of the full-attention layers."""
+def rotary_table(model: nn.Module, length: int, device: torch.device | str = "cpu") -> RotaryTable:
+    """Return cosines and sines, in fp32, for positions 0 to length - 1 of the full-attention layers."""
     decoder = text_decoder(model)
     positions = torch.arange(length, device=device)[None]
     example = torch.empty(0, dtype=torch.float32, device=device)
     extra = {"layer_type": "full_attention"} if find_family(model).rotary_takes_layer_type else {}
     cos, sin = decoder.rotary_emb(example, position_ids=positions, **extra)  # type: ignore[operator]
-    return cos[0].float(), sin[0].float()
+    return RotaryTable(cos[0].float(), sin[0].float())
 
 
 def fingerprint(model: nn.Module, name: str) -> Fingerprint:

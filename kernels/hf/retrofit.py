@@ -25,7 +25,7 @@ from sentei.kernels.hf.models import (
     LayerInfo,
     ModelError,
     attention_modules,
-    rotary_tables,
+    rotary_table,
     thinnable_layers,
 )
 from sentei.kernels.hf.observe import AttendedRows, Selection, SelectionObserver
@@ -48,15 +48,13 @@ _serial = itertools.count(1)
 class Retrofit:
     """A model under retrofit: switch rungs, read statistics, close. One forward pass at a time."""
 
-    def __init__(
-        self, model: nn.Module, adapter: Adapter | None, *, rung: str, base: Base, fault: Fault | None
-    ) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter | None, *, rung: str, base: Base) -> None:
         if base not in get_args(Base):
             raise ModelError(f"base is {base!r}; it must be one of {', '.join(get_args(Base))}")
         self.model = model
         self.adapter = adapter
         self.base = base
-        self.fault = fault
+        self.fault: Fault | None = None
         self.selector: Selector | None = None
         self._observer: SelectionObserver | None = None
         self._attended: list[AttendedRows] | None = None
@@ -142,11 +140,6 @@ class Retrofit:
         """Start counting anew."""
         self._stats = RetrofitStats()
 
-    def reorder(self, cache: Any, rows: torch.Tensor) -> None:
-        """Follow a KV cache whose batch rows were put in another order."""
-        for pooled in self._pooled.get(cache, {}).values():
-            pooled.reorder(rows)
-
     def close(self) -> None:
         """Give the model its own attention back; closing twice does nothing."""
         if not self._hooks:
@@ -214,7 +207,7 @@ class Retrofit:
         if layer is not None:
             self._record(layer, query, key, None)
             density = (1.0,) * layer.kv_heads
-            self._stats.add(LayerCall(layer.index, query.shape[2], key.shape[2], "dense", density))
+            self._stats.add(LayerCall(layer.index, query.shape[2], "dense", density))
         if self.base != "sdpa":
             out = dense_attend(
                 query,
@@ -244,7 +237,7 @@ class Retrofit:
         else:
             mask = self._select(layer, query, key, pooled)
         density = _density_by_group(mask, layer.kv_heads)
-        self._stats.add(LayerCall(layer.index, query.shape[2], key.shape[2], "sparse", density))
+        self._stats.add(LayerCall(layer.index, query.shape[2], "sparse", density))
         if self.is_differentiable:
             out = attend_masked(query, key, value, mask, scale=layer.scale)
         else:
@@ -299,7 +292,7 @@ class Retrofit:
         needed = key.shape[2]
         if self._table is None or self._table.length < needed:
             length = max(1024, 1 << (needed - 1).bit_length())
-            self._table = RotaryTable(*rotary_tables(self.model, length, key.device))
+            self._table = rotary_table(self.model, length, key.device)
         return self._table
 
     def _read_thresholds(self) -> dict[int, Any]:
@@ -310,16 +303,9 @@ class Retrofit:
         }
 
 
-def attach(
-    model: nn.Module,
-    adapter: Adapter | None,
-    *,
-    rung: str = DENSE,
-    base: Base = "sdpa",
-    fault: Fault | None = None,
-) -> Retrofit:
+def attach(model: nn.Module, adapter: Adapter | None, *, rung: str = DENSE, base: Base = "sdpa") -> Retrofit:
     """Retrofit a model until `close()` is called; without an adapter only the rung `dense` exists."""
-    return Retrofit(model, adapter, rung=rung, base=base, fault=fault)
+    return Retrofit(model, adapter, rung=rung, base=base)
 
 
 @contextmanager
@@ -329,11 +315,10 @@ def retrofit(
     rung: str = DENSE,
     *,
     base: Base = "sdpa",
-    fault: Fault | None = None,
     low_rank: bool = False,
 ) -> Iterator[Retrofit]:
     """Retrofit a model for the length of a `with` block; the model is restored also after an error."""
-    handle = attach(model, adapter, rung=rung, base=base, fault=fault)
+    handle = attach(model, adapter, rung=rung, base=base)
     try:
         handle.set_low_rank(low_rank)
         yield handle

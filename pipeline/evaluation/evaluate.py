@@ -11,9 +11,8 @@ import torch
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE
-from sentei.kernels.hf.models import rotary_tables
+from sentei.kernels.hf.models import rotary_table
 from sentei.kernels.hf.retrofit import retrofit
-from sentei.kernels.scorer.features import RotaryTable
 from sentei.pipeline.evaluation.costs import CostReport, Measured, reckon_costs, this_machine
 from sentei.pipeline.evaluation.prices import PRICES_FILE, load_prices
 from sentei.pipeline.evaluation.recall import (
@@ -257,7 +256,7 @@ def _measure_losses(
 ) -> _Losses:
     judged = options.verify_options(len(texts[0]))
     positions = pick_positions(len(texts[0]), first=judged.first_position, most=judged.max_positions)
-    table = RotaryTable(*rotary_tables(loaded.model, len(texts[0]), torch.device("cpu")))
+    table = rotary_table(loaded.model, len(texts[0]))
     found: dict[str, list[TokenScores]] = {}
     densities: dict[str, list[float]] = {}
     rung_ids = [rung.id for rung in adapter.ladder.rungs]

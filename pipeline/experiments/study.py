@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sentei.kernels.hf.models import LayerInfo, rotary_tables, thinnable_layers
+from sentei.kernels.hf.models import LayerInfo, rotary_table, thinnable_layers
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.kernels.scorer.untrained import UNTRAINED
@@ -102,7 +102,7 @@ def study(
     options = options if options is not None else StudyOptions()
     layers = {layer.index: layer for layer in thinnable_layers(loaded.model)}
     window = min(options.window_tokens, loaded.max_tokens)
-    table = RotaryTable(*rotary_tables(loaded.model, window, torch.device("cpu")))
+    table = rotary_table(loaded.model, window)
     rows: list[StudyRow] = []
     for pool in dict.fromkeys((*options.pools, 1)):
         shapes = {index: _shape(layer, options, pool=pool) for index, layer in layers.items()}

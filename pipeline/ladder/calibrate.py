@@ -17,7 +17,7 @@ import torch
 
 from sentei.kernels.hf.adapter import Adapter, save_ladder
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
-from sentei.kernels.hf.models import rotary_tables
+from sentei.kernels.hf.models import rotary_table
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
 from sentei.kernels.scorer.selection import pick_query_block
@@ -120,7 +120,7 @@ def calibrate(
 def fit_ladder(adapter: Adapter, loaded: LoadedModel, records: Records, options: CalibrateOptions) -> Ladder:
     """Read thresholds off calibration records; they never fall from a milder rung to a bolder one."""
     longest = max(record.mass.shape[-1] * record.mass.shape[3] for record in next(iter(records.values())))
-    table = RotaryTable(*rotary_tables(loaded.model, longest, torch.device("cpu")))
+    table = rotary_table(loaded.model, longest)
     bounded = [target for target in options.targets if target.density is None]
     bounds = {target.id: target.bound_dropped_mass for target in bounded}
     block_q = options.query_block_tokens or pick_query_block(next(loaded.model.parameters()).device.type)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter
-from sentei.kernels.hf.models import rotary_tables
+from sentei.kernels.hf.models import rotary_table
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, Form
 from sentei.pipeline.measure.capture import LayerRecord, Records, capture, row_shares
@@ -85,7 +85,7 @@ def distill(
             (parts.early_stop, options.num_held_out, "capture held-out text"),
         )
     ]
-    table = RotaryTable(*rotary_tables(loaded.model, window, torch.device("cpu")))
+    table = rotary_table(loaded.model, window)
     figures: dict[str, float] = {}
     trained = _train_all(dict(adapter.scorers), records[0], records[1], table, options, progress)
     for index, (before, after) in trained.items():

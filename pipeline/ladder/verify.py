@@ -8,9 +8,8 @@ import torch
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, Verified
-from sentei.kernels.hf.models import rotary_tables
+from sentei.kernels.hf.models import rotary_table
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
-from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.selection import per_head_thresholds
 from sentei.pipeline.measure.capture import LayerRecord, by_query_block, capture, row_shares
 from sentei.pipeline.measure.scores import paired_delta, pick_positions, token_losses
@@ -85,7 +84,7 @@ def dropped_by_rung(
         label="measure dropped mass",
     )
     longest = max(len(text) for text in texts)
-    table = RotaryTable(*rotary_tables(loaded.model, longest, torch.device("cpu")))
+    table = rotary_table(loaded.model, longest)
     rows: dict[str, list[torch.Tensor]] = {rung.id: [] for rung in adapter.ladder.rungs if not rung.is_dense}
     with torch.no_grad():
         for index, scorer in adapter.scorers.items():

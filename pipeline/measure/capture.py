@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sentei.kernels.hf.models import LayerInfo, rotary_tables
+from sentei.kernels.hf.models import LayerInfo, rotary_table
 from sentei.kernels.hf.observe import observe_attention
 from sentei.kernels.ops.block_mass import block_mass
 from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
@@ -58,7 +58,7 @@ def capture(
     """Run the frozen model over the texts; keep records of sampled query blocks of each thinnable layer."""
     generator = torch.Generator().manual_seed(seed)
     longest = max(len(text.ids) for text in texts)
-    table = RotaryTable(*rotary_tables(loaded.model, longest, torch.device("cpu")))
+    table = rotary_table(loaded.model, longest)
     records: Records = {index: [] for index in shapes}
     for i, text in enumerate(texts):
         progress(label, i, len(texts))

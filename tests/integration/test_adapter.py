@@ -13,11 +13,11 @@ from sentei.kernels.hf.adapter import (
     load_adapter,
     new_adapter,
     save_adapter,
-    uncalibrated_ladder,
 )
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, Verified
 from sentei.kernels.hf.models import AdapterError, fingerprint
 from tests.fakes_models import make_gemma, make_llama
+from tests.trial_ladders import uncalibrated_ladder
 
 
 def test_an_adapter_survives_the_disk(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sentei.kernels.hf.adapter import new_adapter, save_adapter, uncalibrated_ladder
+from sentei.kernels.hf.adapter import new_adapter, save_adapter
 from sentei.pipeline.demo.local_server import LocalServer
 from sentei.pipeline.rollout.client import AdminClient
 from sentei.serving.router import position
+from tests.trial_ladders import uncalibrated_ladder
 
 TOKEN = "test-token"
 PROMPT = "def add(a, b): return a + b\n" * 12

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from sentei.kernels.bench.resources import (
-    BOUNDS,
     KERNELS,
     TARGET_NAMES,
     Row,
@@ -25,6 +24,17 @@ from sentei.kernels.ops.rules import Grid, Rule, Threshold, TopP
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)"
 )
+# What a program may take at head size 128: (registers per thread, bytes of shared memory; on gfx942 64 KiB at
+# most). Prefill: one program of 8 warps fills a unit of 65,536 registers, and an A100's has 163 KiB. Decode
+# waits for memory, so four programs of 4 warps must fit; select and merge are smaller; of mass, one fits.
+BOUNDS = {
+    "prefill": (255, 160 * 1024),
+    "prefill_per_head": (255, 160 * 1024),
+    "decode": (128, 40 * 1024),
+    "merge": (64, 8 * 1024),
+    "mass": (192, 80 * 1024),
+    "select": (64, 16 * 1024),
+}
 ROW = Row("prefill", 128, "sm_80", 8, 200, 0, 65536)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sentei.kernels.hf.adapter import Adapter, new_adapter, uncalibrated_ladder
+from sentei.kernels.hf.adapter import Adapter, new_adapter
 from sentei.kernels.hf.retrofit import retrofit
 from sentei.pipeline.evaluation.recall import TaskPlan, make_tasks, recall_by_rung
 from sentei.pipeline.evaluation.user_tasks import answers_by_rung, summarise
@@ -18,6 +18,7 @@ from sentei.pipeline.tasks import make_passkey
 from sentei.pipeline.tasks.user import load_user_tasks
 from sentei.pipeline.text.corpus import load_corpus
 from sentei.pipeline.text.splits import split_text
+from tests.trial_ladders import uncalibrated_ladder
 
 TOKENS = 1024
 

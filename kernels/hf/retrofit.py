@@ -103,8 +103,9 @@ class Retrofit:
 
     @contextmanager
     def recording_rows(self) -> Iterator[list[AttendedRows]]:
-        """Keep what each attention call read, for the length of a `with` block; read it before the cache grows."""
-        self._attended = rows = []
+        """Keep what each attention call read, for the length of a `with` block."""
+        rows: list[AttendedRows] = []
+        self._attended = rows
         try:
             yield rows
         finally:

@@ -62,14 +62,6 @@ class LocalServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def tell(self, message: dict[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
-        """Send one order as a JSON line and return the answer that repeats its key `do`."""
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
-        return self._wait_for("done", timeout_s)
-
     def stop(self) -> None:
         """Let the app end by itself; end its whole process group if it does not."""
         process, self._process = self._process, None

@@ -81,12 +81,12 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class ScoreResult:
-    """What a variant thinks of served tokens, one entry per served position; the likeliest token comes first."""
+    """What a variant thinks of served tokens, one entry per served position, best first."""
 
     top_ids: tuple[tuple[int, ...], ...]
     top_logprobs: tuple[tuple[float, ...], ...]
     compute_s: float
-    dropped_mass: tuple[float, ...] = ()  # of sampled served rows, in every head of every layer that a rung may thin
+    dropped_mass: tuple[float, ...] = ()  # one share per sampled served row, head and layer
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from sentei.serving.engine.request import DENSE_RUNG, EngineRequest, ScoreReques
 from sentei.serving.engine.sampler import sample_token
 from sentei.serving.errors import BadLogitsError, EngineRefusedError
 
-
 MEASURED_ROWS = 16  # of one replay: what its dropped mass is measured in, spread evenly over the answer
 
 
@@ -117,7 +116,7 @@ class ModelRunner:
     def score(self, request: ScoreRequest) -> ScoreResult:
         """Teacher-force a sequence and report what the model would have said at each served position.
 
-        A thinned replay also measures what mass some rows of the answer dropped; that is not part of its cost.
+        A thinned replay also measures what mass some rows of the answer drop: that is no part of its cost.
         """
         self._use_rung(request.rung_id)
         cache, scores = DynamicCache(config=self._model.config), _Scores()

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sentei.kernels.hf.adapter import new_adapter, save_adapter
 from sentei.pipeline.demo.local_server import LocalServer
-from sentei.pipeline.rollout.client import AdminClient
+from sentei.pipeline.rollout.client import AdminClient, AdminError
 from sentei.serving.router import position
 from tests.trial_ladders import uncalibrated_ladder
 
@@ -218,11 +218,13 @@ def test_rollout_sends_candidates_to_sparse_and_audits_them(
     assert operator.rollouts()[0]["rollout_id"] == started["rollout_id"]
 
 
-def test_fault_can_be_planted_and_taken_out(server: LocalServer) -> None:
-    """The local runner plants a fault in the live sparse variant, and refuses what is none."""
-    server.tell({"do": "fault", "fault": {"kind": "pooled_keys_off_by_one", "past_tokens": 64}})
+def test_fault_can_be_planted_and_taken_out(server: LocalServer, operator: AdminClient) -> None:
+    """The operations API plants a fault in the live sparse variant, and refuses what is none."""
+    operator.plant_fault({"kind": "pooled_keys_off_by_one", "past_tokens": 64})
     planted = admin(server, "status")["workers"]["sparse"]["fault"]
-    server.tell({"do": "fault", "fault": None})
+    with pytest.raises(AdminError, match="'pooled_keys_gone'"):
+        operator.plant_fault({"kind": "pooled_keys_gone"})
+    operator.plant_fault(None)
 
     assert planted == {"kind": "pooled_keys_off_by_one", "past_tokens": 64}
     assert admin(server, "status")["workers"]["sparse"]["fault"] is None

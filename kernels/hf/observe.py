@@ -10,8 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from sentei.kernels.hf.models import LayerInfo, text_decoder, thinnable_layers
 from sentei.kernels.ops.attention import dense_attend
-from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask
-from sentei.kernels.ops.block_mass import block_mass, dropped_mass
+from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.block_mass import dropped_mass
 
 Observer = Callable[[LayerInfo, torch.Tensor, torch.Tensor], None]
 NAME = "sentei_observe"
@@ -79,11 +79,16 @@ class AttendedRows:
     lse: torch.Tensor | None  # [B, Hq, Tq]
 
     def dropped(self) -> torch.Tensor:
-        """Return the share of dense attention that each row went without: [B, Hq, Tq], in [0, 1]."""
+        """Return the share of dense attention that each row went without: [B, Hq, Tq], in [0, 1].
+
+        Made for few rows: every score of a row is held in fp32 at once.
+        """
+        shape, ahead = self.query.shape[:3], self.key.shape[2] - self.query.shape[2] + 1
         if self.lse is None:
-            return torch.zeros(self.query.shape[:3])
-        offset = self.key.shape[2] - self.query.shape[2]
-        dense, _ = block_mass(
-            self.query, self.key, scale=self.layer.scale, block_k=DEFAULT_BLOCK, q_offset=offset
-        )
-        return dropped_mass(self.lse, dense)
+            return torch.zeros(shape)
+        rows = self.query.float().unflatten(1, (self.layer.kv_heads, -1)).flatten(2, 3)
+        scores = (rows @ self.key.float().transpose(2, 3) * self.layer.scale).view(*shape, -1)
+        if shape[2] > 1:
+            is_ahead = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(ahead)
+            scores.masked_fill_(is_ahead, -torch.inf)
+        return dropped_mass(self.lse, scores.logsumexp(-1))

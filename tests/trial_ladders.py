@@ -20,7 +20,7 @@ def uncalibrated_ladder(adapter: Adapter, shares: Mapping[str, float]) -> Ladder
 
 
 def exact_adapter(model: Any, shares: Mapping[str, float]) -> Adapter:
-    """Return an adapter whose scorers know the true attention, token by token, with a rung per smallest share."""
+    """Return an adapter whose scorers know the true attention, token by token; a rung per share."""
     adapter = new_adapter(
         model, "exact", form="low_rank", rank=model.config.get_text_config().head_dim, pool_tokens=1
     )

@@ -86,7 +86,8 @@ class AttendedRows:
         shape, ahead = self.query.shape[:3], self.key.shape[2] - self.query.shape[2] + 1
         if self.lse is None:
             return torch.zeros(shape)
-        rows = self.query.float().unflatten(1, (self.layer.kv_heads, -1)).flatten(2, 3)
+        batch, kv_heads, _, dim = self.key.shape
+        rows = self.query.float().reshape(batch, kv_heads, -1, dim)
         scores = (rows @ self.key.float().transpose(2, 3) * self.layer.scale).view(*shape, -1)
         if shape[2] > 1:
             is_ahead = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(ahead)

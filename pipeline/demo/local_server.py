@@ -1,4 +1,4 @@
-"""The app in a process group of its own: started, waited for, told things, and surely ended."""
+"""The app in a process group of its own: started, waited for, and surely ended."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LocalServer:
         assert self._process.stdout is not None
         threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
         try:
-            self.url = str(self._wait_for("url", READY_TIMEOUT_S)["url"])
+            self.url = self._wait_for_url()
         except BaseException:
             self.stop()
             raise
@@ -85,8 +85,8 @@ class LocalServer:
             if isinstance(decoded, dict):
                 self._answers.put(decoded)
 
-    def _wait_for(self, key: str, timeout_s: float) -> dict[str, Any]:
-        deadline = time.monotonic() + timeout_s
+    def _wait_for_url(self) -> str:
+        deadline = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < deadline:
             try:
                 answer = self._answers.get(timeout=0.2)
@@ -96,9 +96,9 @@ class LocalServer:
                 continue
             if "error" in answer:
                 raise ServerError(f"the app refused: {answer['error']}")
-            if key in answer:
-                return answer
-        raise ServerError(f"no answer ({key}) from the app within {timeout_s:.0f} s: {self._log_tail()}")
+            if "url" in answer:
+                return str(answer["url"])
+        raise ServerError(f"no address from the app within {READY_TIMEOUT_S:.0f} s: {self._log_tail()}")
 
     def _log_tail(self) -> str:
         lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -14,6 +14,7 @@ from ray import serve
 from sentei.monitors.audit import KL_CAP_NATS
 from sentei.monitors.store import Store
 from sentei.pipeline.home import sentei_home
+from sentei.pipeline.models import load_tokenizer
 from sentei.pipeline.rollout.revisions import PolicyBook
 from sentei.serving.admin import add_admin_routes
 from sentei.serving.auditor import Auditor
@@ -21,7 +22,6 @@ from sentei.serving.controller import Controller, Mirror
 from sentei.serving.gateway import Gateway
 from sentei.serving.handles import RayAuditDesk, RayVariant, count_running_replicas
 from sentei.serving.ingress import build_api
-from sentei.serving.loading import load_tokenizer
 from sentei.serving.ports import AuditJob, Variant
 from sentei.serving.router import DENSE, SPARSE
 from sentei.serving.settings import AppArgs

@@ -79,6 +79,7 @@ def make_audit(i: int, **changes: Any) -> AuditScore:
         "slice_id": "long",
         "rung_id": "medium",
         "variant_served": "sparse",
+        "status": "scored",
         "tokens": 50,
         "token_disagreement": 0.0,
         "token_disagreement_floor": 0.0,

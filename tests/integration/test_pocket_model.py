@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from sentei.pipeline.pocket import load_pocket
+from sentei.pipeline.models import resolve_model
 from sentei.pipeline.pocket.card import answer_greedily
 from sentei.pipeline.tasks import MAKERS
 from sentei.pipeline.tasks.notes import make_passkey
@@ -17,7 +17,8 @@ SEED = 70_000
 @pytest.fixture(scope="module")
 def pocket() -> tuple[Any, Any]:
     """Load the shipped model once."""
-    return load_pocket()
+    loaded = resolve_model("pocket")
+    return loaded.model, loaded.tokenizer
 
 
 @pytest.mark.parametrize(("name", "enough"), [("passkey", 8), ("key_value", 7)])

@@ -129,7 +129,7 @@ async def test_command_acts_at_the_next_tick(tmp_path: Path) -> None:
         rollout_id = (await start(office)).json()["rollout_id"]
         office.controller.tick()
         second = await start(office)
-        order = {"kind": "abort", "by": "ann", "reason": "drill"}
+        order = {"kind": "abort", "reason": "drill"}
         taken = await office.client.post(f"/admin/v1/rollouts/{rollout_id}/commands", json=order)
         office.clock.now_s += 1
         office.controller.tick()
@@ -148,8 +148,8 @@ async def test_command_acts_at_the_next_tick(tmp_path: Path) -> None:
         ("rollouts", {"policy": POLICY.replace("id: bold", "id: wild")}, 400, "'wild'"),
         ("rollouts", {}, 400, "policy is missing"),
         ("rollouts", {"policy": POLICY, "rollout_id": "../x"}, 400, "rollout_id"),
-        ("rollouts/none/commands", {"kind": "abort", "by": "ann"}, 404, "'none'"),
-        ("rollouts/none/commands", {"kind": "explode", "by": "ann"}, 400, "'explode'"),
+        ("rollouts/none/commands", {"kind": "abort"}, 404, "'none'"),
+        ("rollouts/none/commands", {"kind": "explode"}, 400, "'explode'"),
     ],
 )
 async def test_bad_orders(tmp_path: Path, path: str, body: dict[str, Any], status: int, words: str) -> None:
@@ -228,7 +228,7 @@ async def test_safer_edit_is_taken_at_the_next_tick(tmp_path: Path) -> None:
 
 async def edit(office: Office, rollout_id: str, policy: str) -> httpx.Response:
     """Ask for an edit of a running rollout."""
-    body = {"policy": policy, "by": "ann"}
+    body = {"policy": policy}
     return await office.client.post(f"/admin/v1/rollouts/{rollout_id}/policy", json=body)
 
 
@@ -268,7 +268,7 @@ async def test_policy_that_failed_before_cannot_be_edited_into(tmp_path: Path) -
     async with open_office(tmp_path) as office:
         first = (await start(office, policy=failed, rollout_id="first")).json()["rollout_id"]
         office.controller.tick()
-        order = {"kind": "abort", "by": "ann"}
+        order = {"kind": "abort"}
         await office.client.post(f"/admin/v1/rollouts/{first}/commands", json=order)
         office.clock.now_s += 1
         office.controller.tick()

@@ -9,13 +9,9 @@ from typing import Any
 import pytest
 
 from sentei.serving.errors import RequestError
-from sentei.serving.openai import (
-    ChatRequest,
-    CompletionRequest,
-    error_body,
-    parse_request,
-    sampling_of,
-)
+from sentei.serving.engine.request import NEUTRAL, Sampling
+from sentei.serving.openai.fields import error_body, parse_request
+from sentei.serving.openai.requests import ChatRequest, CompletionRequest, sampling_of
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.serving.engine.request import EngineRequest, Sampling, ScoreRequest
 from sentei.serving.engine.runner import ModelRunner
-from sentei.serving.engine.sampler import sample_token
+from sentei.serving.engine.sampler import Sampler
 from sentei.serving.errors import BadLogitsError, EngineRefusedError
 
 PROMPT = tuple(range(5, 45))

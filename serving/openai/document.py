@@ -1,0 +1,70 @@
+"""`/openapi.json`: bodies are parsed by hand, so FastAPI is told here what they and the answers look like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from sentei.serving.openai.answers import ErrorBody
+
+REF = "#/components/schemas/{model}"
+ERRORS = {
+    400: "the request cannot be answered: parameter, value and way out are named",
+    401: "no valid key",
+    403: "the role does not cover it, or the app does not allow it",
+    404: "no such thing",
+    409: "not now",
+    413: "the body is too long",
+    429: "too many requests; `retry-after` says when to come back",
+    503: "nobody can answer now",
+}
+_DEFINITIONS = "x-definitions"  # the parts of a body's schema, until they stand where all schemas do
+
+
+def describe(
+    body: type[BaseModel] | None = None,
+    *,
+    answer: type[BaseModel] | None = None,
+    errors: Sequence[int] = (400, 401, 404, 413, 429, 503),
+    is_streamed: bool = False,
+) -> dict[str, Any]:
+    """Return what a route says of its body, its answer (None: any JSON) and its errors."""
+    responses: dict[int | str, dict[str, Any]] = {} if answer is None else {200: {"model": answer}}
+    if is_streamed:
+        responses[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    responses |= {status: {"model": ErrorBody, "description": ERRORS[status]} for status in errors}
+    return {"responses": responses, **({} if body is None else {"openapi_extra": _describe_body(body)})}
+
+
+def _describe_body(kind: type[BaseModel]) -> dict[str, Any]:
+    schema = kind.model_json_schema(ref_template=REF)
+    parts = {**schema.pop("$defs", {}), kind.__name__: schema}
+    content = {"application/json": {"schema": {"$ref": REF.format(model=kind.__name__)}}}
+    return {"requestBody": {"required": True, "content": content}, _DEFINITIONS: parts}
+
+
+def add_document(api: FastAPI) -> None:
+    """Let the app describe its bodies, too."""
+
+    def document() -> dict[str, Any]:
+        if api.openapi_schema is None:
+            api.openapi_schema = _complete(
+                get_openapi(title=api.title, version=api.version, routes=api.routes)
+            )
+        return api.openapi_schema
+
+    api.openapi = document  # type: ignore[method-assign]
+
+
+def _complete(found: dict[str, Any]) -> dict[str, Any]:
+    known = found.setdefault("components", {}).setdefault("schemas", {})
+    for operations in found["paths"].values():
+        for operation in operations.values():
+            known |= operation.pop(_DEFINITIONS, {})
+            # FastAPI says that path parameters may be refused with 422; ours are any text.
+            operation.get("responses", {}).pop("422", None)
+    return found

@@ -20,7 +20,15 @@ from sentei.serving.choices import interleave
 from sentei.serving.errors import RequestError
 from sentei.serving.gateway import REQUEST_HEADER, Gateway
 from sentei.serving.middleware import add_middleware, error_response
-from sentei.serving.openai.answers import ChatCompletion, Model, ModelList, TextCompletion, Tokens
+from sentei.serving.openai.answers import (
+    ChatChunk,
+    ChatCompletion,
+    Model,
+    ModelList,
+    TextChunk,
+    TextCompletion,
+    Tokens,
+)
 from sentei.serving.openai.document import add_document, describe
 from sentei.serving.openai.fields import error_body, parse_request
 from sentei.serving.openai.requests import ChatRequest, CompletionRequest, GenerationRequest, TokenizeRequest
@@ -74,11 +82,11 @@ def _add_openai_routes(api: FastAPI, gateway: Gateway) -> None:
             raise RequestError(text, status=404, code="model_not_found", param="model")
         return JSONResponse(wire.model_body(name, gateway.created_s))
 
-    @api.post("/v1/chat/completions", **describe(ChatRequest, answer=ChatCompletion, is_streamed=True))
+    @api.post("/v1/chat/completions", **describe(ChatRequest, answer=ChatCompletion, piece=ChatChunk))
     async def chat(request: Request) -> Any:
         return await _answer(gateway, request, ChatRequest)
 
-    @api.post("/v1/completions", **describe(CompletionRequest, answer=TextCompletion, is_streamed=True))
+    @api.post("/v1/completions", **describe(CompletionRequest, answer=TextCompletion, piece=TextChunk))
     async def completions(request: Request) -> Any:
         return await _answer(gateway, request, CompletionRequest)
 

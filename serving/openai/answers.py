@@ -157,6 +157,60 @@ class TextCompletion(_Whole):
     choices: list[TextChoice]
 
 
+class CallPiece(MadeCall):
+    """A call in a stream: always whole, and counted."""
+
+    index: int
+
+
+class ReplyPiece(Answer):
+    """A piece of the assistant's message; the first names the role."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    tool_calls: list[CallPiece] = []
+
+
+class ChatPiece(Answer):
+    """A piece of one answer of a chat."""
+
+    index: int
+    delta: ReplyPiece
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    logprobs: ChatLogprobs | None
+
+
+class TextPiece(Answer):
+    """A piece of one answer to a prompt."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: TextLogprobs | None
+
+
+class _Chunk(Answer):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: Usage | None = None  # in the last one, with no choices, where `stream_options` asks for it
+
+
+class ChatChunk(_Chunk):
+    """One event of a streamed chat."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatPiece]
+
+
+class TextChunk(_Chunk):
+    """One event of a streamed text completion."""
+
+    object: Literal["text_completion"]
+    choices: list[TextPiece]
+
+
 class Tokens(Answer):
     """POST /tokenize."""
 

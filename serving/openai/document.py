@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode
 
 from sentei.serving.openai.answers import ErrorBody
 
@@ -30,21 +31,36 @@ def describe(
     *,
     answer: type[BaseModel] | None = None,
     errors: Sequence[int] = (400, 401, 404, 413, 429, 503),
-    is_streamed: bool = False,
+    piece: type[BaseModel] | None = None,
 ) -> dict[str, Any]:
-    """Return what a route says of its body, its answer (None: any JSON) and its errors."""
+    """Return what a route says of its body, its answer (None: any JSON), a stream's pieces, and its errors."""
     responses: dict[int | str, dict[str, Any]] = {} if answer is None else {200: {"model": answer}}
-    if is_streamed:
-        responses[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    extra: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
+    if piece is not None:
+        responses[200]["content"] = {"text/event-stream": {"schema": _event_schema(piece)}}
+        parts |= _parts(piece, "serialization")
     responses |= {status: {"model": ErrorBody, "description": ERRORS[status]} for status in errors}
-    return {"responses": responses, **({} if body is None else {"openapi_extra": _describe_body(body)})}
+    if body is not None:
+        content = {"application/json": {"schema": {"$ref": REF.format(model=body.__name__)}}}
+        extra["requestBody"] = {"required": True, "content": content}
+        parts |= _parts(body, "validation")
+    return {"responses": responses, "openapi_extra": {**extra, _DEFINITIONS: parts}}
 
 
-def _describe_body(kind: type[BaseModel]) -> dict[str, Any]:
-    schema = kind.model_json_schema(ref_template=REF)
-    parts = {**schema.pop("$defs", {}), kind.__name__: schema}
-    content = {"application/json": {"schema": {"$ref": REF.format(model=kind.__name__)}}}
-    return {"requestBody": {"required": True, "content": content}, _DEFINITIONS: parts}
+def _parts(kind: type[BaseModel], mode: JsonSchemaMode) -> dict[str, Any]:
+    schema = kind.model_json_schema(ref_template=REF, mode=mode)
+    return {**schema.pop("$defs", {}), kind.__name__: schema}
+
+
+def _event_schema(piece: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of one event; the last one's data is `[DONE]`."""
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": REF.format(model=piece.__name__)},
+    }
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def add_document(api: FastAPI) -> None:

@@ -55,8 +55,12 @@ def request_error(error: ValidationError, body: bytes) -> RequestError:
     """Turn pydantic's most exact complaint into an OpenAI-shaped error."""
     complaints = error.errors(include_url=False)
     data = {} if complaints[0]["type"] == "json_invalid" else from_json(body)
-    # Of a union's branches the one that got furthest into the value knows best what is wrong with it.
-    first, path = max(((item, _path(item, data)) for item in complaints), key=lambda found: len(found[1]))
+    # Of a union's branches the one that got furthest into the value knows best what is wrong with it, and one
+    # that is of another kind altogether ("not a string") knows least.
+    first, path = max(
+        ((item, _path(item, data)) for item in complaints),
+        key=lambda found: (len(found[1]), not found[0]["type"].endswith("_type")),
+    )
     param, kind = ".".join(path) or None, first["type"]
     code = _CODES.get(kind, "invalid_value")
     if kind == "missing":

@@ -33,7 +33,7 @@ def describe(
     errors: Sequence[int] = (400, 401, 404, 413, 429, 503),
     piece: type[BaseModel] | None = None,
 ) -> dict[str, Any]:
-    """Return what a route says of its body, its answer (None: any JSON), a stream's pieces, and its errors."""
+    """Return what a route says of its body, its answer (None: any JSON), a stream's pieces, its errors."""
     responses: dict[int | str, dict[str, Any]] = {} if answer is None else {200: {"model": answer}}
     extra: dict[str, Any] = {}
     parts: dict[str, Any] = {}
@@ -54,12 +54,10 @@ def _parts(kind: type[BaseModel], mode: JsonSchemaMode) -> dict[str, Any]:
 
 
 def _event_schema(piece: type[BaseModel]) -> dict[str, Any]:
-    """Return the schema of one event; the last one's data is `[DONE]`."""
-    data = {
-        "type": "string",
-        "contentMediaType": "application/json",
-        "contentSchema": {"$ref": REF.format(model=piece.__name__)},
-    }
+    """Return the schema of one event: a piece, an error that ends the stream, or its end."""
+    refs = [{"$ref": REF.format(model=kind.__name__)} for kind in (piece, ErrorBody)]
+    body = {"contentMediaType": "application/json", "contentSchema": {"anyOf": refs}}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, body]}
     return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 

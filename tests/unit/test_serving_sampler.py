@@ -68,9 +68,8 @@ def test_draws_follow_the_probabilities() -> None:
     found, expected = draws(Sampling(temperature=1.0)), LOGITS.softmax(-1)
 
     for token_id, share in enumerate(expected.tolist()):
-        assert found[token_id] / 200 == pytest.approx(
-            share, abs=4 * math.sqrt(share * (1 - share) / 200) + 1e-9
-        )
+        error = math.sqrt(share * (1 - share) / 200)
+        assert found[token_id] / 200 == pytest.approx(share, abs=4 * error)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +88,7 @@ def test_limits_cut_the_tail(sampling: Sampling, kept: set[int]) -> None:
 
 
 def test_repetition_penalty_counts_the_prompt_the_others_do_not() -> None:
-    """A repeated token's logit is divided, or multiplied where negative; the two others know the answer only."""
+    """A repeated token's logit shrinks by division, or by product below zero; the others know the answer only."""
     logits = torch.tensor([2.0, 1.5, -1.0])
 
     assert choose(logits, Sampling(repetition_penalty=2.0), prompt=(0,)).token_id == 1

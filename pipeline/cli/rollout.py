@@ -11,6 +11,7 @@ import typer
 from rich.live import Live
 
 from sentei.pipeline.cli.output import ExitCode, Output
+from sentei.pipeline.cli.policy_file import read_policy_file
 from sentei.pipeline.cli.view import history_table, rollout_panel, rollouts_table
 from sentei.pipeline.rollout.client import AdminClient
 
@@ -37,7 +38,7 @@ def start(
 ) -> None:
     """Start a rollout."""
     output = Output(as_json=as_json)
-    text = policy.read_text(encoding="utf-8")
+    text = read_policy_file(policy)
     answer = AdminClient(url).start_rollout(text, str(policy), release_quarantine=release)
     output.say(f"started [bold]{answer['rollout_id']}[/]: watch it with `sentei rollout watch`")
     output.emit(answer)
@@ -101,7 +102,7 @@ def edit(
     output = Output(as_json=as_json)
     client = AdminClient(url)
     chosen = _newest(client, rollout_id)
-    text = policy.read_text(encoding="utf-8")
+    text = read_policy_file(policy)
     answer = client.edit_policy(chosen, text, str(policy), by=getpass.getuser())
     output.say(f"edit sent to [bold]{chosen}[/], it acts at the next tick:")
     for change in answer["changes"]:

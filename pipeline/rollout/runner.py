@@ -181,7 +181,7 @@ class RolloutRunner:
 
     def _resume(self, token: int, now_s: float) -> tuple[RolloutState, float]:
         """Return the state of the newest event and its time; the first event if there is none."""
-        event = self._log.latest(self.rollout.rollout_id)
+        event = self._log.resume(self.rollout.rollout_id)
         if event is not None:
             state = state_from_json(event.state)
             if state.policy_digest != self.policy.digest:  # edited, by this controller or another

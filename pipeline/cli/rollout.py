@@ -24,7 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 RolloutId = Annotated[str | None, typer.Argument(help="The rollout; the newest if left out.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why: kept in the event log.")]
 
-OUTCOMES = ("promoted", "rolled_back")
+OUTCOMES = ("promoted", "rolled_back", "replaced")
 
 
 @app.command()
@@ -33,13 +33,18 @@ def start(
     release: Annotated[
         bool, typer.Option("--release-quarantine", help="Start a policy that was rolled back before.")
     ] = False,
+    replaces: Annotated[
+        bool, typer.Option("--replace", help="Follow a promoted rollout: its share of sparse ends at once.")
+    ] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Start a rollout."""
     output = Output(as_json=as_json)
     text = read_policy_file(policy)
-    answer = AdminClient(url).start_rollout(text, str(policy), release_quarantine=release)
+    answer = AdminClient(url).start_rollout(
+        text, str(policy), release_quarantine=release, replace=replaces, by=getpass.getuser()
+    )
     output.say(f"started [bold]{answer['rollout_id']}[/]: watch it with `sentei rollout watch`")
     output.emit(answer)
 
@@ -69,7 +74,7 @@ def watch(
     url: Url = None,
     every_s: Annotated[float, typer.Option(help="Seconds between looks.")] = 1.0,
 ) -> None:
-    """Follow a rollout until it is promoted or rolled back; the exit code says which (0 or 1)."""
+    """Follow a rollout until it is promoted (exit code 0), rolled back or replaced (1)."""
     client = AdminClient(url)
     chosen = _newest(client, rollout_id)
     found: dict[str, Any] = client.rollout(chosen)

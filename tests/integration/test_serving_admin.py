@@ -172,6 +172,24 @@ async def test_dense_only_app_refuses_a_rollout(tmp_path: Path) -> None:
     assert "no adapter" in response.json()["error"]["message"]
 
 
+async def test_an_order_to_a_rollout_that_is_over_is_refused(tmp_path: Path) -> None:
+    """The controller runs the newest rollout only, so nobody is told that an older one will act."""
+    async with open_office(tmp_path) as office:
+        first = (await start(office, rollout_id="first")).json()["rollout_id"]
+        office.controller.tick()
+        path, order = f"/admin/v1/rollouts/{first}/commands", {"kind": "abort", "by": "ann"}
+        await office.client.post(path, json=order)
+        office.clock.now_s += 1
+        office.controller.tick()
+        again = await start(office, rollout_id="second", release_quarantine=True, by="bob")
+        late = await office.client.post(path, json={**order, "kind": "retry"})
+        about = (await office.client.get("/admin/v1/rollouts/second")).json()["about"]
+
+    assert (again.status_code, about["started_by"]) == (201, "bob")
+    assert (late.status_code, late.json()["error"]["code"]) == (409, "rollout_over")
+    assert "'second' was started after it" in late.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("allow_faults", [True, False])
 async def test_faults_only_where_allowed(tmp_path: Path, allow_faults: bool) -> None:
     """Faults are planted only in an app that was started for drills."""

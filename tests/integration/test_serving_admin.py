@@ -210,7 +210,7 @@ async def test_an_order_to_a_rollout_that_is_over_is_refused(tmp_path: Path) -> 
         late = await office.client.post(path, json={**order, "kind": "retry"})
         about = (await office.client.get("/admin/v1/rollouts/second")).json()["about"]
 
-    assert (again.status_code, about["started_by"]) == (201, "admin")
+    assert (again.status_code, about["started_by"]) == (201, "secretary")
     assert (late.status_code, late.json()["error"]["code"]) == (409, "rollout_over")
     assert "'second' was started after it" in late.json()["error"]["message"]
 

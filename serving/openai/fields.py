@@ -84,7 +84,7 @@ def _path(item: ErrorDetails, data: Any) -> list[str]:
     for i, part in enumerate(item["loc"]):
         is_key = isinstance(data, dict) and part in data
         if is_key or (isinstance(data, list) and isinstance(part, int) and part < len(data)):
-            data = data[part]  # type: ignore[index]
+            data = data[part]
         elif item["type"] != "missing" or i < len(item["loc"]) - 1:
             continue
         path.append(str(part))

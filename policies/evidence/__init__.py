@@ -19,6 +19,7 @@ from sentei.policies.evidence.betting import (
     Betting,
     paired_bound,
     paired_excess,
+    units_to_notice,
     units_to_prove,
 )
 from sentei.policies.evidence.counts import (
@@ -50,6 +51,7 @@ __all__ = [
     "log_threshold",
     "paired_bound",
     "paired_excess",
+    "units_to_notice",
     "units_to_prove",
 ]
 

@@ -189,8 +189,8 @@ def _keys_before(
             table.c.at_s >= begin_s,
         )
         for row in connection.execute(older).mappings():
-            place = key(row)
-            seen[place] = seen.get(place, False) or _is_scored(row)
+            place = key(dict(row))
+            seen[place] = seen.get(place, False) or _is_scored(dict(row))
     return seen
 
 
@@ -205,4 +205,4 @@ def _firsts(rows: Iterable[Row], seen: dict[Key, bool], key: Callable[[Row], Key
 
 def _is_scored(row: Row) -> bool:
     """Whether a row settles its unit; a request always does."""
-    return row.get("status", AuditStatus.SCORED.value) == AuditStatus.SCORED.value
+    return bool(row.get("status", AuditStatus.SCORED.value) == AuditStatus.SCORED.value)

@@ -7,24 +7,36 @@ from typing import Protocol
 from sentei.policies.schema.sections import Guardrail, Guardrails, Slice, Stage
 
 
-class _Spec(Protocol):
+class Terms(Protocol):
+    """The sections that the budget is about."""
+
     @property
-    def mode(self) -> str: ...
+    def mode(self) -> str:
+        """Whether sparse serves anybody."""
+
     @property
-    def stages(self) -> tuple[Stage, ...]: ...
+    def stages(self) -> tuple[Stage, ...]:
+        """In their order."""
+
     @property
-    def guardrails(self) -> Guardrails: ...
+    def guardrails(self) -> Guardrails:
+        """Who is tested, and alpha_total."""
 
 
 class Tested(Protocol):
     """What the budget must know of a policy; the rules of the schema ask before there is one."""
 
     @property
-    def spec(self) -> _Spec: ...
+    def spec(self) -> Terms:
+        """Its sections."""
+
     @property
-    def rung_ids(self) -> tuple[str, ...]: ...
+    def rung_ids(self) -> tuple[str, ...]:
+        """The ladder, mild to aggressive."""
+
     @property
-    def routed_slices(self) -> tuple[Slice, ...]: ...
+    def routed_slices(self) -> tuple[Slice, ...]:
+        """The slices that may go to the candidate."""
 
 
 def try_alpha(policy: Tested, try_number: int = 1) -> float:

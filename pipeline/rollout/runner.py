@@ -254,8 +254,9 @@ def is_kept(policy: Policy, before: RolloutState, decision: Decision, *, since_s
 
 def _without_evidence(state: RolloutState) -> RolloutState:
     """The state without what reading the same cursor again gives back."""
-    counted = {"served_units": 0, "upper_units": 0, "requests": 0, "upper_requests": 0}
-    slices = tuple(replace(item, **counted) for item in state.slices)
+    slices = tuple(
+        replace(item, served_units=0, upper_units=0, requests=0, upper_requests=0) for item in state.slices
+    )
     return replace(state, cells=(), cursor=0, waiting_since_s=0.0, slices=slices)
 
 

@@ -152,8 +152,8 @@ def units_to_prove(
 def units_to_notice(excess: float, *, floor_cap: float | None, alpha: float, cut: float) -> int:
     """After how many units 95 % of the candidates that stand at twice the bound have been called harmful.
 
-    Units vary as a Beta distribution of that mean and a concentration of 20 does. `excess` is the bound itself, over
-    the floor where there is a `floor_cap`. At most NOTICE_LIMIT, which then means "more".
+    Units vary as a Beta distribution of that mean and a concentration of 20 does. `excess` is the bound
+    itself, over the floor where there is a `floor_cap`. At most NOTICE_LIMIT, which then means "more".
     """
     cap = floor_cap or 0.0
     bound, mean = (excess + cap) / (1 + cap), min(2 * excess, 0.99)

@@ -137,7 +137,7 @@ def _fill(place: Document, defaults: Document) -> None:
 
 
 def _from_2(document: Document) -> Document:
-    """A session was a unit once for ever, and a missing audit was never forgiven; now both have their time."""
+    """A session was a unit once for ever, a missing audit for ever missing; now both have a time."""
     _fill(document["spec"], _DEFAULTS_2)
     return document
 

@@ -65,7 +65,7 @@ def _judge_all(tick: Tick) -> tuple[GuardrailReport, ...]:
 
 
 def _judge_one(tick: Tick, gate: Guardrail, slice_id: str) -> GuardrailReport:
-    """The verdict of one guardrail in one place; of quality, harm in either arm, safety in the one that decides."""
+    """The verdict of one guardrail in one place; of quality, harm in either arm, safety in one (F16)."""
     policy, state = tick.policy, tick.state
     stage = policy.stage(state.stage_id)
     need = policy.need(stage, gate)
@@ -186,7 +186,7 @@ def _newest(tick: Tick, track: DriftTrack) -> int:
 
 
 def check_artifact(tick: Tick) -> Tick:
-    """After the orders: what is proven is one artifact, so another one goes dense and is a rollout of its own."""
+    """After the orders: what is proven is one artifact; another one goes dense, and is another rollout."""
     found, known = tick.signals.artifact, tick.state.artifact
     if not found or found == known or tick.state.phase == Phase.SHELTERED:
         return tick

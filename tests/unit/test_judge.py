@@ -214,7 +214,7 @@ def test_operational_guardrails_are_not_asked_in_shadow() -> None:
 
 
 def test_the_error_budget_is_never_overspent() -> None:
-    """All tests of all guardrails, with every fresh start, over however many tries, sum to alpha_total (F10)."""
+    """All tests of all guardrails, with every fresh start and try, sum to alpha_total (F10)."""
     for policy in (make_policy(), with_gates(RATIO, SLO, MASS)):
         items = policy.spec.guardrails.items
         spent = sum(

@@ -131,13 +131,13 @@ class Policy(Section):
     def audit_odds(self, stage: Stage) -> tuple[float, float]:
         """The probabilities that a request served by dense, and one served by sparse, is audited there.
 
-        Where sparse serves its answers get SERVED_PART of all audits, or as many as there are.
+        Where sparse serves, its answers get SERVED_PART of all audits, or as many as there are; dense has the rest.
         """
         fraction = self.audit_share(stage)
         if stage.share == 0 or self.spec.mode == "advise":
             return fraction, 0.0
         sparse = min(1.0, fraction * SERVED_PART / stage.share)
-        return min(1.0, fraction * (1 - SERVED_PART) / (1 - stage.share)), sparse
+        return min(1.0, (fraction - sparse * stage.share) / (1 - stage.share)), sparse
 
     def need(self, stage: Stage, gate: Guardrail | None = None) -> Literal["all_safe", "no_harm"]:
         """What a stage asks of a guardrail, or of one that says nothing of its own, before it ends."""

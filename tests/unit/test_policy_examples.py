@@ -80,11 +80,11 @@ def play(
 
 
 def test_the_demo_promotes_a_good_rung_within_its_time() -> None:
-    """At an excess of 2 % nineteen of twenty seeds or more end promoted, in about half a minute of ticks."""
+    """At an excess of 2 % nineteen of twenty seeds or more end promoted, in about a minute of ticks."""
     runs = [play(example("demo"), 0.02, seed=seed) for seed in range(20)]
 
     assert sum(outcome == "promoted" for outcome, *_ in runs) >= 19
-    assert np.median([seconds for *_, seconds in runs]) <= 60
+    assert np.median([seconds for *_, seconds in runs]) <= 75
 
 
 def test_the_demo_catches_a_real_harm_within_twenty_sessions() -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 from sentei.monitors.health import read_health, read_newest_at, read_traffic
 from sentei.monitors.records import FAILED_OUTCOMES, AuditStatus
 from sentei.monitors.store import Store
-from sentei.monitors.tables import AUDITS, COMMANDS, DRIFT, REQUESTS
+from sentei.monitors.tables import ARRIVALS, AUDITS, COMMANDS, DRIFT, REQUESTS
 from sentei.policies.signals import Command, DriftSignal, Observation, Signals
 
 Row = Mapping[str, Any]
@@ -89,7 +89,7 @@ def read_signals(
             traffic=read_traffic(connection, query.rollout_id, after=cursor, upto=upto),
             commands=_read_commands(connection, query.rollout_id, command_cursor),
             cursor=_next_cursor(connection, query.rollout_id, cursor, upto=upto, is_newest=upto == newest),
-            newest_data_at_s=read_newest_at(connection, query.rollout_id),
+            newest_data_at_s=read_newest_at(connection, query.rollout_id, now_s=now_s),
         )
 
 
@@ -100,7 +100,8 @@ def _next_cursor(connection: Connection, rollout_id: str, after: int, *, upto: i
     newest = after
     for table, says_something in (
         (AUDITS, AUDITS.c.is_unit),
-        (REQUESTS, REQUESTS.c.is_unit | REQUESTS.c.is_arrival),
+        (REQUESTS, REQUESTS.c.is_unit),
+        (ARRIVALS, sa.true()),
     ):
         query = sa.select(sa.func.max(table.c.seq)).where(
             table.c.rollout_id == rollout_id, says_something, table.c.seq > after, table.c.seq <= upto

@@ -152,4 +152,5 @@ class Revision:
     policy_text: str
 
 
+ARTIFACT = "artifact.sparse"  # the named value that says what the sparse replicas run
 FAILED_OUTCOMES = frozenset({Outcome.FAILED, Outcome.FALLBACK_BEFORE, Outcome.FALLBACK_MID})

@@ -140,7 +140,7 @@ class Answerer:
     def _note_failure(self, error: VariantError, question: Question, progress: Progress) -> None:
         log.warning("request %s after %d tokens: %s", question.request_id, len(progress.ids), error)
         if error.variant == SPARSE:
-            self._breaker.record(is_ok=False, now_s=time.monotonic())
+            self._breaker.record(is_ok=False, unit=question.unit, now_s=time.monotonic())
         progress.note_failure(error)
 
     async def _try(
@@ -164,7 +164,7 @@ class Answerer:
                 if chunk.attention is not None:
                     progress.attention = chunk.attention.to_dict(self._limits.attention_record_bytes)
                 if name == SPARSE and chunk.finish_reason is not None:
-                    self._breaker.record(is_ok=True, now_s=time.monotonic())
+                    self._breaker.record(is_ok=True, unit=question.unit, now_s=time.monotonic())
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
@@ -203,5 +203,6 @@ def _engine_request(question: Question, progress: Progress) -> EngineRequest:
         rung_id=progress.rung_id,
         sampling=question.sampling,
         stop_ids=question.stop_ids,
+        artifact=question.assignment.artifact if progress.variant == SPARSE else "",
     )
     return replace(request, sent_ids=tuple(progress.ids))

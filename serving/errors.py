@@ -5,6 +5,7 @@ ServingError
 ├── EngineError       the engine cannot go on with a request
 │   ├── EngineBusyError        its queue is full
 │   ├── EngineRefusedError     the request can never fit this engine
+│   ├── WrongArtifactError     another model, adapter, ladder or engine was asked for than runs here
 │   └── BadLogitsError         the model gave NaN or infinite logits
 ├── VariantError     a whole variant failed this request (crash, timeout, bad logits, empty answer)
 └── ConfigError       the app was configured with something that cannot work
@@ -47,6 +48,10 @@ class EngineBusyError(EngineError):
 
 class EngineRefusedError(EngineError):
     """The request can never fit this engine."""
+
+
+class WrongArtifactError(EngineError):
+    """What was proven is not what runs here, so nothing of it may be served or counted."""
 
 
 class BadLogitsError(EngineError):

@@ -13,7 +13,13 @@ from ray.serve.handle import DeploymentHandle
 
 from sentei.monitors.records import Missing
 from sentei.serving.engine.request import EngineRequest, ScoreRequest, ScoreResult, TokenChunk
-from sentei.serving.errors import BadLogitsError, EngineBusyError, EngineRefusedError, VariantError
+from sentei.serving.errors import (
+    BadLogitsError,
+    EngineBusyError,
+    EngineRefusedError,
+    VariantError,
+    WrongArtifactError,
+)
 from sentei.serving.ports import AuditJob, AuditLoad, ModelCard
 
 CONTROL_TIMEOUT_S = 30.0
@@ -27,6 +33,8 @@ def translate(variant: str, error: Exception) -> Exception:
         return cause
     if isinstance(cause, BackPressureError):
         return EngineBusyError(f"variant {variant!r} has a full queue; retry later")
+    if isinstance(cause, WrongArtifactError):
+        return VariantError(variant, "artifact", str(cause))
     if isinstance(cause, BadLogitsError):
         return VariantError(variant, "nan_logits", str(cause))
     reason = "error" if isinstance(error, RayTaskError) else "crash"

@@ -73,6 +73,7 @@ class RunnerOptions:
     owner: str  # unique per process: two controllers of one name would not fence each other
     replicas: Callable[[], Mapping[str, int]] = field(default=lambda: {"dense": 1, "sparse": 1})
     audit_limit_s: float | None = None  # default: data.max_age, at least a minute
+    artifact: Callable[[], str] = field(default=lambda: "")  # digest of what sparse runs; "": not known
 
 
 def start_rollout(

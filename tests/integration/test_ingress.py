@@ -409,7 +409,7 @@ async def test_session_arrives_when_it_is_assigned() -> None:
 
 
 async def test_other_artifact_than_the_proven_one_gets_nobody() -> None:
-    """A sparse replica that runs something else than the table is bound to is not asked, from one table on."""
+    """A sparse replica that runs something else than the table is bound to is not asked."""
     store = FakeStore(routing=(make_table(artifact="proven"), 1))
     world = World(sparse=FakeVariant("sparse", artifact="proven"), store=store)
     async with world.run() as client:

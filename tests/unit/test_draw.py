@@ -25,7 +25,7 @@ def test_every_place_of_a_conversation_is_drawn_alike(probability: float) -> Non
 
 
 def test_each_window_has_one() -> None:
-    """A quarter means one in each four of a session's requests, so no session is left out or drawn in runs."""
+    """A quarter means one in each four of a session's requests, so no session is left out."""
     draws = AuditDraws(random.Random(1))
 
     found = [sum(draws.draw("s", 0.25) for _ in range(4)) for _ in range(50)]
@@ -34,7 +34,7 @@ def test_each_window_has_one() -> None:
 
 
 def test_growing_conversations_are_audited_as_they_are_served() -> None:
-    """Audits fall on long prompts as often as requests do, not on the short ones that begin a conversation."""
+    """Audits fall on long prompts as often as requests do, not on the short first ones."""
     rng, draws = random.Random(0), AuditDraws(random.Random(1))
     served, audited = list[int](), list[int]()
     for session in range(4000):

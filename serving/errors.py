@@ -5,6 +5,7 @@ ServingError
 ├── EngineError       the engine cannot go on with a request
 │   ├── EngineBusyError        its queue is full
 │   ├── EngineRefusedError     the request can never fit this engine
+│   ├── GrammarError           the grammar that the caller sent cannot be followed: the caller's fault
 │   ├── WrongArtifactError     another model, adapter, ladder or engine was asked for than runs here
 │   └── BadLogitsError         the model gave NaN or infinite logits
 ├── VariantError     a whole variant failed this request (crash, timeout, bad logits, empty answer)
@@ -52,6 +53,10 @@ class EngineRefusedError(EngineError):
 
 class WrongArtifactError(EngineError):
     """What was proven is not what runs here, so nothing of it may be served or counted."""
+
+
+class GrammarError(EngineError):
+    """The caller's grammar cannot be read, or nothing can follow it; no variant could do better."""
 
 
 class BadLogitsError(EngineError):

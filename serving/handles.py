@@ -17,6 +17,7 @@ from sentei.serving.errors import (
     BadLogitsError,
     EngineBusyError,
     EngineRefusedError,
+    GrammarError,
     VariantError,
     WrongArtifactError,
 )
@@ -29,7 +30,7 @@ SUBMIT_TIMEOUT_S = 5.0
 def translate(variant: str, error: Exception) -> Exception:
     """Say in our words what went wrong behind a handle."""
     cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, EngineBusyError | EngineRefusedError):
+    if isinstance(cause, EngineBusyError | EngineRefusedError | GrammarError):
         return cause
     if isinstance(cause, BackPressureError):
         return EngineBusyError(f"variant {variant!r} has a full queue; retry later")

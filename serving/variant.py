@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sentei.serving.engine.runner import ModelRunner
 
 WARM_UP_TOKENS = 1024
-NUMERICS = "native/1"  # counts up when a kernel or a selection rule changes what is computed
+NUMERICS = "builtin/1"  # counts up when a kernel or a selection rule changes what is computed
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class ModelServer:
     def __init__(self, options: VariantOptions) -> None:
         import torch
 
+        from sentei.serving.engine.grammar import Grammars
         from sentei.serving.engine.runner import ModelRunner
 
         torch.set_num_threads(options.threads)
@@ -47,7 +48,9 @@ class ModelServer:
         digest = adapter.digest if adapter is not None else ""
         self._artifact = artifact_digest(digest, NUMERICS, self._served.model)
         self._limits = options.limits(self._served.max_context_tokens)
-        runner = ModelRunner(self._served.model, self._retrofit)
+        served = self._served
+        grammars = Grammars(served.tokenizer, served.vocab_size, served.eos_ids)
+        runner = ModelRunner(served.model, self._retrofit, grammars)
         self._warm_up(runner)
         self._engine = Engine(runner, self._limits)
         self._engine.start()
@@ -77,6 +80,7 @@ class ModelServer:
             pid=os.getpid(),
             artifact=self._artifact,
             fault=self._fault,
+            sampling=self._served.sampling,
         )
 
     async def plant(self, fault: dict[str, Any] | None) -> None:

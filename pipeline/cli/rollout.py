@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,7 +101,7 @@ def edit(
     client = AdminClient(url)
     chosen = _newest(client, rollout_id)
     text = policy.read_text(encoding="utf-8")
-    answer = client.edit_policy(chosen, text, str(policy), by=getpass.getuser())
+    answer = client.edit_policy(chosen, text, str(policy))
     output.say(f"edit sent to [bold]{chosen}[/], it acts at the next tick:")
     for change in answer["changes"]:
         output.say(f"  {change}")
@@ -116,7 +115,7 @@ def _command(kind: str, help_text: str) -> None:
         output = Output(as_json=as_json)
         client = AdminClient(url)
         chosen = _newest(client, rollout_id)
-        answer = client.command(chosen, kind, by=getpass.getuser(), reason=reason)
+        answer = client.command(chosen, kind, reason=reason)
         output.say(f"{kind} sent to [bold]{chosen}[/]: it acts at the next tick")
         output.emit(answer)
 

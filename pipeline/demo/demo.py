@@ -210,7 +210,7 @@ def _run_story(
             watch(story, found, traffic.totals)
         seconds = time.monotonic() - started
         if found["outcome"] not in OUTCOMES:
-            admin.command(rollout_id, "abort", by="demo", reason=f"no outcome in {size.max_rollout_s:.0f} s")
+            admin.command(rollout_id, "abort", reason=f"no outcome in {size.max_rollout_s:.0f} s")
     totals = traffic.totals
     return StoryEnd(
         name=story.name,

@@ -49,16 +49,14 @@ class AdminClient:
         """Return one rollout's state, verdicts and reason."""
         return self._call("GET", f"/admin/v1/rollouts/{rollout_id}")
 
-    def command(self, rollout_id: str, kind: str, *, by: str, reason: str = "") -> dict[str, Any]:
-        """Send an operator's order: pause, resume, promote, approve, abort or retry."""
-        body = {"kind": kind, "by": by, "reason": reason}
+    def command(self, rollout_id: str, kind: str, *, reason: str = "") -> dict[str, Any]:
+        """Send an operator's order: pause, resume, promote, approve, abort or retry; the token says whose."""
+        body = {"kind": kind, "reason": reason}
         return self._call("POST", f"/admin/v1/rollouts/{rollout_id}/commands", body)
 
-    def edit_policy(
-        self, rollout_id: str, policy_text: str, source: str = "policy.yaml", *, by: str
-    ) -> dict[str, Any]:
+    def edit_policy(self, rollout_id: str, policy_text: str, source: str = "policy.yaml") -> dict[str, Any]:
         """Give a running rollout a safer policy; returns the changes, or raises with every unsafe field."""
-        body = {"policy": policy_text, "source": source, "by": by}
+        body = {"policy": policy_text, "source": source}
         return self._call("POST", f"/admin/v1/rollouts/{rollout_id}/policy", body)
 
     def plant_fault(self, fault: Mapping[str, Any] | None) -> None:

@@ -393,8 +393,8 @@ async def test_session_arrives_when_it_is_assigned() -> None:
     """A session counts for the sample ratio before its answer ends, once, as it was assigned."""
     world = World(store=FakeStore(routing=(make_table(share=0.0), 1)))
     async with world.run() as client:
-        question = await world.gateway.check(_parsed(), {"x-session-id": "s1"})
-        _, deltas = world.gateway.begin(question)
+        questions = await world.gateway.check(_parsed(), {"x-session-id": "s1"})
+        ((_, deltas),) = world.gateway.begin(questions)
         await anext(deltas)
         while not world.store.arrivals:
             await asyncio.sleep(0.01)
@@ -456,7 +456,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         bad(CHAT, chat("x" * 64), 400, "context_length_exceeded", "64 tokens", param="messages"),
         bad(CHAT, chat(max_tokens=60), 400, "context_length_exceeded", "max_tokens is 60", param="messages"),
         bad(CHAT, chat(""), 400, "empty_string", "no tokens", param="messages"),
-        bad(CHAT, chat(stop=[""]), 400, "invalid_value", "stop", param="stop"),
+        bad(CHAT, chat(stop=[""]), 400, "invalid_value", "''", param="stop.0"),
         bad(CHAT, chat("x" * 4000), 413, "request_too_large", "2048 bytes", param=None),
         bad(TEXT, {"model": MODEL, "prompt": [300]}, 400, "invalid_value", "300", param="prompt"),
         bad(TEXT, {"model": MODEL, "prompt": "x" * 65}, 400, "context_length_exceeded", "65", param="prompt"),
@@ -490,8 +490,8 @@ async def test_too_many_requests_at_once() -> None:
     """Beyond the limit a request gets a 429 with a time to come back."""
     world = World(limits=LIMITS.model_copy(update={"max_concurrent": 1}))
     async with world.run() as client:
-        question = await world.gateway.check(_parsed(), {})
-        _, deltas = world.gateway.begin(question)
+        questions = await world.gateway.check(_parsed(), {})
+        ((_, deltas),) = world.gateway.begin(questions)
         await anext(deltas)
         response = await post_chat(client)
         await deltas.aclose()
@@ -501,7 +501,7 @@ async def test_too_many_requests_at_once() -> None:
 
 
 def _parsed() -> Any:
-    from sentei.serving.openai import ChatRequest
+    from sentei.serving.openai.requests import ChatRequest
 
     return ChatRequest.model_validate(chat())
 

@@ -82,21 +82,20 @@ def test_unreachable_app_names_address_and_way_out(monkeypatch: pytest.MonkeyPat
 
 
 def test_edit_prints_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`rollout edit` sends the file to the newest rollout under the user's name, and shows the answer."""
-    sent: list[tuple[str, str]] = []
+    """`rollout edit` sends the file to the newest rollout, and shows the answer."""
+    sent: list[str] = []
 
-    def take(self: AdminClient, rollout_id: str, text: str, source: str, *, by: str) -> dict[str, object]:
-        sent.append((rollout_id, by))
+    def take(self: AdminClient, rollout_id: str, text: str, source: str) -> dict[str, object]:
+        sent.append(rollout_id)
         return {"rollout_id": rollout_id, "seq": 3, "changes": ["spec.stages[c25].share: 0.25 -> 0.1"]}
 
     monkeypatch.setattr(AdminClient, "rollouts", lambda self: [{"rollout_id": "newest"}])
     monkeypatch.setattr(AdminClient, "edit_policy", take)
-    monkeypatch.setattr("getpass.getuser", lambda: "ann")
 
     done = CliRunner().invoke(app, ["rollout", "edit", str(DEMO_POLICY), "--json"])
 
     assert done.exit_code == ExitCode.OK
-    assert sent == [("newest", "ann")]
+    assert sent == ["newest"]
     assert json.loads(done.stdout)["changes"] == ["spec.stages[c25].share: 0.25 -> 0.1"]
 
 

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from sentei.monitors.database import AHEAD_S
-from sentei.monitors.records import FAILED_OUTCOMES
+from sentei.monitors.records import FAILED_OUTCOMES, Outcome
 from sentei.monitors.tables import ARRIVALS, AUDITS, REQUESTS
 from sentei.policies.signals import SliceTraffic, VariantHealth
 
@@ -24,7 +24,9 @@ def read_health(
     connection: Connection, rollout_id: str, *, window_s: float, now_s: float, replicas: Mapping[str, int]
 ) -> tuple[VariantHealth, ...]:
     """Count requests and failures per assigned variant in the window; a rescue counts as a failure."""
-    is_failed = REQUESTS.c.outcome.in_([o.value for o in FAILED_OUTCOMES])
+    is_failed = REQUESTS.c.outcome.in_([o.value for o in FAILED_OUTCOMES]) | (
+        (REQUESTS.c.variant_assigned == "dense") & (REQUESTS.c.outcome == Outcome.UNANSWERABLE.value)
+    )
     place = sa.func.row_number().over(
         partition_by=(REQUESTS.c.variant_assigned, REQUESTS.c.session_id), order_by=REQUESTS.c.seq.desc()
     )

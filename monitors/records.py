@@ -14,7 +14,8 @@ class Outcome(StrEnum):
     FALLBACK_BEFORE = "fallback_before"
     FALLBACK_MID = "fallback_mid"
     CANCELLED = "cancelled"
-    REFUSED = "refused"  # depends on the request alone: dense fails on it, too, or it can never be answered
+    REFUSED = "refused"  # no server could answer this request: the caller's own mistake
+    UNANSWERABLE = "unanswerable"  # dense fails on it, so it says nothing of the candidate
 
 
 class AuditStatus(StrEnum):

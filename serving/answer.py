@@ -34,6 +34,8 @@ from sentei.serving.tools import NO_TOOLS, ToolUse
 
 log = logging.getLogger(__name__)
 
+REQUESTS_OWN = frozenset({"nan_logits", "error", "empty"})  # failures of dense that come with the request
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -146,6 +148,8 @@ class Answerer:
                 self._note_failure(error, question, progress)
                 is_worth_another = i_try == 0 and (name == SPARSE or error.reason == "crash")
                 if not is_worth_another:
+                    if name == DENSE and error.reason in REQUESTS_OWN:
+                        progress.outcome = Outcome.UNANSWERABLE
                     raise RequestError(
                         f"no variant could answer ({error.reason}); try again", status=503, code="overloaded"
                     ) from error

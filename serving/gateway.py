@@ -208,7 +208,8 @@ class Gateway:
         except RequestError as error:
             # A request that nobody could answer says nothing of the variant that was asked.
             is_callers = error.status < 500 and error.status != 429
-            progress.outcome = Outcome.CANCELLED if is_callers else Outcome.FAILED
+            if progress.outcome is not Outcome.UNANSWERABLE:
+                progress.outcome = Outcome.REFUSED if is_callers else Outcome.FAILED
             progress.error = progress.error or error.message
             raise
         except Exception as error:  # the request handler: log, count as failed, answer with an error

@@ -82,6 +82,15 @@ class Lease:
         self._table: RoutingTable | None = None
         self._renewals: int | None = None
         self._renewed_at_s: float | None = None
+        self._stopped: set[str] = set()
+
+    def stop(self, rollout_id: str) -> None:
+        """Obey no table of this rollout any more, whatever the store says."""
+        self._stopped.add(rollout_id)
+
+    def release(self, rollout_id: str) -> None:
+        """Let the store say again what becomes of a rollout."""
+        self._stopped.discard(rollout_id)
 
     def observe(self, table: RoutingTable, renewals: int, now_s: float) -> None:
         """Take in what the store says, read at `now_s` on a monotonic clock."""
@@ -92,8 +101,9 @@ class Lease:
         self._table, self._renewals = table, renewals
 
     def table(self, now_s: float) -> RoutingTable | None:
-        """Return the table while its lease lasts, else None."""
-        return self._table if self.is_fresh(now_s) else None
+        """Return the table while its lease lasts and nobody stopped its rollout here, else None."""
+        is_stopped = self._table is not None and self._table.rollout_id in self._stopped
+        return self._table if self.is_fresh(now_s) and not is_stopped else None
 
     def artifact(self) -> str:
         """Return the digest of what the newest table is bound to, fresh or not; "" if to nothing."""

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from sentei.serving.engine.attention_use import AttentionUse, LayerUse
-from sentei.serving.errors import EngineBusyError, VariantError
+from sentei.serving.errors import EngineBusyError, EngineRefusedError, VariantError
 from sentei.serving.gateway import Gateway
 from sentei.serving.ingress import build_api
 from sentei.serving.ports import AuditLoad
@@ -275,7 +275,7 @@ async def test_nobody_answers() -> None:
         response = await post_chat(client, stream=True)
 
     assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
-    assert world.store.requests[0].outcome == "failed"
+    assert world.store.requests[0].outcome == "unanswerable"
 
 
 async def test_breaker_spares_users_the_wait() -> None:
@@ -289,6 +289,40 @@ async def test_breaker_spares_users_the_wait() -> None:
     assert len(world.sparse.requests) == 3
     assert [r.outcome for r in world.store.requests] == ["fallback_before"] * 4
     assert "breaker_open" in world.store.requests[3].error
+
+
+@pytest.mark.parametrize(
+    ("failure", "outcome"),
+    [
+        (VariantError("dense", "nan_logits"), "unanswerable"),
+        (VariantError("dense", "crash"), "failed"),
+        (EngineBusyError("32 requests wait"), "failed"),
+        (EngineRefusedError("never fits"), "refused"),
+    ],
+)
+async def test_what_dense_cannot_answer_either_is_nobodys_failure(failure: Exception, outcome: str) -> None:
+    """Sparse failed, and dense fails on the same request: only a dense that is down or full leaves blame."""
+    world = World(
+        dense=FakeVariant("dense", fail_after=0, failure=failure),
+        sparse=FakeVariant("sparse", fail_after=0, failure=VariantError("sparse", "nan_logits")),
+    )
+    async with world.run() as client:
+        await post_chat(client)
+
+    assert [r.outcome for r in world.store.requests] == [outcome]
+
+
+async def test_one_session_cannot_take_sparse_from_the_others() -> None:
+    """Failing requests of one client, however many, open no breaker; the others keep sparse."""
+    world = World(sparse=FakeVariant("sparse", fail_after=0, failure=crash("sparse")))
+    async with world.run() as client:
+        for _ in range(10):
+            await client.post("/v1/chat/completions", json=chat(), headers={"x-session-id": "s1"})
+        assert world.sparse is not None
+        world.sparse.fail_after = None
+        response = await client.post("/v1/chat/completions", json=chat(), headers={"x-session-id": "s2"})
+
+    assert response.headers["x-sentei-variant"] == "sparse"
 
 
 async def test_lease_runs_out_and_comes_back() -> None:

@@ -19,6 +19,7 @@ from sentei.monitors.store import Store
 from sentei.pipeline.plain import to_plain
 from sentei.pipeline.rollout.revisions import PolicyBook
 from sentei.pipeline.rollout.runner import EVIDENCE, RolloutError, read_look, read_quarantine, start_rollout
+from sentei.pipeline.rollout.succession import StartRefusedError
 from sentei.policies.edits import EditError, check_edit
 from sentei.policies.engine import QuarantineError
 from sentei.policies.machine import Phase
@@ -47,6 +48,7 @@ class StartBody(BaseModel):
     policy: str
     source: str = "policy.yaml"
     release_quarantine: bool = False  # start a policy that was rolled back before
+    replace: bool = False  # follow a promoted rollout: its share ends
     rollout_id: str | None = Field(default=None, pattern=ROLLOUT_ID)
 
 
@@ -102,7 +104,7 @@ def add_admin_routes(
     )
     async def start(request: Request) -> Any:
         body = parse_request(StartBody, await _body(request))
-        return await asyncio.to_thread(desk.start, body)
+        return await asyncio.to_thread(desk.start, body, request.state.operator.name)
 
     @router.get("/rollouts", **describe(errors=(401, 403, 404, 429)))
     async def rollouts() -> Any:
@@ -182,23 +184,26 @@ class RolloutDesk:
         self._about = about
         self._now_s = now_s
 
-    def start(self, body: StartBody) -> dict[str, Any]:
+    def start(self, body: StartBody, by: str) -> dict[str, Any]:
         """Check a policy against what runs here and write the rollout down; the controller takes it up."""
         try:
             policy = load_policy(body.policy, body.source)
         except PolicyError as error:
             raise RequestError(str(error), code="invalid_policy", param="policy") from error
         self._check_rungs([rung.id for rung in policy.spec.ladder])
-        self._check_none_runs()
         try:
             rollout = start_rollout(
                 self._store,
                 body.policy,
                 now_s=self._now_s(),
-                about=self._about,
+                about={**self._about, "started_by": by},
                 rollout_id=body.rollout_id,
                 releases_quarantine=body.release_quarantine,
+                replaces=body.replace,
             )
+        except StartRefusedError as error:
+            code = "rollout_promoted" if error.can_replace else "rollout_running"
+            raise RequestError(str(error), status=409, code=code) from error
         except QuarantineError as error:
             text = f"{error}; send release_quarantine=true to try it again"
             raise RequestError(text, status=409, code="quarantined", param="policy") from error
@@ -238,6 +243,7 @@ class RolloutDesk:
             is_stop, acts = self._stop_here(rollout_id)
         try:
             self._find(rollout_id)
+            self._check_is_newest(rollout_id)
             seq = self._store.add_command(
                 rollout_id, body.kind, by=by, reason=body.reason, at_s=self._now_s(), stops=is_stop
             )
@@ -264,6 +270,7 @@ class RolloutDesk:
     def edit(self, rollout_id: str, body: EditBody, by: str) -> dict[str, Any]:
         """Put a safer policy into the inbox of a running rollout; what is not safer is refused by field."""
         self._find(rollout_id)
+        self._check_is_newest(rollout_id)
         event = self._log.latest(rollout_id)
         if event is None:
             text = f"rollout {rollout_id!r} has not begun; edit it after the controller's first tick"
@@ -322,12 +329,12 @@ class RolloutDesk:
             text = f"ladder has rung {missing[0]!r}; the adapter has {', '.join(card.rung_ids)}"
             raise RequestError(text, code="unknown_rung", param="policy")
 
-    def _check_none_runs(self) -> None:
-        rollouts = self._store.read_rollouts()
-        newest = self._summary(rollouts[-1]) if rollouts else None
-        if newest is not None and newest["outcome"] is None:
-            text = f"rollout {newest['rollout_id']!r} is {newest['phase']}; abort it first"
-            raise RequestError(text, status=409, code="rollout_running")
+    def _check_is_newest(self, rollout_id: str) -> None:
+        """The controller runs the newest rollout only: what is said to another is never obeyed."""
+        newest = self._store.read_rollouts()[-1].rollout_id
+        if newest != rollout_id:
+            text = f"rollout {rollout_id!r} is over: rollout {newest!r} was started after it"
+            raise RequestError(text, status=409, code="rollout_over", param="rollout_id")
 
     def _summary(self, rollout: Rollout) -> dict[str, Any]:
         book, event = PolicyBook(self._store), self._log.latest(rollout.rollout_id)

@@ -29,8 +29,8 @@ from sentei.serving.errors import (
 from sentei.serving.ports import Tokenizer, Variant
 from sentei.serving.router import DENSE, SPARSE, Assignment, Breaker
 from sentei.serving.settings import Limits
-from sentei.serving.text import Detokenizer, StopScanner, ToolCall
-from sentei.serving.tools import NO_TOOLS, ToolUse
+from sentei.serving.text.pieces import Detokenizer, StopScanner, ToolCall
+from sentei.serving.text.tools import NO_TOOLS, ToolUse
 
 log = logging.getLogger(__name__)
 

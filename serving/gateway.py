@@ -17,7 +17,6 @@ from sentei.monitors.errors import MonitorError
 from sentei.monitors.records import ARTIFACT, Arrival, AuditStatus, Missing, Outcome, RequestRecord
 from sentei.policies.signals import RoutingTable
 from sentei.serving.answer import Answerer, Delta, Progress, Question
-from sentei.serving.chat import template_of
 from sentei.serving.choices import read_calls
 from sentei.serving.clock import SteadyClock
 from sentei.serving.draw import AuditBudget, AuditDraws, draw_audit
@@ -25,12 +24,13 @@ from sentei.serving.engine.attention_use import to_json
 from sentei.serving.errors import RequestError, ServingError
 from sentei.serving.openai.requests import ChatRequest, GenerationRequest, TokenizeRequest, sampling_of
 from sentei.serving.ports import AuditDesk, AuditJob, ModelCard, RecordStore, Tokenizer, Variant
-from sentei.serving.prompts import check_biases, check_ending, prompt_ids, room_for_answer, tokenize
 from sentei.serving.router import DENSE, NO_SLICE, SPARSE, Assignment, Breaker, Lease, SeenUnits, assign
-from sentei.serving.schemas import SchemaChecker
 from sentei.serving.settings import Limits
-from sentei.serving.text import TokenTexts
-from sentei.serving.tools import NO_TOOLS, ToolUse, tool_use
+from sentei.serving.text.chat import template_of
+from sentei.serving.text.pieces import TokenTexts
+from sentei.serving.text.prompts import check_biases, check_ending, prompt_ids, room_for_answer, tokenize
+from sentei.serving.text.schemas import SchemaChecker
+from sentei.serving.text.tools import NO_TOOLS, ToolUse, tool_use
 from sentei.serving.writer import RecordWriter
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from sentei.monitors.signals_reader import SignalQuery, read_signals
 from sentei.monitors.store import Store
 from sentei.serving.access import Operator, OperatorBook, Role
 from sentei.serving.admin import add_admin_routes
@@ -109,7 +110,8 @@ async def test_order_carries_the_name_of_its_token(tmp_path: Path) -> None:
         path = f"/admin/v1/rollouts/{rollout_id}/commands"
         forged = await office.client.post(path, json={"kind": "pause", "by": "eve"}, headers=headers)
         await office.client.post(path, json={"kind": "pause"}, headers=headers)
-        orders = office.store.read_commands(rollout_id, after=0)
+        query = SignalQuery(rollout_id, frozenset(), health_window_s=60.0, audit_limit_s=60.0)
+        orders = read_signals(office.store, query, cursor=0, now_s=0.0).commands
 
     assert (forged.status_code, forged.json()["error"]["param"]) == (400, "by")
     assert [(order.kind, order.by) for order in orders] == [("pause", "operator")]
@@ -196,6 +198,24 @@ async def test_dense_only_app_refuses_a_rollout(tmp_path: Path) -> None:
 
     assert (response.status_code, response.json()["error"]["code"]) == (409, "no_sparse_variant")
     assert "no adapter" in response.json()["error"]["message"]
+
+
+async def test_an_order_to_a_rollout_that_is_over_is_refused(tmp_path: Path) -> None:
+    """The controller runs the newest rollout only, so nobody is told that an older one will act."""
+    async with open_office(tmp_path) as office:
+        first = (await start(office, rollout_id="first")).json()["rollout_id"]
+        office.controller.tick()
+        path, order = f"/admin/v1/rollouts/{first}/commands", {"kind": "abort"}
+        await office.client.post(path, json=order)
+        office.clock.now_s += 1
+        office.controller.tick()
+        again = await start(office, rollout_id="second", release_quarantine=True)
+        late = await office.client.post(path, json={**order, "kind": "retry"})
+        about = (await office.client.get("/admin/v1/rollouts/second")).json()["about"]
+
+    assert (again.status_code, about["started_by"]) == (201, "secretary")
+    assert (late.status_code, late.json()["error"]["code"]) == (409, "rollout_over")
+    assert "'second' was started after it" in late.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("allow_faults", [True, False])

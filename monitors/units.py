@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from sentei.monitors.records import AuditStatus
-from sentei.monitors.tables import AUDITS, REQUESTS
+from sentei.monitors.tables import ARRIVALS, AUDITS, REQUESTS
 from sentei.policies.signals import SliceLengths
 
 Row = Mapping[str, Any]
@@ -84,10 +84,10 @@ def read_units(connection: Connection, query: SignalQuery, *, after: int, upto: 
 
 
 def last_arrival(connection: Connection, rollout_id: str, after: int, upto: int) -> int:
-    """The number of the newest request that was the first of its session, 0 without one."""
-    table = REQUESTS.c
+    """The number of the newest session that arrived, 0 without one."""
+    table = ARRIVALS.c
     query = sa.select(sa.func.max(table.seq)).where(
-        table.rollout_id == rollout_id, table.is_arrival, table.seq > after, table.seq <= upto
+        table.rollout_id == rollout_id, table.seq > after, table.seq <= upto
     )
     return int(connection.execute(query).scalar() or 0)
 
@@ -139,8 +139,10 @@ def _read_borders(connection: Connection, query: SignalQuery) -> Mapping[str, fl
 
 
 def _audits() -> sa.Select[Any]:
-    """Audits with what is known of their request."""
-    return sa.select(AUDITS, REQUESTS.c.prompt_tokens, REQUESTS.c.share).outerjoin(
+    """Audits with the length and the share of their request, which older rows did not keep themselves."""
+    kept = ("prompt_tokens", "share")
+    known = [sa.func.coalesce(AUDITS.c[name], REQUESTS.c[name]).label(name) for name in kept]
+    return sa.select(*(column for column in AUDITS.c if column.name not in kept), *known).outerjoin(
         REQUESTS, REQUESTS.c.request_id == AUDITS.c.request_id
     )
 

@@ -140,9 +140,9 @@ def _read_borders(connection: Connection, query: SignalQuery) -> Mapping[str, fl
 
 
 def _audits() -> sa.Select[Any]:
-    """Audits with the length and the share of their request, which older rows did not keep themselves."""
+    """Audits with the length and the share of their request; where its record is not there, with their own."""
     kept = ("prompt_tokens", "share")
-    known = [sa.func.coalesce(AUDITS.c[name], REQUESTS.c[name]).label(name) for name in kept]
+    known = [sa.func.coalesce(REQUESTS.c[name], AUDITS.c[name]).label(name) for name in kept]
     return sa.select(*(column for column in AUDITS.c if column.name not in kept), *known).outerjoin(
         REQUESTS, REQUESTS.c.request_id == AUDITS.c.request_id
     )

@@ -14,9 +14,9 @@ from sentei.serving.errors import GrammarError
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-# One spelling of JSON, that of `json.dumps`: where any white space may stand, the pocket model wrote little else
-# (three of three answers were cut off at 60 tokens, llguidance 1.7.6). What is not understood must be refused,
-# whatever a schema says of it.
+# One spelling of JSON, that of `json.dumps`: where any white space may stand, the pocket model wrote little
+# else (three of three answers were cut off at 60 tokens, llguidance 1.7.6). What is not understood must be
+# refused, whatever a schema says of it.
 OPTIONS: JsonCompileOptions = {
     "whitespace_flexible": False,
     "item_separator": ", ",

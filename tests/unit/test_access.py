@@ -103,7 +103,7 @@ def test_bad_key_of_the_environment_is_not_shown(monkeypatch: pytest.MonkeyPatch
     """The error counts the entries and keeps the secret."""
     monkeypatch.setenv(KEYS_VARIABLE, f"{KEY},bob=hunter2")
 
-    with pytest.raises(ConfigError, match="entry 2: key: .*at least 16") as caught:
+    with pytest.raises(ConfigError, match=r"entry 2: key: .*at least 16") as caught:
         KeyBook.read(None)
 
     assert "hunter2" not in str(caught.value)

@@ -1,7 +1,8 @@
-"""Models and tokenizers for serving; the only place that asks `sentei.pipeline.models` for them."""
+"""A variant's model, with its retrofit, and the faults that a drill plants in it."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,19 +28,20 @@ def load_served_model(options: VariantOptions) -> ServedModel:
     """Load a variant's model."""
     import torch
 
+    from sentei.kernels.hf.models import end_tokens
     from sentei.pipeline.models import resolve_model
 
-    loaded = resolve_model(options.model)
+    # Asked for, not cast: values that were rounded to bf16 on the way stay rounded.
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    loaded = resolve_model(options.model, dtype=dtype)
     model = loaded.model
-    if options.dtype is not None:
-        model = model.to(getattr(torch, options.dtype))
     config = model.config.get_text_config()
     return ServedModel(
         model=model,
         fingerprint=loaded.fingerprint.weights_sha256[:16],
         max_context_tokens=int(config.max_position_embeddings),
         vocab_size=int(config.vocab_size),
-        eos_ids=_eos_ids(model, loaded.tokenizer),
+        eos_ids=tuple(sorted(end_tokens(model, loaded.tokenizer))),
         tokenizer=loaded.tokenizer,
         sampling=default_sampling(getattr(model, "generation_config", None)),
     )
@@ -64,23 +66,7 @@ def default_sampling(config: Any) -> Sampling:
     )
 
 
-def load_tokenizer(model_ref: str) -> Any:
-    """Load a model's tokenizer."""
-    from sentei.pipeline.models import resolve_model
-
-    return resolve_model(model_ref).tokenizer
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Collect every id that ends an answer: both configs and the tokenizer may each name some."""
-    found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or [])
-    return tuple(sorted(found))
-
-
-def attach_retrofit(model: Any, options: VariantOptions, fault: dict[str, Any] | None) -> Any:
+def attach_retrofit(model: Any, options: VariantOptions) -> Any:
     """Put the sparse path, or our compiled dense one, on a model; None where it runs as it is."""
     if options.variant == "dense" and options.attention == "sdpa":
         return None
@@ -92,7 +78,18 @@ def attach_retrofit(model: Any, options: VariantOptions, fault: dict[str, Any] |
         raise ConfigError(
             "variant 'sparse' has no adapter; give `adapter`, a folder made by `sentei distill`"
         )
-    return attach(model, adapter, base=options.attention, fault=make_fault(fault))
+    return attach(model, adapter, base=options.attention)
+
+
+def artifact_digest(adapter_digest: str, numerics: str, model: Any) -> str:
+    """Return what a sparse replica runs as one digest: model, adapter and ladder, engine and precision.
+
+    `numerics` is the engine's name and the version of what it computes, not of its release.
+    """
+    if not adapter_digest:
+        return ""
+    parts = (adapter_digest, numerics, str(model.dtype).removeprefix("torch."))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def make_fault(fault: dict[str, Any] | None) -> Any:
@@ -103,5 +100,5 @@ def make_fault(fault: dict[str, Any] | None) -> Any:
 
     try:
         return Fault(**fault)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"fault is {fault!r}: {error}; its fields are kind and past_tokens") from error

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 from sentei.monitors.errors import StoreError
-from sentei.monitors.records import AuditScore, RequestRecord
+from sentei.monitors.records import Arrival, AuditScore, RequestRecord
 from sentei.monitors.store import Store
 from sentei.pipeline.tracking.tracker import MetricPoint, RunSpec, TrackingError
 
@@ -23,7 +23,6 @@ metadata: {name: test}
 spec:
   ladder: [{id: medium}]
   slices:
-    by: prompt_tokens
     buckets: [{id: long, range: [0, 32768]}]
   assignment: {unit: session_id, salt: test}
   stages:
@@ -70,6 +69,19 @@ def make_request(i: int, **changes: Any) -> RequestRecord:
     return RequestRecord(**{**values, **changes})
 
 
+def make_arrival(i: int, **changes: Any) -> Arrival:
+    """The arrival of session `s<i>`; by default sparse gets it."""
+    values: dict[str, Any] = {
+        "rollout_id": ROLLOUT,
+        "session_id": f"s{i}",
+        "slice_id": "long",
+        "at_s": 1000.0 + i,
+        "share": 0.25,
+        "variant_assigned": "sparse",
+    }
+    return Arrival(**{**values, **changes})
+
+
 def make_audit(i: int, **changes: Any) -> AuditScore:
     """One scored audit of session `s<i>`, as good as dense."""
     values: dict[str, Any] = {
@@ -80,6 +92,7 @@ def make_audit(i: int, **changes: Any) -> AuditScore:
         "slice_id": "long",
         "rung_id": "medium",
         "variant_served": "sparse",
+        "status": "scored",
         "tokens": 50,
         "token_disagreement": 0.0,
         "token_disagreement_floor": 0.0,

@@ -12,7 +12,7 @@ import torch
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.layouts import BlockLists, PagedCache
 from sentei.kernels.ops.registry import why_no_triton
-from sentei.kernels.ops.rules import Grid, TopK
+from sentei.kernels.ops.rules import Grid, Softmax, TopK
 
 if TYPE_CHECKING:
     from sentei.kernels.ops.triton.launch import Launch
@@ -23,18 +23,6 @@ HEAD_DIMS = (64, 128, 256)
 # The case: bf16, 32 query heads on 8 KV heads, 32k tokens, blocks of 64, lists per KV group, 8 splits, pages
 # of 16 tokens.
 HEADS, KV_HEADS, TOKENS, BLOCK, PAGE, SPLITS, BATCH = 32, 8, 32768, 64, 16, 8, 16
-
-# What a program may take at head size 128: (registers per thread, bytes of shared memory; on gfx942 64 KiB at
-# most). Prefill: one program of 8 warps fills a unit of 65,536 registers, and an A100's has 163 KiB. Decode
-# waits for memory, so four programs of 4 warps must fit; select and merge are smaller; of mass, one fits.
-BOUNDS = {
-    "prefill": (255, 160 * 1024),
-    "prefill_per_head": (255, 160 * 1024),
-    "decode": (128, 40 * 1024),
-    "merge": (64, 8 * 1024),
-    "mass": (192, 80 * 1024),
-    "select": (64, 16 * 1024),
-}
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
 
 
@@ -117,7 +105,7 @@ def _prefill(head_dim: int, target: str, *, mask_heads: int) -> Launch:
     )
     mask = BlockMask(*lists, TOKENS, TOKENS, BLOCK, BLOCK)
     lse = _empty(1, HEADS, TOKENS, dtype=torch.float32)
-    return prefill_launch(q, k, k, mask, q, lse, scale=1.0, target=target)
+    return prefill_launch((q, k, k), mask, Softmax(1.0), q, lse, target=target)
 
 
 def _decode(head_dim: int, target: str, *, is_merge: bool) -> Launch:
@@ -133,7 +121,7 @@ def _decode(head_dim: int, target: str, *, is_merge: bool) -> Launch:
     cache = PagedCache(pages, pages, table, _empty(BATCH, dtype=torch.int32))
     counts = _empty(BATCH, KV_HEADS, dtype=torch.int32)
     lists = BlockLists(counts, _empty(BATCH, KV_HEADS, TOKENS // BLOCK, dtype=torch.int32), BLOCK)
-    return decode_launch(q, cache, lists, parts, part_lse, scale=1.0, target=target)
+    return decode_launch(q, cache, lists, Softmax(1.0), (parts, part_lse), target=target)
 
 
 def _mass(head_dim: int, target: str) -> Launch:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sentei.kernels.scorer.features import RotaryTable
+
 
 class RetrofitError(RuntimeError):
     """Base of what goes wrong between Sentei and a Hugging Face model."""
@@ -133,14 +135,23 @@ def layer_window(config: Any, index: int) -> int | None:
     return int(window) if window is not None else None
 
 
-def rotary_tables(model: nn.Module, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin [length, D] in fp32 for positions 0 to length - 1 of the full-attention layers."""
+def rotary_table(model: nn.Module, length: int, device: torch.device | str = "cpu") -> RotaryTable:
+    """Return cosines and sines, in fp32, for positions 0 to length - 1 of the full-attention layers."""
     decoder = text_decoder(model)
     positions = torch.arange(length, device=device)[None]
     example = torch.empty(0, dtype=torch.float32, device=device)
     extra = {"layer_type": "full_attention"} if find_family(model).rotary_takes_layer_type else {}
     cos, sin = decoder.rotary_emb(example, position_ids=positions, **extra)  # type: ignore[operator]
-    return cos[0].float(), sin[0].float()
+    return RotaryTable(cos[0].float(), sin[0].float())
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return every token that ends an answer: both of a model's configs and the tokenizer may name some."""
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+        named = getattr(source, "eos_token_id", None)
+        found.update([named] if isinstance(named, int) else named or ())
+    return frozenset(found)
 
 
 def fingerprint(model: nn.Module, name: str) -> Fingerprint:

@@ -25,10 +25,10 @@ from sentei.kernels.hf.models import (
     LayerInfo,
     ModelError,
     attention_modules,
-    rotary_tables,
+    rotary_table,
     thinnable_layers,
 )
-from sentei.kernels.hf.observe import Selection, SelectionObserver
+from sentei.kernels.hf.observe import AttendedRows, Selection, SelectionObserver
 from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.kernels.ops.attention import attend, dense_attend
 from sentei.kernels.ops.block_mask import BlockMask
@@ -37,8 +37,8 @@ from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import per_head_thresholds, score_blocks, select_blocks
 
-# sdpa: Transformers' own. flex: our fastest dense per call. compiled_flex: FlexAttention, faster or not.
-Base = Literal["sdpa", "flex", "compiled_flex"]
+# sdpa: Transformers' own. flex: compiled FlexAttention. best: our fastest dense path, call by call.
+Base = Literal["sdpa", "flex", "best"]
 AttentionResult = tuple[torch.Tensor, None]
 # Chooses blocks in place of the learned scorer, from (layer, q, k): for baselines.
 Selector = Callable[[LayerInfo, torch.Tensor, torch.Tensor], BlockMask]
@@ -48,17 +48,16 @@ _serial = itertools.count(1)
 class Retrofit:
     """A model under retrofit: switch rungs, read statistics, close. One forward pass at a time."""
 
-    def __init__(
-        self, model: nn.Module, adapter: Adapter | None, *, rung: str, base: Base, fault: Fault | None
-    ) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter | None, *, rung: str, base: Base) -> None:
         if base not in get_args(Base):
             raise ModelError(f"base is {base!r}; it must be one of {', '.join(get_args(Base))}")
         self.model = model
         self.adapter = adapter
         self.base = base
-        self.fault = fault
+        self.fault: Fault | None = None
         self.selector: Selector | None = None
         self._observer: SelectionObserver | None = None
+        self._attended: list[AttendedRows] | None = None
         self.is_differentiable = False
         self._low_rank_hooks: list[Any] = []
         self._ladder = adapter.ladder if adapter is not None else dense_ladder()
@@ -102,6 +101,16 @@ class Retrofit:
         finally:
             self._observer = previous
 
+    @contextmanager
+    def recording_rows(self) -> Iterator[list[AttendedRows]]:
+        """Keep what each attention call read, for the length of a `with` block."""
+        rows: list[AttendedRows] = []
+        self._attended = rows
+        try:
+            yield rows
+        finally:
+            self._attended = None
+
     def set_fault(self, fault: Fault | None) -> None:
         """Plant a fault, or take it out."""
         self.fault = fault
@@ -131,11 +140,6 @@ class Retrofit:
     def reset_stats(self) -> None:
         """Start counting anew."""
         self._stats = RetrofitStats()
-
-    def reorder(self, cache: Any, rows: torch.Tensor) -> None:
-        """Follow a KV cache whose batch rows were put in another order."""
-        for pooled in self._pooled.get(cache, {}).values():
-            pooled.reorder(rows)
 
     def close(self) -> None:
         """Give the model its own attention back; closing twice does nothing."""
@@ -176,7 +180,7 @@ class Retrofit:
                 raise ModelError("packed sequences (position_ids that start anew) are not supported")
             if padding is not None:
                 check_padding(padding, kwargs["q_length"])
-        if self.base == "flex":
+        if self.base == "best":
             return None
         mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
         if mask is not None:
@@ -202,8 +206,9 @@ class Retrofit:
                 if key.shape[2] >= self._rung.break_even_tokens:
                     return self._attend_sparse(layer, query, key, value, pooled)
         if layer is not None:
+            self._record(layer, query, key, None)
             density = (1.0,) * layer.kv_heads
-            self._stats.add(LayerCall(layer.index, query.shape[2], key.shape[2], "dense", density))
+            self._stats.add(LayerCall(layer.index, query.shape[2], "dense", density))
         if self.base != "sdpa":
             out = dense_attend(
                 query,
@@ -212,7 +217,7 @@ class Retrofit:
                 scale=kwargs.get("scaling"),
                 window=kwargs.get("sliding_window"),
                 q_offset=key.shape[2] - query.shape[2],
-                backend="flex" if self.base == "compiled_flex" else "auto",
+                backend="flex" if self.base == "flex" else "auto",
             )
             return out.transpose(1, 2).contiguous(), None
         untouched: AttentionResult = sdpa_attention_forward(
@@ -233,12 +238,20 @@ class Retrofit:
         else:
             mask = self._select(layer, query, key, pooled)
         density = _density_by_group(mask, layer.kv_heads)
-        self._stats.add(LayerCall(layer.index, query.shape[2], key.shape[2], "sparse", density))
+        self._stats.add(LayerCall(layer.index, query.shape[2], "sparse", density))
         if self.is_differentiable:
             out = attend_masked(query, key, value, mask, scale=layer.scale)
         else:
-            out, _ = attend(query, key, value, mask, scale=layer.scale)
+            wants_lse = self._attended is not None
+            out, lse = attend(query, key, value, mask, scale=layer.scale, return_lse=wants_lse)
+            self._record(layer, query, key, lse)
         return out.transpose(1, 2).contiguous(), None
+
+    def _record(
+        self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None
+    ) -> None:
+        if self._attended is not None:
+            self._attended.append(AttendedRows(layer, query, key, lse))
 
     @torch.no_grad()
     def _select(
@@ -280,7 +293,7 @@ class Retrofit:
         needed = key.shape[2]
         if self._table is None or self._table.length < needed:
             length = max(1024, 1 << (needed - 1).bit_length())
-            self._table = RotaryTable(*rotary_tables(self.model, length, key.device))
+            self._table = rotary_table(self.model, length, key.device)
         return self._table
 
     def _read_thresholds(self) -> dict[int, Any]:
@@ -291,16 +304,9 @@ class Retrofit:
         }
 
 
-def attach(
-    model: nn.Module,
-    adapter: Adapter | None,
-    *,
-    rung: str = DENSE,
-    base: Base = "sdpa",
-    fault: Fault | None = None,
-) -> Retrofit:
+def attach(model: nn.Module, adapter: Adapter | None, *, rung: str = DENSE, base: Base = "sdpa") -> Retrofit:
     """Retrofit a model until `close()` is called; without an adapter only the rung `dense` exists."""
-    return Retrofit(model, adapter, rung=rung, base=base, fault=fault)
+    return Retrofit(model, adapter, rung=rung, base=base)
 
 
 @contextmanager
@@ -310,11 +316,10 @@ def retrofit(
     rung: str = DENSE,
     *,
     base: Base = "sdpa",
-    fault: Fault | None = None,
     low_rank: bool = False,
 ) -> Iterator[Retrofit]:
     """Retrofit a model for the length of a `with` block; the model is restored also after an error."""
-    handle = attach(model, adapter, rung=rung, base=base, fault=fault)
+    handle = attach(model, adapter, rung=rung, base=base)
     try:
         handle.set_low_rank(low_rank)
         yield handle

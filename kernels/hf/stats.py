@@ -13,7 +13,6 @@ class LayerCall:
 
     layer: int
     q_tokens: int
-    kv_tokens: int
     path: Literal["dense", "sparse"]
     density_by_group: tuple[float, ...]
 
@@ -28,7 +27,6 @@ class RetrofitStats:
     """Counts over all calls since the last reset, and the latest calls one by one."""
 
     num_sparse: int = 0
-    num_dense: int = 0
     calls: deque[LayerCall] = field(default_factory=lambda: deque(maxlen=CALLS_KEPT))
 
     @property
@@ -41,8 +39,6 @@ class RetrofitStats:
         self.calls.append(call)
         if call.path == "sparse":
             self.num_sparse += 1
-        else:
-            self.num_dense += 1
 
     def density(self) -> float | None:
         """Mean density of the latest calls, dense layers included; None if every call was dense."""

@@ -13,6 +13,7 @@ from sentei.kernels.ops.errors import MaskError, ShapeError
 from sentei.kernels.ops.layouts import PackedMask
 from sentei.kernels.ops.limits import DECODE_ROWS_MAX
 from sentei.kernels.ops.registry import COMPILED_BACKENDS, Request, give_up_on, pick_backend
+from sentei.kernels.ops.rules import Softmax
 
 
 def attend(
@@ -36,8 +37,8 @@ def attend(
     Inference only: no gradient flows.
     """
     check_shapes(q, k, v, mask, window)
-    _check_extras(q, softcap, sinks)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    how = Softmax(q.shape[-1] ** -0.5 if scale is None else scale, window, softcap, sinks)
+    _check_extras(q, how)
     request = Request(
         q.device.type,
         q.dtype,
@@ -51,9 +52,7 @@ def attend(
         while True:
             chosen = pick_backend(request, backend).backend
             try:
-                out, lse = chosen.load()(
-                    q, k, v, mask, scale=scale, window=window, softcap=softcap, sinks=sinks
-                )
+                out, lse = chosen.load()(q, k, v, mask, how)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a compiler can fail in any way; correctness must not depend on it
@@ -86,9 +85,7 @@ def attend_packed(
         from sentei.kernels.ops.triton.prefill import attend_packed_triton
 
         with torch.no_grad():
-            return attend_packed_triton(
-                q, k, v, mask, scale=scale, window=window, softcap=softcap, sinks=sinks
-            )
+            return attend_packed_triton(q, k, v, mask, Softmax(scale, window, softcap, sinks))
     out, lse = q.new_empty(*q.shape[:2], v.shape[-1]), torch.empty(q.shape[1], q.shape[0], device=q.device)
     start_q = start_k = 0
     for part in mask.unpack():
@@ -134,7 +131,7 @@ def dense_attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "sdpa" or (backend == "auto" and _is_for_sdpa(q, k, mask, window)):
         with torch.no_grad():
-            return _dense_sdpa(q, k, v, scale, window, q_offset)
+            return _dense_sdpa(q, k, v, scale=scale, window=window, q_offset=q_offset)
     return attend(q, k, v, mask, scale=scale, window=window, backend=backend)[0]
 
 
@@ -178,7 +175,8 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, window: int |
         raise ShapeError(f"window is {window}; pass at least 1, or None for no window")
 
 
-def _check_extras(q: Tensor, softcap: float | None, sinks: Tensor | None) -> None:
+def _check_extras(q: Tensor, how: Softmax) -> None:
+    softcap, sinks = how.softcap, how.sinks
     if softcap is not None and not softcap > 0:
         raise ShapeError(f"softcap is {softcap}; pass a positive number, or None for no cap")
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
@@ -192,7 +190,9 @@ def _causal_mask(q_len: int, kv_len: int, q_offset: int, device: torch.device) -
     return BlockMask.causal(q_len, kv_len, q_offset=q_offset, device=device)
 
 
-def _dense_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, q_offset: int) -> Tensor:
+def _dense_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, q_offset: int
+) -> Tensor:
     """SDPA: causal over a whole prompt, else over the visible keys with an explicit mask.
 
     With a mask each KV head's query heads are folded into its rows, so that keys and values are not repeated.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from sentei.kernels.ops.block_mask import num_blocks
-from sentei.kernels.ops.errors import BackendError, ShapeError
-from sentei.kernels.ops.registry import is_native_usable, why_no_triton
+from sentei.kernels.ops.errors import ShapeError
+from sentei.kernels.ops.registry import is_native_usable, takes_triton
 
 # Scores held at once per KV head: 64 MiB in fp32.
 _SCORES_MAX = 16 * 2**20
@@ -30,17 +32,11 @@ def block_mass(
     A row's mass sums to 1. Memory beyond the result stays below about 200 MiB, whatever the length; Triton
     needs none. `backend` is auto, triton or torch; auto takes triton on a GPU.
     """
-    batch, q_heads, q_len, _ = q.shape
-    kv_heads, kv_len = k.shape[1:3]
-    if q_heads % kv_heads or q_offset + q_len > kv_len:
+    q_len = q.shape[2]
+    if q.shape[1] % k.shape[1] or q_offset + q_len > k.shape[2]:
         raise ShapeError(f"q {tuple(q.shape)} at offset {q_offset} does not fit k {tuple(k.shape)}")
-    if backend not in ("auto", "triton", "torch"):
-        raise BackendError(f"backend {backend!r} is unknown; choose auto, triton, torch")
     rows = torch.arange(q_len, device=q.device) if rows is None else rows
-    refusal = why_no_triton(q.device.type)
-    if backend == "triton" and refusal is not None:
-        raise BackendError(f"backend 'triton' refuses: {refusal}; backend='auto' picks another")
-    if backend == "triton" or (backend == "auto" and q.is_cuda and refusal is None):
+    if takes_triton(backend, q.device):
         from sentei.kernels.ops.triton.mass import block_mass_triton
 
         with torch.no_grad():
@@ -48,28 +44,12 @@ def block_mass(
                 q, k, rows, scale=scale, block_k=block_k, q_offset=q_offset, window=window
             )
     if backend == "auto" and is_native_usable(q.device.type, block_k):
-        return _block_mass_native(q, k, rows, scale, block_k, q_offset, window)
-    group = q_heads // kv_heads
-    lse = torch.empty(batch, q_heads, rows.numel(), device=q.device)
-    mass = torch.zeros(batch, q_heads, rows.numel(), num_blocks(kv_len, block_k), device=q.device)
-    step = max(1, _SCORES_MAX // (group * kv_len))
-    with torch.no_grad():
-        for b in range(batch):
-            for h_kv in range(kv_heads):
-                heads = slice(h_kv * group, (h_kv + 1) * group)
-                keys = k[b, h_kv].float()
-                for start in range(0, rows.numel(), step):
-                    part = slice(start, start + step)
-                    queries = q[b, heads].index_select(1, rows[part]).float() * scale
-                    position = q_offset + rows[part]
-                    row_lse, row_mass = _mass_of_rows(queries, keys, position, block_k, window)
-                    lse[b, heads, part] = row_lse
-                    mass[b, heads, part, : row_mass.shape[-1]] = row_mass
-    return lse, mass
+        return _mass_native(q, k, rows, scale=scale, block_k=block_k, q_offset=q_offset, window=window)
+    return _mass_torch(q, k, rows, scale=scale, block_k=block_k, q_offset=q_offset, window=window)
 
 
-def _block_mass_native(
-    q: Tensor, k: Tensor, rows: Tensor, scale: float, block_k: int, q_offset: int, window: int | None
+def _mass_native(
+    q: Tensor, k: Tensor, rows: Tensor, *, scale: float, block_k: int, q_offset: int, window: int | None
 ) -> tuple[Tensor, Tensor]:
     from sentei.kernels.ops.native.calls import block_mass_native
 
@@ -85,6 +65,27 @@ def _block_mass_native(
 def dropped_mass(lse_sparse: Tensor, lse_dense: Tensor) -> Tensor:
     """The share of a row's attention that a selection drops, in [0, 1]: 1 - exp(lse_sparse - lse_dense)."""
     return (-torch.expm1((lse_sparse - lse_dense).clamp(max=0.0))).clamp(0.0, 1.0)
+
+
+@torch.no_grad()
+def _mass_torch(
+    q: Tensor, k: Tensor, rows: Tensor, *, scale: float, block_k: int, q_offset: int, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """The definition, a few rows of one KV head's queries at a time."""
+    group = q.shape[1] // k.shape[1]
+    lse = torch.empty(*q.shape[:2], rows.numel(), device=q.device)
+    mass = torch.zeros(*lse.shape, num_blocks(k.shape[2], block_k), device=q.device)
+    step = max(1, _SCORES_MAX // (group * k.shape[2]))
+    for b, h_kv in itertools.product(range(k.shape[0]), range(k.shape[1])):
+        heads = slice(h_kv * group, (h_kv + 1) * group)
+        keys = k[b, h_kv].float()
+        for start in range(0, rows.numel(), step):
+            part = slice(start, start + step)
+            queries = q[b, heads].index_select(1, rows[part]).float() * scale
+            row_lse, row_mass = _mass_of_rows(queries, keys, q_offset + rows[part], block_k, window)
+            lse[b, heads, part] = row_lse
+            mass[b, heads, part, : row_mass.shape[-1]] = row_mass
+    return lse, mass
 
 
 def _mass_of_rows(

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from sentei.kernels.ops.block_mask import BlockMask, num_blocks
 from sentei.kernels.ops.errors import ShapeError
+from sentei.kernels.ops.rules import Softmax
 
 _NO_WINDOW = 1 << 40
 # Programs per signature before torch gives up: one is expected, the rest is room for strides it tells apart.
@@ -56,27 +57,17 @@ _programs: dict[Signature, Program] = {}
 _compile_lock = threading.Lock()
 
 
-def attend_flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, None]:
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, how: Softmax) -> tuple[Tensor, None]:
     """Attention by compiled FlexAttention: (out [B, Hq, Tq, D], None), as the CPU's program has no LSE."""
-    if softcap is not None or sinks is not None:
+    if how.softcap is not None or how.sinks is not None:
         raise ShapeError("flex computes neither softcap nor sinks; pass backend='auto' to attend")
     dtype = q.dtype
     q, k, v = (_prepare(tensor) for tensor in (q, k, v))
-    signature = _signature(q, k, v, mask, scale)
+    signature = _signature(q, k, v, mask, how.scale)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         program = _programs.get(signature) or _compile(signature)
-        lists = to_flex_lists(mask, window)
-        out = program(q, k, v, *_arguments(lists, mask.q_offset, window, q.device))
+        lists = to_flex_lists(mask, how.window)
+        out = program(q, k, v, *_arguments(lists, mask.q_offset, how.window, q.device))
     return out.to(dtype), None
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sentei.kernels.ops.block_mask import BlockMask, num_blocks
+from sentei.kernels.ops.rules import Softmax
 
 # Scores held at once, in elements: 8 MiB in fp32, so that they and their keys stay in a shared cache.
 _SCORES_MAX = 2 * 2**20
@@ -32,28 +33,9 @@ class _Tiles:
     blocks: Tensor
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """How scores become weights."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
-
-
-def attend_gather(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def attend_gather(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, how: Softmax) -> tuple[Tensor, Tensor]:
     """Attention over gathered blocks: (out [B, Hq, Tq, D] in q's dtype, lse [B, Hq, Tq] fp32)."""
-    mask = mask.within(window)
+    mask = mask.within(how.window)
     batch, q_heads, q_len, dim = q.shape
     block_q = min(mask.block_q, q_len)
     padded = num_blocks(q_len, block_q) * block_q
@@ -66,8 +48,7 @@ def attend_gather(
     for tiles in _batches(mask, (batch, q_heads, k.shape[1]), block_q):
         keys = _token_index(tiles.blocks, mask)
         part = queries[tiles.batch, tiles.heads].index_select(1, tiles.rows).float()
-        rule = _Rule(scale, window, softcap)
-        weights, row_lse = _weigh(part, k[tiles.batch, tiles.kv_head], keys, tiles, mask, rule)
+        weights, row_lse = _weigh(part, k[tiles.batch, tiles.kv_head], keys, tiles, mask, how=how)
         values = v[tiles.batch, tiles.kv_head].index_select(0, keys.flatten()).float()
         result = torch.bmm(weights, values.view(*keys.shape, -1)).view(
             len(tiles.counts), -1, block_q, v.shape[-1]
@@ -75,7 +56,7 @@ def attend_gather(
         out[tiles.batch, tiles.heads].index_copy_(1, tiles.rows, result.transpose(0, 1).to(q.dtype))
         lse[tiles.batch, tiles.heads].index_copy_(1, tiles.rows, row_lse.transpose(0, 1))
     out, lse = out.flatten(2, 3)[:, :, :q_len], lse.flatten(2, 3)[:, :, :q_len]
-    return (out, lse) if sinks is None else _with_sinks(out, lse, sinks)
+    return (out, lse) if how.sinks is None else _with_sinks(out, lse, how.sinks)
 
 
 def _batches(mask: BlockMask, shape: tuple[int, int, int], block_q: int) -> Iterator[_Tiles]:
@@ -110,16 +91,16 @@ def _token_index(blocks: Tensor, mask: BlockMask) -> Tensor:
 
 
 def _weigh(
-    part: Tensor, k: Tensor, keys: Tensor, tiles: _Tiles, mask: BlockMask, rule: _Rule
+    part: Tensor, k: Tensor, keys: Tensor, tiles: _Tiles, mask: BlockMask, *, how: Softmax
 ) -> tuple[Tensor, Tensor]:
     """Softmax weights [N, G * bq, n] and LSE [N, G, bq]; rows that see nothing weigh 0."""
     group, num, block_q, dim = part.shape
     gathered = k.index_select(0, keys.flatten()).float().view(num, -1, dim)
     rows = part.transpose(0, 1).reshape(num, group * block_q, dim)
-    scores = torch.baddbmm(rows.new_empty(1), rows, gathered.transpose(1, 2), beta=0.0, alpha=rule.scale)
-    if rule.softcap is not None:
-        scores.div_(rule.softcap).tanh_().mul_(rule.softcap)
-    start, hidden = _hidden(tiles, mask, rule.window, block_q)
+    scores = torch.baddbmm(rows.new_empty(1), rows, gathered.transpose(1, 2), beta=0.0, alpha=how.scale)
+    if how.softcap is not None:
+        scores.div_(how.softcap).tanh_().mul_(how.softcap)
+    start, hidden = _hidden(tiles, mask, how.window, block_q)
     by_row = scores.view(num, group, block_q, -1)
     by_row[..., start:].masked_fill_(hidden[:, None], -torch.inf)
     peak = scores.amax(-1)

@@ -10,6 +10,7 @@ from sentei.kernels.ops.block_mask import BLOCK_MIN, BlockMask
 from sentei.kernels.ops.errors import ShapeError
 from sentei.kernels.ops.layouts import BlockLists, PagedCache
 from sentei.kernels.ops.registry import Request, pick_backend
+from sentei.kernels.ops.rules import Softmax
 
 
 def attend_paged(
@@ -30,7 +31,7 @@ def attend_paged(
     list (None: enough to fill the device); elsewhere each sequence goes through `attend` in turn.
     """
     _check(q, cache, lists)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    how = Softmax(q.shape[-1] ** -0.5 if scale is None else scale, window, softcap, sinks)
     request = Request(
         q.device.type,
         q.dtype,
@@ -43,31 +44,12 @@ def attend_paged(
         if pick_backend(request, backend).backend.name == "triton":
             from sentei.kernels.ops.triton.decode import attend_paged_triton
 
-            return attend_paged_triton(
-                q,
-                cache,
-                lists,
-                scale=scale,
-                window=window,
-                softcap=softcap,
-                sinks=sinks,
-                num_splits=num_splits,
-            )
-        return _one_by_one(
-            q, cache, lists, scale=scale, window=window, softcap=softcap, sinks=sinks, backend=backend
-        )
+            return attend_paged_triton(q, cache, lists, how, num_splits=num_splits)
+        return _one_by_one(q, cache, lists, how, backend)
 
 
 def _one_by_one(
-    q: Tensor,
-    cache: PagedCache,
-    lists: BlockLists,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    backend: str,
+    q: Tensor, cache: PagedCache, lists: BlockLists, how: Softmax, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Copy each sequence's pages side by side, and let `attend` do the rest."""
     tokens = q.shape[2]
@@ -82,10 +64,10 @@ def _one_by_one(
             q[i_seq, None],
             *cache.read(i_seq),
             BlockMask(counts, indices, tokens, length, *blocks, length - tokens),
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
+            scale=how.scale,
+            window=how.window,
+            softcap=how.softcap,
+            sinks=how.sinks,
             return_lse=True,
             backend=backend,
         )

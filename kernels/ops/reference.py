@@ -6,24 +6,13 @@ import torch
 from torch import Tensor
 
 from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.rules import Softmax
 
 
-def attend_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention in fp32: (out [B, Hq, Tq, D] in q's dtype, lse [B, Hq, Tq] fp32).
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, how: Softmax) -> tuple[Tensor, Tensor]:
+    """Attention in fp32: (out [B, Hq, Tq, D] in q's dtype, lse [B, Hq, Tq] fp32), which counts a sink too.
 
-    A row with nothing to read gives zeros, and an LSE of -inf. `window` keeps the last `window` keys of a
-    row, its own included. `softcap` bends scores s to softcap * tanh(s / softcap). `sinks` [Hq] adds to each
-    row one more logit that carries no value; the LSE counts it.
+    A row with nothing to read gives zeros, and an LSE of -inf.
     """
     batch, q_heads, q_len, _ = q.shape
     out = torch.zeros(batch, q_heads, q_len, v.shape[-1], device=q.device)
@@ -34,14 +23,14 @@ def attend_reference(
             h_kv = h * k.shape[1] // q_heads
             h_mask = h * selected.shape[1] // q_heads
             blocks = selected[b if selected.shape[0] > 1 else 0, h_mask]
-            allowed = token_mask(blocks, mask, window)
-            scores = (q[b, h].float() @ k[b, h_kv].float().T) * scale
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
+            allowed = token_mask(blocks, mask, how.window)
+            scores = (q[b, h].float() @ k[b, h_kv].float().T) * how.scale
+            if how.softcap is not None:
+                scores = how.softcap * torch.tanh(scores / how.softcap)
             scores = scores.masked_fill(~allowed, -torch.inf)
             lse[b, h] = scores.logsumexp(-1)
-            if sinks is not None:
-                lse[b, h] = torch.logaddexp(lse[b, h], sinks[h].float())
+            if how.sinks is not None:
+                lse[b, h] = torch.logaddexp(lse[b, h], how.sinks[h].float())
             weights = torch.exp(scores - lse[b, h].clamp(min=torch.finfo(torch.float32).min)[:, None])
             out[b, h] = weights @ v[b, h_kv].float()
     return out.to(q.dtype), lse

@@ -20,6 +20,7 @@ from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask
 from sentei.kernels.ops.errors import BackendError
 from sentei.kernels.ops.limits import DECODE_ROWS_MAX, NATIVE_BLOCK_STEP
 from sentei.kernels.ops.native.build import compiler, load_native
+from sentei.kernels.ops.rules import Softmax
 
 # These build a program at first use: where that fails, the next backend takes over.
 COMPILED_BACKENDS = ("native", "flex", "triton")
@@ -42,18 +43,9 @@ class AttendFn(Protocol):
     """Attention over a block mask: (out, lse or None)."""
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: BlockMask,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, how: Softmax
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute it; `scale` multiplies the scores, `window` bounds each row's reach in keys."""
+        """Compute it."""
         ...
 
 
@@ -136,6 +128,16 @@ def why_no_triton(device: str) -> str | None:
             return None
         return "it runs on GPUs, and on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1: slow)"
     return f"it runs on CUDA and ROCm devices, not on {device!r}"
+
+
+def takes_triton(backend: str, device: torch.device) -> bool:
+    """Whether an operation of a Triton and a torch path takes Triton: if asked to, or by itself on a GPU."""
+    if backend not in ("auto", "triton", "torch"):
+        raise BackendError(f"backend {backend!r} is unknown; choose auto, triton, torch")
+    refusal = why_no_triton(device.type)
+    if backend == "triton" and refusal is not None:
+        raise BackendError(f"backend 'triton' refuses: {refusal}; backend='auto' picks another")
+    return backend == "triton" or (backend == "auto" and device.type == "cuda" and refusal is None)
 
 
 def _in_order(request: Request) -> tuple[Backend, ...]:

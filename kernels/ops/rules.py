@@ -1,10 +1,24 @@
-"""The rules by which blocks are kept, and the grid of tokens and blocks that a selection is for."""
+"""What an operation is asked for beside its tensors: how scores weigh, which blocks stay, for which grid."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Softmax:
+    """How products of queries and keys become weights: times `scale`, then bent, bounded and summed.
+
+    `window` keeps the last `window` keys of a row, its own included; `softcap` bends scores s to
+    softcap * tanh(s / softcap); `sinks` [Hq] adds to each row one more logit that carries no value.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

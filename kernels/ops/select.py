@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sentei.kernels.ops.block_mask import BlockMask, causal_limits, num_blocks
-from sentei.kernels.ops.errors import BackendError, ShapeError
-from sentei.kernels.ops.registry import is_native_usable, why_no_triton
+from sentei.kernels.ops.errors import ShapeError
+from sentei.kernels.ops.registry import is_native_usable, takes_triton
 from sentei.kernels.ops.rules import Grid, Rule, Threshold, TopK, TopP
 
 
@@ -28,12 +28,7 @@ def select_lists(
         )
     if width is not None and width < min(least, expected[1]):
         raise ShapeError(f"width is {width}; sink and diagonal alone can take {least}")
-    if backend not in ("auto", "triton", "torch"):
-        raise BackendError(f"backend {backend!r} is unknown; choose auto, triton, torch")
-    refusal = why_no_triton(scores.device.type)
-    if backend == "triton" and refusal is not None:
-        raise BackendError(f"backend 'triton' refuses: {refusal}; backend='auto' picks another")
-    if backend == "triton" or (backend == "auto" and scores.is_cuda and refusal is None):
+    if takes_triton(backend, scores.device):
         from sentei.kernels.ops.triton.select import select_triton
 
         counts, indices = select_triton(scores, rule, grid, min(width or expected[1], expected[1]))

@@ -1,4 +1,4 @@
-"""Pooled keys beside a KV cache: they grow, shrink, reorder and reset with it."""
+"""Pooled keys beside a KV cache: they grow with it, and start anew where it is not what it was."""
 
 import torch
 
@@ -10,8 +10,8 @@ from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 class PooledCache:
     """Encoded pooled keys of one layer of one KV cache; only new full pools are ever computed.
 
-    Everything here is a function of the cached keys, so a cache that was cropped, reset or swapped is
-    noticed (length, and the last key seen) and rebuilt from them.
+    Everything here is a function of the cached keys, so a cache that was cropped, reset, reordered or swapped
+    is noticed (length, and the last key seen) and rebuilt from them.
     """
 
     def __init__(self, scorer: BlockScorer) -> None:
@@ -20,20 +20,12 @@ class PooledCache:
         self._room: torch.Tensor | None = None
         self._tokens = 0
         self._last_key: torch.Tensor | None = None
-        self.num_rebuilds = 0
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens of the KV cache have been seen."""
-        return self._tokens
 
     def update(self, k: torch.Tensor, num_new: int, table: RotaryTable) -> torch.Tensor:
         """Take in the KV cache's keys [B, Hkv, T, D], of which `num_new` are new; return all pooled keys."""
         kv_len = k.shape[2]
         if not self._is_continued_by(k, kv_len - num_new):
-            if self._tokens:
-                self.num_rebuilds += 1
-            self.reset()
+            self._keys = self._room = None
         size = self._scorer.shape.pool_tokens
         done = 0 if self._keys is None else self._keys.shape[2]
         if self._keys is None or kv_len // size > done:
@@ -43,30 +35,10 @@ class PooledCache:
         self._last_key = k[:, :, kv_len - 1].detach().clone()
         return self._keys
 
-    def crop(self, tokens: int) -> None:
-        """Forget everything past the first `tokens` tokens."""
-        if self._keys is not None and tokens < self._tokens:
-            self._keys = self._keys[:, :, : tokens // self._scorer.shape.pool_tokens]
-            self._tokens = tokens
-            self._last_key = None
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        """Take batch rows in another order, as beam search does."""
-        if self._keys is not None:
-            self._keys = self._room = self._keys.index_select(0, rows)
-        if self._last_key is not None:
-            self._last_key = self._last_key.index_select(0, rows)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._keys = self._room = None
-        self._tokens = 0
-        self._last_key = None
-
     def _is_continued_by(self, k: torch.Tensor, past: int) -> bool:
-        if self._keys is None or past != self._tokens or self._keys.shape[0] != k.shape[0]:
-            return self._keys is None and past == 0
-        return self._last_key is None or torch.equal(self._last_key, k[:, :, past - 1])
+        if self._last_key is None or past != self._tokens or self._last_key.shape[0] != k.shape[0]:
+            return False
+        return torch.equal(self._last_key, k[:, :, past - 1])
 
     def _append(self, fresh: torch.Tensor, done: int) -> torch.Tensor:
         """Put new pools behind the first `done`; room doubles, so that a decode step copies only its own."""

@@ -1,20 +1,22 @@
-"""`sentei distill`, `calibrate`, `study`, `register`: the offline steps."""
+"""`sentei distill`, `calibrate`, `study`, `seal`, `register`: the offline steps."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.table import Table
 
-from sentei.pipeline.cli.output import Output
-from sentei.pipeline.home import sentei_home
+from sentei.pipeline.cli.output import Output, check_choice
+from sentei.pipeline.home import sentei_home, short_name
 
 if TYPE_CHECKING:
     from sentei.pipeline.experiments.study import StudyOptions, StudyRow
 
+DTYPES = ("float32", "bfloat16")
 Model = Annotated[str, typer.Option("--model", help="pocket, gemma-3-270m, a checkpoint folder or a hub id.")]
 CorpusName = Annotated[
     list[str] | None,
@@ -65,8 +67,7 @@ def run_distill(
     from sentei.pipeline.steps import distill_step
 
     output = Output(as_json=as_json)
-    if form not in (None, *get_args(Form)):
-        raise typer.BadParameter(f"{form!r}; choose from {', '.join(get_args(Form))}", param_hint="--form")
+    check_choice("--form", [form] if form else (), get_args(Form))
     start = LOW_RANK if form == "low_rank" else DistillOptions()
     options = changed(
         start, window_tokens=tokens, num_windows=windows, form=form, rank=rank, pool_tokens=pool
@@ -176,7 +177,7 @@ def run_study(
     bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:
         rows = study(bench.loaded, bench.corpus, options, progress)
-    folder = sentei_home().create().root / "studies" / model.rstrip("/").rsplit("/", 1)[-1]
+    folder = sentei_home().create().root / "studies" / short_name(model)
     page = save_study(rows, folder / "study.html")
     document = {"model": model, "rows": [row.to_dict() for row in rows], "page": str(page)}
     (folder / "study.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
@@ -227,11 +228,25 @@ def run_register(
 
     output = Output(as_json=as_json)
     home = sentei_home().create()
-    name = model.rstrip("/").rsplit("/", 1)[-1]
     tracker = MlflowTracker(home.mlflow_uri, home.mlflow_artifacts)
-    version = register_adapter(tracker, home.adapters / name, name=f"sentei-{name}", alias=alias)
+    version = register_adapter(
+        tracker, home.adapter_dir(model), name=f"sentei-{short_name(model)}", alias=alias
+    )
     output.say(f"registered: {to_plain(version)}")
     output.emit(to_plain(version))
+
+
+def run_seal(
+    folder: Annotated[Path, typer.Argument(help="An adapter's folder.")],
+    as_json: Json = False,
+) -> None:
+    """Write the hashes of an adapter's files into its manifest; no other files are loaded from then on."""
+    from sentei.kernels.hf.adapter import seal_adapter
+
+    output = Output(as_json=as_json)
+    files = dict(seal_adapter(folder))
+    output.say(*(f"sealed {name}: {digest}" for name, digest in files.items()))
+    output.emit({"folder": str(folder), "files": files})
 
 
 def open_bench(model: str, corpus: list[str] | None, output: Output, dtype: str | None = None) -> Any:
@@ -242,8 +257,7 @@ def open_bench(model: str, corpus: list[str] | None, output: Output, dtype: str 
     from sentei.pipeline.steps import Workbench
     from sentei.pipeline.text.corpus import load_corpora
 
-    if dtype not in (None, "float32", "bfloat16"):
-        raise typer.BadParameter(f"{dtype!r}; choose from float32, bfloat16", param_hint="--dtype")
+    check_choice("--dtype", [dtype] if dtype else (), DTYPES)
     precision = None if dtype is None else getattr(torch, dtype)
     with output.errors.status(f"loading {model}"):
         loaded = resolve_model(model, dtype=precision)

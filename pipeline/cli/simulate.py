@@ -13,8 +13,10 @@ from rich import box
 from rich.table import Table
 
 from sentei.pipeline.cli.output import ExitCode, Output
+from sentei.pipeline.cli.policy_file import read_policy_file
 from sentei.pipeline.rollout.simulate import Simulation, simulate
 from sentei.policies.schema.load import load_policy
+from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.units import format_duration, parse_duration
 from sentei.policies.simulation.scenarios import default_scenarios
 from sentei.policies.simulation.study import Traffic
@@ -62,7 +64,7 @@ def run_simulate(
 ) -> None:
     """Simulate a policy: false rollback, false promotion, delay and exposure, beside threshold rules."""
     output = Output(as_json=as_json)
-    text = (policy or YARDSTICK).read_text(encoding="utf-8")
+    text = read_policy_file(policy or YARDSTICK)
     loaded = load_policy(text, str(policy or YARDSTICK))
     own = own_scenario(
         effect or [],
@@ -84,8 +86,13 @@ def run_simulate(
     )
     with output.progress() as progress:
         rows = simulate(wanted, progress)
-    alpha = loaded.spec.guardrails.alpha_total
-    output.say(figures_table(loaded.metadata.name, rows), *_notes(rows), rules_table(rows))
+    _tell(loaded, rows, seed, output)
+
+
+def _tell(policy: Policy, rows: list[dict[str, Any]], seed: int, output: Output) -> None:
+    """Show the figures; a policy that rolls back more often than it promises fails the command."""
+    alpha = policy.spec.guardrails.alpha_total
+    output.say(figures_table(policy.metadata.name, rows), *_notes(rows), rules_table(rows))
     output.say(f"alpha_total {alpha:g}; intervals are exact (Clopper-Pearson), 95 %; seed {seed}")
     output.emit(rows)
     if any(row["false_rollback_ci"][0] > alpha for row in rows):

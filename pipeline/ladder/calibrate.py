@@ -10,31 +10,28 @@ dense, which costs little more and risks nothing.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
 from sentei.kernels.hf.adapter import Adapter, save_ladder
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
-from sentei.kernels.hf.models import rotary_tables
-from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
 from sentei.kernels.scorer.selection import pick_query_block
-from sentei.pipeline.ladder.density import MAX_SHARE, MIN_SHARE, fit_densities
-from sentei.pipeline.ladder.needs import (
+from sentei.pipeline.ladder.density import fit_densities
+from sentei.pipeline.ladder.verify import VerifyOptions, verify_ladder
+from sentei.pipeline.measure.capture import LayerRecord, Records, Sampling, capture
+from sentei.pipeline.measure.needs import (
+    MAX_SHARE,
+    MIN_SHARE,
     Scored,
-    dropped_rows,
     max_head_density,
     needle_threshold,
-    score_asking,
-    score_bins,
+    score_records,
 )
-from sentei.pipeline.ladder.verify import VerifyOptions, verify_ladder
-from sentei.pipeline.measure.capture import LayerRecord, Records, capture
-from sentei.pipeline.measure.texts import make_texts
+from sentei.pipeline.measure.texts import make_texts, make_windows
 from sentei.pipeline.models import LoadedModel
-from sentei.pipeline.progress import Progress
+from sentei.pipeline.progress import Progress, silent
 from sentei.pipeline.text.corpus import Corpus
 from sentei.pipeline.text.splits import split_text
 
@@ -83,13 +80,18 @@ class CalibrateOptions:
     verify: VerifyOptions = field(default_factory=VerifyOptions)
     seed: int = 1
 
+    @property
+    def num_bins(self) -> int:
+        """Length bins that have thresholds of their own."""
+        return len(self.bin_edges_tokens) + 1
+
 
 def calibrate(
     loaded: LoadedModel,
     adapter: Adapter,
     corpus: Corpus,
     options: CalibrateOptions | None = None,
-    progress: Progress = lambda _label, _done, _total: None,
+    progress: Progress = silent,
 ) -> Ladder:
     """Fit the ladder on one part of the held-out text and verify it on another; save and return it."""
     options = options if options is not None else CalibrateOptions()
@@ -98,55 +100,57 @@ def calibrate(
     texts = make_texts(
         loaded, parts.calibrate, window_tokens=window, num=options.num_windows, seed=options.seed
     )
+    verify = options.verify
+    windows = make_windows(
+        loaded,
+        parts.verify,
+        window_tokens=min(verify.window_tokens, loaded.max_tokens),
+        num=verify.num_windows,
+        seed=verify.seed,
+    )
     records = capture(
         loaded,
         texts,
-        dict(adapter.manifest.shapes),
-        blocks_per_text=options.blocks_per_window,
-        seed=options.seed,
-        progress=progress,
+        adapter.manifest.shapes,
+        Sampling(options.blocks_per_window, options.seed),
         label="capture calibration text",
+        progress=progress,
     )
-    ladder = fit_ladder(adapter, loaded, records, options)
-    verified = verify_ladder(loaded, adapter.with_ladder(ladder), parts.verify, options.verify, progress)
-    ladder = replace(
-        ladder, rungs=tuple(replace(rung, verified=verified.get(rung.id)) for rung in ladder.rungs)
-    )
+    device = next(loaded.model.parameters()).device.type
+    fitted = adapter.with_ladder(fit_ladder(adapter.scorers, records, options, device))
+    ladder = verify_ladder(loaded, fitted, windows, verify, progress)
     if adapter.folder is not None:
         save_ladder(ladder, adapter.folder)
     return ladder
 
 
-def fit_ladder(adapter: Adapter, loaded: LoadedModel, records: Records, options: CalibrateOptions) -> Ladder:
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """A rung's share thresholds [Hkv, bins] by layer, and the mean mass that it may drop."""
+
+    shares: Mapping[int, torch.Tensor]
+    dropped_mass: float
+
+
+def fit_ladder(
+    scorers: Mapping[int, BlockScorer], records: Records, options: CalibrateOptions, device: str
+) -> Ladder:
     """Read thresholds off calibration records; they never fall from a milder rung to a bolder one."""
-    longest = max(record.mass.shape[-1] * record.mass.shape[3] for record in next(iter(records.values())))
-    table = RotaryTable(*rotary_tables(loaded.model, longest, torch.device("cpu")))
+    block_q = options.query_block_tokens or pick_query_block(device)
     bounded = [target for target in options.targets if target.density is None]
-    bounds = {target.id: target.bound_dropped_mass for target in bounded}
-    block_q = options.query_block_tokens or pick_query_block(next(loaded.model.parameters()).device.type)
-    shares = _fit_bounded(adapter.scorers, records, table, bounded, options, block_q) if bounded else {}
-    num_bins = len(options.bin_edges_tokens) + 1
-    by_density = {target: target.density for target in options.targets if target.density is not None}
-    for missed in dict.fromkeys(target.missed_needles for target in by_density):
-        limits = {
-            index: _asking_limits(scorer, records[index], table, missed, block_q)
-            for index, scorer in adapter.scorers.items()
+    fits = _fit_bounded(scorers, records, bounded, options, block_q) if bounded else {}
+    for missed in dict.fromkeys(t.missed_needles for t in options.targets if t.density is not None):
+        wanted = {
+            target.id: target.density
+            for target in options.targets
+            if target.density is not None and target.missed_needles == missed
         }
-        wanted = {target.id: share for target, share in by_density.items() if target.missed_needles == missed}
-        fits = fit_densities(
-            adapter.scorers, records, table, list(wanted.values()), block_q=block_q, most=limits
-        )
-        for rung_id, fit in zip(wanted, fits, strict=True):
-            bounds[rung_id] = fit.dropped_mass
-            shares[rung_id] = {
-                index: limit.clamp_max(fit.share)[:, None].expand(-1, num_bins)
-                for index, limit in limits.items()
-            }
+        fits |= _fit_by_density(scorers, records, wanted, missed, num_bins=options.num_bins, block_q=block_q)
     rungs = [
         Rung(
             target.id,
-            {index: _as_tuples(found) for index, found in shares[target.id].items()},
-            bound_dropped_mass=bounds[target.id],
+            {index: _as_tuples(found) for index, found in fits[target.id].shares.items()},
+            bound_dropped_mass=fits[target.id].dropped_mass,
             break_even_tokens=options.break_even_tokens,
         )
         for target in options.targets
@@ -154,43 +158,63 @@ def fit_ladder(adapter: Adapter, loaded: LoadedModel, records: Records, options:
     return Ladder((Rung(DENSE), *rungs), options.bin_edges_tokens, block_q)
 
 
+def _fit_by_density(
+    scorers: Mapping[int, BlockScorer],
+    records: Records,
+    wanted: Mapping[str, float],
+    missed: float,
+    *,
+    num_bins: int,
+    block_q: int,
+) -> dict[str, _Fit]:
+    """Fit rungs to their densities; all of them may miss the same share of what questions ask for."""
+    limits = {
+        index: _asking_limits(scorer, records[index], missed, block_q) for index, scorer in scorers.items()
+    }
+    found = fit_densities(scorers, records, list(wanted.values()), block_q=block_q, most=limits)
+    return {
+        rung_id: _Fit(
+            {
+                index: limit.clamp_max(fit.share)[:, None].expand(-1, num_bins)
+                for index, limit in limits.items()
+            },
+            fit.dropped_mass,
+        )
+        for rung_id, fit in zip(wanted, found, strict=True)
+    }
+
+
 def _fit_bounded(
     scorers: Mapping[int, BlockScorer],
     records: Records,
-    table: RotaryTable,
     targets: Sequence[RungTarget],
     options: CalibrateOptions,
     block_q: int,
-) -> dict[str, dict[int, torch.Tensor]]:
-    """Return share thresholds [KV groups, bins] per rung and layer that keep the bounds of each target."""
+) -> dict[str, _Fit]:
+    """Fit rungs to the bounds of their targets, the mildest first."""
     shares: dict[str, dict[int, torch.Tensor]] = {target.id: {} for target in targets}
     for index, scorer in scorers.items():
-        bins = score_bins(scorer, records[index], table, options.bin_edges_tokens, block_q)
-        asking = score_asking(scorer, records[index], table, block_q)
+        bins, asking = score_records(scorer, records[index], options.bin_edges_tokens, block_q)
         floor = torch.zeros(scorer.shape.kv_heads, len(bins))
         for target in targets:
-            found = torch.stack(
-                [
-                    _fit_bin(scored, asking, scorer.shape.kv_heads, target, options.dense_above)
-                    for scored in bins
-                ],
-                dim=1,
-            )
-            floor = torch.maximum(floor, _fill_empty_bins(found))
+            found = [
+                _fit_bin(scored, asking, scorer.shape.kv_heads, target, options.dense_above)
+                for scored in bins
+            ]
+            floor = torch.maximum(floor, _fill_empty_bins(torch.stack(found, dim=1)))
             shares[target.id][index] = floor
-    return shares
+    return {target.id: _Fit(shares[target.id], target.bound_dropped_mass) for target in targets}
 
 
 def _asking_limits(
-    scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable, missed: float, block_q: int
+    scorer: BlockScorer, records: Sequence[LayerRecord], missed: float, block_q: int
 ) -> torch.Tensor:
     """Return the largest share threshold [Hkv] at which each KV group misses no more of what is asked for."""
     free = torch.full((scorer.shape.kv_heads,), MAX_SHARE)
-    if missed >= 1.0:
+    asked = [record for record in records if bool(record.is_asking.any())]
+    if missed >= 1.0 or not asked:
         return free
-    asking = score_asking(scorer, records, table, block_q)
-    if not asking.needs:
-        return free
+    _, asking = score_records(scorer, asked, (), block_q)
     group = scorer.shape.query_heads // scorer.shape.kv_heads
     limits = [
         needle_threshold(asking, slice(h * group, (h + 1) * group), missed)
@@ -223,7 +247,7 @@ def _fit_group(
     if max_head_density(scored, heads, share) > dense_above:
         return 0.0
     for _ in range(NUM_BOUND_STEPS):
-        if share <= MIN_SHARE or dropped_rows(scored, heads, share).mean() <= target.bound_dropped_mass:
+        if share <= MIN_SHARE or scored.dropped(heads, share).mean() <= target.bound_dropped_mass:
             break
         share *= 0.7
     return max(share, MIN_SHARE)
@@ -242,12 +266,3 @@ def _fill_empty_bins(shares: torch.Tensor) -> torch.Tensor:
 
 def _as_tuples(shares: torch.Tensor) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(x) for x in group) for group in shares)
-
-
-def ladder_summary(ladder: Ladder) -> list[Mapping[str, Any]]:
-    """Return one plain row per calibrated rung, for tables and trackers."""
-    return [
-        {"rung": rung.id, "bound_dropped_mass": rung.bound_dropped_mass, "verified": rung.verified}
-        for rung in ladder.rungs
-        if not rung.is_dense
-    ]

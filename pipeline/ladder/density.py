@@ -10,11 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
-from sentei.pipeline.measure.capture import LayerRecord, Records, by_query_block, row_shares
-
-MIN_SHARE, MAX_SHARE = 1e-6, 0.999
+from sentei.pipeline.measure.capture import LayerRecord, Records
+from sentei.pipeline.measure.needs import MAX_SHARE, MIN_SHARE, query_block_needs
 
 
 class DensityError(ValueError):
@@ -33,7 +31,6 @@ class DensityFit:
 def fit_densities(
     scorers: Mapping[int, BlockScorer],
     records: Records,
-    table: RotaryTable,
     densities: Sequence[float],
     *,
     block_q: int,
@@ -47,15 +44,14 @@ def fit_densities(
     needs, mass, num_causal, num_forced, num_rows = [], [], 0.0, 0.0, 0
     for index, scorer in scorers.items():
         for record in records[index]:
-            rows = by_query_block(row_shares(scorer, record, table)[0][0], block_q)
-            need = rows.amax(dim=2)  # [Hq, n, blocks]
+            need, true = query_block_needs(scorer, record, block_q)
             per_record = need.shape[1] // len(record.starts)
             if most is not None:
                 own = most[index].log().repeat_interleave(need.shape[0] // len(most[index]))
                 need = need.masked_fill(need > own[:, None, None], 0.0)  # kept at every threshold
             is_open = record.is_open.repeat_interleave(per_record, dim=0)[None].expand_as(need)
             needs.append(need[is_open])
-            mass.append(by_query_block(record.mass[0].float(), block_q).sum(dim=2)[is_open])
+            mass.append(true.sum(dim=2)[is_open])
             causal = _causal_blocks(record).repeat_interleave(per_record)
             num_causal += float(causal.sum()) * need.shape[0]
             num_forced += float(causal.clamp_max(2).sum()) * need.shape[0]

@@ -1,23 +1,22 @@
 """Distill: teach each layer's scorer where its frozen attention goes, and stop before it overfits."""
 
-import copy
-import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter
-from sentei.kernels.hf.models import rotary_tables
-from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, Form
-from sentei.pipeline.measure.capture import LayerRecord, Records, capture, row_shares
+from sentei.pipeline.ladder.learn import Course, learn
+from sentei.pipeline.measure.capture import LayerRecord, Records, Sampling, capture
+from sentei.pipeline.measure.needs import row_shares
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
-from sentei.pipeline.progress import Progress
+from sentei.pipeline.progress import Progress, silent
 from sentei.pipeline.text.corpus import Corpus
 from sentei.pipeline.text.splits import split_text
 
@@ -54,7 +53,7 @@ def distill(
     corpus: Corpus,
     out_dir: Path,
     options: DistillOptions | None = None,
-    progress: Progress = lambda _label, _done, _total: None,
+    progress: Progress = silent,
 ) -> Adapter:
     """Train one scorer per full-attention layer on frozen activations; save the adapter and return it."""
     options = options if options is not None else DistillOptions()
@@ -74,20 +73,18 @@ def distill(
         capture(
             loaded,
             make_texts(loaded, documents, window_tokens=window, num=num, seed=options.seed),
-            dict(adapter.manifest.shapes),
-            blocks_per_text=options.blocks_per_window,
-            seed=options.seed,
-            progress=progress,
+            adapter.manifest.shapes,
+            Sampling(options.blocks_per_window, options.seed),
             label=label,
+            progress=progress,
         )
         for documents, num, label in (
             (parts.train, options.num_windows, "capture training text"),
             (parts.early_stop, options.num_held_out, "capture held-out text"),
         )
     ]
-    table = RotaryTable(*rotary_tables(loaded.model, window, torch.device("cpu")))
     figures: dict[str, float] = {}
-    trained = _train_all(dict(adapter.scorers), records[0], records[1], table, options, progress)
+    trained = _train_all(dict(adapter.scorers), records[0], records[1], options, progress)
     for index, (before, after) in trained.items():
         figures |= {f"layer_{index}_kl_untrained": before, f"layer_{index}_kl_held_out": after}
     figures["distill_s"] = time.monotonic() - started
@@ -104,7 +101,6 @@ def _train_all(
     scorers: Mapping[int, BlockScorer],
     train: Records,
     held_out: Records,
-    table: RotaryTable,
     options: DistillOptions,
     progress: Progress,
 ) -> dict[int, tuple[float, float]]:
@@ -114,7 +110,7 @@ def _train_all(
 
     def train_one(index: int) -> tuple[int, tuple[float, float]]:
         torch.set_num_threads(1)
-        return index, train_scorer(scorers[index], train[index], held_out[index], table, options)
+        return index, train_scorer(scorers[index], train[index], held_out[index], options)
 
     progress("train scorers", 0, len(scorers))
     try:
@@ -131,37 +127,20 @@ def train_scorer(
     scorer: BlockScorer,
     train: Sequence[LayerRecord],
     held_out: Sequence[LayerRecord],
-    table: RotaryTable,
     options: DistillOptions,
 ) -> tuple[float, float]:
     """Train in place; keep the weights of the best held-out KL; return the KL before and after."""
     if not scorer.shape.is_residual:
         _start_low_rank(scorer, train)
-    optimizer = torch.optim.AdamW(scorer.parameters(), lr=options.learning_rate, weight_decay=0.01)
-    num_steps = max(1, options.max_epochs * len(train))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
+    course = Course(
+        learning_rate=options.learning_rate,
+        weight_decay=0.01,
+        max_epochs=options.max_epochs,
+        patience=options.patience,
+        seed=options.seed,
+        worthwhile=WORTHWHILE,
     )
-    generator = torch.Generator().manual_seed(options.seed)
-    before = best = mean_divergence(scorer, held_out, table)
-    best_state = copy.deepcopy(scorer.state_dict())
-    epochs_since_best = 0
-    scorer.train()
-    for _ in range(options.max_epochs):
-        for i in torch.randperm(len(train), generator=generator).tolist():
-            optimizer.zero_grad()
-            divergence(scorer, train[i], table).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-        current = mean_divergence(scorer, held_out, table)
-        epochs_since_best = 0 if current < best * WORTHWHILE else epochs_since_best + 1
-        if current < best:
-            best, best_state = current, copy.deepcopy(scorer.state_dict())
-        if epochs_since_best >= options.patience:
-            break
-    scorer.load_state_dict(best_state)
-    scorer.eval()
-    return before, best
+    return learn(list(scorer.parameters()), partial(divergence, scorer), train, held_out, course)
 
 
 def _start_low_rank(scorer: BlockScorer, train: Sequence[LayerRecord]) -> None:
@@ -170,18 +149,12 @@ def _start_low_rank(scorer: BlockScorer, train: Sequence[LayerRecord]) -> None:
     scorer.start_from(queries, torch.cat([record.pooled[0] for record in train[::step]], dim=1))
 
 
-def divergence(scorer: BlockScorer, record: LayerRecord, table: RotaryTable) -> torch.Tensor:
+def divergence(scorer: BlockScorer, record: LayerRecord) -> torch.Tensor:
     """KL from each row's true block mass to the estimate, in nats, averaged over rows and heads."""
-    shares, forced = row_shares(scorer, record, table)
+    shares, forced = row_shares(scorer, record)
     is_open = record.is_open[None, None, :, None, :]
     true = record.mass.float() * is_open
     true_forced = (1 - true.sum(dim=-1)).clamp_min(TINY)
     gaps = true.clamp_min(TINY).log() - shares.masked_fill(~is_open, 0.0)
     far = torch.where(true > TINY, true * gaps, 0.0).sum(dim=-1)
     return (far + true_forced * (true_forced.log() - forced)).mean()
-
-
-@torch.no_grad()
-def mean_divergence(scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable) -> float:
-    """Mean KL over records."""
-    return sum(float(divergence(scorer, record, table)) for record in records) / len(records)

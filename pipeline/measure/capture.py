@@ -1,19 +1,19 @@
 """Frozen activations as training and calibration records: sampled query blocks and each row's true mass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from sentei.kernels.hf.models import LayerInfo, rotary_tables
+from sentei.kernels.hf.models import LayerInfo, rotary_table
 from sentei.kernels.hf.observe import observe_attention
 from sentei.kernels.ops.block_mass import block_mass
 from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
-from sentei.kernels.scorer.network import BlockScorer, ScorerShape
-from sentei.kernels.scorer.selection import QueryBlocks, forced_lse, log_shares
+from sentei.kernels.scorer.network import ScorerShape
+from sentei.kernels.scorer.selection import QueryBlocks, forced_lse
 from sentei.pipeline.measure.texts import RECALL_BLOCKS, Text
 from sentei.pipeline.models import LoadedModel
-from sentei.pipeline.progress import Progress
+from sentei.pipeline.progress import Progress, counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class LayerRecord:
     lse: torch.Tensor  # [1, Hq, n, rows], exact log weight of the forced blocks
     mass: torch.Tensor  # [1, Hq, n, rows, blocks], true share of each key block, fp16
     is_asking: torch.Tensor  # [n], whether the block lies among a recall text's questions
+    table: RotaryTable  # the model's, shared by all records
 
     @property
     def is_open(self) -> torch.Tensor:
@@ -35,36 +36,41 @@ class LayerRecord:
         own = self.starts // (self.mass.shape[3])
         return (index >= 1) & (index < own[:, None])
 
-    def query_blocks(self, table: RotaryTable) -> QueryBlocks:
+    def query_blocks(self) -> QueryBlocks:
         """Return the queries with and without rotation, in fp32."""
         q = self.q.float()
         positions = self.starts[:, None] + torch.arange(q.shape[3])
-        return QueryBlocks(q, unrotate(q, positions, table), self.starts)
+        return QueryBlocks(q, unrotate(q, positions, self.table), self.starts)
 
 
 Records = dict[int, list[LayerRecord]]
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How many query blocks of each text are recorded, and the seed that chooses them."""
+
+    blocks_per_text: int
+    seed: int
+
+
 def capture(
     loaded: LoadedModel,
     texts: Sequence[Text],
-    shapes: dict[int, ScorerShape],
+    shapes: Mapping[int, ScorerShape],
+    sampling: Sampling,
     *,
-    blocks_per_text: int,
-    seed: int,
-    progress: Progress,
     label: str,
+    progress: Progress,
 ) -> Records:
     """Run the frozen model over the texts; keep records of sampled query blocks of each thinnable layer."""
-    generator = torch.Generator().manual_seed(seed)
-    longest = max(len(text.ids) for text in texts)
-    table = RotaryTable(*rotary_tables(loaded.model, longest, torch.device("cpu")))
+    generator = torch.Generator().manual_seed(sampling.seed)
+    table = rotary_table(loaded.model, max(len(text.ids) for text in texts))
     records: Records = {index: [] for index in shapes}
-    for i, text in enumerate(texts):
-        progress(label, i, len(texts))
-        size = next(iter(shapes.values())).block_tokens
+    size = next(iter(shapes.values())).block_tokens
+    for text in counted(texts, label, progress):
         num_last = RECALL_BLOCKS if text.is_recall else 1
-        chosen = sample_blocks(len(text.ids) // size, blocks_per_text, generator, num_last=num_last)
+        chosen = sample_blocks(len(text.ids) // size, sampling.blocks_per_text, generator, num_last=num_last)
         is_asking = (chosen >= len(text.ids) // size - num_last) & text.is_recall
         sampled = Sampled(chosen, is_asking, table)
 
@@ -72,7 +78,6 @@ def capture(
             records[layer.index].append(record_layer(layer, q, k, shapes[layer.index], sampled))
 
         observe_attention(loaded.model, text.ids[None], keep)
-    progress(label, len(texts), len(texts))
     return records
 
 
@@ -118,20 +123,5 @@ def record_layer(
         lse=forced_lse(blocks, keys, scale=layer.scale, block_tokens=size, q_len_end=keys.shape[2]),
         mass=mass.view(1, H, n, size, -1).half(),
         is_asking=sampled.is_asking,
+        table=table,
     )
-
-
-def by_query_block(x: torch.Tensor, block_q: int) -> torch.Tensor:
-    """Cut the rows of x [H, n, rows, ...] into query blocks: [H, n * rows / block_q, block_q, ...]."""
-    H, n, rows = x.shape[:3]
-    return x.reshape(H, n * (rows // block_q), block_q, *x.shape[3:])
-
-
-def row_shares(
-    scorer: BlockScorer, record: LayerRecord, table: RotaryTable
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scorer's log shares [1, Hq, n, rows, blocks] and those of the forced blocks."""
-    keys = scorer.encode_keys(record.pooled, record.pooled_plain)
-    shares, forced = log_shares(scorer, record.query_blocks(table), keys, record.lse)
-    missing = record.mass.shape[-1] - shares.shape[-1]
-    return torch.nn.functional.pad(shares, (0, missing), value=float("-inf")), forced

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -30,13 +31,24 @@ class AdminClient:
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
 
     def start_rollout(
-        self, policy_text: str, source: str = "policy.yaml", *, release_quarantine: bool = False
+        self,
+        policy_text: str,
+        source: str = "policy.yaml",
+        *,
+        release_quarantine: bool = False,
+        replace: bool = False,
     ) -> dict[str, Any]:
         """Start a rollout of a policy's YAML text; returns at least `rollout_id`.
 
-        A policy that was rolled back is quarantined by digest and rung until somebody releases it by hand.
+        A policy that was rolled back is quarantined by digest and rung until somebody releases it by hand. A
+        promoted rollout is followed only with `replace`: its share of sparse ends then.
         """
-        body = {"policy": policy_text, "source": source, "release_quarantine": release_quarantine}
+        body = {
+            "policy": policy_text,
+            "source": source,
+            "release_quarantine": release_quarantine,
+            "replace": replace,
+        }
         return self._call("POST", "/admin/v1/rollouts", body)
 
     def rollouts(self) -> list[dict[str, Any]]:
@@ -57,6 +69,10 @@ class AdminClient:
         """Give a running rollout a safer policy; returns the changes, or raises with every unsafe field."""
         body = {"policy": policy_text, "source": source}
         return self._call("POST", f"/admin/v1/rollouts/{rollout_id}/policy", body)
+
+    def plant_fault(self, fault: Mapping[str, Any] | None) -> None:
+        """Plant a silent fault in the sparse variant, or take it out; only an app for drills allows it."""
+        self._call("PUT", "/admin/v1/fault", {"fault": None if fault is None else dict(fault)})
 
     def close(self) -> None:
         """Close the connection."""

@@ -22,11 +22,12 @@ from typing import Any
 from sentei.monitors.drift import DriftSpec, run_drift
 from sentei.monitors.errors import StoreError
 from sentei.monitors.events import Event, EventLog
-from sentei.monitors.records import DriftResult, Rollout
+from sentei.monitors.records import ROLLOUT_ID, DriftResult, Rollout
 from sentei.monitors.signals_reader import SignalQuery, read_signals
 from sentei.monitors.store import Store
 from sentei.pipeline.plain import to_plain
-from sentei.pipeline.rollout.revisions import PolicyBook, take_revision
+from sentei.pipeline.rollout.revisions import STARTED, PolicyBook, take_revision
+from sentei.pipeline.rollout.succession import REPLACED, add_successor, close_former
 from sentei.policies.engine import (
     Decision,
     RolloutState,
@@ -36,15 +37,14 @@ from sentei.policies.engine import (
     state_from_json,
     state_to_json,
 )
+from sentei.policies.schema.kept import keep_policy
 from sentei.policies.schema.load import load_policy
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Signals
+from sentei.policies.state import Quarantined
 
 logger = logging.getLogger(__name__)
 
-_ROLLOUT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-STARTED = "started"
 EVIDENCE = "evidence"
 HOLD = "hold"
 MIN_AUDIT_LIMIT_S = 60.0
@@ -74,6 +74,7 @@ class RunnerOptions:
     owner: str  # unique per process: two controllers of one name would not fence each other
     replicas: Callable[[], Mapping[str, int]] = field(default=lambda: {"dense": 1, "sparse": 1})
     audit_limit_s: float | None = None  # default: data.max_age, at least a minute
+    artifact: Callable[[], str] = field(default=lambda: "")  # digest of what sparse runs; "": not known
 
 
 def start_rollout(
@@ -84,16 +85,18 @@ def start_rollout(
     about: Mapping[str, str] | None = None,
     rollout_id: str | None = None,
     releases_quarantine: bool = False,
+    replaces: bool = False,
 ) -> Rollout:
     """Write a rollout down; the controller takes up the newest one.
 
-    Raises PolicyError, RolloutError for an id that cannot name a folder, and QuarantineError if this
-    policy was rolled back at one of its rungs before and the operator does not release it.
+    Raises PolicyError, RolloutError for an id that cannot name a folder, QuarantineError if this policy was
+    rolled back at one of its rungs before and the operator does not release it, and StartRefusedError while
+    another rollout is not over, or is promoted and the operator does not say that this one `replaces` it.
     """
     policy = load_policy(policy_text, "policy")
     moment = datetime.fromtimestamp(now_s, UTC).strftime("%Y%m%d-%H%M%S")
     rollout_id = rollout_id or f"{policy.metadata.name}-{moment}"
-    if not _ROLLOUT_ID.fullmatch(rollout_id):
+    if not re.fullmatch(ROLLOUT_ID, rollout_id):
         raise RolloutError(
             f"rollout id {rollout_id!r} cannot be used: give 1 to 100 letters, digits, dots, dashes or _."
         )
@@ -105,16 +108,20 @@ def start_rollout(
         created_at_s=now_s,
         about=dict(about or {}),
     )
-    store.add_rollout(rollout)
+    add_successor(store, rollout, replaces=replaces)
     return rollout
 
 
-def read_quarantine(store: Store) -> tuple[str, ...]:
-    """Return "digest+rung" of everything that was rolled back in this store."""
-    log = EventLog(store)
-    texts = (log.latest_state(rollout.rollout_id) for rollout in store.read_rollouts())
-    failed = (state_from_json(text).quarantine for text in texts if text is not None)
-    return tuple(sorted({item for items in failed for item in items}))
+def read_quarantine(store: Store) -> tuple[Quarantined, ...]:
+    """Return what was rolled back in this store, by the digest of then and by the one it would have today."""
+    log, book = EventLog(store), PolicyBook(store)
+    found: set[Quarantined] = set()
+    for rollout in store.read_rollouts():
+        text = log.latest_state(rollout.rollout_id)
+        for item in state_from_json(text).quarantine if text is not None else ():
+            policy = book.find(rollout.rollout_id, item.digest)
+            found |= {item, replace(item, digest=policy.own_digest)}
+    return tuple(sorted(found))
 
 
 class RolloutRunner:
@@ -122,11 +129,11 @@ class RolloutRunner:
 
     def __init__(self, store: Store, rollout: Rollout, options: RunnerOptions) -> None:
         self.rollout = rollout
-        self.policy = load_policy(rollout.policy_text, rollout.rollout_id)
         self.num_errors = 0
         self._store = store
         self._log = EventLog(store)
         self._book = PolicyBook(store)
+        self.policy = self._book.first(rollout)
         self._options = options
 
     @classmethod
@@ -178,19 +185,21 @@ class RolloutRunner:
 
     def _resume(self, token: int, now_s: float) -> tuple[RolloutState, float]:
         """Return the state of the newest event and its time; the first event if there is none."""
-        event = self._log.latest(self.rollout.rollout_id)
+        event = self._log.resume(self.rollout.rollout_id)
         if event is not None:
             state = state_from_json(event.state)
+            if state.outcome == REPLACED:
+                raise RolloutError(f"rollout {state.rollout_id!r} is over: {state.reason}.")
             if state.policy_digest != self.policy.digest:  # edited, by this controller or another
                 self.policy = self._book.find(self.rollout.rollout_id, state.policy_digest)
             return state, event.at_s
+        close_former(self._store, self.rollout, token=token, now_s=now_s)
         state = initial_state(self.policy, self.rollout.rollout_id, now_s)
         payload = {
             "reason": "started",
-            "policy_digest": self.policy.digest,
-            "policy_text": self.rollout.policy_text,
             "created_at_s": self.rollout.created_at_s,
             "about": self.rollout.about,
+            **keep_policy(self.policy, self.rollout.policy_text),
         }
         self._write(state, STARTED, payload, token=token, now_s=now_s)
         return state, now_s
@@ -209,6 +218,8 @@ class RolloutRunner:
             self.rollout.rollout_id,
             replicas=self._options.replicas(),
             audit_limit_s=self._options.audit_limit_s,
+            since_s=state.since_s,
+            artifact=self._options.artifact(),
         )
         try:
             return read_signals(
@@ -249,7 +260,9 @@ def is_kept(policy: Policy, before: RolloutState, decision: Decision, *, since_s
 
 def _without_evidence(state: RolloutState) -> RolloutState:
     """The state without what reading the same cursor again gives back."""
-    slices = tuple(replace(item, served_units=0) for item in state.slices)
+    slices = tuple(
+        replace(item, served_units=0, upper_units=0, requests=0, upper_requests=0) for item in state.slices
+    )
     return replace(state, cells=(), cursor=0, waiting_since_s=0.0, slices=slices)
 
 
@@ -286,9 +299,15 @@ def event_payload(before: RolloutState, decision: Decision) -> dict[str, Any]:
 
 
 def signal_query(
-    policy: Policy, rollout_id: str, *, replicas: Mapping[str, int], audit_limit_s: float | None = None
+    policy: Policy,
+    rollout_id: str,
+    *,
+    replicas: Mapping[str, int],
+    audit_limit_s: float | None = None,
+    since_s: float = 0.0,
+    artifact: str = "",
 ) -> SignalQuery:
-    """Return what has to be read for a policy."""
+    """Return what has to be read for a policy in the phase that began at `since_s`."""
     spec = policy.spec
     names = {item.value for item in spec.guardrails.items} | {item.value for item in spec.benefit}
     return SignalQuery(
@@ -297,6 +316,10 @@ def signal_query(
         health_window_s=spec.breaker.variant.window,
         audit_limit_s=max(MIN_AUDIT_LIMIT_S, spec.data.max_age) if audit_limit_s is None else audit_limit_s,
         replicas=replicas,
+        since_s=since_s,
+        unit_period_s=spec.audit.select.period,
+        borders={item.id: item.middle for item in policy.routed_slices},
+        artifact=artifact,
     )
 
 

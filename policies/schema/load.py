@@ -6,8 +6,8 @@ Whatever the text is, nothing but PolicyError comes out of `load_policy`.
 
 from __future__ import annotations
 
+import re
 import types
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from sentei.policies.schema.policy import Policy, Spec, to_document
+from sentei.policies.schema.policy import Policy, Spec
 from sentei.policies.schema.rules import Path, dotted_path, find_faults, nearest
 
 # A policy has some 3,000 characters and 400 values. The limits keep the worst text below half a second.
@@ -23,30 +23,10 @@ MAX_CHARACTERS = 50_000
 MAX_DEPTH = 30
 MAX_VALUES = 5_000  # also with aliases expanded
 MAX_FAULTS = 100  # more are counted, not listed
+# What YAML 1.1 reads as another number than people mean: octal, hexadecimal, binary, base 60.
+_TRAP = re.compile(r"[-+]?(0[0-7_]+|0[xb][0-9a-fA-F_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+_OTHERS = {"argoproj.io": "Argo Rollouts", "flagger.app": "Flagger"}
 MAX_PATH, MAX_MESSAGE = 200, 600  # characters of one printed fault: a key may be a whole page
-
-# Words of the design that nothing acts on yet: refused by name, so that no setting is silently dead.
-NOT_YET: dict[tuple[str, ...], str] = {
-    ("spec", "ladder", "attention"): "the adapter's ladder.json holds what a rung means; name its id only",
-    ("spec", "assignment", "override_header"): "forcing a variant by header",
-    ("spec", "audit", "method"): "choosing how answers are replayed",
-    ("spec", "audit", "budget"): "a budget for audits",
-    ("spec", "audit", "privacy"): "choosing what an audit stores; texts are never stored",
-    ("spec", "audit", "select", "per_slice_floor"): "a floor of audits per hour",
-    ("spec", "audit", "values", "token_disagreement"): "settings of this value; it has none",
-    ("spec", "audit", "values", "first_divergence"): "settings of this value; it is only reported",
-    ("spec", "breaker", "request", "on"): "choosing which failures count; all of them do",
-    ("spec", "rollback", "keep_warm"): "keeping replicas warm for a time",
-    ("spec", "record", "report"): "choosing the report's form",
-    ("spec", "record", "event_log"): "choosing the event log; it lives in the store, for ever, hash-chained",
-    ("spec", "record", "mlflow", "parent_run_per"): "choosing the runs; one parent per rollout",
-    ("spec", "record", "mlflow", "child_run_per"): "choosing the runs; one child per stage",
-}
-_VALUES_NOT_YET: dict[tuple[str, ...], tuple[str, ...]] = {  # no sets: a file may say a list there
-    ("spec", "mode"): ("replay",),
-    ("spec", "assignment", "unit"): ("api_key", "request_id"),
-    ("spec", "assignment", "on_slice_change"): ("keep",),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +63,12 @@ def load_policy(text: str, source: str = "<policy>") -> Policy:
     return Policy.model_validate(document)
 
 
-def dump_policy(policy: Policy) -> str:
-    """YAML text that loads to an equal policy."""
-    text: str = yaml.safe_dump(to_document(policy), sort_keys=False, allow_unicode=True, width=110)
-    return text
+def read_document(text: str, source: str = "<policy>") -> dict[str, Any]:
+    """The plain values of a policy text, whatever they say; PolicyError where it is no mapping of YAML."""
+    reader = _Reader(source)
+    document: dict[str, Any] = reader.read(text)
+    reader.give_up_if_faulty()
+    return document
 
 
 def find_line(text: str, path: Path) -> int:
@@ -184,6 +166,7 @@ class _Reader:
             return self._mapping(node, path, above)
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(item, (*path, index), above) for index, item in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)
         return self._scalar(node, path)
 
     def _mapping(self, node: yaml.MappingNode, path: Path, above: frozenset[int]) -> dict[str, Any]:
@@ -201,7 +184,14 @@ class _Reader:
                 found[key] = self._plain(value_node, (*path, key), above)
         return found
 
-    def _scalar(self, node: yaml.Node, path: Path) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
+        is_plain = node.style is None
+        if is_plain and node.tag.endswith((":int", ":float")) and _TRAP.fullmatch(node.value):
+            self.add(path, node.value, "YAML reads this as another number; write it plainly, such as 250")
+            return None
+        if is_plain and node.tag.endswith(":bool") and node.value.lower() not in ("true", "false"):
+            self.add(path, node.value, "YAML reads this as true or false; a word stands in quotes")
+            return None
         try:
             value = yaml.SafeLoader("").construct_object(node)
         except (yaml.YAMLError, ValueError, OverflowError) as error:
@@ -214,6 +204,14 @@ class _Reader:
 
     def check(self, document: dict[str, Any]) -> None:
         """Structure section by section, then the rules over the sections that are well formed."""
+        origin = str(document.get("apiVersion", "")).split("/")[0]
+        if origin in _OTHERS:
+            self.add(
+                ("apiVersion",),
+                document["apiVersion"],
+                f"this is a file of {_OTHERS[origin]}; docs/guides/policy.md says its words in ours",
+            )
+            return
         top = {name: field.alias or name for name, field in Policy.model_fields.items()}
         for key in document:
             if key not in top.values():
@@ -247,8 +245,8 @@ class _Reader:
             return adapter.validate_python(value)
         except ValidationError as error:
             unknown = [item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"]
-            for item in _grouped(error):
-                self._structure_fault(path, annotation, item)
+            for item in error.errors(include_url=False):
+                self._structure_fault(path, annotation, dict(item))
             if unknown and len(unknown) == error.error_count():
                 return adapter.validate_python(_without(value, unknown))  # so that a typo hides no rule
         return None
@@ -259,10 +257,7 @@ class _Reader:
         if kind == "extra_forbidden":
             self._unknown_key(full, _model_at(annotation, loc[:-1]))
             return
-        words = tuple(str(part) for part in full if not isinstance(part, int))
-        if item["input"] in _VALUES_NOT_YET.get(words, ()):
-            self.add(full, item["input"], f"not supported yet; allowed: {item['ctx']['expected']}")
-        elif kind == "missing":
+        if kind == "missing":
             self.add(full, None, f'"{full[-1]}" is required')
         else:
             self.add(full, item["input"], _readable(item))
@@ -270,10 +265,6 @@ class _Reader:
     def _unknown_key(self, path: Path, model: type[BaseModel] | None) -> None:
         if len(self.faults) >= MAX_FAULTS:
             self.add(path, None, "unknown key")
-            return
-        words = tuple(str(part) for part in path if not isinstance(part, int))
-        if words in NOT_YET:
-            self.add(path, None, f"not supported yet: {NOT_YET[words]}")
             return
         fields = model.model_fields if model is not None else {}
         known = [field.alias or name for name, field in fields.items()]
@@ -292,11 +283,6 @@ def _adapter(owner: type[BaseModel], name: str) -> tuple[Any, TypeAdapter[Any]]:
     if field.metadata:
         annotation = Annotated[annotation, *field.metadata]
     return annotation, TypeAdapter(annotation)
-
-
-def _grouped(error: ValidationError) -> Iterator[dict[str, Any]]:
-    for item in error.errors(include_url=False):
-        yield dict(item)
 
 
 def _readable(item: dict[str, Any]) -> str:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt
 
 from sentei.policies.schema.metrics import METRICS, Metric
-from sentei.policies.schema.operations import (
-    Count,
-    Identifier,
-    Positive,
-    Section,
-)
+from sentei.policies.schema.operations import Count, Identifier, Positive, Section
 from sentei.policies.schema.units import Number, Seconds, Share
 
 TestKind = Literal["betting", "betting_paired", "beta_binomial", "event_split", "split_ramp"]
@@ -24,20 +20,6 @@ class Metadata(Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
     owner: str | None = None
-
-
-class Variant(Section):
-    """One side of the comparison."""
-
-    deployment: Literal["dense", "sparse"]
-    model: str | None = Field(default=None, description="model reference; both sides must name the same one")
-
-
-class Variants(Section):
-    """Dense control and sparse candidate: the same weights, only attention differs."""
-
-    control: Variant = Variant(deployment="dense")
-    candidate: Variant = Variant(deployment="sparse")
 
 
 class LadderRung(Section):
@@ -59,11 +41,15 @@ class Slice(Section):
         """Whether the slice always stays dense."""
         return self.pin is not None
 
+    @property
+    def middle(self) -> float:
+        """The length that halves it before anything was served: the geometric middle, as lengths spread."""
+        return math.sqrt(max(self.range[0], 1) * self.range[1])
+
 
 class Slices(Section):
-    """How requests are told apart; the buckets cover every length without gap or overlap."""
+    """How requests are told apart: by prompt tokens; the buckets cover every length once."""
 
-    by: Literal["prompt_tokens"] = "prompt_tokens"
     buckets: Annotated[tuple[Slice, ...], Field(min_length=1, max_length=32)]
 
 
@@ -72,7 +58,6 @@ class Assignment(Section):
 
     unit: Literal["session_id"] = "session_id"
     salt: Annotated[str, Field(min_length=1, max_length=64)]
-    on_slice_change: Literal["reassign"] = "reassign"
 
 
 class Approval(Section):
@@ -89,19 +74,22 @@ class Stage(Section):
     share: Share
     rung: Identifier
     audit: Share | None = Field(
-        default=None, description="share of sessions audited; default audit.select.fraction"
+        default=None, description="share of requests audited; default audit.select.fraction"
     )
     hold_min: Seconds = Field(default=0.0, description="least time in this stage")
     max: Seconds | None = Field(default=None, description="longest time in this stage, then advance.on_max")
     approval: Approval | None = None
     bake: Seconds | None = Field(default=None, description="last stage only: time to stay before `promoted`")
+    need: Literal["no_harm"] | None = Field(
+        default=None, description="before the last stage: safety is not proven here, but in a later one"
+    )
 
 
 class Advance(Section):
     """What it takes to go one stage further. There is no way to promote on inconclusive evidence."""
 
     need: Literal["all_safe", "no_harm"]
-    min_units: Positive = Field(description="audited sessions per slice and rung; never delays a rollback")
+    min_units: Positive = Field(description="audited units per slice and stage; never delays a rollback")
     min_served_units: Count = Field(
         default=0, description="of these, served by sparse in this stage (share > 0)"
     )
@@ -109,10 +97,10 @@ class Advance(Section):
 
 
 class AuditSelect(Section):
-    """Which sessions are audited."""
+    """Which requests are audited: a draw before serving says so."""
 
-    fraction: Share
-    by: Literal["hash_before_serving"] = "hash_before_serving"
+    fraction: Share = Field(description="of the requests; most of it goes to those that sparse serves")
+    period: Seconds = Field(default=600.0, description="after it a session counts as a unit again")
 
 
 class KlValue(Section):
@@ -127,18 +115,11 @@ class AuditValues(Section):
     kl: KlValue = KlValue()
 
 
-class NoiseFloor(Section):
-    """How dense-versus-dense noise is measured."""
-
-    kind: Literal["paired_triple"] = "paired_triple"
-
-
 class MissingAudits(Section):
-    """What a chosen but unscored audit means (F12)."""
+    """A chosen but unscored audit is the worst case for safety and left out for harm (F12)."""
 
-    promote: Literal["worst_case"] = "worst_case"
-    rollback: Literal["drop"] = "drop"
     max_share: Share = Field(default=0.10, description="more missing than this: verdict ERROR, which holds")
+    window: Seconds = Field(default=3600.0, description="how long a missing audit counts in that share")
 
 
 class Audit(Section):
@@ -146,7 +127,6 @@ class Audit(Section):
 
     select: AuditSelect
     values: AuditValues = AuditValues()
-    noise_floor: NoiseFloor = NoiseFloor()
     missing: MissingAudits = MissingAudits()
 
 
@@ -157,7 +137,7 @@ class Bound(Section):
     excess_over_floor: Number | None = Field(
         default=None, description="mean of value - floor, in the metric's unit"
     )
-    ratio: Annotated[float, Field(ge=1, le=100)] | None = Field(
+    ratio: Annotated[Number, Field(ge=1, le=100)] | None = Field(
         None, description="sparse rate over dense rate"
     )
     over: Seconds | None = Field(
@@ -176,7 +156,7 @@ class Guardrail(Section):
     per: Literal["slice", "all"] = "slice"
     action: GuardrailAction
     advance: Literal["all_safe", "no_harm"] | None = Field(default=None, description="default: advance.need")
-    alpha: Annotated[float, Field(gt=0, lt=0.5)] | None = Field(
+    alpha: Annotated[Number, Field(lt=0.5)] | None = Field(
         default=None, description="own share of alpha_total"
     )
 
@@ -189,7 +169,7 @@ class Guardrail(Section):
 class Guardrails(Section):
     """All gates and the error budget they share."""
 
-    alpha_total: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    alpha_total: Annotated[Number, Field(lt=0.5)] = 0.05
     detector_arl: Annotated[StrictInt, Field(ge=100, le=10**9)] = 10_000
     items: Annotated[tuple[Guardrail, ...], Field(min_length=1, max_length=64)]
 
@@ -201,25 +181,21 @@ class Want(Section):
 
 
 class Benefit(Section):
-    """Safe but useless is also a stop: disproved benefit stops the ramp."""
+    """Safe but useless is also a stop: a benefit that is disproved in a slice stops the ramp."""
 
     id: Identifier
     value: Literal["audit.compute_ratio"]
     want: Want
-    per: Literal["slice"] = "slice"
-    if_disproved: Literal["stop_ramp"] = "stop_ramp"
 
 
 class Signal(Section):
     """One Evidently check over windows of one column."""
 
     id: Identifier
-    source: Literal["evidently"] = "evidently"
     column: str
     action: Literal["hold", "rollback"] = "hold"
     consecutive: Annotated[StrictInt, Field(ge=1, le=100)] = 1
     window_units: Annotated[StrictInt, Field(ge=5, le=10**6)] = Field(
         default=100, description="sessions per window"
     )
-    calibrate: Literal["aa_windows"] = "aa_windows"
     no_data: Literal["hold", "ignore"] = Field(default="hold", description="before its first full window")

@@ -65,6 +65,7 @@ class EngineRequest:
     sampling: Sampling = NEUTRAL
     sent_ids: tuple[int, ...] = ()
     stop_ids: frozenset[int] = frozenset()
+    artifact: str = ""  # digest of what must answer; "": whatever runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class TokenChunk:
 class ScoreRequest:
     """A replay for the audit: teacher-force `ids` and report each served position.
 
-    Both chunk sizes None: all in one piece. A served chunk of 1 replays the decode steps as they were served.
+    Chunk size None: in one piece. A served chunk of 1 replays the decode steps as they were served.
     """
 
     request_id: str
@@ -104,19 +105,18 @@ class ScoreRequest:
     num_top: int = 20
     prompt_chunk_tokens: int | None = None
     served_chunk_tokens: int | None = None
+    artifact: str = ""  # digest of what must answer; "": whatever runs
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreResult:
-    """What a variant thinks of served tokens, one entry per served position."""
+    """What a variant thinks of served tokens, one entry per served position, best first."""
 
-    argmax_ids: tuple[int, ...]
-    token_logprobs: tuple[float, ...]  # of the served tokens
     top_ids: tuple[tuple[int, ...], ...]
     top_logprobs: tuple[tuple[float, ...], ...]
     compute_s: float
-    dropped_mass: tuple[float, ...] | None = None  # one value per sampled row, where it was measured
-    density: float | None = None  # kept share of the causal blocks, where the sparse path ran
+    dropped_mass: tuple[float, ...] = ()  # one share per sampled served row, head and layer
+    artifact: str = ""  # digest of what scored
 
 
 @dataclass(frozen=True, slots=True)

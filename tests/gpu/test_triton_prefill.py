@@ -13,6 +13,7 @@ from sentei.kernels.ops.attention import attend, attend_packed
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.layouts import PackedMask
 from sentei.kernels.ops.reference import attend_reference, token_mask
+from sentei.kernels.ops.rules import Softmax
 from sentei.kernels.ops.tolerances import ERROR_FLOOR, allowed_error
 from tests.strategies_attention import make_qkv, move_mask
 from tests.strategies_masks import block_masks, random_mask
@@ -89,7 +90,7 @@ def test_low_precision_error_is_at_most_twice_torchs_own(dtype: torch.dtype, dim
 
     allowed = token_mask(mask.to_dense()[0, 0], mask, None)
     plain = scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
-    exact, _ = attend_reference(q.float(), k.float(), v.float(), mask, scale=dim**-0.5)
+    exact, _ = attend_reference(q.float(), k.float(), v.float(), mask, Softmax(dim**-0.5))
     assert float((out.float() - exact).abs().max()) <= allowed_error(plain, exact)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter, uncalibrated_ladder
+from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter
 from sentei.kernels.hf.models import thinnable_layers
 from sentei.kernels.hf.observe import Selection
 from sentei.kernels.hf.retrofit import retrofit
@@ -22,6 +22,7 @@ from sentei.pipeline.models import LoadedModel, resolve_model
 from sentei.serving.engine.request import EngineRequest
 from sentei.serving.engine.runner import ModelRunner
 from tests.fakes_models import make_gemma, make_ids, make_llama
+from tests.trial_ladders import uncalibrated_ladder
 
 # torch 2.13 imports modules of its own that it has deprecated, when FlexAttention is compiled.
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"), pytest.mark.timeout(600)]
@@ -79,11 +80,10 @@ def test_the_observer_goes_after_an_error() -> None:
 def test_a_planted_fault_is_seen_as_it_struck() -> None:
     """The shares shown are those that the choice was made from, the fault included."""
     model, ids, seen = make_llama(), make_ids(400), list[Selection]()
-    with (
-        retrofit(model, make_adapter(model), "bold", fault=Fault("pooled_keys_lost", 128)) as handle,
-        handle.watching(seen.append),
-    ):
-        run(model, ids)
+    with retrofit(model, make_adapter(model), "bold") as handle:
+        handle.set_fault(Fault("pooled_keys_lost", 128))
+        with handle.watching(seen.append):
+            run(model, ids)
 
     assert torch.isneginf(seen[0].log_shares[:, :, 2:]).all()
     assert seen[0].mask.counts[:, :, 2:].max() == 2

@@ -17,6 +17,7 @@ from sentei.kernels.ops.attention import attend, dense_attend
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.reference import attend_reference, token_mask
 from sentei.kernels.ops.registry import why_no_compiler
+from sentei.kernels.ops.rules import Softmax
 from sentei.kernels.ops.tolerances import ERROR_FLOOR, allowed_error
 from tests.strategies_masks import random_mask
 
@@ -46,7 +47,7 @@ def test_output_equals_the_definition(q_len: int, past: int, window: int | None)
 
     out, lse = attend(q, k, v, mask, window=window, backend="flex")
 
-    exact, _ = attend_reference(q, k, v, mask, scale=32**-0.5, window=window)
+    exact, _ = attend_reference(q, k, v, mask, Softmax(32**-0.5, window))
     assert lse is None
     assert float((out - exact).abs().max()) < ERROR_FLOOR[torch.float32]
 
@@ -93,7 +94,7 @@ def test_low_precision_error_is_at_most_twice_torchs_own() -> None:
     out, _ = attend(q, k, v, mask, backend="flex")
 
     plain = scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
-    exact, _ = attend_reference(q.float(), k.float(), v.float(), mask, scale=32**-0.5)
+    exact, _ = attend_reference(q.float(), k.float(), v.float(), mask, Softmax(32**-0.5))
     assert out.dtype == torch.bfloat16
     assert float((out.float() - exact).abs().max()) <= allowed_error(plain, exact)
 
@@ -109,6 +110,6 @@ def test_a_worker_thread_compiles_and_keeps_gradients_out() -> None:
     thread.start()
     thread.join()
 
-    exact, _ = attend_reference(q, k, v, BlockMask.causal(150), scale=32**-0.5, window=60)
+    exact, _ = attend_reference(q, k, v, BlockMask.causal(150), Softmax(32**-0.5, 60))
     assert not results[0].requires_grad
     assert float((results[0] - exact.detach()).abs().max()) < ERROR_FLOOR[torch.float32]

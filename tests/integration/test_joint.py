@@ -10,7 +10,7 @@ import torch
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from sentei.kernels.hf.adapter import load_adapter, new_adapter, save_adapter, uncalibrated_ladder
+from sentei.kernels.hf.adapter import load_adapter, new_adapter, save_adapter
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
 from sentei.kernels.hf.models import AdapterError, fingerprint
 from sentei.pipeline.cli.app import app
@@ -19,6 +19,7 @@ from sentei.pipeline.home import Home
 from sentei.pipeline.models import LoadedModel, resolve_model
 from sentei.pipeline.steps import JOINT_FILE, Workbench, joint_step
 from sentei.pipeline.text.corpus import load_corpus
+from tests.trial_ladders import uncalibrated_ladder
 
 # torch 2.13 imports modules of its own that it has deprecated, when FlexAttention is compiled.
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"), pytest.mark.timeout(600)]

@@ -7,14 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sentei.kernels.hf.adapter import (
-    LOW_RANK_FILE,
-    Adapter,
-    load_adapter,
-    new_adapter,
-    save_adapter,
-    uncalibrated_ladder,
-)
+from sentei.kernels.hf.adapter import LOW_RANK_FILE, Adapter, load_adapter, new_adapter, save_adapter
 from sentei.kernels.hf.low_rank import PROJECTIONS, LowRank, new_low_rank
 from sentei.kernels.hf.masked import attend_masked
 from sentei.kernels.hf.models import AdapterError, ModelError, text_decoder
@@ -23,6 +16,7 @@ from sentei.kernels.ops.attention import attend
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.reference import token_mask
 from tests.fakes_models import make_gemma, make_ids, make_llama, make_qwen2, make_qwen3
+from tests.trial_ladders import uncalibrated_ladder
 
 # torch 2.13 imports modules of its own that it has deprecated, when FlexAttention is compiled.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -126,7 +120,7 @@ def test_they_survive_the_disk_and_vanish_with_a_new_distillation(tmp_path: Path
     save_adapter(new_adapter(model, "tiny"), tmp_path)
 
     assert loaded.low_rank is not None
-    assert loaded.manifest == adapter.manifest
+    assert replace(loaded.manifest, files={}) == adapter.manifest
     assert loaded.low_rank.info == adapter.low_rank.info
     for key, pair in adapter.low_rank.pairs.items():
         assert torch.equal(pair.down, loaded.low_rank.pairs[key].down)

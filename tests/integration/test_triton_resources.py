@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from sentei.kernels.bench.resources import (
-    BOUNDS,
     KERNELS,
     TARGET_NAMES,
     Row,
@@ -20,11 +19,22 @@ from sentei.kernels.bench.resources import (
     to_markdown,
 )
 from sentei.kernels.ops.layouts import BlockLists, PackedMask, PagedCache
-from sentei.kernels.ops.rules import Grid, Rule, Threshold, TopP
+from sentei.kernels.ops.rules import Grid, Rule, Softmax, Threshold, TopP
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)"
 )
+# What a program may take at head size 128: (registers per thread, bytes of shared memory; on gfx942 64 KiB at
+# most). Prefill: one program of 8 warps fills a unit of 65,536 registers, and an A100's has 163 KiB. Decode
+# waits for memory, so four programs of 4 warps must fit; select and merge are smaller; of mass, one fits.
+BOUNDS = {
+    "prefill": (255, 160 * 1024),
+    "prefill_per_head": (255, 160 * 1024),
+    "decode": (128, 40 * 1024),
+    "merge": (64, 8 * 1024),
+    "mass": (192, 80 * 1024),
+    "select": (64, 16 * 1024),
+}
 ROW = Row("prefill", 128, "sm_80", 8, 200, 0, 65536)
 
 
@@ -49,8 +59,8 @@ def make_prefill() -> Any:
 
     mask = PackedMask(ints(6, 9), ints(6, 9, 5), ints(4), ints(4), 48, 48)
     q, k = empty(1, 6, 333, 60), empty(1, 2, 400, 60)
-    options: dict[str, Any] = {"scale": 0.1, "window": 70, "softcap": 30.0, "sinks": floats(6)}
-    return prefill_launch(q, k, k, mask, q, floats(1, 6, 333), target="sm_80", **options)
+    how = Softmax(0.1, window=70, softcap=30.0, sinks=floats(6))
+    return prefill_launch((q, k, k), mask, how, q, floats(1, 6, 333), target="sm_80")
 
 
 def make_decode() -> Any:
@@ -61,7 +71,8 @@ def make_decode() -> Any:
     lists = BlockLists(ints(3, 1), ints(3, 1, 7), 48)
     parts = (floats(4, 3, 6, 2, 60), floats(4, 3, 6, 2))
     q = empty(3, 6, 2, 60)
-    return decode_launch(q, cache, lists, *parts, scale=0.1, window=70, softcap=30.0, target="sm_80")
+    how = Softmax(0.1, window=70, softcap=30.0)
+    return decode_launch(q, cache, lists, how, parts, target="sm_80")
 
 
 def make_merge() -> Any:

@@ -11,6 +11,7 @@ from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.block_mass import block_mass, dropped_mass
 from sentei.kernels.ops.errors import ShapeError
 from sentei.kernels.ops.reference import attend_reference
+from sentei.kernels.ops.rules import Softmax
 from sentei.kernels.ops.tolerances import ERROR_FLOOR, MASS_SUM_ATOL
 from tests.strategies_masks import random_mask
 
@@ -73,7 +74,7 @@ def test_dropped_mass_is_what_the_unselected_blocks_hold() -> None:
 def test_dropped_mass_stays_in_bounds() -> None:
     """Nothing selected drops all; everything selected drops nothing, rounding or not."""
     q, k = make_qk(100, 0)
-    _, lse = attend_reference(q, k, k, BlockMask.causal(100), scale=0.3)
+    _, lse = attend_reference(q, k, k, BlockMask.causal(100), Softmax(0.3))
 
     assert bool((dropped_mass(torch.full_like(lse, -torch.inf), lse) == 1).all())
     assert bool((dropped_mass(lse + 1e-6, lse) == 0).all())

@@ -9,7 +9,8 @@ from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.pipeline.ladder.calibrate import CalibrateOptions, density_targets
 from sentei.pipeline.ladder.density import DensityError, DensityFit, fit_densities
-from sentei.pipeline.measure.capture import LayerRecord, row_shares
+from sentei.pipeline.measure.capture import LayerRecord
+from sentei.pipeline.measure.needs import row_shares
 
 BLOCK, BLOCKS = 16, 12
 SHAPE = ScorerShape(2, 1, 8, rank=2, pool_tokens=4, block_tokens=BLOCK)
@@ -39,6 +40,7 @@ def make_record(seed: int = 0) -> LayerRecord:
         lse=torch.zeros(1, 2, n, BLOCK),
         mass=(mass / mass.sum(-1, keepdim=True)).half(),
         is_asking=torch.zeros(n, dtype=torch.bool),
+        table=make_table(),
     )
 
 
@@ -46,7 +48,7 @@ def kept_share(
     record: LayerRecord, scorer: BlockScorer, fit: DensityFit, block_q: int = BLOCK
 ) -> tuple[float, float]:
     """Count the causal blocks that a threshold keeps, one query block at a time, and the mass it drops."""
-    shares = row_shares(scorer, record, make_table())[0][0]
+    shares = row_shares(scorer, record)[0][0]
     kept = causal = 0
     dropped = 0.0
     for i_q, start in enumerate(record.starts.tolist()):
@@ -68,7 +70,7 @@ def test_the_threshold_keeps_the_density(density: float, block_q: int) -> None:
     """Sink and diagonal included, the kept blocks are the wanted share; the dropped mass is the rest's."""
     record, scorer = make_record(), BlockScorer(SHAPE, 8**-0.5)
 
-    (fit,) = fit_densities({0: scorer}, {0: [record]}, make_table(), [density], block_q=block_q)
+    (fit,) = fit_densities({0: scorer}, {0: [record]}, [density], block_q=block_q)
 
     with torch.no_grad():
         kept, dropped = kept_share(record, scorer, fit, block_q)
@@ -82,7 +84,7 @@ def test_blocks_flow_to_the_layer_that_needs_them() -> None:
     sharp = LayerRecord(**{name: getattr(sharp, name) for name in LayerRecord.__slots__} | {"q": 4 * sharp.q})
     scorers = {0: BlockScorer(SHAPE, 8**-0.5), 1: BlockScorer(SHAPE, 8**-0.5)}
 
-    (fit,) = fit_densities(scorers, {0: [spread], 1: [sharp]}, make_table(), [0.5], block_q=BLOCK)
+    (fit,) = fit_densities(scorers, {0: [spread], 1: [sharp]}, [0.5], block_q=BLOCK)
 
     with torch.no_grad():
         own, other = kept_share(spread, scorers[0], fit)[0], kept_share(sharp, scorers[1], fit)[0]
@@ -93,14 +95,13 @@ def test_blocks_flow_to_the_layer_that_needs_them() -> None:
 def test_fewer_rows_that_choose_together_drop_less_at_the_same_density() -> None:
     """Rows of a query block share their blocks: a quarter of them finds more of its own mass in as many."""
     record, scorer = make_record(), BlockScorer(SHAPE, 8**-0.5)
-    shares = row_shares(scorer, record, make_table())[0].exp().nan_to_num()
+    shares = row_shares(scorer, record)[0].exp().nan_to_num()
     guessed = LayerRecord(
         **{name: getattr(record, name) for name in LayerRecord.__slots__} | {"mass": shares.half()}
     )
 
     together, apart = (
-        fit_densities({0: scorer}, {0: [guessed]}, make_table(), [0.5], block_q=rows)[0]
-        for rows in (BLOCK, BLOCK // 4)
+        fit_densities({0: scorer}, {0: [guessed]}, [0.5], block_q=rows)[0] for rows in (BLOCK, BLOCK // 4)
     )
 
     assert apart.dropped_mass < 0.95 * together.dropped_mass
@@ -110,9 +111,9 @@ def test_a_group_that_must_not_miss_keeps_its_own_threshold_and_the_rest_pays() 
     """A limit on one layer's threshold keeps its blocks; the other's rises, and the density stays."""
     records = {0: [make_record()], 1: [make_record(1)]}
     scorers = {0: BlockScorer(SHAPE, 8**-0.5), 1: BlockScorer(SHAPE, 8**-0.5)}
-    (free,) = fit_densities(scorers, records, make_table(), [0.5], block_q=BLOCK)
+    (free,) = fit_densities(scorers, records, [0.5], block_q=BLOCK)
     limits = {0: torch.tensor([0.7 * free.share]), 1: torch.tensor([0.999])}
-    (held,) = fit_densities(scorers, records, make_table(), [0.5], block_q=BLOCK, most=limits)
+    (held,) = fit_densities(scorers, records, [0.5], block_q=BLOCK, most=limits)
 
     assert limits[0] < free.share < held.share
     with torch.no_grad():
@@ -131,7 +132,6 @@ def test_a_density_below_what_questions_need_is_refused_with_both_numbers() -> N
         fit_densities(
             {0: BlockScorer(SHAPE, 8**-0.5)},
             {0: [make_record()]},
-            make_table(),
             [0.9, 0.2],
             block_q=BLOCK,
             most=limits,
@@ -142,9 +142,7 @@ def test_what_is_forced_is_kept_at_any_density() -> None:
     """A density below sink and diagonal keeps these alone; a density of 1 keeps everything."""
     scorer = BlockScorer(SHAPE, 8**-0.5)
 
-    least, all_of_them = fit_densities(
-        {0: scorer}, {0: [make_record()]}, make_table(), [0.01, 1.0], block_q=BLOCK
-    )
+    least, all_of_them = fit_densities({0: scorer}, {0: [make_record()]}, [0.01, 1.0], block_q=BLOCK)
 
     assert least.share == 0.999
     assert (all_of_them.share, all_of_them.dropped_mass) == (1e-6, 0.0)

@@ -14,6 +14,7 @@ from sentei.policies.engine import routing
 from sentei.policies.evidence import BetaBinomial, Betting, Split
 from sentei.policies.machine import IllegalEventError
 from sentei.policies.schema.policy import Policy
+from sentei.policies.state import Quarantined
 from tests.strategies_policy import Change, Story, make_policy, put, twice, without_approval
 
 
@@ -254,7 +255,11 @@ def test_a_smaller_share_restarts_the_stage() -> None:
     assert [route.share for route in routing(story.policy, story.state).routes] == [0.0, 0.2, 0.2]
     assert story.state.stage_entered_s == story.now_s
     assert story.state.cell("errors", "*", "") is None
-    assert story.state.cell("agree", "mid", "medium") == running().state.cell("agree", "mid", "medium")
+    after, before = (state.cell("agree", "mid", "medium") for state in (story.state, running().state))
+    assert after is not None
+    assert before is not None
+    assert (after.harm, after.watch) == (before.harm, before.watch)
+    assert (after.safe.units if after.safe else None) == 0  # what is proven is proven in this stage
     assert {item.served_units for item in story.state.slices} == {0}
 
 
@@ -316,7 +321,7 @@ def test_a_rollback_after_an_edit_quarantines_every_policy_it_had() -> None:
     second = story.policy.digest
     failed = story.tick(commands=story.order("abort")).state
 
-    assert {item.split("+")[0] for item in failed.quarantine} == {first, second}
+    assert {item.digest for item in failed.quarantine} == {first, second}
     retried = story.tick(commands=story.order("retry"), after_s=31.0).state
     assert retried.quarantine == ()
 
@@ -325,7 +330,7 @@ def test_a_failed_policy_cannot_be_edited_into() -> None:
     """An edit to a digest that is in quarantine is refused."""
     story = running()
     worse = make_policy(twice(without_approval, put("advance.min_units", 20)))
-    state = replace(story.state, quarantine=(f"{worse.digest}+medium",))
+    state = replace(story.state, quarantine=(Quarantined(worse.digest, "medium"),))
 
     with pytest.raises(EditError, match=r"in quarantine \(medium failed\)"):
         edited_state(story.policy, worse, state, story.now_s)

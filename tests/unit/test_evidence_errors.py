@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from sentei.policies import evidence
-from sentei.policies.budget import harm_alpha
 from sentei.policies.evidence import (
     RATIO_TILTS,
     SRM_TILTS,
@@ -22,15 +21,15 @@ from sentei.policies.evidence import (
     Detector,
     Interval,
     Split,
-    betting_paths,
-    detector_paths,
     log_threshold,
     paired_bound,
     paired_excess,
 )
 from sentei.policies.evidence.base import log_mean_exp_paths
 from sentei.policies.evidence.counts import split_logs
+from sentei.policies.schema.budget import harm_alpha
 from sentei.policies.state import Cell, RolloutState, state_from_json, state_to_json
+from tests.evidence_paths import betting_paths, detector_paths
 
 FOLDER = Path(evidence.__file__).parent
 KINDS = (Betting, BetaBinomial, Split, Detector, Interval)

@@ -10,6 +10,7 @@ from sentei.kernels.ops import gather
 from sentei.kernels.ops.attention import attend
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.reference import attend_reference, token_mask
+from sentei.kernels.ops.rules import Softmax
 from sentei.kernels.ops.tolerances import ERROR_FLOOR, allowed_error
 from tests.strategies_masks import random_mask
 
@@ -45,7 +46,7 @@ def test_output_and_lse_equal_the_definition(
 
     out, lse = attend(q, k, v, mask, window=window, return_lse=True, backend="gather")
 
-    exact, exact_lse = attend_reference(q, k, v, mask, scale=dim**-0.5, window=window)
+    exact, exact_lse = attend_reference(q, k, v, mask, Softmax(dim**-0.5, window))
     assert lse is not None
     assert float((out - exact).abs().max()) < ERROR_FLOOR[torch.float32]
     assert torch.allclose(lse, exact_lse, rtol=0, atol=ERROR_FLOOR[torch.float32] * 2)
@@ -59,7 +60,7 @@ def test_block_sizes_may_differ(block_q: int, block_k: int) -> None:
 
     out, _ = attend(q, k, v, mask, backend="gather")
 
-    exact, _ = attend_reference(q, k, v, mask, scale=32**-0.5)
+    exact, _ = attend_reference(q, k, v, mask, Softmax(32**-0.5))
     assert float((out - exact).abs().max()) < ERROR_FLOOR[torch.float32]
 
 
@@ -72,7 +73,7 @@ def test_rows_that_see_nothing_give_zeros_beside_rows_that_do() -> None:
 
     out, lse = attend(q, k, v, mask, return_lse=True, backend="gather")
 
-    exact, exact_lse = attend_reference(q, k, v, mask, scale=32**-0.5)
+    exact, exact_lse = attend_reference(q, k, v, mask, Softmax(32**-0.5))
     assert lse is not None
     assert not out[:, :, :16].any()
     assert float((out - exact).abs().max()) < ERROR_FLOOR[torch.float32]
@@ -87,9 +88,7 @@ def test_softcap_and_sinks_equal_the_definition(window: int | None) -> None:
 
     out, lse = attend(q, k, v, mask, window=window, softcap=2.0, sinks=sinks, return_lse=True)
 
-    exact, exact_lse = attend_reference(
-        q, k, v, mask, scale=32**-0.5, window=window, softcap=2.0, sinks=sinks
-    )
+    exact, exact_lse = attend_reference(q, k, v, mask, Softmax(32**-0.5, window, softcap=2.0, sinks=sinks))
     assert lse is not None
     assert float((out - exact).abs().max()) < ERROR_FLOOR[torch.float32]
     assert torch.allclose(lse, exact_lse, rtol=0, atol=ERROR_FLOOR[torch.float32] * 2)
@@ -132,5 +131,5 @@ def test_low_precision_error_is_at_most_twice_torchs_own(dtype: torch.dtype) -> 
     out, _ = attend(q, k, v, mask, backend="gather")
 
     plain = scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
-    exact, _ = attend_reference(q.float(), k.float(), v.float(), mask, scale=32**-0.5)
+    exact, _ = attend_reference(q.float(), k.float(), v.float(), mask, Softmax(32**-0.5))
     assert float((out.float() - exact).abs().max()) <= allowed_error(plain, exact)

@@ -10,8 +10,11 @@ import torch
 from sentei.kernels.ops import registry
 from sentei.kernels.ops.attention import attend
 from sentei.kernels.ops.block_mask import BlockMask, causal_limits
+from sentei.kernels.ops.errors import BackendError
 from sentei.kernels.ops.native.calls import attend_native
+from sentei.kernels.ops.native.structs import fill_struct, struct_fields
 from sentei.kernels.ops.reference import attend_reference
+from sentei.kernels.ops.rules import Softmax
 from sentei.kernels.ops.tolerances import ERROR_FLOOR, allowed_error
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
@@ -74,7 +77,7 @@ def test_native_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype,
     """Awkward lengths, heads and blocks: at most twice plain PyTorch's own error, and the same empty rows."""
     q, k, v, mask = make_call(shape, dtype)
     exact, exact_lse = attend_exactly(q, k, v, mask, scale=0.2, window=window)
-    plain = attend_reference(q, k, v, mask, scale=0.2, window=window)[0].to(dtype)
+    plain = attend_reference(q, k, v, mask, Softmax(0.2, window))[0].to(dtype)
 
     out, lse = attend(q, k, v, mask, scale=0.2, window=window, return_lse=True, backend="native")
 
@@ -88,7 +91,7 @@ def test_a_row_with_nothing_selected_gives_zeros() -> None:
     """No block, no answer: zeros and an LSE of -inf, never NaN."""
     q, k, v, mask = make_call(SHAPES[3], density=0.0)
 
-    out, lse = attend_native(q, k, v, mask, scale=1.0)
+    out, lse = attend_native(q, k, v, mask, Softmax(1.0))
 
     assert bool((out == 0).all())
     assert bool((lse == -torch.inf).all())
@@ -105,18 +108,18 @@ def test_nan_is_not_swallowed(rows: int, dtype: torch.dtype) -> None:
     bad_k[0, 0, 5, 3] = torch.nan
     bad_v[0, 0, 5, 3] = torch.nan
 
-    assert bool(attend_native(bad_q, k, v, mask, scale=0.2)[0][:, 0, -1].isnan().all())
-    assert bool(attend_native(q, bad_k, v, mask, scale=0.2)[0][:, :, -1].isnan().any())
-    assert bool(attend_native(q, k, bad_v, mask, scale=0.2)[0][:, :, -1].isnan().any())
+    assert bool(attend_native(bad_q, k, v, mask, Softmax(0.2))[0][:, 0, -1].isnan().all())
+    assert bool(attend_native(q, bad_k, v, mask, Softmax(0.2))[0][:, :, -1].isnan().any())
+    assert bool(attend_native(q, k, bad_v, mask, Softmax(0.2))[0][:, :, -1].isnan().any())
 
 
 def test_extreme_scores_stay_exact() -> None:
     """Scores of thousands neither overflow nor lose the largest one."""
     q, k, v, mask = make_call(SHAPES[4], density=1.0)
 
-    out, _ = attend_native(q * 300, k * 300, v, mask, scale=1.0)
+    out, _ = attend_native(q * 300, k * 300, v, mask, Softmax(1.0))
 
-    exact, _ = attend_reference(q * 300, k * 300, v, mask, scale=1.0)
+    exact, _ = attend_reference(q * 300, k * 300, v, mask, Softmax(1.0))
     plain = attend(q * 300, k * 300, v, mask, scale=1.0, backend="gather")[0]
     assert float((out - exact).abs().max()) <= allowed_error(plain, exact) + 16 * ERROR_FLOOR[torch.float32]
 
@@ -127,7 +130,7 @@ def test_odd_heads_and_negative_scales(dtype: torch.dtype, dim: int, scale: floa
     """Half a pair of dimensions counts, and a scale below zero turns the order of the scores around."""
     q, k, v, mask = make_call((1, 4, 2, 2, 200, 57, dim, 64, 64), dtype)
 
-    out, _ = attend_native(q, k, v, mask, scale=scale)
+    out, _ = attend_native(q, k, v, mask, Softmax(scale))
 
     exact, _ = attend_exactly(q, k, v, mask, scale=scale, window=None)
     assert float((out - exact).abs().max()) <= allowed_error(exact.to(dtype), exact)
@@ -241,4 +244,34 @@ def test_a_wide_list_costs_no_more_than_its_counts() -> None:
     padding = torch.full((*mask.counts.shape, 3), -1, dtype=torch.int32)
     wide = replace(mask, indices=torch.cat([mask.indices, padding], dim=-1))
 
-    assert torch.equal(attend_native(q, k, v, wide, scale=0.2)[0], attend_native(q, k, v, mask, scale=0.2)[0])
+    how = Softmax(0.2)
+    assert torch.equal(attend_native(q, k, v, wide, how)[0], attend_native(q, k, v, mask, how)[0])
+
+
+def test_a_struct_is_laid_out_as_the_program_declares_it() -> None:
+    """Values land in the order of the C++ declaration, whatever order they are named in."""
+    fields = struct_fields("Scores")
+    by_name = {field: place for place, field in enumerate(fields)}
+
+    laid_out = fill_struct("Scores", **dict(reversed(by_name.items())))
+
+    assert fields[:5] == ("H", "Hkv", "n", "rows", "num_rows")
+    assert list(laid_out) == list(range(len(fields)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"q_offset": None}, r"missing \['q_offset'\]"), ({"offset": 1}, r"unknown \['offset'\]")],
+)
+def test_a_struct_with_a_wrong_field_is_refused(change: dict[str, int | None], words: str) -> None:
+    """A field that is missing or misspelt is an error that names it, never a zero or a shift."""
+    values = {**dict.fromkeys(struct_fields("Prefill"), 1), **change}
+
+    with pytest.raises(BackendError, match=words):
+        fill_struct("Prefill", **{field: value for field, value in values.items() if value is not None})
+
+
+def test_a_struct_that_is_not_there_is_refused() -> None:
+    """A struct the program does not declare, or not as int64_t alone, cannot be filled."""
+    with pytest.raises(BackendError, match="declares no struct Scratch of int64_t alone"):
+        fill_struct("Scratch", rows=1)

@@ -10,6 +10,7 @@ from sentei.kernels.ops.attention import attend, dense_attend
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.errors import MaskError, ShapeError
 from sentei.kernels.ops.reference import attend_reference, token_mask
+from sentei.kernels.ops.rules import Softmax
 from sentei.kernels.ops.tolerances import ERROR_FLOOR
 from tests.strategies_masks import random_mask
 
@@ -30,7 +31,7 @@ def test_everything_selected_is_dense(q_len: int) -> None:
     """A mask that selects all blocks is torch's causal attention."""
     q, k, v = make_qkv(q_len)
 
-    out, lse = attend_reference(q, k, v, BlockMask.causal(q_len), scale=0.2)
+    out, lse = attend_reference(q, k, v, BlockMask.causal(q_len), Softmax(0.2))
 
     dense = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.2)
     assert float((out - dense).abs().max()) < FLOOR
@@ -70,7 +71,7 @@ def test_dense_baseline_on_torch_agrees(q_len: int, past: int, window: int | Non
     out = dense_attend(q, k, v, q_offset=past, window=window, backend="sdpa")
 
     mask = BlockMask.causal(q_len, past + q_len, q_offset=past)
-    exact, _ = attend_reference(q, k, v, mask, scale=32**-0.5, window=window)
+    exact, _ = attend_reference(q, k, v, mask, Softmax(32**-0.5, window))
     assert float((out - exact).abs().max()) < FLOOR
 
 

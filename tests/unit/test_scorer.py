@@ -209,53 +209,43 @@ def test_the_planted_fault_moves_the_choice_only_past_its_length() -> None:
     assert not torch.isnan(faulty).any()
 
 
+class CountingScorer(BlockScorer):
+    """Counts the pools that it encodes."""
+
+    num_encoded = 0
+
+    def encode_keys(self, pooled: torch.Tensor, pooled_plain: torch.Tensor) -> torch.Tensor:
+        """Encode and count."""
+        self.num_encoded += pooled.shape[2]
+        return super().encode_keys(pooled, pooled_plain)
+
+
 def test_the_side_cache_grows_like_a_fresh_one() -> None:
-    """Token by token or at once, the pooled keys are the same."""
+    """Token by token or at once, the pooled keys are the same, and no pool is encoded twice."""
     _, k, table = make_inputs(50)
-    scorer = BlockScorer(SHAPE, SCALE)
+    scorer = CountingScorer(SHAPE, SCALE)
     grown = PooledCache(scorer)
     grown.update(k[:, :, :21], 21, table)
 
     for length in range(22, 51):
         keys = grown.update(k[:, :, :length], 1, table)
 
+    assert scorer.num_encoded == keys.shape[2]
     torch.testing.assert_close(keys, PooledCache(scorer).update(k, 50, table))
-    assert grown.num_rebuilds == 0
 
 
-def test_the_side_cache_notices_a_crop_a_reset_and_a_swap() -> None:
-    """A KV cache that was cut, emptied or replaced under it makes it start anew."""
-    _, k, table = make_inputs(50)
-    _, other, _ = make_inputs(51)
-    scorer = BlockScorer(SHAPE, SCALE)
+def test_the_side_cache_notices_a_crop_a_swap_and_a_reordering() -> None:
+    """A KV cache that was cut, replaced or put in another order under it makes it start anew."""
+    k, other = torch.randn(2, 2, 2, 50, 8)
+    table, scorer = make_table(50), BlockScorer(SHAPE, SCALE)
     cache = PooledCache(scorer)
     cache.update(k, 50, table)
 
-    cropped = cache.update(k[:, :, :31], 1, table)
-    after_crop = cache.num_rebuilds
-    swapped = cache.update(other[:, :, :32], 1, table)
+    changed = {"crop": k[:, :, :31], "swap": other[:, :, :32], "reordering": other.flip(0)[:, :, :33]}
+    found = {name: cache.update(keys, 1, table) for name, keys in changed.items()}
 
-    assert after_crop == 1
-    assert cache.num_rebuilds == 2
-    torch.testing.assert_close(cropped, PooledCache(scorer).update(k[:, :, :31], 31, table))
-    torch.testing.assert_close(swapped, PooledCache(scorer).update(other[:, :, :32], 32, table))
-
-
-def test_the_side_cache_crops_and_reorders_on_request() -> None:
-    """Crop keeps full pools only, and reorder follows the batch rows."""
-    k = torch.randn(2, 2, 40, 8)
-    table = make_table(40)
-    scorer = BlockScorer(SHAPE, SCALE)
-    cache = PooledCache(scorer)
-    cache.update(k, 40, table)
-    swapped = k.flip(0)
-
-    cache.reorder(torch.tensor([1, 0]))
-    cache.crop(30)
-    keys = cache.update(swapped[:, :, :33], 3, table)
-
-    assert cache.num_rebuilds == 0
-    torch.testing.assert_close(keys, PooledCache(scorer).update(swapped[:, :, :33], 33, table))
+    for name, keys in changed.items():
+        torch.testing.assert_close(found[name], PooledCache(scorer).update(keys, keys.shape[2], table))
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

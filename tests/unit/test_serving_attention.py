@@ -12,8 +12,8 @@ def metered(layers: int = 2) -> AttentionMeter:
     """A prefill of 500 tokens and two decode steps; layer 0 is dense."""
     meter = AttentionMeter()
     for q_tokens, density in ((500, 0.2), (1, 0.1), (1, 0.3)):
-        calls = [LayerCall(i, q_tokens, 502, "sparse", (density, density)) for i in range(1, layers)]
-        meter.add([LayerCall(0, q_tokens, 502, "dense", (1.0, 1.0)), *calls])
+        calls = [LayerCall(i, q_tokens, "sparse", (density, density)) for i in range(1, layers)]
+        meter.add([LayerCall(0, q_tokens, "dense", (1.0, 1.0)), *calls])
     return meter
 
 

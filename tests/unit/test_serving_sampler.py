@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sentei.pipeline.pocket import POCKET_DIR
+from sentei.pipeline.models import POCKET_DIR
 from sentei.serving.engine.grammar import Grammars
 from sentei.serving.engine.request import EngineRequest, Sampling, TokenLogprob
 from sentei.serving.engine.sampler import Sampler

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import byref, c_float, c_int, c_int64
+from ctypes import c_float, c_int, c_int64
 from dataclasses import dataclass
 
 import torch
@@ -14,73 +14,48 @@ from sentei.kernels.ops.block_mask import BlockMask, num_blocks
 from sentei.kernels.ops.errors import BackendError
 from sentei.kernels.ops.limits import DECODE_ROWS_MAX
 from sentei.kernels.ops.native.build import load_native
-
-
-def _fields(names: str) -> list[tuple[str, type[c_int64]]]:
-    return [(name, c_int64) for name in names.split()]
-
+from sentei.kernels.ops.native.structs import fill_struct
+from sentei.kernels.ops.rules import Softmax
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-class _Shape(ctypes.Structure):
-    """`Prefill` of programs.cpp, field by field."""
-
-    _fields_ = _fields(
-        "B Hq Hkv Tq Tk D Dv q_b q_h q_t k_b k_h k_t v_b v_h v_t o_b o_h o_t "
-        "mask_b mask_h num_q width block_q block_k q_offset window"
-    )
-
-
-class _Scores(ctypes.Structure):
-    """`Scores` of programs.cpp, field by field."""
-
-    _fields_ = _fields(
-        "H Hkv n rows num_rows D rank is_residual pools blocks block q_h q_t k_h k_t T first "
-        "out_blocks num_bias pooled_h"
-    )
-
-
-def attend_native(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def attend_native(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, how: Softmax) -> tuple[Tensor, Tensor]:
     """Attention over selected blocks: (out [B, Hq, Tq, D] in q's dtype, lse [B, Hq, Tq] fp32).
 
     A prompt packs its keys and values once; a few rows read the selected ones where they lie.
     """
-    if softcap is not None or sinks is not None:
+    if how.softcap is not None or how.sinks is not None:
         raise BackendError("the native program has no softcap and no sinks; backend='auto' picks another")
     program = "decode" if q.shape[2] <= DECODE_ROWS_MAX else "prefill"
-    return _run(program, q, k, v, mask, scale, window)
-
-
-def _run(
-    program: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    mask = mask.within(window)
+    mask = mask.within(how.window)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     counts, indices = mask.counts.contiguous(), mask.indices.contiguous()
     batch, q_heads, q_len, dim = q.shape
     v_dim = v.shape[-1]
     out = q.new_empty(batch, q_len, q_heads, v_dim).transpose(1, 2)
     lse = torch.empty(batch, q_heads, q_len)
-    shape = _Shape(
-        batch, q_heads, k.shape[1], q_len, k.shape[2], dim, v_dim,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        *counts.shape, indices.shape[3], mask.block_q, mask.block_k, mask.q_offset, window or 0,
-    )  # fmt: skip
-    call = getattr(load_native(), f"sentei_{program}_{DTYPES[q.dtype]}")
-    call(
-        byref(shape), *map(_pointer, (q, k, v, counts, indices, out, lse)), c_float(scale), c_int(_threads())
+    shape = fill_struct(
+        "Prefill",
+        B=batch,
+        Hq=q_heads,
+        Hkv=k.shape[1],
+        Tq=q_len,
+        Tk=k.shape[2],
+        D=dim,
+        Dv=v_dim,
+        **_strides("bht", q=q, k=k, v=v, o=out),
+        mask_b=counts.shape[0],
+        mask_h=counts.shape[1],
+        num_q=counts.shape[2],
+        width=indices.shape[3],
+        block_q=mask.block_q,
+        block_k=mask.block_k,
+        q_offset=mask.q_offset,
+        window=how.window or 0,
     )
+    call = getattr(load_native(), f"sentei_{program}_{DTYPES[q.dtype]}")
+    call(shape, *map(_pointer, (q, k, v, counts, indices, out, lse)), c_float(how.scale), c_int(_threads()))
     return out, lse
 
 
@@ -129,21 +104,32 @@ def best_shares_native(
     if q.dtype not in DTYPES:
         q, k, pooled = q.float(), k.float(), pooled.float()
     pools = weights.block // weights.pool_tokens
-    blocks = pooled.shape[1] // pools
     if pooled.stride(1) != pooled.shape[2]:
         pooled = pooled.contiguous()
-    rows = min(block_q, q.shape[1])
-    is_residual = weights.maps.shape[1] == q.shape[2]
-    shape = _Scores(
-        q.shape[0], k.shape[0], out.shape[1], rows, q.shape[1], q.shape[2], weights.maps.shape[2],
-        is_residual, pools, blocks, weights.block, *q.stride()[:2], *k.stride()[:2], k.shape[1],
-        k.shape[1] - q.shape[1],
-        out.shape[2], weights.bias.shape[1], pooled.stride(0),
-    )  # fmt: skip
+    shape = fill_struct(
+        "Scores",
+        H=q.shape[0],
+        Hkv=k.shape[0],
+        n=out.shape[1],
+        rows=min(block_q, q.shape[1]),
+        num_rows=q.shape[1],
+        D=q.shape[2],
+        rank=weights.maps.shape[2],
+        is_residual=weights.maps.shape[1] == q.shape[2],
+        pools=pools,
+        blocks=pooled.shape[1] // pools,
+        block=weights.block,
+        **_strides("ht", q=q, k=k),
+        T=k.shape[1],
+        first=k.shape[1] - q.shape[1],
+        out_blocks=out.shape[2],
+        num_bias=weights.bias.shape[1],
+        pooled_h=pooled.stride(0),
+    )
     tables = (weights.cos, weights.sin, weights.maps, weights.gains, weights.bias)
     call = getattr(load_native(), f"sentei_scores_{DTYPES[q.dtype]}")
     call(
-        byref(shape),
+        shape,
         *map(_pointer, (q, k, pooled, *tables)),
         c_float(weights.scale),
         c_float(math.log(weights.pool_tokens)),
@@ -182,6 +168,15 @@ def select_native(
         *map(_pointer, (shares, thresholds, counts, indices)), *map(c_int64, sizes), c_int(_threads())
     )
     return counts, indices
+
+
+def _strides(axes: str, **tensors: Tensor) -> dict[str, int]:
+    """Strides by field, as q_h for axis h of q; the last axis, which is contiguous, has none."""
+    return {
+        f"{name}_{axis}": stride
+        for name, tensor in tensors.items()
+        for axis, stride in zip(axes, tensor.stride()[:-1], strict=True)
+    }
 
 
 def _pointer(t: Tensor) -> ctypes.c_void_p:

@@ -247,6 +247,7 @@ inline void hide(float* s, int64_t lds, int rows, int64_t first, int64_t keys0, 
   }
 }
 
+// Structs that come from Python are filled by the names that stand here (structs.py): int64_t alone.
 struct Prefill {
   int64_t B, Hq, Hkv, Tq, Tk, D, Dv;
   int64_t q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t;  // strides; the last axis is contiguous

@@ -14,15 +14,20 @@ from torch import Tensor
 
 from sentei.kernels.ops.block_mask import num_blocks
 from sentei.kernels.ops.layouts import BlockLists, PagedCache
+from sentei.kernels.ops.rules import Softmax
 from sentei.kernels.ops.triton.launch import (
-    LOG2_E,
+    Arguments,
     Launch,
     first_slot,
+    head_constants,
     narrow,
     pick_precision,
     pick_target,
     product,
     scaled_scores,
+    size_constants,
+    softmax_arguments,
+    stride_arguments,
     tile_size,
     with_unit_stride,
 )
@@ -35,15 +40,7 @@ _SPLITS_MAX = 64
 
 
 def attend_paged_triton(
-    q: Tensor,
-    cache: PagedCache,
-    lists: BlockLists,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    num_splits: int | None = None,
+    q: Tensor, cache: PagedCache, lists: BlockLists, how: Softmax, *, num_splits: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest tokens: (out [B, Hq, Tq, Dv], lse [B, Hq, Tq] fp32); two launches, no sync."""
     splits = num_splits or _pick_splits(q, cache, lists)
@@ -51,8 +48,8 @@ def attend_paged_triton(
     lse = torch.empty(q.shape[:3], device=q.device)
     parts = torch.empty(splits, *out.shape, device=q.device)
     part_lse = torch.empty(splits, *lse.shape, device=q.device)
-    decode_launch(q, cache, lists, parts, part_lse, scale=scale, window=window, softcap=softcap).run()
-    merge_launch(parts, part_lse, out, lse, sinks).run()
+    decode_launch(q, cache, lists, how, (parts, part_lse)).run()
+    merge_launch(parts, part_lse, out, lse, how.sinks).run()
     return out, lse
 
 
@@ -60,27 +57,21 @@ def decode_launch(
     q: Tensor,
     cache: PagedCache,
     lists: BlockLists,
-    parts: Tensor,
-    part_lse: Tensor,
+    how: Softmax,
+    results: tuple[Tensor, Tensor],
     *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
     target: str | None = None,
 ) -> Launch:
-    """The launch that fills `parts` [S, B, Hq, Tq, Dv] and `part_lse` [S, B, Hq, Tq] (base 2)."""
+    """The launch that fills the parts [S, B, Hq, Tq, Dv] and their LSE [S, B, Hq, Tq] (base 2, no sinks)."""
     target = target or pick_target(q.device)
     q, keys, values = (with_unit_stride(tensor) for tensor in (q, cache.keys, cache.values))
     counts, indices, table = (
         with_unit_stride(tensor) for tensor in (lists.counts, lists.indices, cache.page_table)
     )
-    group = q.shape[1] // keys.shape[1]
+    sizes = size_constants(q, values)
     tokens = triton.next_power_of_2(q.shape[2])
-    is_per_head = counts.shape[1] > keys.shape[1]
-    heads = 1 if is_per_head else min(triton.next_power_of_2(group), max(1, _ROWS_MAX // tokens))
-    tiles_per_group = num_blocks(group, heads)
-    dims = (tile_size(q.shape[-1]), tile_size(values.shape[-1]))
-    arguments: dict[str, Tensor | float | None] = {
+    heads = head_constants(q.shape[1], keys.shape[1], counts.shape[1], _ROWS_MAX // tokens)
+    arguments: Arguments = {
         "q": q,
         "k": keys,
         "v": values,
@@ -88,37 +79,26 @@ def decode_launch(
         "lengths": cache.lengths,
         "counts": counts,
         "indices": indices,
-        "parts": parts,
-        "part_lse": part_lse,
-        "scale": scale * LOG2_E if softcap is None else scale / softcap,
-        "cap": None if softcap is None else softcap * LOG2_E,
-        "window": window,
+        "parts": results[0],
+        "part_lse": results[1],
         "num_tokens": q.shape[2],
-        **dict(zip(("stride_qb", "stride_qh", "stride_qt"), q.stride()[:3], strict=True)),
-        **dict(zip(("stride_kp", "stride_kh", "stride_kt"), keys.stride()[:3], strict=True)),
-        **dict(zip(("stride_vp", "stride_vh", "stride_vt"), values.stride()[:3], strict=True)),
-        "stride_tb": table.stride(0),
-        "stride_cb": counts.stride(0),
-        "stride_ib": indices.stride(0),
-        "stride_ih": indices.stride(1),
+        **softmax_arguments(how),
+        **stride_arguments("bht", q=q),
+        **stride_arguments("pht", k=keys, v=values),
+        **stride_arguments("b", t=table, c=counts),
+        **stride_arguments("bh", i=indices),
     }
     constants = {
-        "GROUP": group,
-        "MASK_GROUP": q.shape[1] // counts.shape[1],
-        "TILES_PER_GROUP": tiles_per_group,
-        "HEADS": heads,
+        **heads,
+        **sizes,
         "TOKENS": tokens,
-        "ROWS": max(16, heads * tokens),
-        "KEYS": min(_pick_keys(max(dims), q.dtype), tile_size(lists.block_k)),
+        "ROWS": max(16, heads["HEADS"] * tokens),
+        "KEYS": min(_pick_keys(max(sizes["DIM_QK"], sizes["DIM_V"]), q.dtype), tile_size(lists.block_k)),
         "PAGE": keys.shape[2],
         "BLOCK_K": lists.block_k,
-        "HEAD_DIM": q.shape[-1],
-        "VALUE_DIM": values.shape[-1],
-        "DIM_QK": dims[0],
-        "DIM_V": dims[1],
         "PRECISION": pick_precision(q.dtype, target),
     }
-    grid = (keys.shape[1] * tiles_per_group, q.shape[0], parts.shape[0])
+    grid = (keys.shape[1] * heads["TILES_PER_GROUP"], q.shape[0], results[0].shape[0])
     stages = 1 if target == "gfx942" or q.dtype == torch.float32 else 3
     return Launch(_decode_kernel, grid, arguments, constants, num_warps=4, num_stages=stages)
 
@@ -126,7 +106,7 @@ def decode_launch(
 def merge_launch(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None) -> Launch:
     """The launch that merges the parts by their LSE, and lets a sink take its share."""
     splits, rows = parts.shape[0], lse.numel()
-    arguments: dict[str, Tensor | float | None] = {
+    arguments: Arguments = {
         "parts": parts,
         "part_lse": part_lse,
         "out": out,

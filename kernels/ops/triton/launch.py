@@ -11,7 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sentei.kernels.ops.block_mask import num_blocks
+from sentei.kernels.ops.rules import Softmax
+
 LOG2_E = 1.4426950408889634
+Arguments = dict[str, Tensor | float | None]
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Tensor | float | None]
+    arguments: Arguments
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
@@ -32,6 +36,45 @@ class Launch:
             self.kernel[self.grid](
                 **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
             )
+
+
+def softmax_arguments(how: Softmax) -> Arguments:
+    """What `scaled_scores` takes, so that scores come out times log2(e), and the window."""
+    if how.softcap is None:
+        return {"scale": how.scale * LOG2_E, "cap": None, "window": how.window}
+    return {"scale": how.scale / how.softcap, "cap": how.softcap * LOG2_E, "window": how.window}
+
+
+def stride_arguments(axes: str, **tensors: Tensor) -> Arguments:
+    """Strides of the leading axes by argument, as stride_qb for axis b of q."""
+    return {
+        f"stride_{name}{axis}": tensor.stride(i)
+        for name, tensor in tensors.items()
+        for i, axis in enumerate(axes)
+    }
+
+
+def head_constants(q_heads: int, kv_heads: int, mask_heads: int, room: int) -> dict[str, int]:
+    """How query heads fall to programs: up to `room` of a KV group, if they share a list, to one."""
+    group = q_heads // kv_heads
+    heads = 1 if mask_heads > kv_heads else min(triton.next_power_of_2(group), max(1, room))
+    return {
+        "GROUP": group,
+        "MASK_GROUP": q_heads // mask_heads,
+        "TILES_PER_GROUP": num_blocks(group, heads),
+        "HEADS": heads,
+    }
+
+
+def size_constants(q: Tensor, v: Tensor) -> dict[str, int]:
+    """Head sizes of queries and values, and of the tiles that hold them."""
+    dim, value_dim = q.shape[-1], v.shape[-1]
+    return {
+        "HEAD_DIM": dim,
+        "VALUE_DIM": value_dim,
+        "DIM_QK": tile_size(dim),
+        "DIM_V": tile_size(value_dim),
+    }
 
 
 def pick_target(device: torch.device) -> str:

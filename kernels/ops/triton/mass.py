@@ -14,10 +14,12 @@ from torch import Tensor
 from sentei.kernels.ops.block_mask import num_blocks
 from sentei.kernels.ops.triton.launch import (
     LOG2_E,
+    Arguments,
     Launch,
     pick_precision,
     pick_target,
     product,
+    stride_arguments,
     tile_size,
     with_unit_stride,
 )
@@ -54,7 +56,7 @@ def mass_launch(
     tile_rows = 128 if dim <= 128 and q.dtype != torch.float32 else 64
     heads = min(triton.next_power_of_2(group), tile_rows // 16)
     tiles_per_group = num_blocks(group, heads)
-    arguments: dict[str, Tensor | float | None] = {
+    arguments: Arguments = {
         "q": q,
         "k": k,
         "rows": with_unit_stride(rows),
@@ -66,8 +68,7 @@ def mass_launch(
         "num_rows": rows.numel(),
         "kv_len": k.shape[2],
         "num_blocks": mass.shape[3],
-        **dict(zip(("stride_qb", "stride_qh", "stride_qt"), q.stride()[:3], strict=True)),
-        **dict(zip(("stride_kb", "stride_kh", "stride_kt"), k.stride()[:3], strict=True)),
+        **stride_arguments("bht", q=q, k=k),
     }
     constants = {
         "GROUP": group,

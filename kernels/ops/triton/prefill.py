@@ -16,15 +16,20 @@ from torch import Tensor
 
 from sentei.kernels.ops.block_mask import BlockMask, num_blocks
 from sentei.kernels.ops.layouts import PackedMask
+from sentei.kernels.ops.rules import Softmax
 from sentei.kernels.ops.triton.launch import (
-    LOG2_E,
+    Arguments,
     Launch,
     first_slot,
+    head_constants,
     narrow,
     pick_precision,
     pick_target,
     product,
     scaled_scores,
+    size_constants,
+    softmax_arguments,
+    stride_arguments,
     tile_size,
     with_unit_stride,
 )
@@ -41,81 +46,47 @@ class _Tile:
     num_stages: int
 
 
-def attend_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def attend_triton(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, how: Softmax) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks: (out [B, Hq, Tq, Dv] in q's dtype, lse [B, Hq, Tq] fp32)."""
-    batch, q_heads, q_len, _ = q.shape
-    out = q.new_empty(batch, q_heads, q_len, v.shape[-1])
-    lse = torch.empty(batch, q_heads, q_len, device=q.device)
-    prefill_launch(q, k, v, mask, out, lse, scale=scale, window=window, softcap=softcap, sinks=sinks).run()
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    lse = torch.empty(q.shape[:3], device=q.device)
+    prefill_launch((q, k, v), mask, how, out, lse).run()
     return out, lse
 
 
 def attend_packed_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: PackedMask,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask: PackedMask, how: Softmax
 ) -> tuple[Tensor, Tensor]:
     """The same over sequences laid end to end: q [Tq, Hq, D], k and v [Tk, Hkv, D]; lse [Hq, Tq]."""
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = torch.empty(q.shape[1], q.shape[0], device=q.device)
     q, k, v, view = (tensor.transpose(0, 1)[None] for tensor in (q, k, v, out))
-    prefill_launch(
-        q, k, v, mask, view, lse[None], scale=scale, window=window, softcap=softcap, sinks=sinks
-    ).run()
+    prefill_launch((q, k, v), mask, how, view, lse[None]).run()
     return out, lse
 
 
 def prefill_launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor],
     mask: BlockMask | PackedMask,
+    how: Softmax,
     out: Tensor,
     lse: Tensor,
     *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
     target: str | None = None,
 ) -> Launch:
     """The launch that fills `out` [B, Hq, Tq, Dv] and `lse` [B, Hq, Tq]; packed tensors come with B = 1."""
+    q, k, v = (with_unit_stride(tensor) for tensor in tensors)
     target = target or pick_target(q.device)
-    q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
-    counts, indices = (with_unit_stride(tensor) for tensor in (mask.counts, mask.indices))
     is_packed = isinstance(mask, PackedMask)
-    if is_packed:
-        counts, indices = counts[None], indices[None]
-    q_heads, kv_heads, mask_heads = q.shape[1], k.shape[1], counts.shape[1]
-    dims = (tile_size(q.shape[-1]), tile_size(v.shape[-1]))
+    lists = (mask.counts[None], mask.indices[None]) if is_packed else (mask.counts, mask.indices)
+    # Lists that all sequences share get a batch of stride 0.
+    counts, indices = (with_unit_stride(part).expand(q.shape[0], *part.shape[1:]) for part in lists)
+    sizes = size_constants(q, v)
+    dim = max(sizes["DIM_QK"], sizes["DIM_V"])
     rows = tile_size(mask.block_q if is_packed else min(mask.block_q, q.shape[2]))
-    group = q_heads // kv_heads
-    heads = (
-        1
-        if mask_heads > kv_heads
-        else min(triton.next_power_of_2(group), max(1, _rows_max(max(dims), q.dtype, target) // rows))
-    )
-    tile = _pick_tile(heads * rows, max(dims), q.dtype, target)
-    keys = min(tile.keys, tile_size(mask.block_k))
-    tiles_per_group = num_blocks(group, heads)
-    many = counts.shape[0] > 1
-    arguments: dict[str, Tensor | float | None] = {
+    heads = head_constants(q.shape[1], k.shape[1], counts.shape[1], _rows_max(dim, q.dtype, target) // rows)
+    tile = _pick_tile(heads["HEADS"] * rows, dim, q.dtype, target)
+    arguments: Arguments = {
         "q": q,
         "k": k,
         "v": v,
@@ -123,40 +94,24 @@ def prefill_launch(
         "lse": lse,
         "counts": counts,
         "indices": indices,
-        "sinks": sinks,
+        "sinks": how.sinks,
         **_sequence_arguments(mask),
-        "scale": scale * LOG2_E if softcap is None else scale / softcap,
-        "cap": None if softcap is None else softcap * LOG2_E,
-        "window": window,
-        **_strides("q", q),
-        **_strides("k", k),
-        **_strides("v", v),
-        **_strides("o", out),
-        "stride_lb": lse.stride(0),
-        "stride_lh": lse.stride(1),
-        "stride_cb": counts.stride(0) if many else 0,
-        "stride_ch": counts.stride(1),
-        "stride_ib": indices.stride(0) if many else 0,
-        "stride_ih": indices.stride(1),
-        "stride_iq": indices.stride(2),
+        **softmax_arguments(how),
+        **stride_arguments("bht", q=q, k=k, v=v, o=out),
+        **stride_arguments("bh", l=lse, c=counts),
+        **stride_arguments("bhq", i=indices),
     }
     constants = {
-        "GROUP": group,
-        "MASK_GROUP": q_heads // mask_heads,
-        "TILES_PER_GROUP": tiles_per_group,
-        "HEADS": heads,
+        **heads,
+        **sizes,
         "ROWS": rows,
-        "KEYS": keys,
+        "KEYS": min(tile.keys, tile_size(mask.block_k)),
         "BLOCK_Q": mask.block_q,
         "BLOCK_K": mask.block_k,
         "CROSSING": triton.next_power_of_2(num_blocks(mask.block_q, mask.block_k) + 1),
-        "HEAD_DIM": q.shape[-1],
-        "VALUE_DIM": v.shape[-1],
-        "DIM_QK": dims[0],
-        "DIM_V": dims[1],
         "PRECISION": pick_precision(q.dtype, target),
     }
-    grid = (kv_heads * tiles_per_group, counts.shape[2], q.shape[0])
+    grid = (k.shape[1] * heads["TILES_PER_GROUP"], counts.shape[2], q.shape[0])
     return Launch(_prefill_kernel, grid, arguments, constants, tile.num_warps, tile.num_stages)
 
 
@@ -180,28 +135,19 @@ def _pick_tile(rows: int, dim: int, dtype: torch.dtype, target: str) -> _Tile:
     return _Tile(32 if target == "sm_80" else 64, 8 if rows > 64 else 4, 3)
 
 
-def _sequence_arguments(mask: BlockMask | PackedMask) -> dict[str, Tensor | float | None]:
+def _sequence_arguments(mask: BlockMask | PackedMask) -> Arguments:
     """Where the sequences lie: lengths as numbers, or per-sequence tables that stay on the device."""
     if isinstance(mask, BlockMask):
-        lengths: dict[str, float | None] = {
-            "q_len": mask.q_len,
-            "kv_len": mask.kv_len,
-            "q_offset": mask.q_offset,
-        }
-        return {**lengths, "cu_q": None, "cu_k": None, "first_blocks": None, "seq_of_block": None}
+        tables: Arguments = dict.fromkeys(("cu_q", "cu_k", "first_blocks", "seq_of_block"))
+        return {**tables, "q_len": mask.q_len, "kv_len": mask.kv_len, "q_offset": mask.q_offset}
     first_blocks, seq_of_block = mask.block_tables()
-    tables = {
+    return {
         "cu_q": mask.cu_q,
         "cu_k": mask.cu_k,
         "first_blocks": first_blocks,
         "seq_of_block": seq_of_block,
+        **dict.fromkeys(("q_len", "kv_len", "q_offset"), 0),
     }
-    return {**tables, "q_len": 0, "kv_len": 0, "q_offset": 0}
-
-
-def _strides(letter: str, tensor: Tensor) -> dict[str, float]:
-    names = (f"stride_{letter}{axis}" for axis in "bht")
-    return dict(zip(names, tensor.stride()[:3], strict=True))
 
 
 @triton.jit

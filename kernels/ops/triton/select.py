@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sentei.kernels.ops.rules import Grid, Rule, Threshold, TopK, TopP
-from sentei.kernels.ops.triton.launch import Launch, with_unit_stride
+from sentei.kernels.ops.triton.launch import Arguments, Launch, stride_arguments, with_unit_stride
 
 
 def select_triton(scores: Tensor, rule: Rule, grid: Grid, width: int) -> tuple[Tensor, Tensor]:
@@ -29,8 +29,7 @@ def select_launch(scores: Tensor, rule: Rule, grid: Grid, counts: Tensor, indice
     width = indices.shape[3]
     limits = rule.log_share.float().expand(scores.shape[:3]) if isinstance(rule, Threshold) else None
     bound = min(width, rule.blocks) if isinstance(rule, TopK) else width
-    strides = (0, 0, 0) if limits is None else limits.stride()
-    arguments: dict[str, Tensor | float | None] = {
+    arguments: Arguments = {
         "scores": scores,
         "limits": limits,
         "counts": counts,
@@ -40,8 +39,7 @@ def select_launch(scores: Tensor, rule: Rule, grid: Grid, counts: Tensor, indice
         "q_offset": grid.q_offset,
         "width": width,
         "bound": bound,
-        **dict(zip(("stride_sb", "stride_sh", "stride_sq"), scores.stride()[:3], strict=True)),
-        **dict(zip(("stride_tb", "stride_th", "stride_tq"), strides, strict=True)),
+        **stride_arguments("bhq", s=scores, t=scores if limits is None else limits),
     }
     tile = max(16, triton.next_power_of_2(scores.shape[3]))
     constants = {

@@ -149,7 +149,7 @@ def _show(rows: Sequence[Row], machine: Machine, output: Output) -> None:
 @app.command()
 def prefill(
     model: Annotated[
-        str, typer.Option(help="pocket, gemma-3-270m, a checkpoint folder or a hub id.")
+        str, typer.Option(help="pocket, gemma-3-270m, smollm2-135m, a checkpoint folder or a hub id.")
     ] = "pocket",
     corpus: Annotated[
         list[str] | None, typer.Option(help="Text to run; repeatable [default: the standard library].")

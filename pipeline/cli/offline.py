@@ -15,7 +15,9 @@ from sentei.pipeline.home import sentei_home
 if TYPE_CHECKING:
     from sentei.pipeline.experiments.study import StudyOptions, StudyRow
 
-Model = Annotated[str, typer.Option("--model", help="pocket, gemma-3-270m, a checkpoint folder or a hub id.")]
+Model = Annotated[
+    str, typer.Option("--model", help="pocket, gemma-3-270m, smollm2-135m, a checkpoint folder or a hub id.")
+]
 CorpusName = Annotated[
     list[str] | None,
     typer.Option(

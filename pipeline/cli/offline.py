@@ -42,6 +42,9 @@ def run_distill(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Learned dimensions.", min=1)] = None,
     pool: Annotated[int | None, typer.Option(help="Tokens per pooled key.", min=1)] = None,
+    query_pool: Annotated[
+        int | None, typer.Option(help="Queries that are scored as one; with single tokens.", min=1, max=16)
+    ] = None,
     joint: Annotated[
         bool, typer.Option("--joint", help="Train low-rank weights with a rung's mask on; after calibrate.")
     ] = False,
@@ -51,9 +54,9 @@ def run_distill(
 ) -> None:
     """Teach the scorer which key blocks hold each row's attention mass."""
     if joint:
-        if form is not None or pool is not None:
+        if any(given is not None for given in (form, pool, query_pool)):
             raise typer.BadParameter(
-                "shape the scorer, which --joint leaves as it is", param_hint="--form, --pool"
+                "shape the scorer, which --joint leaves as it is", param_hint="--form, --pool, --query-pool"
             )
         changes = {"window_tokens": tokens, "num_windows": windows, "rank": rank, "rung": rung}
         _run_joint(model, corpus, changes, dtype=dtype, as_json=as_json)
@@ -63,15 +66,21 @@ def run_distill(
             "belongs to --joint: the scorer is distilled before there are rungs", param_hint="--rung"
         )
     from sentei.kernels.scorer.network import Form
-    from sentei.pipeline.ladder.distill import LOW_RANK, DistillOptions
+    from sentei.pipeline.ladder.distill import RESIDUAL, DistillOptions
     from sentei.pipeline.steps import distill_step
 
     output = Output(as_json=as_json)
     if form not in (None, *get_args(Form)):
         raise typer.BadParameter(f"{form!r}; choose from {', '.join(get_args(Form))}", param_hint="--form")
-    start = LOW_RANK if form == "low_rank" else DistillOptions()
+    start = RESIDUAL if form == "residual" else DistillOptions()
     options = changed(
-        start, window_tokens=tokens, num_windows=windows, form=form, rank=rank, pool_tokens=pool
+        start,
+        window_tokens=tokens,
+        num_windows=windows,
+        form=form,
+        rank=rank,
+        pool_tokens=pool,
+        query_pool=query_pool,
     )
     bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:

@@ -6,12 +6,9 @@ drops, what it finds at a given density, and the KL to each row's true block mas
 by its true attention logit: no scorer of blocks can do better, so it is the floor.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-import torch
 
 from sentei.kernels.hf.models import LayerInfo, rotary_table, thinnable_layers
 from sentei.kernels.scorer.features import RotaryTable
@@ -20,15 +17,17 @@ from sentei.kernels.scorer.untrained import UNTRAINED
 from sentei.pipeline.ladder.density import MAX_SHARE, MIN_SHARE
 from sentei.pipeline.ladder.distill import DistillOptions, mean_divergence, train_scorer
 from sentei.pipeline.ladder.needs import (
-    NEEDLE_SHARE,
+    AtDensity,
     Scored,
+    at_density,
     dropped_rows,
     max_head_density,
     needle_threshold,
     score_asking,
     score_bins,
 )
-from sentei.pipeline.measure.capture import Records, capture
+from sentei.pipeline.measure.capture import capture
+from sentei.pipeline.measure.records import LayerRecords
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress
@@ -58,16 +57,6 @@ class StudyOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class AtDensity:
-    """What a form finds at a given density: shares of the attention that rows truly pay."""
-
-    mass_recall_mean: float
-    mass_recall_p5: float  # 5th percentile over rows
-    mass_recall_worst_head: float
-    needles_missed: float
-
-
-@dataclass(frozen=True, slots=True)
 class StudyRow:
     """One form in one layer; densities of its open blocks are of the worst head, dropped mass the mean."""
 
@@ -87,9 +76,9 @@ class StudyRow:
 
 @dataclass(frozen=True, slots=True)
 class _Texts:
-    train: Records
-    held_out: Records
-    judged: Records
+    train: LayerRecords
+    held_out: LayerRecords
+    judged: LayerRecords
 
 
 def study(
@@ -191,7 +180,7 @@ def _judge(
     layer: int,
     form: str,
     scorer: BlockScorer,
-    judged: Records,
+    judged: LayerRecords,
     table: RotaryTable,
     options: StudyOptions,
     block_q: int,
@@ -214,27 +203,7 @@ def _judge(
         kl=mean_divergence(scorer, records, table),
         density=density,
         dropped_mass=dropped,
-        at_density={f"{share:g}": _at_density(scored, share) for share in options.densities},
-    )
-
-
-def _at_density(scored: Scored, density: float) -> AtDensity:
-    """Keep a layer's best-scored blocks up to a density, one threshold for all heads; see what they hold."""
-    ranked = torch.cat([needs[torch.isfinite(needs)] for needs in scored.needs]).sort(descending=True).values
-    share = float(ranked[min(round(density * len(ranked)), len(ranked) - 1)].exp())
-    heads = range(scored.needs[0].shape[0])
-    found = torch.stack([1 - dropped_rows(scored, slice(head, head + 1), share) for head in heads])
-    needles = [(mass * (mass > NEEDLE_SHARE)).sum(dim=2) for mass in scored.mass]
-    missed = sum(
-        float(weight[needs <= math.log(share)].sum())
-        for weight, needs in zip(needles, scored.needs, strict=True)
-    )
-    rank = max(1, round(0.05 * found.numel()))
-    return AtDensity(
-        mass_recall_mean=float(found.mean()),
-        mass_recall_p5=float(found.flatten().kthvalue(rank).values),
-        mass_recall_worst_head=float(found.mean(dim=1).min()),
-        needles_missed=missed / max(1e-9, sum(float(weight.sum()) for weight in needles)),
+        at_density={f"{share:g}": at_density(scored, share) for share in options.densities},
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sentei.kernels.hf.adapter import Adapter, save_ladder
-from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
+from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, Verified
 from sentei.kernels.hf.models import rotary_table
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
@@ -31,7 +31,8 @@ from sentei.pipeline.ladder.needs import (
     score_bins,
 )
 from sentei.pipeline.ladder.verify import VerifyOptions, verify_ladder
-from sentei.pipeline.measure.capture import LayerRecord, Records, capture
+from sentei.pipeline.measure.capture import capture
+from sentei.pipeline.measure.records import LayerRecord, LayerRecords
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress
@@ -39,6 +40,8 @@ from sentei.pipeline.text.corpus import Corpus
 from sentei.pipeline.text.splits import split_text
 
 NUM_BOUND_STEPS = 24
+# Bins of a density: within each, positions differ by half at most, and so do the shares that keep it.
+DENSITY_EDGES = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,53 +113,90 @@ def calibrate(
     ladder = fit_ladder(adapter, loaded, records, options)
     verified = verify_ladder(loaded, adapter.with_ladder(ladder), parts.verify, options.verify, progress)
     ladder = replace(
-        ladder, rungs=tuple(replace(rung, verified=verified.get(rung.id)) for rung in ladder.rungs)
+        ladder, rungs=tuple(_with_verified(rung, verified.get(rung.id)) for rung in ladder.rungs)
     )
     if adapter.folder is not None:
         save_ladder(ladder, adapter.folder)
     return ladder
 
 
-def fit_ladder(adapter: Adapter, loaded: LoadedModel, records: Records, options: CalibrateOptions) -> Ladder:
+def fit_ladder(
+    adapter: Adapter, loaded: LoadedModel, records: LayerRecords, options: CalibrateOptions
+) -> Ladder:
     """Read thresholds off calibration records; they never fall from a milder rung to a bolder one."""
     longest = max(record.mass.shape[-1] * record.mass.shape[3] for record in next(iter(records.values())))
     table = rotary_table(loaded.model, longest)
-    bounded = [target for target in options.targets if target.density is None]
-    bounds = {target.id: target.bound_dropped_mass for target in bounded}
     block_q = options.query_block_tokens or pick_query_block(next(loaded.model.parameters()).device.type)
+    bounded = [target for target in options.targets if target.density is None]
+    edges = options.bin_edges_tokens
     shares = _fit_bounded(adapter.scorers, records, table, bounded, options, block_q) if bounded else {}
-    num_bins = len(options.bin_edges_tokens) + 1
-    by_density = {target: target.density for target in options.targets if target.density is not None}
-    for missed in dict.fromkeys(target.missed_needles for target in by_density):
-        limits = {
-            index: _asking_limits(scorer, records[index], table, missed, block_q)
-            for index, scorer in adapter.scorers.items()
-        }
-        wanted = {target.id: share for target, share in by_density.items() if target.missed_needles == missed}
-        fits = fit_densities(
-            adapter.scorers, records, table, list(wanted.values()), block_q=block_q, most=limits
-        )
-        for rung_id, fit in zip(wanted, fits, strict=True):
-            bounds[rung_id] = fit.dropped_mass
-            shares[rung_id] = {
-                index: limit.clamp_max(fit.share)[:, None].expand(-1, num_bins)
-                for index, limit in limits.items()
-            }
+    if len(bounded) < len(options.targets):
+        edges = tuple(sorted({*edges, *DENSITY_EDGES}))
+        shares = _spread(shares, options.bin_edges_tokens, edges)
+        shares |= _fit_by_density(adapter.scorers, records, table, options, block_q, edges)
     rungs = [
         Rung(
             target.id,
             {index: _as_tuples(found) for index, found in shares[target.id].items()},
-            bound_dropped_mass=bounds[target.id],
+            bound_dropped_mass=target.bound_dropped_mass if target.density is None else None,
             break_even_tokens=options.break_even_tokens,
+            target_density=target.density,
         )
         for target in options.targets
     ]
-    return Ladder((Rung(DENSE), *rungs), options.bin_edges_tokens, block_q)
+    return Ladder((Rung(DENSE), *rungs), edges, block_q)
+
+
+def _with_verified(rung: Rung, verified: Verified | None) -> Rung:
+    """Return the rung with what was verified; past the longest length of it, dense will run."""
+    if verified is None:
+        return rung
+    return replace(rung, verified=verified, verified_tokens=verified.by_length[-1].tokens)
+
+
+def _spread(
+    shares: Mapping[str, Mapping[int, torch.Tensor]], coarse: Sequence[int], fine: Sequence[int]
+) -> dict[str, dict[int, torch.Tensor]]:
+    """Give every finer bin the thresholds of the coarser one that it lies in."""
+    firsts = torch.tensor([0, *fine])
+    which = torch.bucketize(firsts, torch.tensor(coarse), right=True)
+    return {
+        rung: {index: found[:, which] for index, found in by_layer.items()}
+        for rung, by_layer in shares.items()
+    }
+
+
+def _fit_by_density(
+    scorers: Mapping[int, BlockScorer],
+    records: LayerRecords,
+    table: RotaryTable,
+    options: CalibrateOptions,
+    block_q: int,
+    edges: Sequence[int],
+) -> dict[str, dict[int, torch.Tensor]]:
+    """Return share thresholds [KV groups, bins] per rung and layer that keep its density in each bin."""
+    shares: dict[str, dict[int, torch.Tensor]] = {}
+    targets = [target for target in options.targets if target.density is not None]
+    for missed in dict.fromkeys(target.missed_needles for target in targets):
+        limits = {
+            index: _asking_limits(scorer, records[index], table, missed, block_q)
+            for index, scorer in scorers.items()
+        }
+        wanted = {t.id: t.density for t in targets if t.missed_needles == missed and t.density is not None}
+        fits = fit_densities(
+            scorers, records, table, list(wanted.values()), block_q=block_q, edges=edges, most=limits
+        )
+        for rung_id, fit in zip(wanted, fits, strict=True):
+            by_bin = _fill_empty_bins(fit.shares[None])
+            shares[rung_id] = {
+                index: torch.minimum(limit[:, None], by_bin) for index, limit in limits.items()
+            }
+    return shares
 
 
 def _fit_bounded(
     scorers: Mapping[int, BlockScorer],
-    records: Records,
+    records: LayerRecords,
     table: RotaryTable,
     targets: Sequence[RungTarget],
     options: CalibrateOptions,
@@ -247,7 +287,13 @@ def _as_tuples(shares: torch.Tensor) -> tuple[tuple[float, ...], ...]:
 def ladder_summary(ladder: Ladder) -> list[Mapping[str, Any]]:
     """Return one plain row per calibrated rung, for tables and trackers."""
     return [
-        {"rung": rung.id, "bound_dropped_mass": rung.bound_dropped_mass, "verified": rung.verified}
+        {
+            "rung": rung.id,
+            "bound_dropped_mass": rung.bound_dropped_mass,
+            "target_density": rung.target_density,
+            "is_kept": rung.is_kept,
+            "verified": rung.verified,
+        }
         for rung in ladder.rungs
         if not rung.is_dense
     ]

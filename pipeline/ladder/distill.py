@@ -11,10 +11,13 @@ from pathlib import Path
 import torch
 
 from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter
-from sentei.kernels.hf.models import rotary_table
+from sentei.kernels.hf.models import rotary_table, thinnable_layers
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, Form
-from sentei.pipeline.measure.capture import LayerRecord, Records, capture, row_shares
+from sentei.kernels.scorer.selection import pick_query_block
+from sentei.pipeline.ladder.needs import AtDensity, at_density, score_bins
+from sentei.pipeline.measure.capture import capture, pooled_shares
+from sentei.pipeline.measure.records import LayerRecord, LayerRecords
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress
@@ -31,22 +34,59 @@ class DistillOptions:
     """How much to learn from, and for how long."""
 
     window_tokens: int = 4096
-    num_windows: int = 24
-    num_held_out: int = 4
+    num_windows: int = 12
+    num_held_out: int = 3
     blocks_per_window: int = 12
-    rank: int = 64
-    pool_tokens: int = 16
+    rank: int | None = None  # None: half of a head of 64, and at most twice that of larger ones
+    pool_tokens: int = 1
+    query_pool: int = 4
     block_tokens: int = 64
-    form: Form = "residual"
-    # Swept 1e-3 to 2e-2 on Gemma 3 270M, 12 windows of 4096: held-out KL 0.159, 0.136 (5e-3); 1e-2 as good.
-    learning_rate: float = 1e-2
-    max_epochs: int = 10
+    form: Form = "low_rank"
+    # A step small enough not to leave the good start (docs/adr/0010).
+    learning_rate: float = 1e-3
+    max_epochs: int = 4
+    missed_needles: float = 0.1  # at a tenth of a layer's blocks: above it, fewer queries are scored as one
     patience: int = 2
     seed: int = 0
 
+    def rank_for(self, head_dim: int) -> int:
+        """Return the learned dimensions for heads of a size."""
+        return self.rank if self.rank is not None else min(64, max(head_dim // 4, min(32, head_dim // 2)))
 
-# Single tokens, and a step small enough not to leave the good start (docs/adr/0010).
-LOW_RANK = DistillOptions(form="low_rank", rank=64, pool_tokens=1, learning_rate=5e-4)
+
+# Means of tokens beside the untrained score. Step swept 1e-3 to 2e-2 on Gemma 3 270M, 12 windows of 4096:
+# held-out KL 0.159, 0.136 (5e-3); 1e-2 as good.
+RESIDUAL = DistillOptions(
+    form="residual", rank=64, pool_tokens=16, query_pool=1, num_windows=24, learning_rate=1e-2, max_epochs=10
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenScorer:
+    """What a layer is scored by, and what it and the best untrained score found on the same held-out text."""
+
+    scorer: BlockScorer
+    kl_before: float
+    kl_after: float
+    found: AtDensity
+    found_untrained: AtDensity
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether nothing learned beat the untrained score, which then is the layer's own."""
+        return self.scorer.shape.is_residual and not bool(self.scorer.query_map.any())
+
+    def figures(self) -> dict[str, float]:
+        """Return what the manifest keeps of a layer."""
+        return {
+            "kl_untrained": self.kl_before,
+            "kl_held_out": self.kl_after,
+            "query_pool": float(self.scorer.shape.query_pool),
+            "dropped_mass_at_tenth": 1 - self.found.mass_recall_mean,
+            "dropped_mass_at_tenth_untrained": 1 - self.found_untrained.mass_recall_mean,
+            "needles_missed_at_tenth": self.found.needles_missed,
+            "needles_missed_at_tenth_untrained": self.found_untrained.needles_missed,
+        }
 
 
 def distill(
@@ -64,8 +104,9 @@ def distill(
     adapter = new_adapter(
         loaded.model,
         loaded.name,
-        rank=options.rank,
+        rank=options.rank_for(thinnable_layers(loaded.model)[0].head_dim),
         pool_tokens=options.pool_tokens,
+        query_pool=options.query_pool,
         block_tokens=options.block_tokens,
         form=options.form,
         seed=options.seed,
@@ -87,44 +128,83 @@ def distill(
     ]
     table = rotary_table(loaded.model, window)
     figures: dict[str, float] = {}
-    trained = _train_all(dict(adapter.scorers), records[0], records[1], table, options, progress)
-    for index, (before, after) in trained.items():
-        figures |= {f"layer_{index}_kl_untrained": before, f"layer_{index}_kl_held_out": after}
+    chosen = _train_all(dict(adapter.scorers), records[0], records[1], table, options, progress)
+    scorers = {index: layer.scorer for index, layer in chosen.items()}
+    for index, layer in chosen.items():
+        figures |= {f"layer_{index}_{name}": value for name, value in layer.figures().items()}
+    figures["layers_untrained"] = float(sum(layer.is_untrained for layer in chosen.values()))
     figures["distill_s"] = time.monotonic() - started
     manifest = replace(
         adapter.manifest,
+        shapes={index: scorer.shape for index, scorer in scorers.items()},
         tokenizer_sha256=loaded.tokenizer_sha256,
         corpus_sha256=corpus.digest,
         figures=figures,
     )
-    return save_adapter(replace(adapter, manifest=manifest), out_dir)
+    return save_adapter(replace(adapter, scorers=scorers, manifest=manifest), out_dir)
 
 
 def _train_all(
     scorers: Mapping[int, BlockScorer],
-    train: Records,
-    held_out: Records,
+    train: LayerRecords,
+    held_out: LayerRecords,
     table: RotaryTable,
     options: DistillOptions,
     progress: Progress,
-) -> dict[int, tuple[float, float]]:
+) -> dict[int, ChosenScorer]:
     """Train the layers side by side, one core each: their tensors are too small to share between cores."""
     num_threads = torch.get_num_threads()
-    results: dict[int, tuple[float, float]] = {}
+    results: dict[int, ChosenScorer] = {}
 
-    def train_one(index: int) -> tuple[int, tuple[float, float]]:
+    def train_one(index: int) -> tuple[int, ChosenScorer]:
         torch.set_num_threads(1)
-        return index, train_scorer(scorers[index], train[index], held_out[index], table, options)
+        return index, choose_scorer(scorers[index], train[index], held_out[index], table, options)
 
     progress("train scorers", 0, len(scorers))
     try:
         with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
-            for index, figures in pool.map(train_one, scorers):
-                results[index] = figures
+            for index, chosen in pool.map(train_one, scorers):
+                results[index] = chosen
                 progress("train scorers", len(results), len(scorers))
     finally:
         torch.set_num_threads(num_threads)
     return results
+
+
+def choose_scorer(
+    scorer: BlockScorer,
+    train: Sequence[LayerRecord],
+    held_out: Sequence[LayerRecord],
+    table: RotaryTable,
+    options: DistillOptions,
+) -> ChosenScorer:
+    """Train a layer's scorer; score fewer queries as one where needles are missed; or keep an untrained one.
+
+    Neighbouring queries may share a score where they look for the same. Heads that recall do not: their
+    layers are trained again with half as many, down to single queries (docs/adr/0014).
+    """
+    # Means of 4 tokens: the best score that has learned nothing, and what a trained one has to beat.
+    means = replace(scorer.shape, form="residual", rank=1, pool_tokens=4, query_pool=1)
+    untrained = BlockScorer(means, scorer.scale).eval()
+    kl_before, kl_after = train_scorer(scorer, train, held_out, table, options)
+    found, found_untrained = (find_at(one, held_out, table) for one in (scorer, untrained))
+    while found.needles_missed > options.missed_needles and scorer.shape.query_pool > 1:
+        finer = BlockScorer(
+            replace(scorer.shape, query_pool=scorer.shape.query_pool // 2), scorer.scale, seed=options.seed
+        )
+        _, finer_kl = train_scorer(finer, train, held_out, table, options)
+        scorer, kl_after, found = finer, finer_kl, find_at(finer, held_out, table)
+    if found.mass_recall_mean < found_untrained.mass_recall_mean:
+        scorer, kl_after, found = untrained, mean_divergence(untrained, held_out, table), found_untrained
+    return ChosenScorer(scorer, kl_before, kl_after, found, found_untrained)
+
+
+def find_at(
+    scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable, density: float = 0.1
+) -> AtDensity:
+    """Return what a scorer finds at a density of a layer's open blocks, on rows that choose by sixteen."""
+    (scored,) = score_bins(scorer, records, table, (), pick_query_block("cpu"))
+    return at_density(scored, density)
 
 
 def train_scorer(
@@ -167,18 +247,23 @@ def train_scorer(
 def _start_low_rank(scorer: BlockScorer, train: Sequence[LayerRecord]) -> None:
     step = -(-len(train) // START_RECORDS)
     queries = torch.cat([record.q[0].float().flatten(1, 2) for record in train[::step]], dim=1)
-    scorer.start_from(queries, torch.cat([record.pooled[0] for record in train[::step]], dim=1))
+    scorer.start_from(queries, torch.cat([record.keys[0].float() for record in train[::step]], dim=1))
 
 
 def divergence(scorer: BlockScorer, record: LayerRecord, table: RotaryTable) -> torch.Tensor:
-    """KL from each row's true block mass to the estimate, in nats, averaged over rows and heads."""
-    shares, forced = row_shares(scorer, record, table)
+    """KL from each row's true block mass to the estimate, in nats, averaged over rows and heads.
+
+    Rows that are scored as one are judged by their mean.
+    """
+    shares, forced = pooled_shares(scorer, record, table)
     is_open = record.is_open[None, None, :, None, :]
-    true = record.mass.float() * is_open
+    B, H, n, _, blocks = record.mass.shape
+    true = record.mass.float().view(B, H, n, -1, scorer.shape.query_pool, blocks).mean(dim=4) * is_open
     true_forced = (1 - true.sum(dim=-1)).clamp_min(TINY)
     gaps = true.clamp_min(TINY).log() - shares.masked_fill(~is_open, 0.0)
     far = torch.where(true > TINY, true * gaps, 0.0).sum(dim=-1)
-    return (far + true_forced * (true_forced.log() - forced)).mean()
+    result: torch.Tensor = (far + true_forced * (true_forced.log() - forced)).mean()
+    return result
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 A needle is a block that holds more than 30% of some row's attention (docs/adr/0003).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ import torch
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
 from sentei.pipeline.ladder.density import MAX_SHARE
-from sentei.pipeline.measure.capture import LayerRecord, by_query_block, row_shares
+from sentei.pipeline.measure.capture import by_query_block, row_shares
+from sentei.pipeline.measure.records import LayerRecord
 
 NEEDLE_SHARE = 0.3
 
@@ -22,6 +24,16 @@ class Scored:
 
     needs: list[torch.Tensor]  # per record [Hq, n, blocks]: neediest row's log share, -inf where closed
     mass: list[torch.Tensor]  # per record [Hq, n, rows, blocks]: true share, 0 where closed
+
+
+@dataclass(frozen=True, slots=True)
+class AtDensity:
+    """What a form finds at a given density: shares of the attention that rows truly pay."""
+
+    mass_recall_mean: float
+    mass_recall_p5: float  # 5th percentile over rows
+    mass_recall_worst_head: float
+    needles_missed: float
 
 
 @torch.no_grad()
@@ -100,4 +112,24 @@ def dropped_rows(scored: Scored, heads: slice, share: float) -> torch.Tensor:
             (mass[heads] * (needs[heads] <= log_share)[:, :, None, :]).sum(dim=-1).flatten()
             for needs, mass in zip(scored.needs, scored.mass, strict=True)
         ]
+    )
+
+
+def at_density(scored: Scored, density: float) -> AtDensity:
+    """Keep a layer's best-scored blocks up to a density, one threshold for all heads; see what they hold."""
+    ranked = torch.cat([needs[torch.isfinite(needs)] for needs in scored.needs]).sort(descending=True).values
+    share = float(ranked[min(round(density * len(ranked)), len(ranked) - 1)].exp())
+    heads = range(scored.needs[0].shape[0])
+    found = torch.stack([1 - dropped_rows(scored, slice(head, head + 1), share) for head in heads])
+    needles = [(mass * (mass > NEEDLE_SHARE)).sum(dim=2) for mass in scored.mass]
+    missed = sum(
+        float(weight[needs <= math.log(share)].sum())
+        for weight, needs in zip(needles, scored.needs, strict=True)
+    )
+    rank = max(1, round(0.05 * found.numel()))
+    return AtDensity(
+        mass_recall_mean=float(found.mean()),
+        mass_recall_p5=float(found.flatten().kthvalue(rank).values),
+        mass_recall_worst_head=float(found.mean(dim=1).min()),
+        needles_missed=missed / max(1e-9, sum(float(weight.sum()) for weight in needles)),
     )

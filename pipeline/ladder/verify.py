@@ -11,7 +11,8 @@ from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, Verified
 from sentei.kernels.hf.models import rotary_table
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
 from sentei.kernels.scorer.selection import per_head_thresholds
-from sentei.pipeline.measure.capture import LayerRecord, by_query_block, capture, row_shares
+from sentei.pipeline.measure.capture import by_query_block, capture, row_shares
+from sentei.pipeline.measure.records import LayerRecord
 from sentei.pipeline.measure.scores import paired_delta, pick_positions, token_losses
 from sentei.pipeline.measure.texts import Text, make_windows
 from sentei.pipeline.models import LoadedModel

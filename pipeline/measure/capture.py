@@ -5,44 +5,16 @@ from dataclasses import dataclass
 
 import torch
 
-from sentei.kernels.hf.models import LayerInfo, rotary_table
+from sentei.kernels.hf.models import LayerInfo
 from sentei.kernels.hf.observe import observe_attention
 from sentei.kernels.ops.block_mass import block_mass
-from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
+from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.kernels.scorer.selection import QueryBlocks, forced_lse, log_shares
+from sentei.pipeline.measure.records import LayerRecord, Records
 from sentei.pipeline.measure.texts import RECALL_BLOCKS, Text
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRecord:
-    """What one layer saw in some query blocks of one text, and where its attention truly went."""
-
-    q: torch.Tensor  # [1, Hq, n, rows, D], bf16
-    starts: torch.Tensor  # [n]
-    pooled: torch.Tensor  # [1, Hkv, P, D]
-    pooled_plain: torch.Tensor  # [1, Hkv, P, D]
-    lse: torch.Tensor  # [1, Hq, n, rows], exact log weight of the forced blocks
-    mass: torch.Tensor  # [1, Hq, n, rows, blocks], true share of each key block, fp16
-    is_asking: torch.Tensor  # [n], whether the block lies among a recall text's questions
-
-    @property
-    def is_open(self) -> torch.Tensor:
-        """[n, blocks]: blocks a scorer may choose, that is, neither sink nor diagonal nor ahead."""
-        index = torch.arange(self.mass.shape[-1])
-        own = self.starts // (self.mass.shape[3])
-        return (index >= 1) & (index < own[:, None])
-
-    def query_blocks(self, table: RotaryTable) -> QueryBlocks:
-        """Return the queries with and without rotation, in fp32."""
-        q = self.q.float()
-        positions = self.starts[:, None] + torch.arange(q.shape[3])
-        return QueryBlocks(q, unrotate(q, positions, table), self.starts)
-
-
-Records = dict[int, list[LayerRecord]]
 
 
 def capture(
@@ -57,19 +29,17 @@ def capture(
 ) -> Records:
     """Run the frozen model over the texts; keep records of sampled query blocks of each thinnable layer."""
     generator = torch.Generator().manual_seed(seed)
-    longest = max(len(text.ids) for text in texts)
-    table = rotary_table(loaded.model, longest)
-    records: Records = {index: [] for index in shapes}
+    records = Records(shapes)
     for i, text in enumerate(texts):
         progress(label, i, len(texts))
         size = next(iter(shapes.values())).block_tokens
         num_last = RECALL_BLOCKS if text.is_recall else 1
         chosen = sample_blocks(len(text.ids) // size, blocks_per_text, generator, num_last=num_last)
         is_asking = (chosen >= len(text.ids) // size - num_last) & text.is_recall
-        sampled = Sampled(chosen, is_asking, table)
+        sampled = Sampled(chosen, is_asking)
 
         def keep(layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, sampled: Sampled = sampled) -> None:
-            records[layer.index].append(record_layer(layer, q, k, shapes[layer.index], sampled))
+            records.add(layer.index, record_layer(layer, q, k, shapes[layer.index], sampled))
 
         observe_attention(loaded.model, text.ids[None], keep)
     progress(label, len(texts), len(texts))
@@ -90,31 +60,27 @@ def sample_blocks(
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Which query blocks of a text are recorded, which of them ask, and the rotary table."""
+    """Which query blocks of a text are recorded, and which of them ask."""
 
     chosen: torch.Tensor
     is_asking: torch.Tensor
-    table: RotaryTable
 
 
 def record_layer(
     layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, shape: ScorerShape, sampled: Sampled
 ) -> LayerRecord:
     """Reduce one layer's attention inputs to what training and calibration need."""
-    chosen, table = sampled.chosen, sampled.table
-    size = shape.block_tokens
+    chosen, size = sampled.chosen, shape.block_tokens
     rows = (chosen[:, None] * size + torch.arange(size)).flatten()
     H, D, n = layer.query_heads, layer.head_dim, len(chosen)
     _, mass = block_mass(q, k, scale=layer.scale, block_k=size, rows=rows)
     own = q[:, :, rows].float().view(1, H, n, size, D)
     keys = k.float()
     blocks = QueryBlocks(own, own, chosen * size)
-    plain = unrotate(keys, torch.arange(keys.shape[2]), table)
     return LayerRecord(
         q=own.bfloat16(),
         starts=chosen * size,
-        pooled=pool_tokens(keys, shape.pool_tokens),
-        pooled_plain=pool_tokens(plain, shape.pool_tokens),
+        keys=k.contiguous(),
         lse=forced_lse(blocks, keys, scale=layer.scale, block_tokens=size, q_len_end=keys.shape[2]),
         mass=mass.view(1, H, n, size, -1).half(),
         is_asking=sampled.is_asking,
@@ -130,8 +96,32 @@ def by_query_block(x: torch.Tensor, block_q: int) -> torch.Tensor:
 def row_shares(
     scorer: BlockScorer, record: LayerRecord, table: RotaryTable
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scorer's log shares [1, Hq, n, rows, blocks] and those of the forced blocks."""
-    keys = scorer.encode_keys(record.pooled, record.pooled_plain)
-    shares, forced = log_shares(scorer, record.query_blocks(table), keys, record.lse)
+    """Return the scorer's log shares [1, Hq, n, rows, blocks] and those of the forced blocks.
+
+    Rows that are scored as one have the same.
+    """
+    shares, forced = pooled_shares(scorer, record, table)
+    size = scorer.shape.query_pool
+    if size == 1:
+        return shares, forced
+    return shares.repeat_interleave(size, dim=3), forced.repeat_interleave(size, dim=3)
+
+
+def pooled_shares(
+    scorer: BlockScorer, record: LayerRecord, table: RotaryTable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what row_shares does, once for all rows that are scored as one."""
+    shape = scorer.shape
+    keys = scorer.encode_keys(*record.pool_keys(shape.pool_tokens, table))
+    blocks, lse = record.query_blocks(table, shape.query_pool), record.lse
+    if shape.query_pool > 1:
+        lse = forced_lse(
+            blocks,
+            record.keys.float(),
+            scale=scorer.scale,
+            block_tokens=shape.block_tokens,
+            q_len_end=record.keys.shape[2],
+        )
+    shares, forced = log_shares(scorer, blocks, keys, lse)
     missing = record.mass.shape[-1] - shares.shape[-1]
     return torch.nn.functional.pad(shares, (0, missing), value=float("-inf")), forced

@@ -9,7 +9,8 @@ from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.pipeline.ladder.calibrate import CalibrateOptions, density_targets
 from sentei.pipeline.ladder.density import DensityError, DensityFit, fit_densities
-from sentei.pipeline.measure.capture import LayerRecord, row_shares
+from sentei.pipeline.measure.capture import row_shares
+from sentei.pipeline.measure.records import LayerRecord
 
 BLOCK, BLOCKS = 16, 12
 SHAPE = ScorerShape(2, 1, 8, rank=2, pool_tokens=4, block_tokens=BLOCK)
@@ -23,19 +24,18 @@ def make_table() -> RotaryTable:
 
 
 def make_record(seed: int = 0) -> LayerRecord:
-    """Random queries and pools of the query blocks 2 to 11, and some true mass."""
+    """Random queries and keys of the query blocks 2 to 11, and some true mass."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.arange(2, BLOCKS) * BLOCK
     n = len(starts)
-    pooled = torch.randn(1, 1, BLOCKS * BLOCK // 4, 8, generator=generator)
+    keys = torch.randn(1, 1, BLOCKS * BLOCK, 8, generator=generator)
     mass = torch.rand(1, 2, n, BLOCK, BLOCKS, generator=generator)
     seen = torch.arange(BLOCKS) <= (starts // BLOCK)[:, None]
     mass = mass * seen[None, None, :, None, :]
     return LayerRecord(
         q=(2 * torch.randn(1, 2, n, BLOCK, 8, generator=generator)).bfloat16(),
         starts=starts,
-        pooled=pooled,
-        pooled_plain=pooled,
+        keys=keys,
         lse=torch.zeros(1, 2, n, BLOCK),
         mass=(mass / mass.sum(-1, keepdim=True)).half(),
         is_asking=torch.zeros(n, dtype=torch.bool),

@@ -76,9 +76,9 @@ def score_audit(
     dense_again: TokenScores,
     sparse: TokenScores,
     kl_cap_nats: float = KL_CAP_NATS,
-    dropped_mass: Sequence[float] | None = None,
+    dropped_mass: Sequence[float] = (),
 ) -> AuditNumbers:
-    """Score one answer; `dropped_mass` holds the probe's value per sampled row, where a probe ran."""
+    """Score one answer; `dropped_mass` holds a share per sampled row, head and layer, or nothing."""
     for name, replay in (("dense", dense), ("dense_again", dense_again), ("sparse", sparse)):
         if len(replay.top_ids) != len(served_ids):
             raise AuditError(
@@ -86,7 +86,7 @@ def score_audit(
             )
     differs = dense.top_ids[:, 0] != sparse.top_ids[:, 0]
     differs_floor = dense.top_ids[:, 0] != dense_again.top_ids[:, 0]
-    mass = None if not dropped_mass else np.asarray(dropped_mass, dtype=np.float64)
+    mass = np.asarray(dropped_mass, dtype=np.float64)
     return AuditNumbers(
         tokens=len(served_ids),
         token_disagreement=float(differs.mean()),
@@ -94,8 +94,8 @@ def score_audit(
         kl=float(capped_kl(dense, sparse, kl_cap_nats).mean()),
         kl_floor=float(capped_kl(dense, dense_again, kl_cap_nats).mean()),
         first_divergence=int(differs.argmax()) if differs.any() else None,
-        dropped_mass_mean=None if mass is None else float(mass.mean()),
-        dropped_mass_p99=None if mass is None else float(np.quantile(mass, 0.99)),
+        dropped_mass_mean=float(mass.mean()) if mass.size else None,
+        dropped_mass_p99=float(np.quantile(mass, 0.99)) if mass.size else None,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,13 @@ class EventLog:
             _save_head(connection, f"{row['seq']}:{row['hash']}")
         return _event(row)
 
-    def read(self, rollout_id: str | None = None, *, after: int = 0) -> Iterator[Event]:
-        """Yield events above `after`, oldest first, page by page; of all rollouts if none is named."""
+    def read(
+        self, rollout_id: str | None = None, *, after: int = 0, kinds: Sequence[str] = ()
+    ) -> Iterator[Event]:
+        """Yield events above `after`, oldest first, page by page; unnamed is any rollout, any kind."""
         while True:
             with self._store.read("events") as connection:
-                rows = _page(connection, rollout_id, after)
+                rows = _page(connection, rollout_id, after, kinds)
             yield from (_event(row) for row in rows)
             if len(rows) < _PAGE:
                 return
@@ -192,10 +194,14 @@ def _restore(store: Store, connection: Connection, event: Event) -> None:
         store.insert_revision(connection, revision)
 
 
-def _page(connection: Connection, rollout_id: str | None, after: int) -> list[RowMapping]:
+def _page(
+    connection: Connection, rollout_id: str | None, after: int, kinds: Sequence[str] = ()
+) -> list[RowMapping]:
     query = sa.select(EVENTS).where(EVENTS.c.seq > after).order_by(EVENTS.c.seq).limit(_PAGE)
     if rollout_id is not None:
         query = query.where(EVENTS.c.rollout_id == rollout_id)
+    if kinds:
+        query = query.where(EVENTS.c.kind.in_(kinds))
     return list(connection.execute(query).mappings())
 
 

@@ -159,16 +159,6 @@ def _missing(request: Row, now_s: float) -> AuditScore:
         slice_id=request["slice_id"],
         rung_id=request["rung_id"],
         variant_served=request["variant_served"],
-        tokens=0,
-        token_disagreement=None,
-        token_disagreement_floor=None,
-        kl=None,
-        kl_floor=None,
-        first_divergence=None,
-        dropped_mass_mean=None,
-        dropped_mass_p99=None,
-        dense_compute_s=0.0,
-        sparse_compute_s=0.0,
         status=AuditStatus.MISSING.value,
     )
 

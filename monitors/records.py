@@ -51,7 +51,7 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True)
 class AuditScore:
-    """Served tokens replayed through dense twice and through the sparse rung once."""
+    """Served tokens replayed through dense twice and through the sparse rung once; no numbers: not scored."""
 
     request_id: str
     session_id: str
@@ -60,17 +60,17 @@ class AuditScore:
     slice_id: str
     rung_id: str  # the rung that was replayed
     variant_served: str
-    tokens: int
-    token_disagreement: float | None
-    token_disagreement_floor: float | None
-    kl: float | None  # nats per token, capped
-    kl_floor: float | None
-    first_divergence: int | None  # index of the first token that sparse would not have chosen
-    dropped_mass_mean: float | None
-    dropped_mass_p99: float | None
-    dense_compute_s: float
-    sparse_compute_s: float
-    status: str = AuditStatus.SCORED
+    status: str  # a value of AuditStatus
+    tokens: int = 0
+    token_disagreement: float | None = None
+    token_disagreement_floor: float | None = None
+    kl: float | None = None  # nats per token, capped
+    kl_floor: float | None = None
+    first_divergence: int | None = None  # index of the first token that sparse would not have chosen
+    dropped_mass_mean: float | None = None  # of sampled rows, heads and layers: share of dense's attention
+    dropped_mass_p99: float | None = None
+    dense_compute_s: float = 0.0
+    sparse_compute_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +89,16 @@ class DriftResult:
     html_path: str = ""
 
 
+# An id names a folder and a tag, so its letters are few. A policy's name with the moment is shorter.
+ROLLOUT_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One rollout as it was asked for: the policy text is kept word for word."""
+    """One rollout as it was asked for: the policy text is kept word for word, for people.
+
+    What decides is the resolved policy in the event that started it (`pipeline.rollout.revisions`).
+    """
 
     rollout_id: str
     policy_text: str

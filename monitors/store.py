@@ -6,9 +6,9 @@ URL and runs the same statements.
 
 from __future__ import annotations
 
-from sentei.monitors.control import ControlPlane
 from sentei.monitors.measurements import Measurements
+from sentei.monitors.steering import Steering
 
 
-class Store(Measurements, ControlPlane):
+class Store(Measurements, Steering):
     """Everything that survives a restart; open it with `Store.open(url)`, once per process."""

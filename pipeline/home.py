@@ -20,6 +20,10 @@ class Home:
         """One folder per adapter."""
         return self.root / "adapters"
 
+    def adapter_dir(self, model: str) -> Path:
+        """The folder of a model's adapter."""
+        return self.adapters / short_name(model)
+
     @property
     def models(self) -> Path:
         """Converted checkpoints, such as Gemma 3 270M."""
@@ -49,6 +53,11 @@ class Home:
         """Make the root folder and return itself."""
         self.root.mkdir(parents=True, exist_ok=True)
         return self
+
+
+def short_name(model: str) -> str:
+    """Return a model's name in paths and addresses: the last part of its folder or hub id."""
+    return Path(model).name
 
 
 def sentei_home() -> Home:

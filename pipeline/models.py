@@ -3,17 +3,16 @@
 import hashlib
 import os
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from sentei.kernels.hf.models import Fingerprint, find_family, fingerprint, pick_dtype, text_decoder
 from sentei.pipeline.packaged import PACKAGED, ModelSourceError, convert_packaged, quiet_loading
 
 POCKET = "pocket"
+POCKET_DIR = Path(__file__).resolve().parent / "pocket" / "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,54 +43,56 @@ class LoadedModel:
 
 
 def resolve_model(name: str, *, dtype: torch.dtype | None = None) -> LoadedModel:
-    """Load `pocket`, a packaged model, a checkpoint folder or a hub id; fp32 where bf16 is slow.
+    """Load `pocket`, `gemma-3-270m`, a checkpoint folder or a hub id; fp32 where bf16 is slow.
 
     The pocket model runs in fp32 unless asked otherwise: its demo's figures are to be the same everywhere.
     """
-    wanted, dtype = dtype, dtype if dtype is not None else pick_dtype()
-    if name == POCKET:
-        model, tokenizer = import_module("sentei.pipeline.pocket").load_pocket(dtype=wanted or torch.float32)
-    elif name in PACKAGED:
-        model, tokenizer = _load_folder(convert_packaged(name), dtype)
-    elif Path(name).expanduser().is_dir():
-        model, tokenizer = _load_folder(Path(name).expanduser(), dtype)
-    else:
-        model, tokenizer = _load_from_hub(name, dtype)
+    if dtype is None:
+        dtype = torch.float32 if name == POCKET else pick_dtype()
+    model = _load_pretrained("AutoModelForCausalLM", name, dtype=dtype, use_safetensors=True)
     find_family(model)
     model.eval().requires_grad_(False)
-    return LoadedModel(name, model, tokenizer, fingerprint(model, name))
+    return LoadedModel(name, model, load_tokenizer(name), fingerprint(model, name))
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model alone; no weights are read."""
+    return _load_pretrained("AutoTokenizer", name)
+
+
+def _load_pretrained(kind: str, name: str, **options: Any) -> Any:
+    """Load with one of Transformers' Auto classes: only local files but for a hub id, no code of theirs."""
+    import transformers
+
+    load, folder = getattr(transformers, kind).from_pretrained, _find_folder(name)
+    is_offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    options |= {"local_files_only": folder is not None or is_offline, "trust_remote_code": False}
+    with quiet_loading():
+        if folder is not None:
+            return load(folder, **options)
+        try:
+            return load(name, **options)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            hint = "HF_HUB_OFFLINE is set; " if is_offline else ""
+            raise ModelSourceError(
+                f"model {name!r} is none of {', '.join((POCKET, *PACKAGED))}, not a folder, and could not "
+                f"be loaded as a hub id ({reason}); {hint}check the name, or download the checkpoint and "
+                "give its folder"
+            ) from error
+
+
+def _find_folder(name: str) -> Path | None:
+    """Return the checkpoint folder that a name means, checked; None for a hub id."""
+    if name in PACKAGED:
+        return convert_packaged(name)
+    folder = POCKET_DIR if name == POCKET else Path(name).expanduser()
+    if not folder.is_dir():
+        return None
     if not (folder / "config.json").is_file():
         raise ModelSourceError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
     if not any(folder.glob("*.safetensors")):
         raise ModelSourceError(
             f"{folder} has no .safetensors file; other formats can run code when loaded and are not read"
         )
-    return _load_pretrained(str(folder), dtype, is_local=True)
-
-
-def _load_from_hub(name: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    is_offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    try:
-        return _load_pretrained(name, dtype, is_local=is_offline)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "HF_HUB_OFFLINE is set; " if is_offline else ""
-        raise ModelSourceError(
-            f"model {name!r} is none of {', '.join((POCKET, *PACKAGED))}, not a folder, and could not be "
-            f"loaded as a hub id ({reason}); {hint}check the name, or download the checkpoint and give its "
-            "folder"
-        ) from error
-
-
-def _load_pretrained(source: str, dtype: torch.dtype, *, is_local: bool) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with quiet_loading():
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, local_files_only=is_local, use_safetensors=True, trust_remote_code=False
-        )
-    return model, tokenizer
+    return folder

@@ -20,7 +20,7 @@ from sentei.pipeline.evaluation.evaluate import EvaluateOptions, Evaluation, eva
 from sentei.pipeline.evaluation.user_tasks import save_answers
 from sentei.pipeline.experiments.joint import JointOptions, JointReport, joint
 from sentei.pipeline.home import Home
-from sentei.pipeline.ladder.calibrate import CalibrateOptions, calibrate, ladder_summary
+from sentei.pipeline.ladder.calibrate import CalibrateOptions, calibrate
 from sentei.pipeline.ladder.distill import DistillOptions, distill
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.plain import to_plain
@@ -50,7 +50,7 @@ class Workbench:
     @property
     def adapter_dir(self) -> Path:
         """The folder of this model's adapter."""
-        return self.home.adapters / Path(self.loaded.name).name
+        return self.home.adapter_dir(self.loaded.name)
 
     def adapter(self) -> Adapter:
         """Load the adapter made before; a missing one names the command that makes it."""
@@ -88,11 +88,13 @@ def calibrate_step(bench: Workbench, options: CalibrateOptions, progress: Progre
     timings = {"calibrate_s": time.time() - started_s}
     (bench.adapter_dir / TIMINGS_FILE).write_text(json.dumps(timings), encoding="utf-8")
     metrics: dict[str, float] = {}
-    for row in ladder_summary(ladder):
-        metrics[f"calibrate/{row['rung']}/bound_dropped_mass"] = float(row["bound_dropped_mass"])
-        for name, value in (to_plain(row["verified"]) or {}).items():
-            if isinstance(value, float):
-                metrics[f"calibrate/{row['rung']}/{name}"] = value
+    for rung in ladder.rungs[1:]:
+        figures = {
+            "bound_dropped_mass": rung.bound_dropped_mass,
+            "target_density": rung.target_density,
+            **(to_plain(rung.verified) or {}),
+        }
+        metrics |= dict(_flatten(f"calibrate/{rung.id}", figures))
     _track(bench, "calibrate", started_s, to_plain(options), metrics, files={"adapter": bench.adapter_dir})
     return ladder
 

@@ -26,7 +26,7 @@ def num_starts(policy: Policy, guardrail: Guardrail) -> int:
 def harm_alpha(policy: Policy, guardrail: Guardrail) -> float:
     """The part of alpha_total that one test of this guardrail may spend on a false alarm (F10).
 
-    Source: reference/rollout.md F10, the union bound over guardrails, slices and fresh starts. Guarantee:
+    Source: docs/statistics.md F10, the union bound over guardrails, slices and fresh starts. Guarantee:
     the parts of all tests with all their fresh starts sum to alpha_total, so over a whole rollout something
     that is within every bound is called harmful by an e-process with at most that probability.
     """

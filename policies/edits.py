@@ -152,11 +152,9 @@ def edited_state(old: Policy, new: Policy, state: RolloutState, now_s: float) ->
     """The state under the edited policy; EditError, or IllegalEventError in a phase that allows no edit."""
     check_edit(old, new)
     phase = next_phase(state.phase, Event.EDIT)
-    failed = sorted(item for item in state.quarantine if item.startswith(new.digest))
+    failed = [item.rung_id for item in state.quarantine if item.digest == new.digest]
     if failed:
-        raise EditError(
-            f"this policy is in quarantine ({failed[0].split('+')[1]} failed); start a new rollout"
-        )
+        raise EditError(f"this policy is in quarantine ({failed[0]} failed); start a new rollout")
     stage, before = new.stage(state.stage_id), old.stage(state.stage_id)
     is_restarted = (stage.share, stage.rung) != (before.share, before.rung)
     routed = {item.id for item in new.routed_slices}

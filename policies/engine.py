@@ -12,18 +12,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sentei.policies.judge import GuardrailReport
-from sentei.policies.machine import WAITS, Phase
+from sentei.policies.machine import Phase
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import RoutingTable, Signals, SliceRoute
 from sentei.policies.state import (
     DriftTrack,
     PolicyStateError,
+    Quarantined,
     RolloutState,
     SliceState,
     state_from_json,
     state_to_json,
 )
-from sentei.policies.steps.control import check_control
+from sentei.policies.steps.dense import check_dense
 from sentei.policies.steps.gates import (
     check_approval,
     check_benefit,
@@ -59,7 +60,7 @@ __all__ = [
 
 STEPS = (
     observe,  # not a decision: new units become evidence, evidence becomes verdicts
-    check_control,  # not one either: whether dense could take the traffic that the others may send it
+    check_dense,  # not one either: whether dense could take the traffic that the others may send it
     handle_commands,  # 1 manual abort, and the other orders
     check_breaker,  # 2
     check_harm,  # 3
@@ -91,11 +92,11 @@ class Decision:
 
 
 def initial_state(
-    policy: Policy, rollout_id: str, now_s: float, *, quarantine: tuple[str, ...] = ()
+    policy: Policy, rollout_id: str, now_s: float, *, quarantine: tuple[Quarantined, ...] = ()
 ) -> RolloutState:
     """A new rollout in its first stage; QuarantineError if this digest failed at one of its rungs."""
     for stage in policy.spec.stages:
-        if f"{policy.digest}+{stage.rung}" in quarantine:
+        if Quarantined(policy.digest, stage.rung) in quarantine:
             raise QuarantineError(
                 f'policy "{policy.metadata.name}" was rolled back at rung "{stage.rung}" before; '
                 "change the policy, or retry the old rollout"
@@ -124,15 +125,13 @@ def decide(policy: Policy, state: RolloutState, signals: Signals, now_s: float) 
     if not signals.has_lease:  # step 0: another controller decides
         return Decision(state, (), "this controller does not hold the lease", (), False)
     tick = Tick(policy, state, signals, now_s)
-    waits_for = None
     for step in STEPS:
         tick = step(tick)
-        if tick.hold is not None and tick.outcome is None and waits_for is None:
-            waits_for = WAITS[step.__name__].value
         if tick.is_done:
             break
     is_waiting = tick.state.phase == Phase.RUNNING and tick.outcome is None
-    new_state = replace(tick.state, waits_for=waits_for if is_waiting else None)
+    wait = tick.waits_for if is_waiting else None
+    new_state = replace(tick.state, waits_for=wait and wait.value)
     new_state = with_version(routing(policy, state), routing(policy, new_state), new_state)
     return Decision(new_state, tick.actions, tick.reason, tick.reports, new_state != state)
 

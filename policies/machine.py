@@ -1,4 +1,4 @@
-"""The life of a rollout: every phase, every event, every legal transition, every reason to wait, in tables.
+"""The life of a rollout: every phase, every event, every legal transition, every reason to wait.
 
 A rollout is `running` from its start. A running rollout may `advance` one stage at a time; after its last
 stage has baked it is `promote`d. An operator, or a sample-ratio alarm, may `pause` it: shares stay as they
@@ -18,8 +18,8 @@ Slices are the second axis, in table SLICE_TRANSITIONS: a slice is `routed` at a
 whole rollout leads back. `shelter` is its `to_dense` while dense is down. When no slice is routed any more
 the whole rollout is rolled back.
 
-A running rollout that does not grow waits for something. WAITS names it, by the step of the decision that
-says so. A wait is no phase: it never stands in the way of a protective event.
+A running rollout that does not grow waits for something. `Wait` names it, in the order in which a decision
+asks; the first one is the answer. A wait is no phase: it never stands in the way of a protective event.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class SliceEvent(StrEnum):
 class Wait(StrEnum):
     """What a running rollout waits for before it grows."""
 
-    CONTROL = "control"  # dense to be up again
+    DENSE = "dense"  # dense to be up again
     ORDER = "order"  # the operator who paused it, or the next tick after a resume
     REPLICAS = "replicas"  # a ready sparse replica
     ASSIGNMENT = "assignment"  # sessions that go where they should
@@ -106,21 +106,6 @@ SLICE_TRANSITIONS: dict[tuple[SlicePhase, SliceEvent], SlicePhase] = {
     (SlicePhase.ROUTED, SliceEvent.RUNG_DOWN): SlicePhase.ROUTED,
     (SlicePhase.ROUTED, SliceEvent.SHELTER): SlicePhase.ROUTED,
     (SlicePhase.ROUTED, SliceEvent.TO_DENSE): SlicePhase.DENSE,
-}
-
-# The step of the decision that says so, in the order in which they are asked; the first one is the answer.
-WAITS: dict[str, Wait] = {
-    "check_control": Wait.CONTROL,
-    "handle_commands": Wait.ORDER,
-    "check_breaker": Wait.REPLICAS,
-    "check_srm": Wait.ASSIGNMENT,
-    "check_data": Wait.DATA,
-    "check_signals": Wait.SIGNAL,
-    "check_hold": Wait.TIME,
-    "check_safe": Wait.EVIDENCE,
-    "check_benefit": Wait.BENEFIT,
-    "check_approval": Wait.APPROVAL,
-    "check_freeze": Wait.FREEZE,
 }
 
 

@@ -7,13 +7,13 @@ goes on as if nothing had happened. Its size does not grow with the number of se
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sentei.policies.evidence import BetaBinomial, Betting, Detector, Evidence, Interval, Split
 
-SCHEMA = 2
-READABLE = (1, SCHEMA)  # 1 had no interval
+SCHEMA = 3
+READABLE = (1, 2, SCHEMA)  # 1 had no interval; 2 had quarantine as "digest+rung", and no owed_reason
 ALL_SLICES = "*"
 
 
@@ -70,6 +70,14 @@ class DriftTrack:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Quarantined:
+    """A policy that failed at one rung: it cannot start there again by itself."""
+
+    digest: str
+    rung_id: str
+
+
 @dataclass(frozen=True, slots=True)
 class RolloutState:
     """One rollout at one moment; frozen, small, and equal after a round trip through its bytes."""
@@ -85,6 +93,7 @@ class RolloutState:
     outcome: str | None = None  # "promoted" or "rolled_back"
     by: str | None = None  # id of the guardrail or signal behind the outcome or the pause, else its kind
     reason: str = "started"
+    owed_reason: str | None = None  # sheltered: why it goes back as soon as dense is up again
     paused_at_s: float | None = None
     ended_s: float | None = None
     is_approved: bool = False
@@ -100,7 +109,7 @@ class RolloutState:
     slices: tuple[SliceState, ...] = ()
     cells: tuple[Cell, ...] = ()
     drift: tuple[DriftTrack, ...] = ()
-    quarantine: tuple[str, ...] = field(default=())  # "digest+rung" of what failed
+    quarantine: tuple[Quarantined, ...] = ()
 
     def slice_state(self, slice_id: str) -> SliceState:
         """The state of one slice; KeyError if the rollout has none of that id."""
@@ -137,16 +146,29 @@ def state_from_json(data: bytes | str) -> RolloutState:
     """The state behind those bytes; PolicyStateError if they are not one of ours."""
     try:
         document = json.loads(data)
-        if document.pop("schema") not in READABLE:
+        if (schema := document.pop("schema")) not in READABLE:
             raise PolicyStateError(f"a rollout state of schema {SCHEMA} is wanted")
+        if schema < SCHEMA:
+            _upgrade(document)
         document["slices"] = tuple(SliceState(**item) for item in document["slices"])
         document["drift"] = tuple(DriftTrack(**item) for item in document["drift"])
-        for name in ("quarantine", "former_digests"):
-            document[name] = tuple(document.get(name, ()))
+        document["quarantine"] = tuple(Quarantined(**item) for item in document["quarantine"])
+        document["former_digests"] = tuple(document["former_digests"])
         document["cells"] = tuple(_unpack_cell(item) for item in document["cells"])
         return RolloutState(**document)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise PolicyStateError(f"these bytes are no rollout state of schema {SCHEMA}: {error}") from error
+
+
+def _upgrade(document: dict[str, Any]) -> None:
+    """Bring a state of an older schema to this one."""
+    pairs = (item.split("+", 1) for item in document.get("quarantine", ()))
+    document["quarantine"] = [{"digest": digest, "rung_id": rung_id} for digest, rung_id in pairs]
+    document.setdefault("former_digests", [])
+    if document["phase"] == "sheltered":
+        document["owed_reason"] = document["reason"]
+    if document.get("waits_for") == "control":
+        document["waits_for"] = "dense"
 
 
 def _pack_cell(cell: Cell) -> dict[str, Any]:

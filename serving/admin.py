@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sentei.monitors.errors import StoreError
 from sentei.monitors.events import Event, EventLog
-from sentei.monitors.records import Rollout
+from sentei.monitors.records import ROLLOUT_ID, Rollout
 from sentei.monitors.store import Store
 from sentei.pipeline.plain import to_plain
 from sentei.pipeline.rollout.revisions import PolicyBook
@@ -43,7 +43,7 @@ class StartBody(BaseModel):
     policy: str
     source: str = "policy.yaml"
     release_quarantine: bool = False  # start a policy that was rolled back before
-    rollout_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    rollout_id: str | None = Field(default=None, pattern=ROLLOUT_ID)
 
 
 class CommandBody(BaseModel):
@@ -238,7 +238,7 @@ class RolloutDesk:
             raise RequestError(str(error), code="invalid_policy", param="policy") from error
         except EditError as error:
             raise RequestError(str(error), status=409, code="unsafe_edit", param="policy") from error
-        if any(item.startswith(policy.digest) for item in read_quarantine(self._store)):
+        if any(item.digest == policy.digest for item in read_quarantine(self._store)):
             text = "this policy was rolled back before; start a new rollout with release_quarantine=true"
             raise RequestError(text, status=409, code="quarantined", param="policy")
         seq = self._store.add_revision(rollout_id, body.policy, by=body.by, at_s=self._now_s())
@@ -292,11 +292,9 @@ class RolloutDesk:
             raise RequestError(text, status=409, code="rollout_running")
 
     def _summary(self, rollout: Rollout) -> dict[str, Any]:
-        policy = load_policy(rollout.policy_text, rollout.rollout_id)
-        event = self._log.latest(rollout.rollout_id)
+        book, event = PolicyBook(self._store), self._log.latest(rollout.rollout_id)
         state = json.loads(event.state) if event is not None else {}
-        if state.get("former_digests"):
-            policy = PolicyBook(self._store).find(rollout.rollout_id, state["policy_digest"])
+        policy = book.find(rollout.rollout_id, state["policy_digest"]) if state else book.first(rollout)
         stage_id = state.get("stage_id", "")
         return {
             "rollout_id": rollout.rollout_id,

@@ -32,8 +32,7 @@ def build(args: AppArgs) -> Application:
     sparse: Any = None
     auditor: Any = None
     if not note:
-        user_config = {"fault": args.fault}
-        sparse = _model_server("Sparse", args, num_replicas=args.sparse_replicas, user_config=user_config)
+        sparse = _model_server("Sparse", args, num_replicas=args.sparse_replicas)
         auditor = _deploy(AuditorServer, "Auditor", max_ongoing_requests=64).bind(args, dense, sparse)
     ingress_class = serve.ingress()(IngressServer)
     ingress = _deploy(ingress_class, "Ingress", max_ongoing_requests=args.limits.max_concurrent * 4)

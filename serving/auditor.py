@@ -10,8 +10,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 
-from sentei.monitors.audit import KL_CAP_NATS, AuditNumbers, TokenScores, score_audit
+from sentei.monitors.audit import KL_CAP_NATS, TokenScores, score_audit
 from sentei.monitors.errors import AuditError
 from sentei.monitors.records import AuditScore, AuditStatus
 from sentei.serving.engine.request import DENSE_RUNG, ScoreRequest, ScoreResult
@@ -58,7 +59,7 @@ class Auditor:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
         while not self._queue.empty():
-            self._writer.put(self._queue.get_nowait().unscored(AuditStatus.MISSING, self._clock()))
+            self._writer.put(self._queue.get_nowait().score(AuditStatus.MISSING, self._clock()))
 
     async def submit(self, job: AuditJob) -> bool:
         """Queue a job; False when the queue is full. A new rollout's first job ends the old one's audits."""
@@ -90,23 +91,29 @@ class Auditor:
             )
         except (EngineError, VariantError, AuditError) as error:
             log.warning("audit of request %s failed: %s", job.request_id, error)
-            return job.unscored(AuditStatus.ERROR, self._clock())
-        return _score(job, numbers, dense=dense, sparse=sparse, now_s=self._clock())
+            return job.score(AuditStatus.ERROR, self._clock())
+        return job.score(
+            AuditStatus.SCORED,
+            self._clock(),
+            dense_compute_s=dense.compute_s,
+            sparse_compute_s=sparse.compute_s,
+            **asdict(numbers),
+        )
 
     async def _work(self) -> None:
         while True:
             job = await self._queue.get()
             if job.rollout_id != next(reversed(self._rollout_ids)):  # nobody decides by its score any more
-                self._writer.put(job.unscored(AuditStatus.MISSING, self._clock()))
+                self._writer.put(job.score(AuditStatus.MISSING, self._clock()))
                 continue
             try:
                 self._writer.put(await self.audit(job))
             except asyncio.CancelledError:
-                self._writer.put(job.unscored(AuditStatus.MISSING, self._clock()))
+                self._writer.put(job.score(AuditStatus.MISSING, self._clock()))
                 raise
             except Exception:  # like the request handler: one job's surprise must not end the worker
                 log.exception("audit of request %s broke", job.request_id)
-                self._writer.put(job.unscored(AuditStatus.ERROR, self._clock()))
+                self._writer.put(job.score(AuditStatus.ERROR, self._clock()))
 
     async def _replay(self, variant: str, job: AuditJob, name: str) -> ScoreResult:
         """Teacher-force one answer, fed as it was served: the prompt, then token by token."""
@@ -124,31 +131,6 @@ class Auditor:
                 return await self._variants[variant].score(request)
         except TimeoutError as error:  # a handle without replicas waits for ever
             raise VariantError(variant, "timeout", f"no replay within {REPLAY_TIMEOUT_S:g} s") from error
-
-
-def _score(
-    job: AuditJob, numbers: AuditNumbers, *, dense: ScoreResult, sparse: ScoreResult, now_s: float
-) -> AuditScore:
-    return AuditScore(
-        request_id=job.request_id,
-        session_id=job.session_id,
-        rollout_id=job.rollout_id,
-        at_s=now_s,
-        slice_id=job.slice_id,
-        rung_id=job.rung_id,
-        variant_served=job.variant_served,
-        tokens=numbers.tokens,
-        token_disagreement=numbers.token_disagreement,
-        token_disagreement_floor=numbers.token_disagreement_floor,
-        kl=numbers.kl,
-        kl_floor=numbers.kl_floor,
-        first_divergence=numbers.first_divergence,
-        dropped_mass_mean=numbers.dropped_mass_mean,
-        dropped_mass_p99=numbers.dropped_mass_p99,
-        dense_compute_s=dense.compute_s,
-        sparse_compute_s=sparse.compute_s,
-        status=AuditStatus.SCORED,
-    )
 
 
 def _token_scores(result: ScoreResult) -> TokenScores:

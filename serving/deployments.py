@@ -14,14 +14,14 @@ from ray import serve
 from sentei.monitors.audit import KL_CAP_NATS
 from sentei.monitors.store import Store
 from sentei.pipeline.home import sentei_home
-from sentei.policies.schema.load import load_policy
+from sentei.pipeline.models import load_tokenizer
+from sentei.pipeline.rollout.revisions import PolicyBook
 from sentei.serving.admin import add_admin_routes
 from sentei.serving.auditor import Auditor
 from sentei.serving.controller import Controller, Mirror
 from sentei.serving.gateway import Gateway
 from sentei.serving.handles import RayAuditDesk, RayVariant, count_running_replicas
 from sentei.serving.ingress import build_api
-from sentei.serving.loading import load_tokenizer
 from sentei.serving.ports import AuditJob, Variant
 from sentei.serving.router import DENSE, SPARSE
 from sentei.serving.settings import AppArgs
@@ -146,7 +146,7 @@ class ControllerServer:
 
 def _kl_cap_nats(store: Store, rollout_id: str) -> float:
     rollout = store.read_rollout(rollout_id)
-    return KL_CAP_NATS if rollout is None else load_policy(rollout.policy_text).spec.audit.values.kl.cap
+    return KL_CAP_NATS if rollout is None else PolicyBook(store).first(rollout).spec.audit.values.kl.cap
 
 
 def _replicas() -> dict[str, int]:

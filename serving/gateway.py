@@ -163,7 +163,7 @@ class Gateway:
             return
         job = _audit_job(question, progress, self.limits.audit_max_tokens)
         if self._desk is None or not job.served_ids:
-            self.writer.put(job.unscored(AuditStatus.MISSING, time.time()))
+            self.writer.put(job.score(AuditStatus.MISSING, time.time()))
             return
         task = asyncio.get_running_loop().create_task(self._submit_audit(self._desk, job))
         self._audits.add(task)
@@ -172,7 +172,7 @@ class Gateway:
     async def _submit_audit(self, desk: AuditDesk, job: AuditJob) -> None:
         if not await desk.submit(job):
             log.warning("audit of request %s was not taken", job.request_id)
-            self.writer.put(job.unscored(AuditStatus.MISSING, time.time()))
+            self.writer.put(job.score(AuditStatus.MISSING, time.time()))
 
     def _request_id(self, wanted: str) -> str:
         """Keep the caller's (or the proxy's) request id if it is usable and new: records are kept by it."""

@@ -72,7 +72,12 @@ class RayVariant:
     async def plant(self, fault: dict[str, Any] | None) -> None:
         """Plant a fault in every replica; a replica that starts later does not have it."""
         responses = self._handle.broadcast("plant", fault)
-        await asyncio.wait_for(responses.results_async(), CONTROL_TIMEOUT_S)
+        try:
+            await asyncio.wait_for(responses.results_async(), CONTROL_TIMEOUT_S)
+        except TimeoutError as error:
+            raise VariantError(self.name, "timeout", "not every replica answered") from error
+        except (RayError, RayServeException) as error:
+            raise translate(self.name, error) from error
 
 
 class RayAuditDesk:

@@ -1,4 +1,4 @@
-"""Models and tokenizers for serving; the only place that asks `sentei.pipeline.models` for them."""
+"""A variant's model, with its retrofit, and the faults that a drill plants in it."""
 
 from __future__ import annotations
 
@@ -24,36 +24,21 @@ def load_served_model(options: VariantOptions) -> ServedModel:
     """Load a variant's model."""
     import torch
 
+    from sentei.kernels.hf.models import end_tokens
     from sentei.pipeline.models import resolve_model
 
-    loaded = resolve_model(options.model)
+    # Asked for, not cast: values that were rounded to bf16 on the way stay rounded.
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    loaded = resolve_model(options.model, dtype=dtype)
     model = loaded.model
-    if options.dtype is not None:
-        model = model.to(getattr(torch, options.dtype))
     config = model.config.get_text_config()
     return ServedModel(
         model=model,
         fingerprint=loaded.fingerprint.weights_sha256[:16],
         max_context_tokens=int(config.max_position_embeddings),
         vocab_size=int(config.vocab_size),
-        eos_ids=_eos_ids(model, loaded.tokenizer),
+        eos_ids=tuple(sorted(end_tokens(model, loaded.tokenizer))),
     )
-
-
-def load_tokenizer(model_ref: str) -> Any:
-    """Load a model's tokenizer."""
-    from sentei.pipeline.models import resolve_model
-
-    return resolve_model(model_ref).tokenizer
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Collect every id that ends an answer: both configs and the tokenizer may each name some."""
-    found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or [])
-    return tuple(sorted(found))
 
 
 def attach_retrofit(model: Any, options: VariantOptions) -> Any:
@@ -79,5 +64,5 @@ def make_fault(fault: dict[str, Any] | None) -> Any:
 
     try:
         return Fault(**fault)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"fault is {fault!r}: {error}; its fields are kind and past_tokens") from error

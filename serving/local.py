@@ -1,8 +1,7 @@
 """The whole app on this machine, in a Ray of its own: `python -m sentei.serving.local --config FILE`.
 
-Prints one JSON line `{"url": ...}` when requests can be answered. Then it obeys JSON lines on standard input:
-`{"do": "fault", "fault": {...} or null}` is answered by `{"done": "fault"}`, or by `{"error": ...}`.
-It ends, and leaves nothing running, when standard input closes or on SIGTERM. All else goes to stderr.
+Prints one JSON line `{"url": ...}` when requests can be answered. It ends, and leaves
+nothing running, when standard input closes or on SIGTERM. All else goes to stderr.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from sentei.serving.settings import AppArgs
 
 APP_NAME = "sentei"
 READY_TIMEOUT_S = 220.0
-PLANT_TIMEOUT_S = 30.0
 OBJECT_STORE_BYTES = 120 << 20  # requests and tokens are small; Ray's default is a third of the memory
 RAY_CPUS = 4  # logical: the fractions of all replicas fit also where the machine has fewer cores
 
@@ -96,20 +94,6 @@ def running_app(options: LocalOptions) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def obey(order: dict[str, Any]) -> dict[str, Any]:
-    """Carry out one order and return the answer."""
-    from ray import serve
-
-    if order.get("do") != "fault":
-        return {"error": f"order is {order.get('do')!r}; the only one is 'fault'"}
-    handle = serve.get_deployment_handle("Sparse", APP_NAME)
-    try:
-        handle.plant.remote(order.get("fault")).result(timeout_s=PLANT_TIMEOUT_S)
-    except Exception as error:  # whatever Ray wraps it in, the one who gave the order must hear of it
-        return {"error": f"fault {order.get('fault')!r} was not planted: {error}"}
-    return {"done": "fault"}
-
-
 def main() -> int:
     """Run until standard input closes."""
     parser = argparse.ArgumentParser(prog="python -m sentei.serving.local", description=__doc__)
@@ -120,22 +104,13 @@ def main() -> int:
         signal.signal(signal.SIGTERM, _leave)
         with running_app(options) as url:
             _say(out, {"url": url})
-            for line in sys.stdin:
-                _say(out, _answer(line))
+            sys.stdin.read()
     except (KeyboardInterrupt, SystemExit):
         return 0
     except Exception as error:  # the last resort of a program: say it in the way the caller reads
         _say(out, {"error": f"{type(error).__name__}: {error}"})
         return 1
     return 0
-
-
-def _answer(line: str) -> dict[str, Any]:
-    try:
-        order = json.loads(line)
-    except ValueError as error:
-        return {"error": f"order is no JSON: {error}"}
-    return obey(order) if isinstance(order, dict) else {"error": "order is no JSON object"}
 
 
 def _take_stdout() -> IO[str]:

@@ -39,27 +39,18 @@ class AuditJob:
     prompt_ids: tuple[int, ...]
     served_ids: tuple[int, ...]
 
-    def unscored(self, status: AuditStatus, now_s: float) -> AuditScore:
-        """Return the score that stands for an answer which could not be scored."""
+    def score(self, status: AuditStatus, at_s: float, **numbers: Any) -> AuditScore:
+        """Return this answer's score; without numbers where it could not be scored."""
         return AuditScore(
             request_id=self.request_id,
             session_id=self.session_id,
             rollout_id=self.rollout_id,
-            at_s=now_s,
+            at_s=at_s,
             slice_id=self.slice_id,
             rung_id=self.rung_id,
             variant_served=self.variant_served,
-            tokens=0,
-            token_disagreement=None,
-            token_disagreement_floor=None,
-            kl=None,
-            kl_floor=None,
-            first_divergence=None,
-            dropped_mass_mean=None,
-            dropped_mass_p99=None,
-            dense_compute_s=0.0,
-            sparse_compute_s=0.0,
             status=status,
+            **numbers,
         )
 
 

@@ -99,10 +99,6 @@ class Lease:
             and now_s - self._renewed_at_s <= self._table.lease_s
         )
 
-    def last_seen(self) -> RoutingTable | None:
-        """The newest table, obeyed or not, to be shown to operators."""
-        return self._table
-
 
 class Breaker:
     """Spares users the wait for a variant that has just failed several times in a row.

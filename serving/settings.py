@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,20 +30,27 @@ class Limits(_Options):
     )
 
 
-class VariantOptions(_Options):
-    """One model server: dense and sparse differ in these options only."""
+class EngineOptions(_Options):
+    """How a model is run, whatever its variant."""
 
-    model: str
-    variant: Literal["dense", "sparse"]
-    adapter: str | None = None
-    attention: Literal["sdpa", "flex"] = "sdpa"
+    model: str = "pocket"
+    adapter: str | None = Field(default=None, description="folder [default: adapters/<model name> at home]")
+    attention: Literal["sdpa", "best"] = "sdpa"
     threads: int = Field(default=1, ge=1)
     dtype: Literal["float32", "bfloat16"] | None = None
     max_context_tokens: int | None = Field(default=None, ge=2)
     max_running: int = Field(default=4, ge=1)
     max_queued: int = Field(default=32, ge=1)
-    score_patience_steps: int = Field(default=8, ge=0)
+    score_patience_steps: int = Field(
+        default=8, ge=0, description="engine steps for users before a waiting audit replay gets its turn"
+    )
     stall_after_s: float = Field(default=300.0, gt=0, description="a longer step counts as unhealthy")
+
+
+class VariantOptions(EngineOptions):
+    """One model server: dense and sparse differ in these options only."""
+
+    variant: Literal["dense", "sparse"]
 
     def limits(self, max_context_tokens: int) -> EngineLimits:
         """Return the engine's limits for a model of this context length."""
@@ -55,20 +62,10 @@ class VariantOptions(_Options):
         )
 
 
-class AppArgs(_Options):
+class AppArgs(EngineOptions):
     """Arguments of `sentei.serving.app:build`; also what a file for `sentei.serving.local` may hold."""
 
-    model: str = "pocket"
     model_name: str | None = Field(default=None, description="the users' model name [default: the model]")
-    adapter: str | None = Field(default=None, description="folder [default: adapters/<model name> at home]")
-    attention: Literal["sdpa", "flex"] = "sdpa"
-    threads: int = Field(default=1, ge=1)
-    dtype: Literal["float32", "bfloat16"] | None = None
-    max_context_tokens: int | None = Field(default=None, ge=2)
-    max_running: int = Field(default=4, ge=1)
-    score_patience_steps: int = Field(
-        default=8, ge=0, description="engine steps for users before a waiting audit replay gets its turn"
-    )
     dense_replicas: int = Field(default=1, ge=1)
     sparse_replicas: int = Field(default=1, ge=1)
     replica_cpus: float = Field(default=0.4, gt=0)
@@ -81,7 +78,6 @@ class AppArgs(_Options):
     mirror_every_s: float = Field(default=5.0, gt=0)
     controller: bool = True
     allow_faults: bool = Field(default=False, description="let the admin API plant faults, for drills")
-    fault: dict[str, Any] | None = Field(default=None, description="planted in the sparse variant at start")
     limits: Limits = Limits()
 
     def logical_name(self) -> str:
@@ -94,18 +90,10 @@ class AppArgs(_Options):
 
     def adapter_folder(self) -> Path:
         """Return where the adapter is looked for."""
-        return Path(self.adapter) if self.adapter else sentei_home().adapters / self.logical_name()
+        return Path(self.adapter) if self.adapter else sentei_home().adapter_dir(self.logical_name())
 
     def variant_options(self, variant: Literal["dense", "sparse"]) -> VariantOptions:
         """Return one model server's options."""
-        return VariantOptions(
-            model=self.model,
-            variant=variant,
-            adapter=str(self.adapter_folder()) if variant == "sparse" else None,
-            attention=self.attention,
-            threads=self.threads,
-            dtype=self.dtype,
-            max_context_tokens=self.max_context_tokens,
-            max_running=self.max_running,
-            score_patience_steps=self.score_patience_steps,
-        )
+        shared = {name: getattr(self, name) for name in EngineOptions.model_fields}
+        shared["adapter"] = str(self.adapter_folder()) if variant == "sparse" else None
+        return VariantOptions(**shared, variant=variant)

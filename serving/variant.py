@@ -67,22 +67,14 @@ class ModelServer:
 
     async def plant(self, fault: dict[str, Any] | None) -> None:
         """Plant a fault in the scorer, or take it out; takes effect between two steps."""
-        if fault is not None and self._options.variant != "sparse":
+        if self._options.variant != "sparse":
             raise ConfigError(
                 f"fault {fault!r} planted in variant {self._options.variant!r}; only 'sparse' has a scorer"
             )
         planted = make_fault(fault)
-        if self._retrofit is not None:
-            await self._engine.between_steps(lambda: self._retrofit.set_fault(planted))
+        await self._engine.between_steps(lambda: self._retrofit.set_fault(planted))
         self._fault = fault
         log.warning("variant %s: planted fault is now %r", self._options.variant, fault)
-
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Follow Serve's `user_config`: `{"fault": {...} or null}`."""
-        unknown = sorted(set(user_config) - {"fault"})
-        if unknown:
-            raise ConfigError(f"user_config has {unknown}; its only key is 'fault'")
-        await self.plant(user_config.get("fault"))
 
     async def check_health(self) -> None:
         """Raise if the engine's thread is gone or hangs in one step; Serve then replaces this replica."""

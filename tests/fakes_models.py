@@ -1,9 +1,11 @@
 """Tiny random models, built from configurations: good for mechanics, silent on quality."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -11,6 +13,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -70,3 +73,12 @@ def make_ids(length: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
     """Random tokens [batch, length]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCAB, (batch, length), generator=generator)
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of single bytes, in which 0 ends an answer."""
+    vocabulary = {"<eos>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)

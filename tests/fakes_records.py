@@ -23,7 +23,6 @@ metadata: {name: test}
 spec:
   ladder: [{id: medium}]
   slices:
-    by: prompt_tokens
     buckets: [{id: long, range: [0, 32768]}]
   assignment: {unit: session_id, salt: test}
   stages:
@@ -80,6 +79,7 @@ def make_audit(i: int, **changes: Any) -> AuditScore:
         "slice_id": "long",
         "rung_id": "medium",
         "variant_served": "sparse",
+        "status": "scored",
         "tokens": 50,
         "token_disagreement": 0.0,
         "token_disagreement_floor": 0.0,

@@ -118,8 +118,6 @@ class FakeVariant:
 def perfect_scores(served: Sequence[int], *, logprob: float = -0.1, second: int = 1) -> ScoreResult:
     """Scores of a model that would have said exactly what was served."""
     return ScoreResult(
-        argmax_ids=tuple(served),
-        token_logprobs=(logprob,) * len(served),
         top_ids=tuple((token, second if token != second else second + 1) for token in served),
         top_logprobs=((logprob, -3.0),) * len(served),
         compute_s=1.0,

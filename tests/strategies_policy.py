@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sentei.policies.engine import Decision, RolloutState, decide, initial_state
 from sentei.policies.schema.load import load_policy
-from sentei.policies.schema.policy import Policy
+from sentei.policies.schema.policy import Policy, to_document
 from sentei.policies.signals import Command, DriftSignal, Observation, Signals, SliceTraffic, VariantHealth
 
 EXAMPLES = Path(__file__).parents[1] / "policies" / "examples"
@@ -71,6 +71,12 @@ def make_policy(change: Callable[[dict[str, Any]], None] | None = None, text: st
     if change is not None:
         change(document)
     return load_policy(yaml.safe_dump(document), "test.yaml")
+
+
+def to_text(policy: Policy) -> str:
+    """YAML text that loads to an equal policy."""
+    text: str = yaml.safe_dump(to_document(policy), sort_keys=False, allow_unicode=True, width=110)
+    return text
 
 
 Change = Callable[[dict[str, Any]], None]

@@ -1,8 +1,11 @@
 """Ladders that nobody calibrated, for tests that need a sparse rung."""
 
 from collections.abc import Mapping
+from typing import Any
 
-from sentei.kernels.hf.adapter import Adapter
+import torch
+
+from sentei.kernels.hf.adapter import Adapter, new_adapter
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
 
 
@@ -14,3 +17,16 @@ def uncalibrated_ladder(adapter: Adapter, shares: Mapping[str, float]) -> Ladder
         thresholds = {index: ((share,),) * shape.kv_heads for index, shape in shapes.items()}
         rungs.append(Rung(rung_id, thresholds, bound_dropped_mass=1.0))
     return Ladder(tuple(rungs), (), max(shape.block_tokens for shape in shapes.values()))
+
+
+def exact_adapter(model: Any, shares: Mapping[str, float]) -> Adapter:
+    """Return an adapter whose scorers know the true attention, token by token; a rung per share."""
+    adapter = new_adapter(
+        model, "exact", form="low_rank", rank=model.config.get_text_config().head_dim, pool_tokens=1
+    )
+    for scorer in adapter.scorers.values():
+        same = torch.eye(scorer.shape.head_dim)
+        scorer.start_from(
+            same.expand(scorer.shape.query_heads, -1, -1), same.expand(scorer.shape.kv_heads, -1, -1)
+        )
+    return adapter.with_ladder(uncalibrated_ladder(adapter, shares))

@@ -145,6 +145,15 @@ def rotary_table(model: nn.Module, length: int, device: torch.device | str = "cp
     return RotaryTable(cos[0].float(), sin[0].float())
 
 
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return every token that ends an answer: both of a model's configs and the tokenizer may name some."""
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+        named = getattr(source, "eos_token_id", None)
+        found.update([named] if isinstance(named, int) else named or ())
+    return frozenset(found)
+
+
 def fingerprint(model: nn.Module, name: str) -> Fingerprint:
     """Identify a model by up to 4096 evenly spaced values of each weight, taken in bf16.
 

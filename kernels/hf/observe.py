@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from sentei.kernels.hf.models import LayerInfo, text_decoder, thinnable_layers
 from sentei.kernels.ops.attention import dense_attend
 from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.block_mass import dropped_mass
 
 Observer = Callable[[LayerInfo, torch.Tensor, torch.Tensor], None]
 NAME = "sentei_observe"
@@ -66,3 +67,29 @@ class Selection:
 
 
 SelectionObserver = Callable[[Selection], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttendedRows:
+    """The rows of one attention call of one layer, and the LSE of what each truly read; None: all of it."""
+
+    layer: LayerInfo
+    query: torch.Tensor  # [B, Hq, Tq, D], the newest positions
+    key: torch.Tensor  # [B, Hkv, Tk, D]
+    lse: torch.Tensor | None  # [B, Hq, Tq]
+
+    def dropped(self) -> torch.Tensor:
+        """Return the share of dense attention that each row went without: [B, Hq, Tq], in [0, 1].
+
+        Made for few rows: every score of a row is held in fp32 at once.
+        """
+        shape, ahead = self.query.shape[:3], self.key.shape[2] - self.query.shape[2] + 1
+        if self.lse is None:
+            return torch.zeros(shape)
+        batch, kv_heads, _, dim = self.key.shape
+        rows = self.query.float().reshape(batch, kv_heads, -1, dim)
+        scores = (rows @ self.key.float().transpose(2, 3) * self.layer.scale).view(*shape, -1)
+        if shape[2] > 1:
+            is_ahead = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(ahead)
+            scores.masked_fill_(is_ahead, -torch.inf)
+        return dropped_mass(self.lse, scores.logsumexp(-1))

@@ -28,7 +28,7 @@ from sentei.kernels.hf.models import (
     rotary_table,
     thinnable_layers,
 )
-from sentei.kernels.hf.observe import Selection, SelectionObserver
+from sentei.kernels.hf.observe import AttendedRows, Selection, SelectionObserver
 from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.kernels.ops.attention import attend, dense_attend
 from sentei.kernels.ops.block_mask import BlockMask
@@ -37,8 +37,8 @@ from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import per_head_thresholds, score_blocks, select_blocks
 
-# sdpa: Transformers' own. flex: our fastest dense per call. compiled_flex: FlexAttention, faster or not.
-Base = Literal["sdpa", "flex", "compiled_flex"]
+# sdpa: Transformers' own. flex: compiled FlexAttention. best: our fastest dense path, call by call.
+Base = Literal["sdpa", "flex", "best"]
 AttentionResult = tuple[torch.Tensor, None]
 # Chooses blocks in place of the learned scorer, from (layer, q, k): for baselines.
 Selector = Callable[[LayerInfo, torch.Tensor, torch.Tensor], BlockMask]
@@ -57,6 +57,7 @@ class Retrofit:
         self.fault: Fault | None = None
         self.selector: Selector | None = None
         self._observer: SelectionObserver | None = None
+        self._attended: list[AttendedRows] | None = None
         self.is_differentiable = False
         self._low_rank_hooks: list[Any] = []
         self._ladder = adapter.ladder if adapter is not None else dense_ladder()
@@ -99,6 +100,16 @@ class Retrofit:
             yield
         finally:
             self._observer = previous
+
+    @contextmanager
+    def recording_rows(self) -> Iterator[list[AttendedRows]]:
+        """Keep what each attention call read, for the length of a `with` block."""
+        rows: list[AttendedRows] = []
+        self._attended = rows
+        try:
+            yield rows
+        finally:
+            self._attended = None
 
     def set_fault(self, fault: Fault | None) -> None:
         """Plant a fault, or take it out."""
@@ -169,7 +180,7 @@ class Retrofit:
                 raise ModelError("packed sequences (position_ids that start anew) are not supported")
             if padding is not None:
                 check_padding(padding, kwargs["q_length"])
-        if self.base == "flex":
+        if self.base == "best":
             return None
         mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
         if mask is not None:
@@ -195,6 +206,7 @@ class Retrofit:
                 if self._rung.covers(key.shape[2]):
                     return self._attend_sparse(layer, query, key, value, pooled)
         if layer is not None:
+            self._record(layer, query, key, None)
             density = (1.0,) * layer.kv_heads
             self._stats.add(LayerCall(layer.index, query.shape[2], "dense", density))
         if self.base != "sdpa":
@@ -205,7 +217,7 @@ class Retrofit:
                 scale=kwargs.get("scaling"),
                 window=kwargs.get("sliding_window"),
                 q_offset=key.shape[2] - query.shape[2],
-                backend="flex" if self.base == "compiled_flex" else "auto",
+                backend="flex" if self.base == "flex" else "auto",
             )
             return out.transpose(1, 2).contiguous(), None
         untouched: AttentionResult = sdpa_attention_forward(
@@ -230,8 +242,16 @@ class Retrofit:
         if self.is_differentiable:
             out = attend_masked(query, key, value, mask, scale=layer.scale)
         else:
-            out, _ = attend(query, key, value, mask, scale=layer.scale)
+            wants_lse = self._attended is not None
+            out, lse = attend(query, key, value, mask, scale=layer.scale, return_lse=wants_lse)
+            self._record(layer, query, key, lse)
         return out.transpose(1, 2).contiguous(), None
+
+    def _record(
+        self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None
+    ) -> None:
+        if self._attended is not None:
+            self._attended.append(AttendedRows(layer, query, key, lse))
 
     @torch.no_grad()
     def _select(

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from sentei.pipeline.cli.output import Output
+from sentei.pipeline.cli.offline import DTYPES, CorpusName, Dtype, Json, Model, open_bench
+from sentei.pipeline.cli.output import Output, check_choice
+from sentei.pipeline.progress import counted
 
 if TYPE_CHECKING:
+    from sentei.kernels.bench.cases import Shape
     from sentei.kernels.bench.machine import Machine
-    from sentei.kernels.bench.run import Row
+    from sentei.kernels.bench.run import Options, Row
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -44,32 +48,18 @@ def kernels(
         int, typer.Option(help="Tokens per pooled key of the scorer; 1 takes the low-rank form.")
     ] = 64,
     runs: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Time block-sparse attention against SDPA, compiled dense Flex and our own dense, in one run."""
     import torch
 
     from sentei.kernels.bench.cases import Shape
-    from sentei.kernels.bench.ledger import append_rows
-    from sentei.kernels.bench.machine import measure_machine
-    from sentei.kernels.bench.run import OPS, Options, run_op
+    from sentei.kernels.bench.run import OPS, Options
     from sentei.kernels.scorer.selection import pick_query_block
-    from sentei.pipeline.home import sentei_home
-    from sentei.pipeline.reports.plots import save_speedups
 
-    output = Output(as_json=as_json)
-    wanted = tuple(op or ("prefill",))
-    if unknown := set(wanted) - set(OPS):
-        raise typer.BadParameter(
-            f"{', '.join(sorted(unknown))}; choose from {', '.join(OPS)}", param_hint="--op"
-        )
-    dtypes = tuple(dtype or ("float32",))
-    if unknown := set(dtypes) - {"float32", "bfloat16"}:
-        raise typer.BadParameter(
-            f"{', '.join(sorted(unknown))}; choose from float32, bfloat16", param_hint="--dtype"
-        )
-    if lists not in ("head", "group"):
-        raise typer.BadParameter(f"{lists}; choose from head, group", param_hint="--lists")
+    check_choice("--op", op or (), OPS)
+    check_choice("--dtype", dtype or (), DTYPES)
+    check_choice("--lists", [lists], ("head", "group"))
     shapes = [
         (
             name,
@@ -85,20 +75,33 @@ def kernels(
                 shares_lists=lists == "group",
             ),
         )
-        for name in wanted
-        for precision in dtypes
-        for n in tokens or (4096,)
-        for dim in head_dim or (64, 256)
-        for size in block or (64,)
+        for name, precision, n, dim, size in product(
+            op or ("prefill",),
+            dtype or ("float32",),
+            tokens or (4096,),
+            head_dim or (64, 256),
+            block or (64,),
+        )
     ]
-    options, densities = Options(runs, backend, pool_tokens), tuple(density or (0.5, 0.2, 0.1))
+    densities = tuple(density or (0.5, 0.2, 0.1))
+    _run_kernels(shapes, densities, Options(runs, backend, pool_tokens), Output(as_json=as_json))
+
+
+def _run_kernels(
+    shapes: Sequence[tuple[str, Shape]], densities: tuple[float, ...], options: Options, output: Output
+) -> None:
+    """Time every shape, append to the ledger at home, draw and show."""
+    from sentei.kernels.bench.ledger import append_rows
+    from sentei.kernels.bench.machine import measure_machine
+    from sentei.kernels.bench.run import run_op
+    from sentei.pipeline.home import sentei_home
+    from sentei.pipeline.reports.plots import save_speedups
+
     machine = measure_machine()
     rows: list[Row] = []
     with output.progress() as progress:
-        for done, (name, shape) in enumerate(shapes):
-            progress(f"time {name}", done, len(shapes))
+        for name, shape in counted(shapes, "time", progress):
             rows += run_op(name, shape, densities, machine, options)
-        progress("time", len(shapes), len(shapes))
     folder = sentei_home().create().root / "bench"
     ledger = append_rows(folder / "kernels.csv", rows, machine)
     plot = save_speedups(rows, folder / "kernels.html")
@@ -148,12 +151,8 @@ def _show(rows: Sequence[Row], machine: Machine, output: Output) -> None:
 
 @app.command()
 def prefill(
-    model: Annotated[
-        str, typer.Option(help="pocket, gemma-3-270m, smollm2-135m, a checkpoint folder or a hub id.")
-    ] = "pocket",
-    corpus: Annotated[
-        list[str] | None, typer.Option(help="Text to run; repeatable [default: the standard library].")
-    ] = None,
+    model: Model = "pocket",
+    corpus: CorpusName = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Prompt length; repeatable.", min=256)] = None,
     rung: Annotated[list[str] | None, typer.Option(help="Rung; repeatable [default: all].")] = None,
     dense: Annotated[
@@ -166,22 +165,16 @@ def prefill(
     warm_up: Annotated[
         int | None, typer.Option(help="Tokens of the round that warms up [default: all].", min=256)
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16 [default: the faster one here; pocket: float32].")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    dtype: Dtype = None,
+    as_json: Json = False,
 ) -> None:
     """Time a whole model's prefill, scorer included, beside its three dense forms: seconds and memory."""
-    from sentei.pipeline.cli.offline import open_bench
     from sentei.pipeline.measure.latency import DENSE_FORMS, time_prefills
     from sentei.pipeline.measure.texts import make_windows
     from sentei.pipeline.text.splits import split_text
 
     output = Output(as_json=as_json)
-    if unknown := set(dense or ()) - set(DENSE_FORMS):
-        raise typer.BadParameter(
-            f"{', '.join(sorted(unknown))}; choose from {', '.join(DENSE_FORMS)}", param_hint="--dense"
-        )
+    check_choice("--dense", dense or (), DENSE_FORMS)
     bench = open_bench(model, corpus, output, dtype)
     adapter = bench.adapter()
     if rung:
@@ -230,7 +223,7 @@ def resources(
     write: Annotated[
         Path | None, typer.Option(help="Page whose table is replaced (docs/kernels.md).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compile the Triton kernels for every target, no GPU needed: registers, spills, shared memory."""
     from sentei.kernels.bench.resources import HEAD_DIMS, KERNELS, TARGET_NAMES, put_table, read_resources

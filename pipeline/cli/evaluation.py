@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -12,7 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from sentei.pipeline.cli.offline import CorpusName, Dtype, Json, Model, Windows, changed, open_bench
-from sentei.pipeline.cli.output import Output
+from sentei.pipeline.cli.output import Output, check_choice
+
+TaskFile = Annotated[
+    Path | None,
+    typer.Option("--tasks", help="Your own tasks: one JSON object a line with prompt, reference, metric."),
+]
+TaskLength = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--task-length", help="Prompt tokens of the recall tasks; may be given several times.", min=64
+    ),
+]
 
 
 def run_evaluate(
@@ -20,17 +31,11 @@ def run_evaluate(
     corpus: CorpusName = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens per evaluated window.", min=256)] = None,
     windows: Windows = None,
-    tasks: Annotated[
-        Path | None,
-        typer.Option(help="Your own tasks: one JSON object a line with prompt, reference, metric."),
-    ] = None,
+    tasks: TaskFile = None,
     task_kind: Annotated[
         list[str] | None, typer.Option(help="A kind of recall task; may be given several times.")
     ] = None,
-    task_length: Annotated[
-        list[int] | None,
-        typer.Option(help="Prompt tokens of the recall tasks; may be given several times.", min=64),
-    ] = None,
+    task_length: TaskLength = None,
     task_depths: Annotated[
         int | None, typer.Option(help="Recall tasks of each kind and length, each at another depth.", min=1)
     ] = None,
@@ -50,23 +55,24 @@ def run_evaluate(
     """Measure every rung beside dense: quality, recall, your tasks, latency, memory, cost."""
     from sentei.pipeline.evaluation.evaluate import EvaluateOptions
     from sentei.pipeline.evaluation.prices import load_prices
-    from sentei.pipeline.steps import ANSWERS_FILE, PAGE_FILE, evaluate_step
+    from sentei.pipeline.steps import evaluate_step
+    from sentei.pipeline.tasks import MAKERS
 
     output = Output(as_json=as_json)
     load_prices(prices)  # a list that cannot be used is said before a model is loaded
+    check_choice("--task-kind", task_kind or (), MAKERS)
+    check_choice("--compare", [compare], ("boldest", "all", "none"))
     options = changed(
         EvaluateOptions(),
         window_tokens=tokens,
         num_windows=windows,
         user_tasks=tasks,
-        task_kinds=_kinds(task_kind),
+        task_kinds=tuple(dict.fromkeys(task_kind)) if task_kind else None,
         task_lengths=tuple(task_length) if task_length else None,
         num_tasks=task_depths,
         timed_runs=timed_runs,
         prices=prices,
     )
-    if compare not in ("boldest", "all", "none"):
-        raise typer.BadParameter(f"{compare!r}; choose from boldest, all, none", param_hint="--compare")
     bench = open_bench(model, corpus, output, dtype)
     if compare != "boldest":
         rungs = bench.adapter().ladder.rungs if compare == "all" else ()
@@ -76,14 +82,19 @@ def run_evaluate(
         options = replace(options, first_position=window // 2)
     with output.progress() as progress:
         evaluation = evaluate_step(bench, options, progress)
-    document = evaluation.to_dict()
+    _show(evaluation.to_dict(), bench.adapter_dir, has_answers=bool(evaluation.user_answers), output=output)
+
+
+def _show(document: dict[str, Any], folder: Path, *, has_answers: bool, output: Output) -> None:
+    from sentei.pipeline.steps import ANSWERS_FILE, PAGE_FILE
+
     output.say(evaluation_table(document), recall_table(document))
-    if evaluation.baselines:
+    if document["baselines"]:
         output.say(baseline_table(document))
-    if evaluation.user_answers:
-        output.say(user_table(document), f"every answer: {bench.adapter_dir / ANSWERS_FILE}")
+    if has_answers:
+        output.say(user_table(document), f"every answer: {folder / ANSWERS_FILE}")
     output.say(cost_table(document), *(Text(f"note: {note}") for note in document["notes"]))
-    output.say(f"page: {bench.adapter_dir / PAGE_FILE}")
+    output.say(f"page: {folder / PAGE_FILE}")
     output.emit(document)
 
 
@@ -163,16 +174,6 @@ def cost_table(document: dict[str, Any]) -> Table:
         size = "" if own[0]["is_same_size"] else " (estimate)"
         table.add_row(escape(f"{label[0]}: {label[1]}{size}"), *(_cost(row) for row in own))
     return table
-
-
-def _kinds(names: list[str] | None) -> tuple[str, ...] | None:
-    from sentei.pipeline.tasks import TaskName
-
-    allowed = get_args(TaskName)
-    for name in names or ():
-        if name not in allowed:
-            raise typer.BadParameter(f"{name!r}; choose from {', '.join(allowed)}", param_hint="--task-kind")
-    return tuple(dict.fromkeys(names)) if names else None
 
 
 def _worst_recall(worst: dict[str, Any]) -> str:

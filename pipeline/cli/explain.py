@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sentei.pipeline.cli.offline import Json, Model
 from sentei.pipeline.cli.output import Output
-from sentei.pipeline.home import sentei_home
+from sentei.pipeline.home import sentei_home, short_name
 
 LAST, STDIN = "last", "-"
 
@@ -40,11 +40,11 @@ def run_explain(
     text = read_prompt(prompt)
     with output.errors.status(f"loading {model}"):
         loaded = resolve_model(model)
-        folder = adapter or sentei_home().adapters / Path(loaded.name).name
+        folder = adapter or sentei_home().adapter_dir(model)
         found = load_adapter(folder, loaded.model)
     with output.progress() as progress:
         explanation = explain_prompt(loaded, found, text, rung=rung, token=position, progress=progress)
-    name = f"explain-{Path(loaded.name).name}-{rung}"
+    name = f"explain-{short_name(model)}-{rung}"
     record, page = save_explanation(explanation, text, out or sentei_home().reports / name)
     summary = explanation.summary()
     if explanation.layers:

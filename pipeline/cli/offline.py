@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from rich.table import Table
 
-from sentei.pipeline.cli.output import Output
-from sentei.pipeline.home import sentei_home
+from sentei.pipeline.cli.output import Output, check_choice
+from sentei.pipeline.home import sentei_home, short_name
 
 if TYPE_CHECKING:
     from sentei.pipeline.experiments.study import StudyOptions, StudyRow
 
+DTYPES = ("float32", "bfloat16")
 Model = Annotated[
     str, typer.Option("--model", help="pocket, gemma-3-270m, smollm2-135m, a checkpoint folder or a hub id.")
 ]
@@ -42,9 +43,6 @@ def run_distill(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Learned dimensions.", min=1)] = None,
     pool: Annotated[int | None, typer.Option(help="Tokens per pooled key.", min=1)] = None,
-    query_pool: Annotated[
-        int | None, typer.Option(help="Queries that are scored as one; with single tokens.", min=1, max=16)
-    ] = None,
     joint: Annotated[
         bool, typer.Option("--joint", help="Train low-rank weights with a rung's mask on; after calibrate.")
     ] = False,
@@ -54,9 +52,9 @@ def run_distill(
 ) -> None:
     """Teach the scorer which key blocks hold each row's attention mass."""
     if joint:
-        if any(given is not None for given in (form, pool, query_pool)):
+        if form is not None or pool is not None:
             raise typer.BadParameter(
-                "shape the scorer, which --joint leaves as it is", param_hint="--form, --pool, --query-pool"
+                "shape the scorer, which --joint leaves as it is", param_hint="--form, --pool"
             )
         changes = {"window_tokens": tokens, "num_windows": windows, "rank": rank, "rung": rung}
         _run_joint(model, corpus, changes, dtype=dtype, as_json=as_json)
@@ -70,17 +68,10 @@ def run_distill(
     from sentei.pipeline.steps import distill_step
 
     output = Output(as_json=as_json)
-    if form not in (None, *get_args(Form)):
-        raise typer.BadParameter(f"{form!r}; choose from {', '.join(get_args(Form))}", param_hint="--form")
+    check_choice("--form", [form] if form else (), get_args(Form))
     start = RESIDUAL if form == "residual" else DistillOptions()
     options = changed(
-        start,
-        window_tokens=tokens,
-        num_windows=windows,
-        form=form,
-        rank=rank,
-        pool_tokens=pool,
-        query_pool=query_pool,
+        start, window_tokens=tokens, num_windows=windows, form=form, rank=rank, pool_tokens=pool
     )
     bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:
@@ -165,7 +156,7 @@ def run_calibrate(
     bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:
         ladder = calibrate_step(bench, options, progress)
-    rungs = [to_plain(rung) for rung in ladder.rungs]
+    rungs = [to_plain(rung) | {"is_kept": rung.is_kept} for rung in ladder.rungs]
     output.say(_ladder_table(rungs))
     output.emit({"model": model, "adapter": str(bench.adapter_dir), "rungs": rungs})
 
@@ -187,7 +178,7 @@ def run_study(
     bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:
         rows = study(bench.loaded, bench.corpus, options, progress)
-    folder = sentei_home().create().root / "studies" / model.rstrip("/").rsplit("/", 1)[-1]
+    folder = sentei_home().create().root / "studies" / short_name(model)
     page = save_study(rows, folder / "study.html")
     document = {"model": model, "rows": [row.to_dict() for row in rows], "page": str(page)}
     (folder / "study.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
@@ -238,9 +229,10 @@ def run_register(
 
     output = Output(as_json=as_json)
     home = sentei_home().create()
-    name = model.rstrip("/").rsplit("/", 1)[-1]
     tracker = MlflowTracker(home.mlflow_uri, home.mlflow_artifacts)
-    version = register_adapter(tracker, home.adapters / name, name=f"sentei-{name}", alias=alias)
+    version = register_adapter(
+        tracker, home.adapter_dir(model), name=f"sentei-{short_name(model)}", alias=alias
+    )
     output.say(f"registered: {to_plain(version)}")
     output.emit(to_plain(version))
 
@@ -253,8 +245,7 @@ def open_bench(model: str, corpus: list[str] | None, output: Output, dtype: str 
     from sentei.pipeline.steps import Workbench
     from sentei.pipeline.text.corpus import load_corpora
 
-    if dtype not in (None, "float32", "bfloat16"):
-        raise typer.BadParameter(f"{dtype!r}; choose from float32, bfloat16", param_hint="--dtype")
+    check_choice("--dtype", [dtype] if dtype else (), DTYPES)
     precision = None if dtype is None else getattr(torch, dtype)
     with output.errors.status(f"loading {model}"):
         loaded = resolve_model(model, dtype=precision)
@@ -266,20 +257,24 @@ def open_bench(model: str, corpus: list[str] | None, output: Output, dtype: str 
 
 def _ladder_table(rungs: list[dict[str, Any]]) -> Table:
     table = Table(
-        "rung", "density", "dropped mass, bound", "verified mean", "verified p99", "NLL difference (CI)"
+        "rung", "made for", "kept", "density by length", "dropped mass: mean, p99", "NLL difference (CI)"
     )
     for rung in rungs:
         found = rung["verified"]
         if found is None:
-            table.add_row(rung["id"], "100%", "0", "", "", "")
+            table.add_row(rung["id"], "", "", "100%", "0", "")
             continue
         low, high = found["nll_delta_ci"]
+        density = rung["target_density"]
+        aim = (
+            f"dropped mass {rung['bound_dropped_mass']:.3g}" if density is None else f"density {density:.1%}"
+        )
         table.add_row(
             rung["id"],
-            f"{found['density']:.1%}",
-            f"{rung['bound_dropped_mass']:.3f}",
-            f"{found['dropped_mass_mean']:.3f}",
-            f"{found['dropped_mass_p99']:.3f}",
+            aim,
+            "yes" if rung["is_kept"] else "no",
+            ", ".join(f"{check['density']:.1%} at {check['tokens']:,}" for check in found["by_length"]),
+            f"{found['dropped_mass_mean']:.3f}, {found['dropped_mass_p99']:.3f}",
             f"{found['nll_delta']:+.4f} ({low:+.4f} to {high:+.4f})",
         )
     return table

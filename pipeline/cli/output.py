@@ -6,11 +6,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
+import typer
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
@@ -71,6 +72,15 @@ class Output:
         )
         with Progress(*columns, console=self.errors, disable=not self.errors.is_terminal) as bars:
             yield ProgressBars(bars)
+
+
+def check_choice(option: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """Refuse values of an option that are not among the allowed ones, by name."""
+    known = list(allowed)
+    if unknown := sorted(set(given) - set(known)):
+        raise typer.BadParameter(
+            f"{', '.join(map(repr, unknown))}; choose from {', '.join(known)}", param_hint=option
+        )
 
 
 class ProgressBars:

@@ -15,6 +15,7 @@ from rich.table import Table
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.rollout.simulate import Simulation, simulate
 from sentei.policies.schema.load import load_policy
+from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.units import format_duration, parse_duration
 from sentei.policies.simulation.scenarios import default_scenarios
 from sentei.policies.simulation.study import Traffic
@@ -84,8 +85,13 @@ def run_simulate(
     )
     with output.progress() as progress:
         rows = simulate(wanted, progress)
-    alpha = loaded.spec.guardrails.alpha_total
-    output.say(figures_table(loaded.metadata.name, rows), *_notes(rows), rules_table(rows))
+    _tell(loaded, rows, seed, output)
+
+
+def _tell(policy: Policy, rows: list[dict[str, Any]], seed: int, output: Output) -> None:
+    """Show the figures; a policy that rolls back more often than it promises fails the command."""
+    alpha = policy.spec.guardrails.alpha_total
+    output.say(figures_table(policy.metadata.name, rows), *_notes(rows), rules_table(rows))
     output.say(f"alpha_total {alpha:g}; intervals are exact (Clopper-Pearson), 95 %; seed {seed}")
     output.emit(rows)
     if any(row["false_rollback_ci"][0] > alpha for row in rows):

@@ -1,4 +1,4 @@
-"""The app in a process group of its own: started, waited for, told things, and surely ended."""
+"""The app in a process group of its own: started, waited for, and surely ended."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LocalServer:
         assert self._process.stdout is not None
         threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
         try:
-            self.url = str(self._wait_for("url", READY_TIMEOUT_S)["url"])
+            self.url = self._wait_for_url()
         except BaseException:
             self.stop()
             raise
@@ -61,14 +61,6 @@ class LocalServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    def tell(self, message: dict[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
-        """Send one order as a JSON line and return the answer that repeats its key `do`."""
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
-        return self._wait_for("done", timeout_s)
 
     def stop(self) -> None:
         """Let the app end by itself; end its whole process group if it does not."""
@@ -93,8 +85,8 @@ class LocalServer:
             if isinstance(decoded, dict):
                 self._answers.put(decoded)
 
-    def _wait_for(self, key: str, timeout_s: float) -> dict[str, Any]:
-        deadline = time.monotonic() + timeout_s
+    def _wait_for_url(self) -> str:
+        deadline = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < deadline:
             try:
                 answer = self._answers.get(timeout=0.2)
@@ -104,9 +96,9 @@ class LocalServer:
                 continue
             if "error" in answer:
                 raise ServerError(f"the app refused: {answer['error']}")
-            if key in answer:
-                return answer
-        raise ServerError(f"no answer ({key}) from the app within {timeout_s:.0f} s: {self._log_tail()}")
+            if "url" in answer:
+                return str(answer["url"])
+        raise ServerError(f"no address from the app within {READY_TIMEOUT_S:.0f} s: {self._log_tail()}")
 
     def _log_tail(self) -> str:
         lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()

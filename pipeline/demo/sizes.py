@@ -12,7 +12,7 @@ from sentei.pipeline.models import POCKET
 
 POCKET_SIZE = DemoSize(
     # 2,048-token windows hold the recall distance of the demo's prompts. Single tokens in 32 dimensions: this
-    # model recalls by single tokens, which any mean hides, and heads of 64 fit into 32 (docs/measured.md).
+    # model recalls by single tokens, which any mean hides, and heads of 64 fit into 32 (docs/adr/0010).
     distill=DistillOptions(
         form="low_rank",
         rank=32,
@@ -41,7 +41,7 @@ POCKET_SIZE = DemoSize(
     clients=1,
     think_s=0.5,
     fault_past_tokens=1024,
-    attention="flex",
+    attention="best",
     max_rollout_s=240.0,
 )
 
@@ -81,7 +81,7 @@ LARGE_SIZE = DemoSize(
     clients=1,
     think_s=4.0,
     fault_past_tokens=512,
-    attention="flex",
+    attention="best",
     max_rollout_s=960.0,
     threads=2,
     policy_changes={

@@ -14,7 +14,8 @@ from typing import Any
 
 import httpx
 
-from sentei.pipeline.tasks import MAKERS, RecallTask, TaskName, is_correct
+from sentei.pipeline.tasks import MAKERS
+from sentei.pipeline.tasks.prompt import RecallTask, TaskName, is_correct
 from sentei.pipeline.text.corpus import Document
 
 SESSION_HEADER = "x-session-id"

@@ -2,9 +2,12 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import expm1
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -12,7 +15,6 @@ import torch
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE
 from sentei.kernels.hf.models import rotary_table
-from sentei.kernels.hf.retrofit import retrofit
 from sentei.pipeline.evaluation.costs import CostReport, Measured, reckon_costs, this_machine
 from sentei.pipeline.evaluation.prices import PRICES_FILE, load_prices
 from sentei.pipeline.evaluation.recall import (
@@ -21,12 +23,13 @@ from sentei.pipeline.evaluation.recall import (
     TaskPlan,
     make_tasks,
     recall_by_rung,
-    untold,
 )
 from sentei.pipeline.evaluation.user_tasks import UserAnswer, UserSummary, answers_by_rung, summarise
-from sentei.pipeline.ladder.verify import VerifyOptions, dropped_by_rung
 from sentei.pipeline.measure.baselines import KINDS, RankSelector
-from sentei.pipeline.measure.latency import BEST_DENSE, Timing, medians, time_prefills
+from sentei.pipeline.measure.capture import Sampling
+from sentei.pipeline.measure.latency import BEST_DENSE, DENSE_FORMS, Timing, time_prefills
+from sentei.pipeline.measure.needs import dropped_by_rung
+from sentei.pipeline.measure.rungs import Variant, run_each, rung_variants
 from sentei.pipeline.measure.scores import (
     TokenScores,
     agreement,
@@ -38,8 +41,8 @@ from sentei.pipeline.measure.scores import (
 )
 from sentei.pipeline.measure.texts import make_windows
 from sentei.pipeline.models import LoadedModel
-from sentei.pipeline.progress import Progress
-from sentei.pipeline.tasks import TaskError, TaskName
+from sentei.pipeline.progress import Progress, silent
+from sentei.pipeline.tasks.prompt import TaskError, TaskName
 from sentei.pipeline.tasks.user import UserTask, load_user_tasks
 from sentei.pipeline.text.corpus import Corpus
 from sentei.pipeline.text.splits import split_text
@@ -79,16 +82,9 @@ class EvaluateOptions:
         lengths = self.task_lengths or (window_tokens // 4, min(window_tokens, longest))
         return TaskPlan(self.task_kinds, tuple(dict.fromkeys(lengths)), self.num_tasks, self.seed)
 
-    def verify_options(self, window_tokens: int) -> VerifyOptions:
-        """Return the same amounts in the terms of the verification."""
-        return VerifyOptions(
-            window_tokens=window_tokens,
-            num_windows=self.num_windows,
-            max_positions=self.max_positions,
-            first_position=window_tokens // 8 if self.first_position is None else self.first_position,
-            blocks_per_window=self.blocks_per_window,
-            seed=self.seed,
-        )
+    def judged_from(self, window_tokens: int) -> int:
+        """Return the first position whose next token is judged."""
+        return window_tokens // 8 if self.first_position is None else self.first_position
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +176,7 @@ def evaluate(
     adapter: Adapter,
     corpus: Corpus,
     options: EvaluateOptions | None = None,
-    progress: Progress = lambda _label, _done, _total: None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Measure quality, recall, speed, memory and price of every rung on evaluation text."""
     options = options if options is not None else EvaluateOptions()
@@ -191,15 +187,16 @@ def evaluate(
     window = min(options.window_tokens, loaded.max_tokens)
     texts = make_windows(loaded, documents, window_tokens=window, num=options.num_windows, seed=options.seed)
     tasks = make_tasks(loaded, documents, options.task_plan(window, loaded.max_tokens))
-    answers = answers_by_rung(loaded, adapter, own_tasks, progress) if own_tasks else {}
-    losses = _measure_losses(loaded, adapter, texts, options, progress)
-    dropped = dropped_by_rung(loaded, adapter, texts, options.verify_options(window), progress)
     recall = recall_by_rung(loaded, adapter, tasks, progress)
+    answers = answers_by_rung(loaded, adapter, own_tasks, progress) if own_tasks else {}
+    user = {rung_id: summarise(own_tasks, found, answers[DENSE]) for rung_id, found in answers.items()}
+    losses = _measure_losses(loaded, adapter, texts, options, progress)
+    sampling = Sampling(options.blocks_per_window, options.seed)
+    dropped = dropped_by_rung(loaded, adapter, texts, sampling, progress)
     timings = time_prefills(loaded, adapter, texts[0], runs=options.timed_runs, progress=progress)
     prefill_s = {rung.id: _timing(timings, rung.id).median_s for rung in adapter.ladder.rungs}
     setup_s = _setup_s(adapter, options) + time.monotonic() - started
     costs = reckon_costs(prices, Measured(prefill_s, window, setup_s, this_machine(loaded)))
-    user = {rung_id: summarise(own_tasks, found, answers[DENSE]) for rung_id, found in answers.items()}
     findings = _Findings(losses, dropped, timings, recall, user, costs)
     return Evaluation(
         model=loaded.name,
@@ -232,7 +229,7 @@ def _notes(findings: _Findings, window: int) -> tuple[str, ...]:
     own = [file for file in findings.costs.files if file != str(PRICES_FILE)]
     lists = ", ".join(["the list that ships", *own])
     notes = [f"prices from {lists}: {window} tokens of prefill, one request at a time"]
-    if cells := untold(findings.recall[DENSE]):
+    if cells := findings.recall[DENSE].untold():
         notes.append(
             f"dense itself finds nothing in {', '.join(cells)}: these tasks say nothing about a rung"
         )
@@ -254,48 +251,41 @@ def _measure_losses(
     options: EvaluateOptions,
     progress: Progress,
 ) -> _Losses:
-    judged = options.verify_options(len(texts[0]))
-    positions = pick_positions(len(texts[0]), first=judged.first_position, most=judged.max_positions)
-    table = rotary_table(loaded.model, len(texts[0]))
-    found: dict[str, list[TokenScores]] = {}
-    densities: dict[str, list[float]] = {}
-    rung_ids = [rung.id for rung in adapter.ladder.rungs]
-    compared = [adapter.ladder.find(rung_id).id for rung_id in _compared(adapter, options)]
-    variants: list[tuple[str, str | None]] = [(rung_id, None) for rung_id in rung_ids]
-    variants += [(rung_id, kind) for rung_id in compared for kind in KINDS]
-    with retrofit(loaded.model, adapter, DENSE, base="flex") as handle:
-        for i_text, text in enumerate(texts):
-            by_group: dict[str, dict[int, tuple[float, ...]]] = {}
-            hidden: dict[str, torch.Tensor] = {}
-            for i_variant, (rung_id, kind) in enumerate(variants):
-                progress("losses", i_text * len(variants) + i_variant, len(texts) * len(variants))
-                variant = rung_id if kind is None else _other(kind, rung_id)
-                handle.set_rung(rung_id)
-                handle.set_selector(
-                    None
-                    if kind is None
-                    else RankSelector(
-                        kind,
-                        by_group[rung_id],
-                        adapter.manifest.shapes,
-                        table,
-                        adapter.ladder.query_block_tokens,
-                    )
-                )
-                handle.reset_stats()
-                hidden[variant] = hidden_at(loaded, text, positions)
-                density = handle.stats().density()
-                densities.setdefault(variant, []).append(1.0 if density is None else density)
-                if kind is None and rung_id in compared:
-                    by_group[rung_id] = handle.stats().density_by_group()
-            for variant, scores in score_variants(loaded, text, positions, hidden, DENSE).items():
-                found.setdefault(variant, []).append(scores)
-    progress("losses", len(texts) * len(variants), len(texts) * len(variants))
+    length = len(texts[0])
+    positions = pick_positions(length, first=options.judged_from(length), most=options.max_positions)
+    variants = [*rung_variants(adapter), *_other_choices(loaded, adapter, options, length)]
+    found: dict[str, list[TokenScores]] = {variant.name: [] for variant in variants}
+    densities: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    states = partial(hidden_at, loaded, positions=positions)
+    turns = run_each(loaded, adapter, texts, states, variants=variants, label="losses", progress=progress)
+    with closing(turns):
+        for text, runs in turns:
+            hidden = {name: run.result for name, run in runs.items()}
+            for name, scores in score_variants(loaded, text, positions, hidden, DENSE).items():
+                found[name].append(scores)
+                densities[name].append(runs[name].density)
     return _Losses(
-        {variant: join_scores(values) for variant, values in found.items()},
-        {variant: sum(values) / len(values) for variant, values in densities.items()},
+        {name: join_scores(scores) for name, scores in found.items()},
+        {name: fmean(values) for name, values in densities.items()},
         positions.repeat(len(texts)),
     )
+
+
+def _other_choices(
+    loaded: LoadedModel, adapter: Adapter, options: EvaluateOptions, length: int
+) -> list[Variant]:
+    """Return other ways to choose blocks, each at the density of a rung that it is compared with."""
+    make = partial(
+        RankSelector,
+        shapes=adapter.manifest.shapes,
+        table=rotary_table(loaded.model, length),
+        block_q=adapter.ladder.query_block_tokens,
+    )
+    return [
+        Variant(_other(kind, rung_id), adapter.ladder.find(rung_id).id, chooser=partial(make, kind))
+        for rung_id in _compared(adapter, options)
+        for kind in KINDS
+    ]
 
 
 def _rung_result(rung_id: str, findings: _Findings) -> RungResult:
@@ -319,7 +309,7 @@ def _rung_result(rung_id: str, findings: _Findings) -> RungResult:
         dropped_mass_p99=dropped[1],
         prefill_s=timing.median_s,
         prefill_s_range=(timing.lowest_s, timing.highest_s),
-        prefill_s_by_baseline=medians(timings),
+        prefill_s_by_baseline={name: timings[name].median_s for name in DENSE_FORMS},
         peak_mib=timing.peak_mib,
         tasks=recall.by_kind(),
         recall=recall,

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE
-from sentei.kernels.hf.retrofit import retrofit
 from sentei.pipeline.measure.answers import answer_greedily
+from sentei.pipeline.measure.rungs import by_variant, run_each
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress
-from sentei.pipeline.tasks import MAKERS, RecallTask, TaskName, is_correct
+from sentei.pipeline.tasks import MAKERS
+from sentei.pipeline.tasks.prompt import RecallTask, TaskName, is_correct
 from sentei.pipeline.text.corpus import Document
 
 TASK_NAMES: tuple[TaskName, ...] = ("passkey", "key_value", "multi_key", "variable_value")
@@ -88,6 +90,10 @@ class RecallSummary:
         kinds = dict.fromkeys(cell.kind for cell in self.cells)
         return {kind: fmean(cell.right for cell in self.cells if cell.kind == kind) for kind in kinds}
 
+    def untold(self) -> list[str]:
+        """Name the cells in which dense itself finds nothing: they say nothing about a rung."""
+        return [f"{cell.kind} at {cell.prompt_tokens} tokens" for cell in self.cells if not cell.dense_right]
+
 
 def make_tasks(loaded: LoadedModel, documents: Sequence[Document], plan: TaskPlan) -> list[PlannedTask]:
     """Return the plan's tasks, kind by kind and length by length."""
@@ -112,17 +118,11 @@ def recall_by_rung(
     loaded: LoadedModel, adapter: Adapter, tasks: Sequence[PlannedTask], progress: Progress
 ) -> dict[str, RecallSummary]:
     """Answer every task on every rung (greedy, prefill and decode both on the rung) and sum up."""
-    outcomes: dict[str, list[TaskOutcome]] = {}
-    total = len(adapter.ladder.rungs) * len(tasks)
-    with retrofit(loaded.model, adapter, DENSE, base="flex") as handle:
-        for rung in adapter.ladder.rungs:
-            handle.set_rung(rung.id)
-            found = outcomes.setdefault(rung.id, [])
-            for planned in tasks:
-                progress("recall tasks", len(outcomes) * len(tasks) - len(tasks) + len(found), total)
-                found.append(_run_task(loaded, planned))
-    progress("recall tasks", total, total)
-    return {rung_id: summarise(found, outcomes[DENSE]) for rung_id, found in outcomes.items()}
+    work = partial(_run_task, loaded)
+    turns = run_each(loaded, adapter, tasks, work, label="recall tasks", progress=progress)
+    outcomes = {rung_id: [run.result for run in found] for rung_id, found in by_variant(turns).items()}
+    dense = outcomes.get(DENSE, [])
+    return {rung.id: summarise(outcomes.get(rung.id, []), dense) for rung in adapter.ladder.rungs}
 
 
 def summarise(outcomes: Sequence[TaskOutcome], dense: Sequence[TaskOutcome]) -> RecallSummary:
@@ -149,11 +149,6 @@ def summarise(outcomes: Sequence[TaskOutcome], dense: Sequence[TaskOutcome]) -> 
         generated_tokens_ratio=own_tokens / max(dense_tokens, 1.0),
         cut_share=fmean(outcome.is_cut for outcome in outcomes),
     )
-
-
-def untold(summary: RecallSummary) -> list[str]:
-    """Name the cells in which dense itself finds nothing: they say nothing about a rung."""
-    return [f"{cell.kind} at {cell.prompt_tokens} tokens" for cell in summary.cells if not cell.dense_right]
 
 
 def _run_task(loaded: LoadedModel, planned: PlannedTask) -> TaskOutcome:

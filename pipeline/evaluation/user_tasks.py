@@ -3,15 +3,15 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 from scipy import stats
 
 from sentei.kernels.hf.adapter import Adapter
-from sentei.kernels.hf.ladder import DENSE
-from sentei.kernels.hf.retrofit import Retrofit, retrofit
 from sentei.pipeline.measure.answers import answer_greedily, choose
+from sentei.pipeline.measure.rungs import by_variant, run_each
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress
 from sentei.pipeline.tasks.user import UserTask
@@ -66,17 +66,23 @@ def answers_by_rung(
     loaded: LoadedModel, adapter: Adapter, tasks: Sequence[UserTask], progress: Progress
 ) -> dict[str, list[UserAnswer]]:
     """Answer every line on every rung (greedy, or by log-likelihood over choices) and score it."""
-    found: dict[str, list[UserAnswer]] = {}
-    total = len(adapter.ladder.rungs) * len(tasks)
-    with retrofit(loaded.model, adapter, DENSE, base="flex") as handle:
-        for rung in adapter.ladder.rungs:
-            handle.set_rung(rung.id)
-            answers = found.setdefault(rung.id, [])
-            for task in tasks:
-                progress("your tasks", (len(found) - 1) * len(tasks) + len(answers), total)
-                answers.append(_answer(loaded, handle, task))
-    progress("your tasks", total, total)
-    return found
+    work = partial(_answer, loaded)
+    turns = run_each(loaded, adapter, tasks, work, label="your tasks", progress=progress)
+    return {
+        rung_id: [
+            UserAnswer(
+                task=task.task,
+                line=task.line,
+                rung=rung_id,
+                score=task.score(run.result[0]),
+                answer=run.result[0],
+                generated_tokens=run.result[1],
+                density=run.density,
+            )
+            for task, run in zip(tasks, found, strict=True)
+        ]
+        for rung_id, found in by_variant(turns).items()
+    }
 
 
 def summarise(
@@ -106,24 +112,12 @@ def save_answers(answers: Mapping[str, Sequence[UserAnswer]], path: Path) -> Pat
     return path
 
 
-def _answer(loaded: LoadedModel, handle: Retrofit, task: UserTask) -> UserAnswer:
-    handle.reset_stats()
-    tokens: int | None = None
+def _answer(loaded: LoadedModel, task: UserTask) -> tuple[str, int | None]:
+    """Return the answer, and its tokens unless it was chosen."""
     if task.is_choice:
-        text = task.choices[choose(loaded, task.prompt, task.choices)]
-    else:
-        answer = answer_greedily(loaded, task.prompt, max_tokens=task.max_tokens, stop=task.stop)
-        text, tokens = answer.text, answer.tokens
-    density = handle.stats().density()
-    return UserAnswer(
-        task=task.task,
-        line=task.line,
-        rung=handle.rung.id,
-        score=task.score(text),
-        answer=text,
-        generated_tokens=tokens,
-        density=1.0 if density is None else density,
-    )
+        return task.choices[choose(loaded, task.prompt, task.choices)], None
+    answer = answer_greedily(loaded, task.prompt, max_tokens=task.max_tokens, stop=task.stop)
+    return answer.text, answer.tokens
 
 
 def _score_task(

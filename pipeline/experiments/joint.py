@@ -11,7 +11,8 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,15 @@ from torch.utils.checkpoint import checkpoint
 
 from sentei.kernels.hf.adapter import Adapter, save_adapter
 from sentei.kernels.hf.ladder import DENSE
-from sentei.kernels.hf.low_rank import LowRank, LowRankPair, new_low_rank
+from sentei.kernels.hf.low_rank import LowRank, new_low_rank
 from sentei.kernels.hf.models import AdapterError
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
-from sentei.pipeline.measure.scores import paired_delta, pick_positions, token_losses
+from sentei.pipeline.ladder.learn import Course, learn
+from sentei.pipeline.measure.rungs import Losses, Variant, losses_by_variant
+from sentei.pipeline.measure.scores import paired_delta, pick_positions
 from sentei.pipeline.measure.texts import make_texts, make_windows
 from sentei.pipeline.models import LoadedModel
-from sentei.pipeline.progress import Progress
+from sentei.pipeline.progress import Progress, counted, silent
 from sentei.pipeline.text.corpus import Corpus
 from sentei.pipeline.text.splits import split_text
 
@@ -108,7 +111,7 @@ def joint(
     adapter: Adapter,
     corpus: Corpus,
     options: JointOptions | None = None,
-    progress: Progress = lambda _label, _done, _total: None,
+    progress: Progress = silent,
 ) -> tuple[Adapter, JointReport]:
     """Train low-rank weights under one rung's mask, save them with the adapter, compare on untouched text."""
     options = options if options is not None else JointOptions()
@@ -130,21 +133,19 @@ def joint(
         held_out = _ask_teacher(loaded, texts[1], progress, "ask it about held-out text")
         handle.set_rung(options.rung)
         handle.set_low_rank(True)
-        before, after, low_rank = _train(loaded, handle, low_rank, train, held_out, options, progress)
+        before, after = _train(loaded, handle, low_rank, (train, held_out), options, progress)
     train_s = time.monotonic() - started_s
-    adapter = adapter.with_low_rank(low_rank)
     windows = make_windows(
         loaded, parts.evaluate, window_tokens=window, num=options.compared_windows, seed=options.seed
     )
-    losses, densities = _compare(loaded, adapter, windows, options, progress)
-    rows = tuple(_row(variant, losses[variant], losses[DENSE], densities[variant]) for variant in losses)
-    gap = paired_delta(losses[JOINT], losses[POST_HOC])
+    losses = _compare(loaded, adapter, windows, options, progress)
+    gap = paired_delta(losses[JOINT].loss, losses[POST_HOC].loss)
     report = JointReport(
         model=loaded.name,
         rung=options.rung,
         window_tokens=window,
-        num_positions=losses[DENSE].numel(),
-        rows=rows,
+        num_positions=losses[DENSE].loss.numel(),
+        rows=tuple(_row(name, own, losses[DENSE]) for name, own in losses.items()),
         joint_minus_post_hoc=gap.mean,
         joint_minus_post_hoc_ci=gap.ci,
         kl_held_out_before=before,
@@ -175,51 +176,34 @@ def _check_rung(adapter: Adapter, rung_id: str, window: int) -> None:
 def _ask_teacher(
     loaded: LoadedModel, texts: Sequence[torch.Tensor], progress: Progress, label: str
 ) -> list[Lesson]:
-    lessons = []
-    for i, ids in enumerate(texts):
-        progress(label, i, len(texts))
-        lessons.append(Lesson(ids, loaded.last_states(ids)))
-    progress(label, len(texts), len(texts))
-    return lessons
+    return [Lesson(ids, loaded.last_states(ids)) for ids in counted(texts, label, progress)]
 
 
 def _train(
     loaded: LoadedModel,
     handle: Retrofit,
     low_rank: LowRank,
-    train: Sequence[Lesson],
-    held_out: Sequence[Lesson],
+    lessons: tuple[Sequence[Lesson], Sequence[Lesson]],
     options: JointOptions,
     progress: Progress,
-) -> tuple[float, float, LowRank]:
-    """Train in place; return the held-out KL before and after, and the weights of the best epoch."""
-    parameters = low_rank.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
-    num_steps = max(1, options.max_epochs * len(train))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
+) -> tuple[float, float]:
+    """Train in place on the first lessons, judged by the others; return their KL before and after."""
+    course = Course(
+        learning_rate=options.learning_rate,
+        weight_decay=0.0,
+        max_epochs=options.max_epochs,
+        patience=options.patience,
+        seed=options.seed,
     )
-    generator = torch.Generator().manual_seed(options.seed)
-    before = best = mean_divergence(loaded, held_out, options)
-    best_pairs = _copy(low_rank)
-    epochs_since_best = step = 0
-    for _ in range(options.max_epochs):
-        with _gradients(handle, parameters):
-            for i in torch.randperm(len(train), generator=generator).tolist():
-                progress("train low-rank weights", step, num_steps)
-                optimizer.zero_grad()
-                divergence(loaded, train[i], options).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
-                step += 1
-        current = mean_divergence(loaded, held_out, options)
-        epochs_since_best = 0 if current < best else epochs_since_best + 1
-        if current < best:
-            best, best_pairs = current, _copy(low_rank)
-        if epochs_since_best >= options.patience:
-            break
-    progress("train low-rank weights", num_steps, num_steps)
-    return before, best, best_pairs
+    parameters = low_rank.parameters()
+    return learn(
+        parameters,
+        partial(divergence, loaded, positions_per_step=options.positions_per_step),
+        *lessons,
+        course,
+        epoch=partial(_gradients, handle, parameters),
+        on_step=partial(progress, "train low-rank weights"),
+    )
 
 
 @contextmanager
@@ -236,18 +220,10 @@ def _gradients(handle: Retrofit, parameters: Sequence[torch.Tensor]) -> Iterator
             parameter.requires_grad_(False)
 
 
-def _copy(low_rank: LowRank) -> LowRank:
-    pairs = {
-        key: LowRankPair(pair.down.detach().clone(), pair.up.detach().clone())
-        for key, pair in low_rank.pairs.items()
-    }
-    return replace(low_rank, pairs=pairs)
-
-
-def divergence(loaded: LoadedModel, lesson: Lesson, options: JointOptions) -> torch.Tensor:
+def divergence(loaded: LoadedModel, lesson: Lesson, positions_per_step: int) -> torch.Tensor:
     """KL from the dense model's next tokens to the running one's, in nats, mean over positions."""
     states = loaded.last_states(lesson.ids)
-    step = max(1, math.ceil(len(lesson.ids) / options.positions_per_step))
+    step = max(1, math.ceil(len(lesson.ids) / positions_per_step))
     positions = torch.arange(step - 1, len(lesson.ids), step)
     total = torch.zeros(())
     for part in torch.split(positions, PART_POSITIONS):
@@ -255,12 +231,6 @@ def divergence(loaded: LoadedModel, lesson: Lesson, options: JointOptions) -> to
             _part_divergence, loaded.model.lm_head, lesson.states[part], states[part], use_reentrant=False
         )
     return total / len(positions)
-
-
-@torch.no_grad()
-def mean_divergence(loaded: LoadedModel, lessons: Sequence[Lesson], options: JointOptions) -> float:
-    """Mean KL over texts."""
-    return sum(float(divergence(loaded, lesson, options)) for lesson in lessons) / len(lessons)
 
 
 def _part_divergence(head: Any, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
@@ -275,35 +245,22 @@ def _compare(
     windows: Sequence[torch.Tensor],
     options: JointOptions,
     progress: Progress,
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Run the four variants over the same held-out tokens on the serving path: losses and densities."""
+) -> dict[str, Losses]:
+    """Run the four variants over the same held-out tokens on the serving path: their losses."""
     length = len(windows[0])
     positions = pick_positions(length, first=length // 8, most=options.compared_positions)
-    variants = {
-        DENSE: (DENSE, False),
-        POST_HOC: (options.rung, False),
-        JOINT: (options.rung, True),
-        JOINT_DENSE: (DENSE, True),
-    }
-    losses: dict[str, list[torch.Tensor]] = {variant: [] for variant in variants}
-    densities: dict[str, list[float]] = {variant: [] for variant in variants}
-    with retrofit(loaded.model, adapter, DENSE, base="flex") as handle:
-        for i, text in enumerate(windows):
-            progress("compare on held-out text", i, len(windows))
-            for variant, (rung, is_joint) in variants.items():
-                handle.set_rung(rung)
-                handle.set_low_rank(is_joint)
-                handle.reset_stats()
-                losses[variant].append(token_losses(loaded, text, positions))
-                density = handle.stats().density()
-                densities[variant].append(1.0 if density is None else density)
-    progress("compare on held-out text", len(windows), len(windows))
-    return (
-        {variant: torch.cat(found) for variant, found in losses.items()},
-        {variant: sum(found) / len(found) for variant, found in densities.items()},
+    variants = (
+        Variant(DENSE, DENSE),
+        Variant(POST_HOC, options.rung),
+        Variant(JOINT, options.rung, has_low_rank=True),
+        Variant(JOINT_DENSE, DENSE, has_low_rank=True),
+    )
+    label = "compare on held-out text"
+    return losses_by_variant(
+        loaded, adapter, windows, positions, variants=variants, label=label, progress=progress
     )
 
 
-def _row(variant: str, losses: torch.Tensor, dense: torch.Tensor, density: float) -> JointRow:
-    delta = paired_delta(losses, dense)
-    return JointRow(variant, density, float(losses.mean()), delta.mean, delta.ci)
+def _row(variant: str, own: Losses, dense: Losses) -> JointRow:
+    delta = paired_delta(own.loss, dense.loss)
+    return JointRow(variant, own.density, float(own.loss.mean()), delta.mean, delta.ci)

@@ -8,29 +8,29 @@ by its true attention logit: no scorer of blocks can do better, so it is the flo
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
-from sentei.kernels.hf.models import LayerInfo, rotary_table, thinnable_layers
-from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.hf.models import LayerInfo, thinnable_layers
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.kernels.scorer.untrained import UNTRAINED
-from sentei.pipeline.ladder.density import MAX_SHARE, MIN_SHARE
-from sentei.pipeline.ladder.distill import DistillOptions, mean_divergence, train_scorer
-from sentei.pipeline.ladder.needs import (
+from sentei.pipeline.ladder.distill import DistillOptions, divergence, train_scorer
+from sentei.pipeline.ladder.learn import mean_divergence
+from sentei.pipeline.measure.capture import Sampling, capture
+from sentei.pipeline.measure.needs import (
+    MAX_SHARE,
+    MIN_SHARE,
     AtDensity,
     Scored,
     at_density,
-    dropped_rows,
     max_head_density,
     needle_threshold,
-    score_asking,
-    score_bins,
+    score_records,
 )
-from sentei.pipeline.measure.capture import capture
-from sentei.pipeline.measure.records import LayerRecords
+from sentei.pipeline.measure.records import LayerRecord, LayerRecords
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
-from sentei.pipeline.progress import Progress
+from sentei.pipeline.progress import Progress, counted, silent
 from sentei.pipeline.text.corpus import Corpus
 from sentei.pipeline.text.splits import split_text
 
@@ -85,25 +85,21 @@ def study(
     loaded: LoadedModel,
     corpus: Corpus,
     options: StudyOptions | None = None,
-    progress: Progress = lambda _label, _done, _total: None,
+    progress: Progress = silent,
 ) -> list[StudyRow]:
     """Train every form on the same text and judge all of them, trained and not, on other text."""
     options = options if options is not None else StudyOptions()
     layers = {layer.index: layer for layer in thinnable_layers(loaded.model)}
-    window = min(options.window_tokens, loaded.max_tokens)
-    table = rotary_table(loaded.model, window)
     rows: list[StudyRow] = []
     for pool in dict.fromkeys((*options.pools, 1)):
         shapes = {index: _shape(layer, options, pool=pool) for index, layer in layers.items()}
         texts = _capture(loaded, corpus, shapes, options, progress)
-        for done, (index, layer) in enumerate(layers.items()):
-            progress(f"study pools of {pool}", done, len(layers))
-            for form, scorer in _forms(layer, texts, table, options, pool):
+        for index, layer in counted(list(layers.items()), f"study pools of {pool}", progress):
+            for form, scorer in _forms(layer, texts, options, pool):
                 rows += [
-                    _judge(index, form, scorer, texts.judged, table, options, block_q)
+                    _judge(index, form, scorer, texts.judged[index], options, block_q)
                     for block_q in options.query_blocks
                 ]
-        progress(f"study pools of {pool}", len(layers), len(layers))
     return sorted(rows, key=lambda row: row.layer)
 
 
@@ -118,7 +114,7 @@ def _shape(layer: LayerInfo, options: StudyOptions, *, pool: int) -> ScorerShape
 
 
 def _forms(
-    layer: LayerInfo, texts: _Texts, table: RotaryTable, options: StudyOptions, pool: int
+    layer: LayerInfo, texts: _Texts, options: StudyOptions, pool: int
 ) -> Iterator[tuple[str, BlockScorer]]:
     """Yield each form before and after training, with its name."""
     shape = _shape(layer, options, pool=pool)
@@ -126,7 +122,7 @@ def _forms(
     scorer = BlockScorer(shape, layer.scale)
     if pool > 1:
         yield f"untrained means_{pool}", scorer
-        train_scorer(scorer, train, held_out, table, _training(options, options.learning_rate))
+        train_scorer(scorer, train, held_out, _training(options, options.learning_rate))
         yield f"residual, means of {pool}", scorer
         return
     yield EXACT, scorer
@@ -135,10 +131,10 @@ def _forms(
             yield f"untrained {name}", other
     for rank in options.ranks:
         scorer = BlockScorer(replace(shape, form="low_rank", rank=rank), layer.scale)
-        train_scorer(scorer, train, held_out, table, replace(_training(options, 0.0), max_epochs=0))
+        train_scorer(scorer, train, held_out, replace(_training(options, 0.0), max_epochs=0))
         yield f"low rank {rank}, start", scorer
         low = _training(options, options.low_rank_learning_rate)
-        train_scorer(scorer, train, held_out, table, low)
+        train_scorer(scorer, train, held_out, low)
         yield f"low rank {rank}, trained", scorer
 
 
@@ -166,10 +162,9 @@ def _capture(
             loaded,
             make_texts(loaded, documents, window_tokens=window, num=num, seed=seed),
             shapes,
-            blocks_per_text=options.blocks_per_window,
-            seed=options.seed,
-            progress=progress,
+            Sampling(options.blocks_per_window, options.seed),
             label=f"capture text {i + 1} of {len(wanted)}",
+            progress=progress,
         )
         for i, (documents, num, seed) in enumerate(wanted)
     ]
@@ -180,14 +175,11 @@ def _judge(
     layer: int,
     form: str,
     scorer: BlockScorer,
-    judged: LayerRecords,
-    table: RotaryTable,
+    records: Sequence[LayerRecord],
     options: StudyOptions,
     block_q: int,
 ) -> StudyRow:
-    records = judged[layer]
-    (scored,) = score_bins(scorer, records, table, (), block_q)
-    asking = score_asking(scorer, records, table, block_q)
+    (scored,), asking = score_records(scorer, records, (), block_q)
     density, dropped = {}, {}
     for missed in options.missed_needles:
         found = [
@@ -200,7 +192,7 @@ def _judge(
         form=form,
         query_block=block_q,
         dims_per_token=scorer.shape.head_dim if form == EXACT else scorer.dims_per_token,
-        kl=mean_divergence(scorer, records, table),
+        kl=mean_divergence(partial(divergence, scorer), records),
         density=density,
         dropped_mass=dropped,
         at_density={f"{share:g}": at_density(scored, share) for share in options.densities},
@@ -217,4 +209,4 @@ def _at(scored: Scored, asking: Scored, heads: slice, missed: float) -> tuple[fl
     if asking.needs:
         share = min(share, needle_threshold(asking, heads, missed))
     share = min(MAX_SHARE, max(MIN_SHARE, share))
-    return max_head_density(scored, heads, share), float(dropped_rows(scored, heads, share).mean())
+    return max_head_density(scored, heads, share), float(scored.dropped(heads, share).mean())

@@ -11,31 +11,28 @@ dense, which costs little more and risks nothing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
 from sentei.kernels.hf.adapter import Adapter, save_ladder
-from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, Verified
-from sentei.kernels.hf.models import rotary_table
-from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
 from sentei.kernels.scorer.network import BlockScorer
 from sentei.kernels.scorer.selection import pick_query_block
-from sentei.pipeline.ladder.density import MAX_SHARE, MIN_SHARE, fit_densities
-from sentei.pipeline.ladder.needs import (
+from sentei.pipeline.ladder.density import fit_densities
+from sentei.pipeline.ladder.verify import VerifyOptions, verify_ladder
+from sentei.pipeline.measure.capture import Sampling, capture
+from sentei.pipeline.measure.needs import (
+    MAX_SHARE,
+    MIN_SHARE,
     Scored,
-    dropped_rows,
     max_head_density,
     needle_threshold,
-    score_asking,
-    score_bins,
+    score_records,
 )
-from sentei.pipeline.ladder.verify import VerifyOptions, verify_ladder
-from sentei.pipeline.measure.capture import capture
 from sentei.pipeline.measure.records import LayerRecord, LayerRecords
-from sentei.pipeline.measure.texts import make_texts
+from sentei.pipeline.measure.texts import make_texts, make_windows
 from sentei.pipeline.models import LoadedModel
-from sentei.pipeline.progress import Progress
+from sentei.pipeline.progress import Progress, silent
 from sentei.pipeline.text.corpus import Corpus
 from sentei.pipeline.text.splits import split_text
 
@@ -92,7 +89,7 @@ def calibrate(
     adapter: Adapter,
     corpus: Corpus,
     options: CalibrateOptions | None = None,
-    progress: Progress = lambda _label, _done, _total: None,
+    progress: Progress = silent,
 ) -> Ladder:
     """Fit the ladder on one part of the held-out text and verify it on another; save and return it."""
     options = options if options is not None else CalibrateOptions()
@@ -101,44 +98,61 @@ def calibrate(
     texts = make_texts(
         loaded, parts.calibrate, window_tokens=window, num=options.num_windows, seed=options.seed
     )
+    verify = options.verify
+    windows = make_windows(
+        loaded,
+        parts.verify,
+        window_tokens=min(verify.window_tokens, loaded.max_tokens),
+        num=verify.num_windows,
+        seed=verify.seed,
+    )
     records = capture(
         loaded,
         texts,
-        dict(adapter.manifest.shapes),
-        blocks_per_text=options.blocks_per_window,
-        seed=options.seed,
-        progress=progress,
+        adapter.manifest.shapes,
+        Sampling(options.blocks_per_window, options.seed),
         label="capture calibration text",
+        progress=progress,
     )
-    ladder = fit_ladder(adapter, loaded, records, options)
-    verified = verify_ladder(loaded, adapter.with_ladder(ladder), parts.verify, options.verify, progress)
-    ladder = replace(
-        ladder, rungs=tuple(_with_verified(rung, verified.get(rung.id)) for rung in ladder.rungs)
-    )
+    device = next(loaded.model.parameters()).device.type
+    fitted = adapter.with_ladder(fit_ladder(adapter.scorers, records, options, device))
+    ladder = verify_ladder(loaded, fitted, windows, verify, progress)
     if adapter.folder is not None:
         save_ladder(ladder, adapter.folder)
     return ladder
 
 
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """A rung's share thresholds [Hkv, bins] by layer; the mean mass that it may drop, if bounded."""
+
+    shares: Mapping[int, torch.Tensor]
+    bound_dropped_mass: float | None
+
+
 def fit_ladder(
-    adapter: Adapter, loaded: LoadedModel, records: LayerRecords, options: CalibrateOptions
+    scorers: Mapping[int, BlockScorer], records: LayerRecords, options: CalibrateOptions, device: str
 ) -> Ladder:
     """Read thresholds off calibration records; they never fall from a milder rung to a bolder one."""
-    longest = max(record.mass.shape[-1] * record.mass.shape[3] for record in next(iter(records.values())))
-    table = rotary_table(loaded.model, longest)
-    block_q = options.query_block_tokens or pick_query_block(next(loaded.model.parameters()).device.type)
+    block_q = options.query_block_tokens or pick_query_block(device)
     bounded = [target for target in options.targets if target.density is None]
     edges = options.bin_edges_tokens
-    shares = _fit_bounded(adapter.scorers, records, table, bounded, options, block_q) if bounded else {}
+    fits = _fit_bounded(scorers, records, bounded, options, block_q) if bounded else {}
     if len(bounded) < len(options.targets):
         edges = tuple(sorted({*edges, *DENSITY_EDGES}))
-        shares = _spread(shares, options.bin_edges_tokens, edges)
-        shares |= _fit_by_density(adapter.scorers, records, table, options, block_q, edges)
+        fits = {id_: _spread(fit, options.bin_edges_tokens, edges) for id_, fit in fits.items()}
+    for missed in dict.fromkeys(t.missed_needles for t in options.targets if t.density is not None):
+        wanted = {
+            target.id: target.density
+            for target in options.targets
+            if target.density is not None and target.missed_needles == missed
+        }
+        fits |= _fit_by_density(scorers, records, wanted, missed, edges=edges, block_q=block_q)
     rungs = [
         Rung(
             target.id,
-            {index: _as_tuples(found) for index, found in shares[target.id].items()},
-            bound_dropped_mass=target.bound_dropped_mass if target.density is None else None,
+            {index: _as_tuples(found) for index, found in fits[target.id].shares.items()},
+            bound_dropped_mass=fits[target.id].bound_dropped_mass,
             break_even_tokens=options.break_even_tokens,
             target_density=target.density,
         )
@@ -147,90 +161,69 @@ def fit_ladder(
     return Ladder((Rung(DENSE), *rungs), edges, block_q)
 
 
-def _with_verified(rung: Rung, verified: Verified | None) -> Rung:
-    """Return the rung with what was verified; past the longest length of it, dense will run."""
-    if verified is None:
-        return rung
-    return replace(rung, verified=verified, verified_tokens=verified.by_length[-1].tokens)
-
-
-def _spread(
-    shares: Mapping[str, Mapping[int, torch.Tensor]], coarse: Sequence[int], fine: Sequence[int]
-) -> dict[str, dict[int, torch.Tensor]]:
+def _spread(fit: _Fit, coarse: Sequence[int], fine: Sequence[int]) -> _Fit:
     """Give every finer bin the thresholds of the coarser one that it lies in."""
-    firsts = torch.tensor([0, *fine])
-    which = torch.bucketize(firsts, torch.tensor(coarse), right=True)
-    return {
-        rung: {index: found[:, which] for index, found in by_layer.items()}
-        for rung, by_layer in shares.items()
-    }
+    which = torch.bucketize(torch.tensor([0, *fine]), torch.tensor(coarse), right=True)
+    return replace(fit, shares={index: found[:, which] for index, found in fit.shares.items()})
 
 
 def _fit_by_density(
     scorers: Mapping[int, BlockScorer],
     records: LayerRecords,
-    table: RotaryTable,
-    options: CalibrateOptions,
-    block_q: int,
+    wanted: Mapping[str, float],
+    missed: float,
+    *,
     edges: Sequence[int],
-) -> dict[str, dict[int, torch.Tensor]]:
-    """Return share thresholds [KV groups, bins] per rung and layer that keep its density in each bin."""
-    shares: dict[str, dict[int, torch.Tensor]] = {}
-    targets = [target for target in options.targets if target.density is not None]
-    for missed in dict.fromkeys(target.missed_needles for target in targets):
-        limits = {
-            index: _asking_limits(scorer, records[index], table, missed, block_q)
-            for index, scorer in scorers.items()
-        }
-        wanted = {t.id: t.density for t in targets if t.missed_needles == missed and t.density is not None}
-        fits = fit_densities(
-            scorers, records, table, list(wanted.values()), block_q=block_q, edges=edges, most=limits
+    block_q: int,
+) -> dict[str, _Fit]:
+    """Fit rungs to their densities; all of them may miss the same share of what questions ask for."""
+    limits = {
+        index: _asking_limits(scorer, records[index], missed, block_q) for index, scorer in scorers.items()
+    }
+    found = fit_densities(scorers, records, list(wanted.values()), block_q=block_q, edges=edges, most=limits)
+    return {
+        rung_id: _Fit(
+            {
+                index: torch.minimum(limit[:, None], _fill_empty_bins(fit.shares[None]))
+                for index, limit in limits.items()
+            },
+            None,
         )
-        for rung_id, fit in zip(wanted, fits, strict=True):
-            by_bin = _fill_empty_bins(fit.shares[None])
-            shares[rung_id] = {
-                index: torch.minimum(limit[:, None], by_bin) for index, limit in limits.items()
-            }
-    return shares
+        for rung_id, fit in zip(wanted, found, strict=True)
+    }
 
 
 def _fit_bounded(
     scorers: Mapping[int, BlockScorer],
     records: LayerRecords,
-    table: RotaryTable,
     targets: Sequence[RungTarget],
     options: CalibrateOptions,
     block_q: int,
-) -> dict[str, dict[int, torch.Tensor]]:
-    """Return share thresholds [KV groups, bins] per rung and layer that keep the bounds of each target."""
+) -> dict[str, _Fit]:
+    """Fit rungs to the bounds of their targets, the mildest first."""
     shares: dict[str, dict[int, torch.Tensor]] = {target.id: {} for target in targets}
     for index, scorer in scorers.items():
-        bins = score_bins(scorer, records[index], table, options.bin_edges_tokens, block_q)
-        asking = score_asking(scorer, records[index], table, block_q)
+        bins, asking = score_records(scorer, records[index], options.bin_edges_tokens, block_q)
         floor = torch.zeros(scorer.shape.kv_heads, len(bins))
         for target in targets:
-            found = torch.stack(
-                [
-                    _fit_bin(scored, asking, scorer.shape.kv_heads, target, options.dense_above)
-                    for scored in bins
-                ],
-                dim=1,
-            )
-            floor = torch.maximum(floor, _fill_empty_bins(found))
+            found = [
+                _fit_bin(scored, asking, scorer.shape.kv_heads, target, options.dense_above)
+                for scored in bins
+            ]
+            floor = torch.maximum(floor, _fill_empty_bins(torch.stack(found, dim=1)))
             shares[target.id][index] = floor
-    return shares
+    return {target.id: _Fit(shares[target.id], target.bound_dropped_mass) for target in targets}
 
 
 def _asking_limits(
-    scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable, missed: float, block_q: int
+    scorer: BlockScorer, records: Sequence[LayerRecord], missed: float, block_q: int
 ) -> torch.Tensor:
     """Return the largest share threshold [Hkv] at which each KV group misses no more of what is asked for."""
     free = torch.full((scorer.shape.kv_heads,), MAX_SHARE)
-    if missed >= 1.0:
+    asked = [record for record in records if bool(record.is_asking.any())]
+    if missed >= 1.0 or not asked:
         return free
-    asking = score_asking(scorer, records, table, block_q)
-    if not asking.needs:
-        return free
+    _, asking = score_records(scorer, asked, (), block_q)
     group = scorer.shape.query_heads // scorer.shape.kv_heads
     limits = [
         needle_threshold(asking, slice(h * group, (h + 1) * group), missed)
@@ -263,7 +256,7 @@ def _fit_group(
     if max_head_density(scored, heads, share) > dense_above:
         return 0.0
     for _ in range(NUM_BOUND_STEPS):
-        if share <= MIN_SHARE or dropped_rows(scored, heads, share).mean() <= target.bound_dropped_mass:
+        if share <= MIN_SHARE or scored.dropped(heads, share).mean() <= target.bound_dropped_mass:
             break
         share *= 0.7
     return max(share, MIN_SHARE)
@@ -282,18 +275,3 @@ def _fill_empty_bins(shares: torch.Tensor) -> torch.Tensor:
 
 def _as_tuples(shares: torch.Tensor) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(x) for x in group) for group in shares)
-
-
-def ladder_summary(ladder: Ladder) -> list[Mapping[str, Any]]:
-    """Return one plain row per calibrated rung, for tables and trackers."""
-    return [
-        {
-            "rung": rung.id,
-            "bound_dropped_mass": rung.bound_dropped_mass,
-            "target_density": rung.target_density,
-            "is_kept": rung.is_kept,
-            "verified": rung.verified,
-        }
-        for rung in ladder.rungs
-        if not rung.is_dense
-    ]

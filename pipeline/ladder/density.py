@@ -13,12 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
-from sentei.pipeline.measure.capture import by_query_block, row_shares
+from sentei.pipeline.measure.needs import MAX_SHARE, MIN_SHARE, query_block_needs
 from sentei.pipeline.measure.records import LayerRecord, LayerRecords
-
-MIN_SHARE, MAX_SHARE = 1e-6, 0.999
 
 
 class DensityError(ValueError):
@@ -51,7 +48,6 @@ class _Bin:
 def fit_densities(
     scorers: Mapping[int, BlockScorer],
     records: LayerRecords,
-    table: RotaryTable,
     densities: Sequence[float],
     *,
     block_q: int,
@@ -66,13 +62,11 @@ def fit_densities(
     bins = [_Bin() for _ in range(len(edges) + 1)]
     for index, scorer in scorers.items():
         for record in records[index]:
-            rows = by_query_block(row_shares(scorer, record, table)[0][0], block_q)
-            need = rows.amax(dim=2)  # [Hq, n, blocks]
+            need, true = query_block_needs(scorer, record, block_q)
             if most is not None:
                 own = most[index].log().repeat_interleave(need.shape[0] // len(most[index]))
                 need = need.masked_fill(need > own[:, None, None], 0.0)  # kept at every threshold
-            mass = by_query_block(record.mass[0].float(), block_q).sum(dim=2)
-            _sort_into(bins, record, need, mass, edges)
+            _sort_into(bins, record, need, true.sum(dim=2), edges)
     _check_reach(bins, min(densities))
     ranked = [_rank(part) for part in bins]
     return [_fit(bins, ranked, density) for density in densities]

@@ -1,26 +1,25 @@
 """Distill: teach each layer's scorer where its frozen attention goes, and stop before it overfits."""
 
-import copy
-import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter
-from sentei.kernels.hf.models import rotary_table, thinnable_layers
-from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.hf.models import thinnable_layers
 from sentei.kernels.scorer.network import BlockScorer, Form
 from sentei.kernels.scorer.selection import pick_query_block
-from sentei.pipeline.ladder.needs import AtDensity, at_density, score_bins
-from sentei.pipeline.measure.capture import capture, pooled_shares
+from sentei.pipeline.ladder.learn import Course, learn, mean_divergence
+from sentei.pipeline.measure.capture import Sampling, capture
+from sentei.pipeline.measure.needs import AtDensity, at_density, pooled_shares, score_records
 from sentei.pipeline.measure.records import LayerRecord, LayerRecords
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
-from sentei.pipeline.progress import Progress
+from sentei.pipeline.progress import Progress, silent
 from sentei.pipeline.text.corpus import Corpus
 from sentei.pipeline.text.splits import split_text
 
@@ -66,8 +65,8 @@ class ChosenScorer:
     """What a layer is scored by, and what it and the best untrained score found on the same held-out text."""
 
     scorer: BlockScorer
-    kl_before: float
-    kl_after: float
+    kl_untrained: float
+    kl_held_out: float
     found: AtDensity
     found_untrained: AtDensity
 
@@ -79,8 +78,8 @@ class ChosenScorer:
     def figures(self) -> dict[str, float]:
         """Return what the manifest keeps of a layer."""
         return {
-            "kl_untrained": self.kl_before,
-            "kl_held_out": self.kl_after,
+            "kl_untrained": self.kl_untrained,
+            "kl_held_out": self.kl_held_out,
             "query_pool": float(self.scorer.shape.query_pool),
             "dropped_mass_at_tenth": 1 - self.found.mass_recall_mean,
             "dropped_mass_at_tenth_untrained": 1 - self.found_untrained.mass_recall_mean,
@@ -94,7 +93,7 @@ def distill(
     corpus: Corpus,
     out_dir: Path,
     options: DistillOptions | None = None,
-    progress: Progress = lambda _label, _done, _total: None,
+    progress: Progress = silent,
 ) -> Adapter:
     """Train one scorer per full-attention layer on frozen activations; save the adapter and return it."""
     options = options if options is not None else DistillOptions()
@@ -105,8 +104,8 @@ def distill(
         loaded.model,
         loaded.name,
         rank=options.rank_for(thinnable_layers(loaded.model)[0].head_dim),
-        pool_tokens=options.pool_tokens,
         query_pool=options.query_pool,
+        pool_tokens=options.pool_tokens,
         block_tokens=options.block_tokens,
         form=options.form,
         seed=options.seed,
@@ -115,20 +114,18 @@ def distill(
         capture(
             loaded,
             make_texts(loaded, documents, window_tokens=window, num=num, seed=options.seed),
-            dict(adapter.manifest.shapes),
-            blocks_per_text=options.blocks_per_window,
-            seed=options.seed,
-            progress=progress,
+            adapter.manifest.shapes,
+            Sampling(options.blocks_per_window, options.seed),
             label=label,
+            progress=progress,
         )
         for documents, num, label in (
             (parts.train, options.num_windows, "capture training text"),
             (parts.early_stop, options.num_held_out, "capture held-out text"),
         )
     ]
-    table = rotary_table(loaded.model, window)
     figures: dict[str, float] = {}
-    chosen = _train_all(dict(adapter.scorers), records[0], records[1], table, options, progress)
+    chosen = _train_all(dict(adapter.scorers), records[0], records[1], options, progress)
     scorers = {index: layer.scorer for index, layer in chosen.items()}
     for index, layer in chosen.items():
         figures |= {f"layer_{index}_{name}": value for name, value in layer.figures().items()}
@@ -148,7 +145,6 @@ def _train_all(
     scorers: Mapping[int, BlockScorer],
     train: LayerRecords,
     held_out: LayerRecords,
-    table: RotaryTable,
     options: DistillOptions,
     progress: Progress,
 ) -> dict[int, ChosenScorer]:
@@ -158,7 +154,7 @@ def _train_all(
 
     def train_one(index: int) -> tuple[int, ChosenScorer]:
         torch.set_num_threads(1)
-        return index, choose_scorer(scorers[index], train[index], held_out[index], table, options)
+        return index, choose_scorer(scorers[index], train[index], held_out[index], options)
 
     progress("train scorers", 0, len(scorers))
     try:
@@ -175,7 +171,6 @@ def choose_scorer(
     scorer: BlockScorer,
     train: Sequence[LayerRecord],
     held_out: Sequence[LayerRecord],
-    table: RotaryTable,
     options: DistillOptions,
 ) -> ChosenScorer:
     """Train a layer's scorer; score fewer queries as one where needles are missed; or keep an untrained one.
@@ -186,24 +181,27 @@ def choose_scorer(
     # Means of 4 tokens: the best score that has learned nothing, and what a trained one has to beat.
     means = replace(scorer.shape, form="residual", rank=1, pool_tokens=4, query_pool=1)
     untrained = BlockScorer(means, scorer.scale).eval()
-    kl_before, kl_after = train_scorer(scorer, train, held_out, table, options)
-    found, found_untrained = (find_at(one, held_out, table) for one in (scorer, untrained))
+    kl_untrained = mean_divergence(partial(divergence, untrained), held_out)
+    _, kl_after = train_scorer(scorer, train, held_out, options)
+    found, found_untrained = (find_at(one, held_out) for one in (scorer, untrained))
     while found.needles_missed > options.missed_needles and scorer.shape.query_pool > 1:
         finer = BlockScorer(
             replace(scorer.shape, query_pool=scorer.shape.query_pool // 2), scorer.scale, seed=options.seed
         )
-        _, finer_kl = train_scorer(finer, train, held_out, table, options)
-        scorer, kl_after, found = finer, finer_kl, find_at(finer, held_out, table)
+        _, finer_kl = train_scorer(finer, train, held_out, options)
+        scorer, kl_after, found = finer, finer_kl, find_at(finer, held_out)
     if found.mass_recall_mean < found_untrained.mass_recall_mean:
-        scorer, kl_after, found = untrained, mean_divergence(untrained, held_out, table), found_untrained
+        scorer, kl_after, found = (
+            untrained,
+            mean_divergence(partial(divergence, untrained), held_out),
+            found_untrained,
+        )
     return ChosenScorer(scorer, kl_before, kl_after, found, found_untrained)
 
 
-def find_at(
-    scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable, density: float = 0.1
-) -> AtDensity:
+def find_at(scorer: BlockScorer, records: Sequence[LayerRecord], density: float = 0.1) -> AtDensity:
     """Return what a scorer finds at a density of a layer's open blocks, on rows that choose by sixteen."""
-    (scored,) = score_bins(scorer, records, table, (), pick_query_block("cpu"))
+    (scored,), _ = score_records(scorer, records, (), pick_query_block("cpu"))
     return at_density(scored, density)
 
 
@@ -211,37 +209,20 @@ def train_scorer(
     scorer: BlockScorer,
     train: Sequence[LayerRecord],
     held_out: Sequence[LayerRecord],
-    table: RotaryTable,
     options: DistillOptions,
 ) -> tuple[float, float]:
     """Train in place; keep the weights of the best held-out KL; return the KL before and after."""
     if not scorer.shape.is_residual:
         _start_low_rank(scorer, train)
-    optimizer = torch.optim.AdamW(scorer.parameters(), lr=options.learning_rate, weight_decay=0.01)
-    num_steps = max(1, options.max_epochs * len(train))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps)))
+    course = Course(
+        learning_rate=options.learning_rate,
+        weight_decay=0.01,
+        max_epochs=options.max_epochs,
+        patience=options.patience,
+        seed=options.seed,
+        worthwhile=WORTHWHILE,
     )
-    generator = torch.Generator().manual_seed(options.seed)
-    before = best = mean_divergence(scorer, held_out, table)
-    best_state = copy.deepcopy(scorer.state_dict())
-    epochs_since_best = 0
-    scorer.train()
-    for _ in range(options.max_epochs):
-        for i in torch.randperm(len(train), generator=generator).tolist():
-            optimizer.zero_grad()
-            divergence(scorer, train[i], table).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-        current = mean_divergence(scorer, held_out, table)
-        epochs_since_best = 0 if current < best * WORTHWHILE else epochs_since_best + 1
-        if current < best:
-            best, best_state = current, copy.deepcopy(scorer.state_dict())
-        if epochs_since_best >= options.patience:
-            break
-    scorer.load_state_dict(best_state)
-    scorer.eval()
-    return before, best
+    return learn(list(scorer.parameters()), partial(divergence, scorer), train, held_out, course)
 
 
 def _start_low_rank(scorer: BlockScorer, train: Sequence[LayerRecord]) -> None:
@@ -250,12 +231,12 @@ def _start_low_rank(scorer: BlockScorer, train: Sequence[LayerRecord]) -> None:
     scorer.start_from(queries, torch.cat([record.keys[0].float() for record in train[::step]], dim=1))
 
 
-def divergence(scorer: BlockScorer, record: LayerRecord, table: RotaryTable) -> torch.Tensor:
+def divergence(scorer: BlockScorer, record: LayerRecord) -> torch.Tensor:
     """KL from each row's true block mass to the estimate, in nats, averaged over rows and heads.
 
     Rows that are scored as one are judged by their mean.
     """
-    shares, forced = pooled_shares(scorer, record, table)
+    shares, forced = pooled_shares(scorer, record)
     is_open = record.is_open[None, None, :, None, :]
     B, H, n, _, blocks = record.mass.shape
     true = record.mass.float().view(B, H, n, -1, scorer.shape.query_pool, blocks).mean(dim=4) * is_open
@@ -264,9 +245,3 @@ def divergence(scorer: BlockScorer, record: LayerRecord, table: RotaryTable) -> 
     far = torch.where(true > TINY, true * gaps, 0.0).sum(dim=-1)
     result: torch.Tensor = (far + true_forced * (true_forced.log() - forced)).mean()
     return result
-
-
-@torch.no_grad()
-def mean_divergence(scorer: BlockScorer, records: Sequence[LayerRecord], table: RotaryTable) -> float:
-    """Mean KL over records."""
-    return sum(float(divergence(scorer, record, table)) for record in records) / len(records)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from sentei.kernels.hf.models import end_tokens
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.text.corpus import encode_text
 
@@ -26,7 +27,7 @@ def answer_greedily(loaded: LoadedModel, prompt: str, *, max_tokens: int, stop: 
     The text ends before the first stop text; the end token is not counted.
     """
     ids = encode_prompt(loaded, prompt)[None]
-    ends = end_tokens(loaded)
+    ends = end_tokens(loaded.model, loaded.tokenizer)
     cache = DynamicCache(config=loaded.model.config)
     found: list[int] = []
     text = ""
@@ -65,11 +66,3 @@ def choose(loaded: LoadedModel, prompt: str, choices: Sequence[str]) -> int:
 def encode_prompt(loaded: LoadedModel, prompt: str) -> torch.Tensor:
     """Return a prompt's token ids, with the special tokens that the tokenizer adds."""
     return torch.tensor(loaded.tokenizer(prompt, verbose=False)["input_ids"])
-
-
-def end_tokens(loaded: LoadedModel) -> frozenset[int]:
-    """Return the tokens that end an answer: the model's own list and the tokenizer's end."""
-    config = getattr(loaded.model, "generation_config", None)
-    listed = getattr(config, "eos_token_id", None)
-    ends = listed if isinstance(listed, list) else [listed]
-    return frozenset(int(token) for token in (*ends, loaded.tokenizer.eos_token_id) if token is not None)

@@ -1,48 +1,54 @@
 """Frozen activations as training and calibration records: sampled query blocks and each row's true mass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from sentei.kernels.hf.models import LayerInfo
+from sentei.kernels.hf.models import LayerInfo, rotary_table
 from sentei.kernels.hf.observe import observe_attention
 from sentei.kernels.ops.block_mass import block_mass
 from sentei.kernels.scorer.features import RotaryTable
-from sentei.kernels.scorer.network import BlockScorer, ScorerShape
-from sentei.kernels.scorer.selection import QueryBlocks, forced_lse, log_shares
+from sentei.kernels.scorer.network import ScorerShape
+from sentei.kernels.scorer.selection import QueryBlocks, forced_lse
 from sentei.pipeline.measure.records import LayerRecord, Records
 from sentei.pipeline.measure.texts import RECALL_BLOCKS, Text
 from sentei.pipeline.models import LoadedModel
-from sentei.pipeline.progress import Progress
+from sentei.pipeline.progress import Progress, counted
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How many query blocks of each text are recorded, and the seed that chooses them."""
+
+    blocks_per_text: int
+    seed: int
 
 
 def capture(
     loaded: LoadedModel,
     texts: Sequence[Text],
-    shapes: dict[int, ScorerShape],
+    shapes: Mapping[int, ScorerShape],
+    sampling: Sampling,
     *,
-    blocks_per_text: int,
-    seed: int,
-    progress: Progress,
     label: str,
+    progress: Progress,
 ) -> Records:
     """Run the frozen model over the texts; keep records of sampled query blocks of each thinnable layer."""
-    generator = torch.Generator().manual_seed(seed)
-    records = Records(shapes)
-    for i, text in enumerate(texts):
-        progress(label, i, len(texts))
-        size = next(iter(shapes.values())).block_tokens
+    generator = torch.Generator().manual_seed(sampling.seed)
+    table = rotary_table(loaded.model, max(len(text.ids) for text in texts))
+    records = Records(shapes, table)
+    size = next(iter(shapes.values())).block_tokens
+    for text in counted(texts, label, progress):
         num_last = RECALL_BLOCKS if text.is_recall else 1
-        chosen = sample_blocks(len(text.ids) // size, blocks_per_text, generator, num_last=num_last)
+        chosen = sample_blocks(len(text.ids) // size, sampling.blocks_per_text, generator, num_last=num_last)
         is_asking = (chosen >= len(text.ids) // size - num_last) & text.is_recall
-        sampled = Sampled(chosen, is_asking)
+        sampled = Sampled(chosen, is_asking, table)
 
         def keep(layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, sampled: Sampled = sampled) -> None:
             records.add(layer.index, record_layer(layer, q, k, shapes[layer.index], sampled))
 
         observe_attention(loaded.model, text.ids[None], keep)
-    progress(label, len(texts), len(texts))
     return records
 
 
@@ -60,17 +66,19 @@ def sample_blocks(
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Which query blocks of a text are recorded, and which of them ask."""
+    """Which query blocks of a text are recorded, which of them ask, and the rotary table."""
 
     chosen: torch.Tensor
     is_asking: torch.Tensor
+    table: RotaryTable
 
 
 def record_layer(
     layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, shape: ScorerShape, sampled: Sampled
 ) -> LayerRecord:
     """Reduce one layer's attention inputs to what training and calibration need."""
-    chosen, size = sampled.chosen, shape.block_tokens
+    chosen, table = sampled.chosen, sampled.table
+    size = shape.block_tokens
     rows = (chosen[:, None] * size + torch.arange(size)).flatten()
     H, D, n = layer.query_heads, layer.head_dim, len(chosen)
     _, mass = block_mass(q, k, scale=layer.scale, block_k=size, rows=rows)
@@ -84,44 +92,5 @@ def record_layer(
         lse=forced_lse(blocks, keys, scale=layer.scale, block_tokens=size, q_len_end=keys.shape[2]),
         mass=mass.view(1, H, n, size, -1).half(),
         is_asking=sampled.is_asking,
+        table=table,
     )
-
-
-def by_query_block(x: torch.Tensor, block_q: int) -> torch.Tensor:
-    """Cut the rows of x [H, n, rows, ...] into query blocks: [H, n * rows / block_q, block_q, ...]."""
-    H, n, rows = x.shape[:3]
-    return x.reshape(H, n * (rows // block_q), block_q, *x.shape[3:])
-
-
-def row_shares(
-    scorer: BlockScorer, record: LayerRecord, table: RotaryTable
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scorer's log shares [1, Hq, n, rows, blocks] and those of the forced blocks.
-
-    Rows that are scored as one have the same.
-    """
-    shares, forced = pooled_shares(scorer, record, table)
-    size = scorer.shape.query_pool
-    if size == 1:
-        return shares, forced
-    return shares.repeat_interleave(size, dim=3), forced.repeat_interleave(size, dim=3)
-
-
-def pooled_shares(
-    scorer: BlockScorer, record: LayerRecord, table: RotaryTable
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what row_shares does, once for all rows that are scored as one."""
-    shape = scorer.shape
-    keys = scorer.encode_keys(*record.pool_keys(shape.pool_tokens, table))
-    blocks, lse = record.query_blocks(table, shape.query_pool), record.lse
-    if shape.query_pool > 1:
-        lse = forced_lse(
-            blocks,
-            record.keys.float(),
-            scale=scorer.scale,
-            block_tokens=shape.block_tokens,
-            q_len_end=record.keys.shape[2],
-        )
-    shares, forced = log_shares(scorer, blocks, keys, lse)
-    missing = record.mass.shape[-1] - shares.shape[-1]
-    return torch.nn.functional.pad(shares, (0, missing), value=float("-inf")), forced

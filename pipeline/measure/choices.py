@@ -24,7 +24,7 @@ from sentei.kernels.hf.retrofit import Retrofit, retrofit
 from sentei.kernels.ops.block_mask import num_blocks
 from sentei.kernels.ops.block_mass import block_mass
 from sentei.pipeline.models import LoadedModel
-from sentei.pipeline.progress import Progress
+from sentei.pipeline.progress import Progress, silent
 
 Floats = NDArray[np.float32]
 
@@ -168,7 +168,7 @@ def explain_prompt(
     *,
     rung: str,
     token: int | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Explanation:
     """Run one prefill of `text` under a rung and record its choices; `token` (None: the last) is in focus."""
     encoded = loaded.tokenizer(
@@ -183,7 +183,7 @@ def explain_prompt(
         num_blocks(len(ids), block), sum(layer.query_heads for layer in layers), query_block
     )
     recorder = ChoiceRecorder(recorded, query_block, progress, num_layers=len(layers))
-    with retrofit(loaded.model, adapter, rung, base="flex") as handle:
+    with retrofit(loaded.model, adapter, rung, base="best") as handle:
         run_recorded(handle, ids, recorder)
     seen = {choices.index for choices in recorder.layers}
     thinnable = {layer.index for layer in layers}
@@ -228,7 +228,7 @@ class ChoiceRecorder:
         self,
         recorded: Sequence[int],
         focus: int,
-        progress: Progress = lambda *_: None,
+        progress: Progress = silent,
         *,
         num_layers: int = 0,
     ) -> None:

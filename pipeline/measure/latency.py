@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import psutil
 import torch
@@ -15,11 +16,11 @@ from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE
 from sentei.kernels.hf.retrofit import Base, retrofit
 from sentei.pipeline.models import LoadedModel
-from sentei.pipeline.progress import Progress
+from sentei.pipeline.progress import Progress, counted
 
 SAMPLE_S = 0.005
 SDPA, FLEX_DENSE, BEST_DENSE = "sdpa", "flex_dense", "best_dense"
-DENSE_BASES: Mapping[str, Base] = {FLEX_DENSE: "compiled_flex", BEST_DENSE: "flex"}
+DENSE_BASES: Mapping[str, Base] = {FLEX_DENSE: "flex", BEST_DENSE: "best"}
 DENSE_FORMS = (SDPA, *DENSE_BASES)
 
 
@@ -51,16 +52,13 @@ def time_prefills(
     variants = [*dense, *(rung.id for rung in adapter.ladder.rungs if not rung.is_dense)]
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     peaks: dict[str, float] = {}
-    for i_run in range(runs + 1):
+    for i_run, variant in counted(list(product(range(runs + 1), variants)), "time prefill", progress):
         prompt = text if i_run else text[:warm_up_tokens]
-        for done, variant in enumerate(variants):
-            progress("time prefill", i_run * len(variants) + done, (runs + 1) * len(variants))
-            with variant_of(loaded, adapter, variant), measured_memory() as peak_mib:
-                spent = time_once(partial(prefill, loaded, prompt))
-            if i_run:
-                seconds[variant].append(spent)
-                peaks[variant] = max(peaks.get(variant, 0.0), peak_mib())
-    progress("time prefill", (runs + 1) * len(variants), (runs + 1) * len(variants))
+        with variant_of(loaded, adapter, variant), measured_memory() as peak_mib:
+            spent = time_once(partial(prefill, loaded, prompt))
+        if i_run:
+            seconds[variant].append(spent)
+            peaks[variant] = max(peaks.get(variant, 0.0), peak_mib())
     return {variant: _summarise(seconds[variant], peaks[variant]) for variant in variants}
 
 
@@ -75,7 +73,7 @@ def variant_of(loaded: LoadedModel, adapter: Adapter, variant: str) -> Iterator[
         finally:
             loaded.model.set_attn_implementation(previous)
         return
-    base = DENSE_BASES.get(variant, "flex")
+    base = DENSE_BASES.get(variant, "best")
     with retrofit(loaded.model, adapter, DENSE if variant in DENSE_BASES else variant, base=base):
         yield
 
@@ -116,8 +114,3 @@ def measured_memory() -> Iterator[Callable[[], float]]:
 
 def _summarise(seconds: list[float], peak_mib: float) -> Timing:
     return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds), peak_mib)
-
-
-def medians(timings: Mapping[str, Timing]) -> dict[str, float]:
-    """Return the dense baselines' median seconds by name."""
-    return {name: timings[name].median_s for name in DENSE_FORMS}

@@ -28,6 +28,7 @@ class LayerRecord:
     lse: torch.Tensor  # [1, Hq, n, rows], exact log weight of the forced blocks
     mass: torch.Tensor  # [1, Hq, n, rows, blocks], true share of each key block, fp16
     is_asking: torch.Tensor  # [n], whether the block lies among a recall text's questions
+    table: RotaryTable  # the model's, shared by all records
 
     @property
     def is_open(self) -> torch.Tensor:
@@ -36,16 +37,16 @@ class LayerRecord:
         own = self.starts // (self.mass.shape[3])
         return (index >= 1) & (index < own[:, None])
 
-    def query_blocks(self, table: RotaryTable, query_pool: int = 1) -> QueryBlocks:
+    def query_blocks(self, query_pool: int = 1) -> QueryBlocks:
         """Return the queries with and without rotation, in fp32, pooled."""
         q = self.q.float()
         positions = self.starts[:, None] + torch.arange(q.shape[3])
-        return QueryBlocks(q, unrotate(q, positions, table), self.starts).pool(query_pool)
+        return QueryBlocks(q, unrotate(q, positions, self.table), self.starts).pool(query_pool)
 
-    def pool_keys(self, size: int, table: RotaryTable) -> tuple[torch.Tensor, torch.Tensor]:
+    def pool_keys(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the means over `size` keys with and without rotation, in fp32: [1, Hkv, P, D]."""
         keys = self.keys.float()
-        plain = unrotate(keys, torch.arange(keys.shape[2]), table)
+        plain = unrotate(keys, torch.arange(keys.shape[2]), self.table)
         return pool_tokens(keys, size), pool_tokens(plain, size)
 
 
@@ -55,8 +56,9 @@ LayerRecords = Mapping[int, Sequence[LayerRecord]]
 class StoredRecords(Sequence[LayerRecord]):
     """One layer's records in a folder, each read when it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, table: RotaryTable) -> None:
         self._folder = folder
+        self._table = table
         self._num = 0
 
     def __len__(self) -> int:
@@ -71,11 +73,12 @@ class StoredRecords(Sequence[LayerRecord]):
             return [self[i] for i in range(*at.indices(self._num))]
         if not -self._num <= at < self._num:
             raise IndexError(f"record {at} of {self._num}")
-        return LayerRecord(**load_file(self._path(at % self._num)))
+        return LayerRecord(**load_file(self._path(at % self._num)), table=self._table)
 
     def append(self, record: LayerRecord) -> None:
         """Write a record behind the others."""
-        tensors = {field.name: getattr(record, field.name).contiguous() for field in fields(record)}
+        named = {field.name: getattr(record, field.name) for field in fields(record)}
+        tensors = {name: x.contiguous() for name, x in named.items() if isinstance(x, torch.Tensor)}
         save_file(tensors, self._path(self._num))
         self._num += 1
 
@@ -86,13 +89,13 @@ class StoredRecords(Sequence[LayerRecord]):
 class Records(Mapping[int, Sequence[LayerRecord]]):
     """The records of each layer, in a temporary folder (TMPDIR) that goes when these records do."""
 
-    def __init__(self, layers: Iterable[int]) -> None:
+    def __init__(self, layers: Iterable[int], table: RotaryTable) -> None:
         folder = Path(tempfile.mkdtemp(prefix="sentei-records-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._by_layer: dict[int, StoredRecords] = {}
         for layer in layers:
             (folder / str(layer)).mkdir()
-            self._by_layer[layer] = StoredRecords(folder / str(layer))
+            self._by_layer[layer] = StoredRecords(folder / str(layer), table)
 
     def __getitem__(self, layer: int) -> StoredRecords:
         return self._by_layer[layer]

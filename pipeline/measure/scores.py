@@ -53,9 +53,11 @@ def score_variants(
         for name, states in hidden.items():
             own = dense if name == reference else _log_probs(loaded, states[places])
             kl = F.kl_div(own, dense, log_target=True, reduction="none").sum(dim=-1).clamp_min(0.0)
-            loss = F.nll_loss(own, target, reduction="none")
-            found[name].append(TokenScores(loss, kl, own.argmax(-1) == dense.argmax(-1)))
-    return {name: _check(loaded, name, join_scores(parts)) for name, parts in found.items()}
+            found[name].append(TokenScores(_nll(own, target), kl, own.argmax(-1) == dense.argmax(-1)))
+    scores = {name: join_scores(parts) for name, parts in found.items()}
+    for name, joined in scores.items():
+        _check(loaded, joined.loss, f"on variant {name!r}")
+    return scores
 
 
 def join_scores(parts: list[TokenScores]) -> TokenScores:
@@ -81,13 +83,16 @@ def _log_probs(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(loaded.model.lm_head(hidden).float(), dim=-1)
 
 
-def _check(loaded: LoadedModel, variant: str, scores: TokenScores) -> TokenScores:
-    if not torch.isfinite(scores.loss).all():
+def _nll(log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.nll_loss(log_probs, target, reduction="none")
+
+
+def _check(loaded: LoadedModel, loss: torch.Tensor, where: str) -> None:
+    if not torch.isfinite(loss).all():
         raise FloatingPointError(
-            f"model {loaded.name!r} gave a loss that is not finite on variant {variant!r}; "
+            f"model {loaded.name!r} gave a loss that is not finite {where}; "
             "check its weights and its precision"
         )
-    return scores
 
 
 SEGMENT_TOKENS = 32  # neighbouring tokens share their fate; segments are treated as independent
@@ -111,18 +116,13 @@ def pick_positions(length: int, *, first: int, most: int) -> torch.Tensor:
 @torch.no_grad()
 def token_losses(loaded: LoadedModel, text: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Return the negative log likelihood, in nats, of the token after each position."""
-    hidden = loaded.last_states(text)
-    losses = []
-    for part in torch.split(positions, 256):
-        logits = loaded.model.lm_head(hidden[part]).float()
-        losses.append(torch.nn.functional.cross_entropy(logits, text[part + 1], reduction="none"))
-    result = torch.cat(losses)
-    if not torch.isfinite(result).all():
-        raise FloatingPointError(
-            f"model {loaded.name!r} gave a loss that is not finite on held-out text; "
-            "check its weights and its precision"
-        )
-    return result
+    hidden = hidden_at(loaded, text, positions)
+    losses = [
+        _nll(_log_probs(loaded, states), text[part + 1])
+        for states, part in zip(torch.split(hidden, CHUNK), torch.split(positions, CHUNK), strict=True)
+    ]
+    _check(loaded, torch.cat(losses), "on held-out text")
+    return torch.cat(losses)
 
 
 def paired_delta(sparse: torch.Tensor, dense: torch.Tensor) -> PairedDelta:

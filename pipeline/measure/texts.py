@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sentei.pipeline.models import LoadedModel
-from sentei.pipeline.tasks import PAIR_NOTE, PAIR_QUESTION, make_key_value
+from sentei.pipeline.tasks.notes import PAIR_NOTE, PAIR_QUESTION, make_key_value
 from sentei.pipeline.text.corpus import Document, token_windows
 
 RECALL_BLOCKS = 5  # the questions at the end of a recall text take about so many blocks of 64 tokens

@@ -7,17 +7,15 @@ from typing import Any
 
 import torch
 
-from sentei.pipeline.tasks import (
+from sentei.pipeline.tasks.notes import (
     LIST_NOTE,
     LIST_QUESTION,
-    LIST_WORDS,
     PAIR_NOTE,
     PAIR_QUESTION,
     PASSKEY_NOTE,
     PASSKEY_QUESTION,
-    split_lines,
-    usable_words,
 )
+from sentei.pipeline.tasks.prompt import LIST_WORDS, split_lines, usable_words
 from sentei.pipeline.text.corpus import Document, encode_text
 
 TEXT, ANSWER, REPEAT, SILENT = 0, 1, 2, 3
@@ -62,10 +60,6 @@ class BatchMaker:
         """The training text's size in tokens."""
         return sum(len(line) for line in self._lines)
 
-    def make_copies(self, batch: int, tokens: int) -> Batch:
-        """Random tokens, another period in each row, so that only content tells where to look."""
-        return _stack([self._make_copy_row(tokens) for _ in range(batch)])
-
     def make_recalls(self, batch: int, tokens: int, density: float, copy_share: float) -> Batch:
         """Text with a share `density` of notes and questions; some rows are random copies instead."""
         num_copies = int(batch * copy_share + self._rng.random())
@@ -73,6 +67,7 @@ class BatchMaker:
         return _stack(copies + [self._make_row(tokens, density) for _ in range(batch - num_copies)])
 
     def _make_copy_row(self, tokens: int) -> _Piece:
+        """Random tokens, another period in each row, so that only content tells where to look."""
         period = self._rng.randint(min(tokens // 8, 64), tokens // 2)
         first = [self._rng.randrange(3, self._vocab_size) for _ in range(period)]
         ids = (first * (tokens // period + 1))[:tokens]

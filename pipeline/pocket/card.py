@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from sentei.pipeline.tasks import MAKERS, RecallTask, TaskName
+from sentei.pipeline.tasks import MAKERS
+from sentei.pipeline.tasks.prompt import RecallTask, TaskName
 from sentei.pipeline.text.corpus import Document, encode_text, token_windows
 
 LENGTHS = (1024, 2048, 4096, 8192)

@@ -6,7 +6,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sentei.pipeline.tasks import LIST_NOTE, LIST_QUESTION, PAIR_NOTE, PASSKEY_NOTE, PASSKEY_QUESTION, WORDS
+from sentei.pipeline.tasks.notes import LIST_NOTE, LIST_QUESTION, PAIR_NOTE, PASSKEY_NOTE, PASSKEY_QUESTION
+from sentei.pipeline.tasks.prompt import WORDS
 from sentei.pipeline.text.corpus import Document
 
 VOCAB_SIZE = 2048

@@ -43,14 +43,6 @@ class ReportError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Price:
-    """What a second of model compute costs, for the cost figures."""
-
-    per_compute_hour: float
-    currency: str = "USD"
-
-
-@dataclass(frozen=True, slots=True)
 class TimelineEntry:
     """One event that changed something."""
 
@@ -101,7 +93,6 @@ class Report:
     shares: tuple[tuple[float, float], ...]  # (time, share) over all events
     num_events: int
     chain: str  # "verified", or what is broken
-    price: Price | None
     evaluation: Mapping[str, Any] | None
 
 
@@ -110,7 +101,6 @@ def build_report(
     rollout_id: str,
     *,
     now_s: float | None = None,
-    price: Price | None = None,
     evaluation: Mapping[str, Any] | None = None,
     upto_event: int | None = None,
 ) -> Report:
@@ -162,7 +152,6 @@ def build_report(
         shares=tuple((event.at_s, share) for event, share in zip(events, shares, strict=True)),
         num_events=len(events),
         chain=_chain(log),
-        price=price,
         evaluation=evaluation,
     )
 

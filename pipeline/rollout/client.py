@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -59,6 +60,10 @@ class AdminClient:
         """Give a running rollout a safer policy; returns the changes, or raises with every unsafe field."""
         body = {"policy": policy_text, "source": source, "by": by}
         return self._call("POST", f"/admin/v1/rollouts/{rollout_id}/policy", body)
+
+    def plant_fault(self, fault: Mapping[str, Any] | None) -> None:
+        """Plant a silent fault in the sparse variant, or take it out; only an app for drills allows it."""
+        self._call("PUT", "/admin/v1/fault", {"fault": None if fault is None else dict(fault)})
 
     def close(self) -> None:
         """Close the connection."""

@@ -19,6 +19,7 @@ from sentei.monitors.events import Event, EventLog
 from sentei.monitors.records import FAILED_OUTCOMES
 from sentei.monitors.signals_reader import read_signals
 from sentei.monitors.store import Store
+from sentei.pipeline.rollout.revisions import PolicyBook
 from sentei.pipeline.rollout.runner import RolloutError, event_kind, signal_query
 from sentei.policies.engine import Decision, RolloutState, decide, initial_state, state_from_json
 from sentei.policies.schema.policy import Policy
@@ -44,8 +45,7 @@ class Replay:
     """Two histories of one rollout."""
 
     rollout_id: str
-    recorded_digest: str
-    replayed_digest: str
+    is_same_policy: bool
     recorded: tuple[Step, ...]
     replayed: tuple[Step, ...]
     recorded_end: str  # outcome, or the phase it is in
@@ -82,10 +82,10 @@ def replay(store: Store, rollout_id: str, policy: Policy) -> Replay:
         decision = decide(policy, state, signals, at_s)
         steps += _steps(decision, at_s)
         state, ticks = decision.state, ticks + 1
+    recorded = PolicyBook(store).find(rollout_id, first.policy_digest)
     return Replay(
         rollout_id=rollout_id,
-        recorded_digest=first.policy_digest,
-        replayed_digest=policy.digest,
+        is_same_policy=recorded.own_digest == policy.own_digest,
         recorded=tuple(step for event in events[1:] for step in _recorded(event)),
         replayed=tuple(steps),
         recorded_end=last.outcome or last.phase,
@@ -222,7 +222,7 @@ def to_difference(found: Replay) -> dict[str, Any]:
     index = found.first_difference
     return {
         "rollout_id": found.rollout_id,
-        "same_policy": found.recorded_digest == found.replayed_digest,
+        "same_policy": found.is_same_policy,
         "ticks": found.ticks,
         "recorded": {"outcome": found.recorded_end, "decisions": [_plain(s) for s in found.recorded]},
         "replayed": {"outcome": found.replayed_end, "decisions": [_plain(s) for s in found.replayed]},

@@ -22,11 +22,11 @@ from typing import Any
 from sentei.monitors.drift import DriftSpec, run_drift
 from sentei.monitors.errors import StoreError
 from sentei.monitors.events import Event, EventLog
-from sentei.monitors.records import DriftResult, Rollout
+from sentei.monitors.records import ROLLOUT_ID, DriftResult, Rollout
 from sentei.monitors.signals_reader import SignalQuery, read_signals
 from sentei.monitors.store import Store
 from sentei.pipeline.plain import to_plain
-from sentei.pipeline.rollout.revisions import PolicyBook, take_revision
+from sentei.pipeline.rollout.revisions import STARTED, PolicyBook, take_revision
 from sentei.policies.engine import (
     Decision,
     RolloutState,
@@ -36,15 +36,14 @@ from sentei.policies.engine import (
     state_from_json,
     state_to_json,
 )
+from sentei.policies.schema.kept import keep_policy
 from sentei.policies.schema.load import load_policy
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Signals
+from sentei.policies.state import Quarantined
 
 logger = logging.getLogger(__name__)
 
-_ROLLOUT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-STARTED = "started"
 EVIDENCE = "evidence"
 HOLD = "hold"
 MIN_AUDIT_LIMIT_S = 60.0
@@ -93,7 +92,7 @@ def start_rollout(
     policy = load_policy(policy_text, "policy")
     moment = datetime.fromtimestamp(now_s, UTC).strftime("%Y%m%d-%H%M%S")
     rollout_id = rollout_id or f"{policy.metadata.name}-{moment}"
-    if not _ROLLOUT_ID.fullmatch(rollout_id):
+    if not re.fullmatch(ROLLOUT_ID, rollout_id):
         raise RolloutError(
             f"rollout id {rollout_id!r} cannot be used: give 1 to 100 letters, digits, dots, dashes or _."
         )
@@ -109,12 +108,16 @@ def start_rollout(
     return rollout
 
 
-def read_quarantine(store: Store) -> tuple[str, ...]:
-    """Return "digest+rung" of everything that was rolled back in this store."""
-    log = EventLog(store)
-    texts = (log.latest_state(rollout.rollout_id) for rollout in store.read_rollouts())
-    failed = (state_from_json(text).quarantine for text in texts if text is not None)
-    return tuple(sorted({item for items in failed for item in items}))
+def read_quarantine(store: Store) -> tuple[Quarantined, ...]:
+    """Return what was rolled back in this store, by the digest of then and by the one it would have today."""
+    log, book = EventLog(store), PolicyBook(store)
+    found: set[Quarantined] = set()
+    for rollout in store.read_rollouts():
+        text = log.latest_state(rollout.rollout_id)
+        for item in state_from_json(text).quarantine if text is not None else ():
+            policy = book.find(rollout.rollout_id, item.digest)
+            found |= {item, replace(item, digest=policy.own_digest)}
+    return tuple(sorted(found))
 
 
 class RolloutRunner:
@@ -122,11 +125,11 @@ class RolloutRunner:
 
     def __init__(self, store: Store, rollout: Rollout, options: RunnerOptions) -> None:
         self.rollout = rollout
-        self.policy = load_policy(rollout.policy_text, rollout.rollout_id)
         self.num_errors = 0
         self._store = store
         self._log = EventLog(store)
         self._book = PolicyBook(store)
+        self.policy = self._book.first(rollout)
         self._options = options
 
     @classmethod
@@ -187,10 +190,9 @@ class RolloutRunner:
         state = initial_state(self.policy, self.rollout.rollout_id, now_s)
         payload = {
             "reason": "started",
-            "policy_digest": self.policy.digest,
-            "policy_text": self.rollout.policy_text,
             "created_at_s": self.rollout.created_at_s,
             "about": self.rollout.about,
+            **keep_policy(self.policy, self.rollout.policy_text),
         }
         self._write(state, STARTED, payload, token=token, now_s=now_s)
         return state, now_s

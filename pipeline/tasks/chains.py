@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sentei.pipeline.tasks.prompt import (
-    Filler,
     RecallTask,
     TaskError,
     check_depth,
@@ -51,7 +50,6 @@ def make_variable_value(
     seed: int,
     num_chains: int = NUM_CHAINS,
     num_hops: int = NUM_HOPS,
-    filler: Filler = "corpus",
     documents: Sequence[Document] | None = None,
 ) -> RecallTask:
     """Ask for the number at the end of a chain of `num_hops` hand-overs that begins at `depth`."""
@@ -59,7 +57,7 @@ def make_variable_value(
     chains = _make_chains(rng, tokenizer, num_chains, num_hops)
     notes = _place_notes(rng, chains, depth)
     question = VALUE_QUESTION.format(chains[0].names[-1])
-    prompt = fit_prompt(tokenizer, make_filler(rng, filler, documents), notes, question, prompt_tokens)
+    prompt = fit_prompt(tokenizer, make_filler(rng, documents), notes, question, prompt_tokens)
     return make_task(tokenizer, "variable_value", prompt, chains[0].value, depth)
 
 
@@ -71,7 +69,6 @@ def make_variable_names(
     seed: int,
     num_chains: int = NUM_CHAINS,
     num_hops: int = NUM_HOPS,
-    filler: Filler = "corpus",
     documents: Sequence[Document] | None = None,
 ) -> RecallTask:
     """Ask for all names that hold a chain's number, in any order; the chain begins at `depth`."""
@@ -79,7 +76,7 @@ def make_variable_names(
     chains = _make_chains(rng, tokenizer, num_chains, num_hops)
     notes = _place_notes(rng, chains, depth)
     question = NAMES_QUESTION.format(chains[0].value)
-    prompt = fit_prompt(tokenizer, make_filler(rng, filler, documents), notes, question, prompt_tokens)
+    prompt = fit_prompt(tokenizer, make_filler(rng, documents), notes, question, prompt_tokens)
     answer = " ".join(chains[0].names)
     return make_task(tokenizer, "variable_names", prompt, answer, depth, is_ordered=False)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from sentei.pipeline.tasks.prompt import (
     LIST_WORDS,
-    Filler,
     RecallTask,
     TaskError,
     check_depth,
@@ -34,14 +33,13 @@ def make_passkey(
     prompt_tokens: int,
     depth: float,
     seed: int,
-    filler: Filler = "corpus",
     documents: Sequence[Document] | None = None,
 ) -> RecallTask:
     """Hide one passkey of two words in filler; the prompt takes at most `prompt_tokens` tokens."""
     rng = random.Random(f"passkey {seed}")
     answer = " ".join(rng.sample(usable_words(tokenizer), 2))
     notes = [(check_depth(depth), PASSKEY_NOTE.format(answer))]
-    lines = make_filler(rng, filler, documents)
+    lines = make_filler(rng, documents)
     prompt = fit_prompt(tokenizer, lines, notes, PASSKEY_QUESTION, prompt_tokens)
     return make_task(tokenizer, "passkey", prompt, answer, depth)
 
@@ -53,7 +51,6 @@ def make_key_value(
     depth: float,
     seed: int,
     num_pairs: int | None = None,
-    filler: Filler = "corpus",
     documents: Sequence[Document] | None = None,
 ) -> RecallTask:
     """Hide pairs of words in filler and ask for one of them, whose note lies at `depth`."""
@@ -67,7 +64,7 @@ def make_key_value(
     notes = [
         (d, PAIR_NOTE.format(k, v)) for d, k, v in zip(depths, chosen[:pairs], chosen[pairs:], strict=True)
     ]
-    lines = make_filler(rng, filler, documents)
+    lines = make_filler(rng, documents)
     prompt = fit_prompt(tokenizer, lines, notes, PAIR_QUESTION.format(chosen[0]), prompt_tokens)
     return make_task(tokenizer, "key_value", prompt, chosen[pairs], depth)
 
@@ -78,14 +75,13 @@ def make_copy(
     prompt_tokens: int,
     depth: float,
     seed: int,
-    filler: Filler = "corpus",
     documents: Sequence[Document] | None = None,
 ) -> RecallTask:
     """Hide a list of eight words in filler; the question gives the first and asks for the other seven."""
     rng = random.Random(f"copy {seed}")
     words = rng.sample(usable_words(tokenizer), LIST_WORDS)
     notes = [(check_depth(depth), LIST_NOTE.format(" ".join(words)))]
-    lines = make_filler(rng, filler, documents)
+    lines = make_filler(rng, documents)
     prompt = fit_prompt(tokenizer, lines, notes, LIST_QUESTION.format(words[0]), prompt_tokens)
     return make_task(tokenizer, "copy", prompt, " ".join(words[1:]), depth)
 
@@ -97,7 +93,6 @@ def make_multi_key(
     depth: float,
     seed: int,
     num_needles: int = NUM_NEEDLES,
-    filler: Filler = "corpus",
     documents: Sequence[Document] | None = None,
 ) -> RecallTask:
     """Hide several passkeys, each under a name of its own, and ask for the one whose note lies at `depth`."""
@@ -112,6 +107,6 @@ def make_multi_key(
     passkeys = [" ".join(values[2 * i : 2 * i + 2]) for i in range(num_needles)]
     depths = [check_depth(depth), *(rng.random() for _ in range(num_needles - 1))]
     notes = [(d, KEY_NOTE.format(k, v)) for d, k, v in zip(depths, keys, passkeys, strict=True)]
-    lines = make_filler(rng, filler, documents)
+    lines = make_filler(rng, documents)
     prompt = fit_prompt(tokenizer, lines, notes, KEY_QUESTION.format(keys[0]), prompt_tokens)
     return make_task(tokenizer, "multi_key", prompt, passkeys[0], depth)

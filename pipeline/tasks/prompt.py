@@ -10,7 +10,6 @@ from typing import Any, Literal
 from sentei.pipeline.text.corpus import Corpus, Document, encode_text, load_corpus, split_documents
 
 TaskName = Literal["passkey", "key_value", "copy", "multi_key", "variable_value", "variable_names"]
-Filler = Literal["corpus", "classic"]
 
 _WORD_TEXT = """
 acorn actor amber anchor angel apple april arrow autumn bacon badge bamboo banana barrel basil beach
@@ -26,7 +25,6 @@ radish raven ribbon river rocket saddle salmon shadow silver spider sugar summer
 tiger tomato tulip turtle valley velvet violin walnut whale willow window winter wizard wolf zebra
 """
 WORDS = tuple(_WORD_TEXT.split())
-CLASSIC_LINE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 LIST_WORDS = 8
 MAX_LINE_CHARS = 160
 
@@ -89,12 +87,8 @@ def _held_out_documents() -> tuple[Document, ...]:
     return split_documents(corpus)[1]
 
 
-def make_filler(rng: random.Random, filler: Filler, documents: Sequence[Document] | None) -> list[str]:
-    """Return lines of held-out text from a random place, or the one classic line."""
-    if filler == "classic":
-        return [CLASSIC_LINE]
-    if filler != "corpus":
-        raise TaskError(f"filler is {filler!r}; it must be 'corpus' or 'classic'")
+def make_filler(rng: random.Random, documents: Sequence[Document] | None) -> list[str]:
+    """Return lines of held-out text from a random place."""
     sources = list(documents if documents is not None else _held_out_documents())
     rng.shuffle(sources)
     lines: list[str] = []

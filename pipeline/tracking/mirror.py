@@ -22,7 +22,6 @@ from sentei.pipeline.reports.rollout_report import build_report, render_html, re
 from sentei.pipeline.rollout.revisions import PolicyBook
 from sentei.pipeline.tracking.tracker import MetricPoint, RunSpec, Tracker, TrackingError
 from sentei.policies.engine import routing
-from sentei.policies.schema.load import load_policy
 from sentei.policies.schema.policy import Policy
 from sentei.policies.state import ALL_SLICES, RolloutState, state_from_json
 
@@ -155,7 +154,7 @@ class Mirror:
                 raise LookupError(f"events of rollout {rollout_id!r}, which the store does not know")
             self._rollouts[rollout_id] = rollout
         rollout = self._rollouts[rollout_id]
-        return rollout, load_policy(rollout.policy_text, rollout_id)
+        return rollout, self._book.first(rollout)
 
     def _policy(self, state: RolloutState) -> Policy:
         """The policy that decided then: an edit may have changed it."""

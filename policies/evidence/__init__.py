@@ -3,24 +3,20 @@
 The base fact (Ville): if E >= 0 starts at 1 and does not grow on average under the null hypothesis, then it
 ever reaches 1/a with probability at most a. So each state keeps its running maximum, and a null once
 rejected stays rejected. The statistical unit is the session: one value per session, never one per request,
-or correlation inside sessions breaks every guarantee (reference/rollout.md 5.1: 32 to 68 % false "safe").
+or correlation inside sessions breaks every guarantee (docs/statistics.md F11: 63 % false "safe").
 
 Each state has a constant size, `update` returns a new one, feeding units one by one or in any batches gives
-the same bytes, and `log_e_max >= ln(1/a)` is the decision. The vectorised `*_paths` functions do the same
-over many simulated streams at once. The formula numbers F1..F15 are those of reference/rollout.md, section
-5. The error budget over guardrails, slices and fresh starts (F10) is in `policies.judge`.
+the same bytes, and `log_e_max >= ln(1/a)` is the decision. The functions over blocks do the same for many
+simulated streams at once. docs/statistics.md has the formulas F1 to F15, each with its source, its guarantee
+and its test. The error budget over guardrails, slices and fresh starts (F10) is `policies.budget`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from typing import TypeVar
 
 from sentei.policies.evidence.base import BETTING_CUT, Direction, Floats, log_threshold
 from sentei.policies.evidence.betting import (
     PAIRED_CUT,
     Betting,
-    betting_paths,
     paired_bound,
     paired_excess,
     units_to_prove,
@@ -31,10 +27,9 @@ from sentei.policies.evidence.counts import (
     BetaBinomial,
     Split,
     beta_binomial_boundary,
-    beta_binomial_paths,
 )
-from sentei.policies.evidence.interval import INTERVAL_ALPHA, Interval, interval_paths
-from sentei.policies.evidence.watch import DETECTOR_BETS, Detector, detector_paths
+from sentei.policies.evidence.interval import INTERVAL_ALPHA, Interval
+from sentei.policies.evidence.watch import DETECTOR_BETS, Detector
 
 __all__ = [
     "BETTING_CUT",
@@ -52,23 +47,10 @@ __all__ = [
     "Interval",
     "Split",
     "beta_binomial_boundary",
-    "beta_binomial_paths",
-    "betting_paths",
-    "detector_paths",
-    "interval_paths",
     "log_threshold",
     "paired_bound",
     "paired_excess",
     "units_to_prove",
-    "update_all",
 ]
 
 Evidence = Betting | BetaBinomial | Split  # what a verdict rests on, in one direction
-Stream = TypeVar("Stream", Betting, BetaBinomial, Detector, Interval)
-
-
-def update_all(evidence: Stream, values: Iterable[float]) -> Stream:
-    """Feed units one after another; the same bytes as feeding them in any batches."""
-    for value in values:
-        evidence = evidence.update(value)
-    return evidence

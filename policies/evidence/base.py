@@ -13,7 +13,7 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
-BETTING_CUT = 0.5  # F1: how much of the capital a bet may risk; table 5.1 was made with it
+BETTING_CUT = 0.5  # F1: how much of the capital a bet may risk
 FAR = 700.0  # log evidence of what cannot happen under the null; exp(700) is still a float
 
 

@@ -109,23 +109,13 @@ def betting_steps(
     return np.asarray(np.where(is_unit, grown, 0.0))
 
 
-def betting_paths(
-    values: Floats, *, bound: float, direction: Direction, alpha: float, cut: float = BETTING_CUT
-) -> Floats:
-    """F1 over many streams at once: log_e [streams, units] for values [streams, units]."""
-    is_unit = np.ones(values.shape, dtype=np.bool_)
-    _, scale = Moments.start(values.shape[:-1]).advance(values, is_unit)
-    steps = betting_steps(values, is_unit, scale, bound=bound, direction=direction, alpha=alpha, cut=cut)
-    return np.asarray(np.cumsum(steps, axis=-1))
-
-
 def paired_excess(value: float, floor: float, floor_cap: float) -> float:
     """F13: value minus its own noise floor, scaled to [0, 1]; value and floor must lie in [0, 1].
 
     At most `floor_cap` of noise is excused. With floor_cap 1 this is Z = (D + 1) / 2 of F13; a smaller one
     shrinks the range of D to [-floor_cap, 1], which makes harm provable in far fewer units and can only
     make safety harder to prove (D grows). Noise above the cap then counts against the candidate: choose it
-    above the floor you see. Source: reference/rollout.md F13. Guarantee: that of `Betting` for the mean of
+    above the floor you see. Source: docs/statistics.md F13. Guarantee: that of `Betting` for the mean of
     the difference inside each pair, as its bound is a fixed number and no estimated floor.
     """
     return (value - min(floor, floor_cap) + floor_cap) / (1 + floor_cap)

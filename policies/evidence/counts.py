@@ -12,9 +12,7 @@ from scipy.special import betainc, betaincc, betaln
 
 from sentei.policies.evidence.base import FAR, Direction, Floats, Ints, log_mean_exp
 
-PRIOR_STRENGTH = (
-    20.0  # F5: Beta prior worth 20 units with its mean at the bound; 0.022-0.033 false alarms at 0.05
-)
+PRIOR_STRENGTH = 20.0  # F5: Beta prior worth 20 units with its mean at the bound
 SRM_TILTS = (-0.6, -0.3, -0.15, 0.15, 0.3, 0.6)  # F7
 _LOST = 1e-290  # the units lie so far on the null's side that a float cannot hold how little is left
 RATIO_TILTS = (0.15, 0.3, 0.6, 1.2)  # F6 under a ramp, one-sided; 1.2 is a rate 3.3 times the bound
@@ -25,7 +23,7 @@ class BetaBinomial:
     """F5: one-sided beta-binomial mixture for a proportion against `bound`.
 
     A truncated Beta(PRIOR_STRENGTH * bound, PRIOR_STRENGTH * (1 - bound)) over the alternatives, in units
-    of 0 and 1. Source: reference/rollout.md F5 (Robbins' mixture; Lindon and Malek 2022 for its use).
+    of 0 and 1. Source: Robbins 1970, the mixture; Lindon and Malek 2022, its use (docs/statistics.md).
     Guarantee: as `Betting`, for each unit's conditional probability at most ("harm") or at least ("safe")
     `bound`. A latency SLO becomes a proportion: "p95 <= L" is "P(latency > L) <= 5 %".
     """
@@ -72,13 +70,6 @@ def beta_binomial_log_e(hits: Any, units: Any, *, bound: float, direction: Direc
     mixture = mixture + np.log(np.where(is_lost, 1.0, left)) - math.log(float(tail(a, b, bound)))
     log_e = mixture - hits * math.log(bound) - (units - hits) * math.log1p(-bound)
     return np.asarray(np.where(is_lost, -FAR, log_e))
-
-
-def beta_binomial_paths(is_hit: Floats, *, bound: float, direction: Direction) -> Floats:
-    """F5 over many streams at once: log_e [streams, units] for values [streams, units] of 0 and 1."""
-    units = np.arange(1, is_hit.shape[-1] + 1)
-    hits = np.cumsum(is_hit != 0, axis=-1)
-    return beta_binomial_log_e(hits, units, bound=bound, direction=direction)
 
 
 @lru_cache(maxsize=32)

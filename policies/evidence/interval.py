@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from sentei.policies.evidence.base import Floats, log_threshold
+from sentei.policies.evidence.base import log_threshold
 
 CS_CUT = 0.5  # F2: the largest bet
 INTERVAL_ALPHA = 0.05  # of the intervals in reports: 95 %, at all times together
@@ -55,23 +53,3 @@ class Interval:
             low=max(self.low, middle - half),
             high=min(self.high, middle + half),
         )
-
-
-def interval_paths(values: Floats, *, alpha: float = INTERVAL_ALPHA) -> tuple[Floats, Floats]:
-    """F2 over many streams at once: low and high [streams, units] for values [streams, units]."""
-    log_a = log_threshold(alpha / 2)
-    step = np.arange(1, values.shape[-1] + 1)
-    total = np.cumsum(values, axis=-1)
-    spread = np.cumsum((values - (0.5 + total) / (step + 1)) ** 2, axis=-1)
-    spread_before, total_before = _shifted(spread), _shifted(total)
-    bets = np.minimum(np.sqrt(2 * log_a / ((0.25 + spread_before) * np.log1p(step))), CS_CUT)
-    squares = (values - (0.5 + total_before) / step) ** 2
-    noise = np.cumsum(squares * (-np.log1p(-bets) - bets), axis=-1)
-    weight = np.cumsum(bets, axis=-1)
-    middle, half = np.cumsum(bets * values, axis=-1) / weight, (log_a + noise) / weight
-    low = np.maximum.accumulate(np.maximum(middle - half, 0.0), axis=-1)
-    return low, np.minimum.accumulate(np.minimum(middle + half, 1.0), axis=-1)
-
-
-def _shifted(values: Floats) -> Floats:
-    return np.concatenate([np.zeros((*values.shape[:-1], 1)), values[..., :-1]], axis=-1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sentei.policies.evidence.base import BETTING_CUT, Bools, Floats, log_mean_exp, log_mean_exp_paths
+from sentei.policies.evidence.base import BETTING_CUT, Bools, Floats, log_mean_exp
 
 DETECTOR_BETS = (1.0, 2.0, 4.0, 8.0)
 
@@ -18,8 +18,8 @@ class Detector:
 
     M <- max(M, 1) * (1 + l * (x - bound)), averaged over the bets l in DETECTOR_BETS cut at `cut` / bound.
     Source: Shin, Ramdas, Rinaldo (arXiv 2203.03532). Guarantee: while the conditional mean is at most
-    `bound`, the average number of units before M >= A is at least A. Table 5.1: after 2000 good units it
-    saw a doubled bound after 39 units, where a plain e-process saw nothing in 3000.
+    `bound`, the average number of units before M >= A is at least A. Measured: after 2000 good units it
+    saw a doubled bound after 38 more in the median, where a plain e-process saw nothing in 1000.
     """
 
     bound: float
@@ -60,12 +60,3 @@ def detector_walk(logs: Floats, steps: Floats) -> Floats:
     sums = np.cumsum(steps, axis=-1)
     drops = np.concatenate([np.maximum(logs, 0.0)[..., None], -sums[..., :-1]], axis=-1)
     return np.asarray(sums + np.maximum.accumulate(drops, axis=-1))
-
-
-def detector_paths(values: Floats, *, bound: float, cut: float = BETTING_CUT) -> Floats:
-    """F14 over many streams at once: log_e [streams, units] for values [streams, units]."""
-    bets = detector_bets(bound, cut)
-    is_unit = np.ones(values.shape, dtype=np.bool_)
-    steps = detector_steps(values, is_unit, bound=bound, bets=bets)
-    paths = detector_walk(np.zeros((len(bets), *values.shape[:-1])), steps)
-    return log_mean_exp_paths(np.moveaxis(paths, 0, -1))

@@ -7,7 +7,6 @@ Whatever the text is, nothing but PolicyError comes out of `load_policy`.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from sentei.policies.schema.policy import Policy, Spec, to_document
+from sentei.policies.schema.policy import Policy, Spec
 from sentei.policies.schema.rules import Path, dotted_path, find_faults, nearest
 
 # A policy has some 3,000 characters and 400 values. The limits keep the worst text below half a second.
@@ -24,29 +23,6 @@ MAX_DEPTH = 30
 MAX_VALUES = 5_000  # also with aliases expanded
 MAX_FAULTS = 100  # more are counted, not listed
 MAX_PATH, MAX_MESSAGE = 200, 600  # characters of one printed fault: a key may be a whole page
-
-# Words of the design that nothing acts on yet: refused by name, so that no setting is silently dead.
-NOT_YET: dict[tuple[str, ...], str] = {
-    ("spec", "ladder", "attention"): "the adapter's ladder.json holds what a rung means; name its id only",
-    ("spec", "assignment", "override_header"): "forcing a variant by header",
-    ("spec", "audit", "method"): "choosing how answers are replayed",
-    ("spec", "audit", "budget"): "a budget for audits",
-    ("spec", "audit", "privacy"): "choosing what an audit stores; texts are never stored",
-    ("spec", "audit", "select", "per_slice_floor"): "a floor of audits per hour",
-    ("spec", "audit", "values", "token_disagreement"): "settings of this value; it has none",
-    ("spec", "audit", "values", "first_divergence"): "settings of this value; it is only reported",
-    ("spec", "breaker", "request", "on"): "choosing which failures count; all of them do",
-    ("spec", "rollback", "keep_warm"): "keeping replicas warm for a time",
-    ("spec", "record", "report"): "choosing the report's form",
-    ("spec", "record", "event_log"): "choosing the event log; it lives in the store, for ever, hash-chained",
-    ("spec", "record", "mlflow", "parent_run_per"): "choosing the runs; one parent per rollout",
-    ("spec", "record", "mlflow", "child_run_per"): "choosing the runs; one child per stage",
-}
-_VALUES_NOT_YET: dict[tuple[str, ...], tuple[str, ...]] = {  # no sets: a file may say a list there
-    ("spec", "mode"): ("replay",),
-    ("spec", "assignment", "unit"): ("api_key", "request_id"),
-    ("spec", "assignment", "on_slice_change"): ("keep",),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +59,12 @@ def load_policy(text: str, source: str = "<policy>") -> Policy:
     return Policy.model_validate(document)
 
 
-def dump_policy(policy: Policy) -> str:
-    """YAML text that loads to an equal policy."""
-    text: str = yaml.safe_dump(to_document(policy), sort_keys=False, allow_unicode=True, width=110)
-    return text
+def read_document(text: str, source: str = "<policy>") -> dict[str, Any]:
+    """The plain values of a policy text, whatever they say; PolicyError where it is no mapping of YAML."""
+    reader = _Reader(source)
+    document: dict[str, Any] = reader.read(text)
+    reader.give_up_if_faulty()
+    return document
 
 
 def find_line(text: str, path: Path) -> int:
@@ -247,8 +225,8 @@ class _Reader:
             return adapter.validate_python(value)
         except ValidationError as error:
             unknown = [item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"]
-            for item in _grouped(error):
-                self._structure_fault(path, annotation, item)
+            for item in error.errors(include_url=False):
+                self._structure_fault(path, annotation, dict(item))
             if unknown and len(unknown) == error.error_count():
                 return adapter.validate_python(_without(value, unknown))  # so that a typo hides no rule
         return None
@@ -259,10 +237,7 @@ class _Reader:
         if kind == "extra_forbidden":
             self._unknown_key(full, _model_at(annotation, loc[:-1]))
             return
-        words = tuple(str(part) for part in full if not isinstance(part, int))
-        if item["input"] in _VALUES_NOT_YET.get(words, ()):
-            self.add(full, item["input"], f"not supported yet; allowed: {item['ctx']['expected']}")
-        elif kind == "missing":
+        if kind == "missing":
             self.add(full, None, f'"{full[-1]}" is required')
         else:
             self.add(full, item["input"], _readable(item))
@@ -270,10 +245,6 @@ class _Reader:
     def _unknown_key(self, path: Path, model: type[BaseModel] | None) -> None:
         if len(self.faults) >= MAX_FAULTS:
             self.add(path, None, "unknown key")
-            return
-        words = tuple(str(part) for part in path if not isinstance(part, int))
-        if words in NOT_YET:
-            self.add(path, None, f"not supported yet: {NOT_YET[words]}")
             return
         fields = model.model_fields if model is not None else {}
         known = [field.alias or name for name, field in fields.items()]
@@ -292,11 +263,6 @@ def _adapter(owner: type[BaseModel], name: str) -> tuple[Any, TypeAdapter[Any]]:
     if field.metadata:
         annotation = Annotated[annotation, *field.metadata]
     return annotation, TypeAdapter(annotation)
-
-
-def _grouped(error: ValidationError) -> Iterator[dict[str, Any]]:
-    for item in error.errors(include_url=False):
-        yield dict(item)
 
 
 def _readable(item: dict[str, Any]) -> str:

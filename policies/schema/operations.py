@@ -22,28 +22,18 @@ class Section(BaseModel):
     )
 
 
-class RequestBreaker(Section):
-    """What one failing request does; the only behaviour there is, written out for the reader."""
-
-    before_first_token: Literal["retry_on_control"] = "retry_on_control"
-    max_retries: Literal[1] = 1
-    count_as: Literal["candidate_failure"] = "candidate_failure"
-
-
 class VariantBreaker(Section):
-    """A blunt stop for catastrophes; no statistics."""
+    """A blunt stop for catastrophes, without statistics: everything is rolled back."""
 
     window: Seconds
     min_requests: Positive
     failure_share: Share
     no_replica_for: Seconds = Field(default=30.0, description="sparse without a ready replica")
-    action: Literal["rollback"] = "rollback"
 
 
 class Breaker(Section):
     """Immediate protection."""
 
-    request: RequestBreaker = RequestBreaker()
     variant: VariantBreaker
 
 
@@ -66,26 +56,16 @@ class Data(Section):
     )
 
 
-class Quarantine(Section):
-    """A digest and rung that failed cannot start again by itself."""
-
-    key: Literal["policy_digest+rung"] = "policy_digest+rung"
-    release: Literal["manual"] = "manual"
-
-
 class Retry(Section):
     """How often, and how soon, an operator may try a rolled-back rollout again; evidence starts afresh."""
 
     max: Count = 0
     cool_off: Seconds = 0.0
-    fresh_evidence: Literal[True] = True
 
 
 class Rollback(Section):
-    """How traffic goes back."""
+    """What leads out of a rollback."""
 
-    mode: Literal["immediate"] = "immediate"
-    quarantine: Quarantine = Quarantine()
     retry: Retry = Retry()
 
 
@@ -98,7 +78,6 @@ class Schedule(Section):
     """When the controller looks, and when it must not grow traffic (it always protects)."""
 
     check_every: Seconds = 60.0
-    misfire: Literal["run_once_now"] = "run_once_now"
     freeze: tuple[Annotated[str, AfterValidator(_readable_window)], ...] = ()
 
     @cached_property

@@ -1,27 +1,21 @@
 """The `sentei/v1` RolloutPolicy: frozen pydantic models, one per section of the file.
 
-Unknown keys are refused, every field describes itself, and the rules that tie fields together live in
-`policies.schema.rules`. A word of the design that nothing acts on yet is refused by name
-(`policies.schema.load.NOT_YET`), so that a policy never promises what the system does not do.
+Unknown keys are refused, every field describes itself and may say more than one thing, and the rules that tie
+fields together live in `policies.schema.rules`. A policy that a rollout was started with is kept, and read by
+later versions (`policies.schema.kept`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
-from sentei.policies.schema.operations import (
-    Breaker,
-    Data,
-    Record,
-    Rollback,
-    Schedule,
-    Section,
-)
+from sentei.policies.schema.operations import Breaker, Data, Record, Rollback, Schedule, Section
 from sentei.policies.schema.rules import find_faults
 from sentei.policies.schema.sections import (
     Advance,
@@ -36,15 +30,20 @@ from sentei.policies.schema.sections import (
     Slice,
     Slices,
     Stage,
-    Variants,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Validation context of a policy that runs already: no rule that is younger than it stops it."""
+
+    digest: str
 
 
 class Spec(Section):
     """Everything a rollout may do."""
 
     mode: Literal["enforce", "advise"] = "enforce"
-    variants: Variants = Variants()
     ladder: Annotated[tuple[LadderRung, ...], Field(min_length=1, max_length=16)]
     slices: Slices
     assignment: Assignment
@@ -69,8 +68,14 @@ class Policy(Section):
     metadata: Metadata
     spec: Spec
 
+    _kept_digest: str = ""
+
     @model_validator(mode="after")
-    def _keeps_the_rules(self) -> Policy:
+    def _keeps_the_rules(self, info: ValidationInfo) -> Policy:
+        if isinstance(info.context, Kept):
+            if info.context.digest != self.own_digest:
+                self._kept_digest = info.context.digest
+            return self
         faults = find_faults({name: getattr(self.spec, name) for name in type(self.spec).model_fields})
         if faults:
             raise ValueError("; ".join(f"{fault.dotted}: {fault.message}" for fault in faults))
@@ -78,7 +83,12 @@ class Policy(Section):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON: comments, key order and ways to write a unit do not matter."""
+        """Its name in states and events: of a policy that is kept, the one it was started under."""
+        return self._kept_digest or self.own_digest
+
+    @cached_property
+    def own_digest(self) -> str:
+        """SHA-256 of the resolved document as this version has it: spelling does not matter, defaults do."""
         text = json.dumps(to_document(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -118,11 +128,6 @@ class Policy(Section):
 
 
 def to_document(policy: Policy) -> dict[str, Any]:
-    """The policy as plain values, spelled as in a file; absent options are left out."""
-    document: dict[str, Any] = policy.model_dump(mode="json", by_alias=True, exclude_none=True)
+    """The policy resolved: plain values, spelled as in a file, with every default; null is "not set"."""
+    document: dict[str, Any] = policy.model_dump(mode="json", by_alias=True)
     return document
-
-
-def policy_digest(policy: Policy) -> str:
-    """SHA-256 of the policy's canonical JSON (see `Policy.digest`)."""
-    return policy.digest

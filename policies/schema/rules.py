@@ -27,7 +27,6 @@ from sentei.policies.schema.sections import (
     Signal,
     Slices,
     Stage,
-    Variants,
 )
 
 RATIO_LIMIT = 2.0  # audit.compute_ratio is capped at twice dense
@@ -88,26 +87,6 @@ def _twice(path: Path, ids: Iterable[str], what: str) -> Iterator[Fault]:
     for word, count in Counter(ids).items():
         if count > 1:
             yield Fault(path, word, f'{what} id "{word}" is used {count} times; ids are unique')
-
-
-def variants_differ(variants: Variants) -> Iterator[Fault]:
-    """Control is dense, the candidate sparse, and both serve the same weights."""
-    if variants.control.deployment != "dense":
-        yield Fault(
-            ("variants", "control", "deployment"), variants.control.deployment, "control must be dense"
-        )
-    if variants.candidate.deployment == variants.control.deployment:
-        yield Fault(
-            ("variants", "candidate", "deployment"),
-            variants.candidate.deployment,
-            "candidate and control are the same; the candidate must be sparse",
-        )
-    if variants.candidate.model != variants.control.model:
-        yield Fault(
-            ("variants", "candidate", "model"),
-            variants.candidate.model,
-            f"only attention may differ; both sides must name one model, here {variants.control.model!r}",
-        )
 
 
 def ladder_is_ordered(ladder: tuple[LadderRung, ...]) -> Iterator[Fault]:
@@ -347,7 +326,6 @@ def salt_is_plain(assignment: Assignment) -> Iterator[Fault]:
 
 
 RULES: tuple[Callable[..., Iterator[Fault]], ...] = (
-    variants_differ,
     ladder_is_ordered,
     slices_partition,
     slice_rungs_exist,

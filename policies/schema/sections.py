@@ -7,12 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictInt
 
 from sentei.policies.schema.metrics import METRICS, Metric
-from sentei.policies.schema.operations import (
-    Count,
-    Identifier,
-    Positive,
-    Section,
-)
+from sentei.policies.schema.operations import Count, Identifier, Positive, Section
 from sentei.policies.schema.units import Number, Seconds, Share
 
 TestKind = Literal["betting", "betting_paired", "beta_binomial", "event_split", "split_ramp"]
@@ -24,20 +19,6 @@ class Metadata(Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
     owner: str | None = None
-
-
-class Variant(Section):
-    """One side of the comparison."""
-
-    deployment: Literal["dense", "sparse"]
-    model: str | None = Field(default=None, description="model reference; both sides must name the same one")
-
-
-class Variants(Section):
-    """Dense control and sparse candidate: the same weights, only attention differs."""
-
-    control: Variant = Variant(deployment="dense")
-    candidate: Variant = Variant(deployment="sparse")
 
 
 class LadderRung(Section):
@@ -61,9 +42,8 @@ class Slice(Section):
 
 
 class Slices(Section):
-    """How requests are told apart; the buckets cover every length without gap or overlap."""
+    """How requests are told apart: by prompt tokens; the buckets cover every length once."""
 
-    by: Literal["prompt_tokens"] = "prompt_tokens"
     buckets: Annotated[tuple[Slice, ...], Field(min_length=1, max_length=32)]
 
 
@@ -72,7 +52,6 @@ class Assignment(Section):
 
     unit: Literal["session_id"] = "session_id"
     salt: Annotated[str, Field(min_length=1, max_length=64)]
-    on_slice_change: Literal["reassign"] = "reassign"
 
 
 class Approval(Section):
@@ -109,10 +88,9 @@ class Advance(Section):
 
 
 class AuditSelect(Section):
-    """Which sessions are audited."""
+    """Which sessions are audited: a hash drawn before serving says so."""
 
     fraction: Share
-    by: Literal["hash_before_serving"] = "hash_before_serving"
 
 
 class KlValue(Section):
@@ -127,17 +105,9 @@ class AuditValues(Section):
     kl: KlValue = KlValue()
 
 
-class NoiseFloor(Section):
-    """How dense-versus-dense noise is measured."""
-
-    kind: Literal["paired_triple"] = "paired_triple"
-
-
 class MissingAudits(Section):
-    """What a chosen but unscored audit means (F12)."""
+    """A chosen but unscored audit is the worst case for safety and left out for harm (F12)."""
 
-    promote: Literal["worst_case"] = "worst_case"
-    rollback: Literal["drop"] = "drop"
     max_share: Share = Field(default=0.10, description="more missing than this: verdict ERROR, which holds")
 
 
@@ -146,7 +116,6 @@ class Audit(Section):
 
     select: AuditSelect
     values: AuditValues = AuditValues()
-    noise_floor: NoiseFloor = NoiseFloor()
     missing: MissingAudits = MissingAudits()
 
 
@@ -201,25 +170,21 @@ class Want(Section):
 
 
 class Benefit(Section):
-    """Safe but useless is also a stop: disproved benefit stops the ramp."""
+    """Safe but useless is also a stop: a benefit that is disproved in a slice stops the ramp."""
 
     id: Identifier
     value: Literal["audit.compute_ratio"]
     want: Want
-    per: Literal["slice"] = "slice"
-    if_disproved: Literal["stop_ramp"] = "stop_ramp"
 
 
 class Signal(Section):
     """One Evidently check over windows of one column."""
 
     id: Identifier
-    source: Literal["evidently"] = "evidently"
     column: str
     action: Literal["hold", "rollback"] = "hold"
     consecutive: Annotated[StrictInt, Field(ge=1, le=100)] = 1
     window_units: Annotated[StrictInt, Field(ge=5, le=10**6)] = Field(
         default=100, description="sessions per window"
     )
-    calibrate: Literal["aa_windows"] = "aa_windows"
     no_data: Literal["hold", "ignore"] = Field(default="hold", description="before its first full window")

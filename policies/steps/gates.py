@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sentei.policies.judge import is_benefit_disproved
-from sentei.policies.machine import Event, Phase, next_phase
+from sentei.policies.machine import Event, Phase, Wait, next_phase
 from sentei.policies.schema.metrics import METRICS
-from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Stage
 from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Command
-from sentei.policies.state import Cell
 from sentei.policies.steps.tick import Tick, active_slices, effective_rung, is_paused, roll_back
 
 
@@ -20,9 +18,9 @@ def check_hold(tick: Tick) -> Tick:
     policy, state = tick.policy, tick.state
     stage = policy.stage(state.stage_id)
     if state.phase == Phase.PROMOTED:
-        return tick.with_hold("promoted; the watch goes on")
+        return tick.with_hold(Wait.TIME, "promoted; the watch goes on")
     if is_paused(state):
-        return tick.with_hold(state.reason)
+        return tick.with_hold(Wait.ORDER, state.reason)
     elapsed = tick.now_s - state.stage_entered_s
     if stage.max is not None and elapsed > stage.max:
         reason = f"stage {stage.id} took longer than {format_duration(stage.max)}"
@@ -30,14 +28,14 @@ def check_hold(tick: Tick) -> Tick:
             return roll_back(tick, "stage_max", reason)
         tick = _take_approval(tick, stage)
         if not tick.state.is_approved:
-            tick = tick.with_hold(f"{reason}; it goes on only when approved")
+            tick = tick.with_hold(Wait.TIME, f"{reason}; it goes on only when approved")
     dwell = max(stage.hold_min, stage.bake or 0.0)
     if elapsed <= 0:
         # A tick that is done again after a crash must not find the next stage open in the same moment.
-        tick = tick.with_hold(f"stage {stage.id} was entered just now")
+        tick = tick.with_hold(Wait.TIME, f"stage {stage.id} was entered just now")
     if elapsed < dwell:
         left = format_duration(round(dwell - elapsed, 3))
-        tick = tick.with_hold(f"stage {stage.id} holds for {left} more")
+        tick = tick.with_hold(Wait.TIME, f"stage {stage.id} holds for {left} more")
     return _check_units(tick, stage)
 
 
@@ -46,12 +44,11 @@ def _check_units(tick: Tick, stage: Stage) -> Tick:
     for slice_id in active_slices(policy, state):
         units = _num_units(tick, slice_id)
         if units < advance.min_units:
-            tick = tick.with_hold(f"{slice_id}: {units} of {advance.min_units} units")
+            tick = tick.with_hold(Wait.TIME, f"{slice_id}: {units} of {advance.min_units} units")
         served = state.slice_state(slice_id).served_units
         if stage.share > 0 and policy.spec.mode == "enforce" and served < advance.min_served_units:
-            tick = tick.with_hold(
-                f"{slice_id}: {served} of {advance.min_served_units} units served by sparse"
-            )
+            text = f"{slice_id}: {served} of {advance.min_served_units} units served by sparse"
+            tick = tick.with_hold(Wait.TIME, text)
     return tick
 
 
@@ -70,7 +67,8 @@ def check_safe(tick: Tick) -> Tick:
         first, more = open_reports[0], len(open_reports) - 1
         place = f"{first.id} in {first.slice_id}"
         rest = f" (and {more} more)" if more else ""
-        tick = tick.with_hold(f"{place} is {first.verdict.value}: {first.reason}{rest}")
+        text = f"{place} is {first.verdict.value}: {first.reason}{rest}"
+        tick = tick.with_hold(Wait.EVIDENCE, text)
     return tick
 
 
@@ -78,16 +76,11 @@ def check_benefit(tick: Tick) -> Tick:
     """Step 9: safe but useless is also a stop, once the gain is disproved."""
     for benefit in tick.policy.spec.benefit:
         for slice_id in active_slices(tick.policy, tick.state):
-            cell = _benefit_cell(tick.policy, tick, benefit.id, slice_id)
-            if is_benefit_disproved(tick.policy, cell):
-                tick = tick.with_hold(
-                    f"{benefit.id} in {slice_id}: a gain of {benefit.want.max:.3g} is disproved"
-                )
+            rung = effective_rung(tick.policy, tick.state, slice_id)
+            if is_benefit_disproved(tick.policy, tick.state.cell(benefit.id, slice_id, rung)):
+                text = f"{benefit.id} in {slice_id}: a gain of {benefit.want.max:.3g} is disproved"
+                tick = tick.with_hold(Wait.BENEFIT, text)
     return tick
-
-
-def _benefit_cell(policy: Policy, tick: Tick, benefit_id: str, slice_id: str) -> Cell | None:
-    return tick.state.cell(benefit_id, slice_id, effective_rung(policy, tick.state, slice_id))
 
 
 def check_approval(tick: Tick) -> Tick:
@@ -97,9 +90,8 @@ def check_approval(tick: Tick) -> Tick:
         if tick.hold is None or stage.approval.when == "any_time":
             tick = _take_approval(tick, stage)
         if not tick.state.is_approved:
-            tick = tick.with_hold(
-                f"stage {stage.id} waits for the approval of {', '.join(stage.approval.by)}"
-            )
+            text = f"stage {stage.id} waits for the approval of {', '.join(stage.approval.by)}"
+            tick = tick.with_hold(Wait.APPROVAL, text)
     for order in tick.approvals:
         detail = f"{order.kind} by {order.by}: {tick.hold or 'no approval is needed'}"
         tick = tick.with_action("refuse", detail)
@@ -127,7 +119,7 @@ def check_freeze(tick: Tick) -> Tick:
     schedule = tick.policy.spec.schedule
     for text, window in zip(schedule.freeze, schedule.windows, strict=True):
         if window.has(tick.now_s):
-            tick = tick.with_hold(f"freeze window {text}")
+            tick = tick.with_hold(Wait.FREEZE, f"freeze window {text}")
     return tick
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from sentei.policies.intake import fold_observations, fold_traffic, own_mean, own_range
 from sentei.policies.judge import GuardrailReport, judge
-from sentei.policies.machine import Event, IllegalEventError, Phase, is_possible, next_phase
+from sentei.policies.machine import Event, IllegalEventError, Phase, Wait, is_possible, next_phase
 from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Command, DriftSignal, Verdict
 from sentei.policies.state import ALL_SLICES, DriftTrack, SliceState
-from sentei.policies.steps.control import describe_failures, is_failing
+from sentei.policies.steps.dense import describe_failures, is_failing
 from sentei.policies.steps.tick import Tick, active_slices, effective_rung, fall_back, pause, roll_back
 
 
@@ -124,7 +124,7 @@ def _resume(tick: Tick, order: Command) -> Tick:
         waiting_since_s=max(state.waiting_since_s, tick.now_s),
         cells=tuple(cell for cell in state.cells if cell.guardrail_id != state.by),
     )
-    tick = replace(tick, state=state).with_action("resume", reason).with_hold(reason)
+    tick = replace(tick, state=state).with_action("resume", reason).with_hold(Wait.ORDER, reason)
     return replace(tick, reports=_judge_all(tick))
 
 
@@ -159,7 +159,7 @@ def _retry(tick: Tick, order: Command) -> Tick:
         slices=tuple(SliceState(item.slice_id) for item in state.slices),
         cells=(),
         drift=tuple(DriftTrack(item.signal_id, window_id=_newest(tick, item)) for item in state.drift),
-        quarantine=tuple(item for item in state.quarantine if item.split("+")[0] not in own),
+        quarantine=tuple(item for item in state.quarantine if item.digest not in own),
     )
     return replace(tick, state=state).with_action("retry", reason).ended(reason)
 
@@ -191,7 +191,7 @@ def check_breaker(tick: Tick) -> Tick:
     if tick.now_s - since >= rule.no_replica_for:
         limit = format_duration(rule.no_replica_for)
         return roll_back(tick, "breaker", f"breaker: sparse has had no ready replica for {limit}")
-    return tick.with_hold("sparse has no ready replica")
+    return tick.with_hold(Wait.REPLICAS, "sparse has no ready replica")
 
 
 def check_harm(tick: Tick) -> Tick:
@@ -203,7 +203,8 @@ def check_harm(tick: Tick) -> Tick:
     harms = [report for report in tick.reports if report.verdict is Verdict.HARM]
     for report in harms:
         if report.slice_id in owing:
-            tick = tick.with_hold(f"{report.slice_id} waits for dense, by {owing[report.slice_id]}")
+            text = f"{report.slice_id} waits for dense, by {owing[report.slice_id]}"
+            tick = tick.with_hold(Wait.DENSE, text)
     harms = [report for report in harms if report.slice_id not in owing or report.action == "rollback"]
     if not harms or tick.state.phase == Phase.SHELTERED:
         return tick
@@ -217,7 +218,8 @@ def check_harm(tick: Tick) -> Tick:
     reason = tick.actions[-1].detail
     if not active_slices(tick.policy, tick.state):
         return roll_back(tick, harms[-1].id, f"no slice is left on sparse; {reason}")
-    return replace(tick, state=replace(tick.state, reason=reason), outcome=reason).with_hold(reason)
+    tick = replace(tick, state=replace(tick.state, reason=reason), outcome=reason)
+    return tick.with_hold(Wait.EVIDENCE, reason)
 
 
 def check_srm(tick: Tick) -> Tick:
@@ -231,7 +233,7 @@ def check_srm(tick: Tick) -> Tick:
             return roll_back(tick, report.id, reason)
         if is_possible(tick.state.phase, Event.PAUSE):
             tick = pause(tick, report.id, reason)
-        tick = tick.with_hold(reason)
+        tick = tick.with_hold(Wait.ASSIGNMENT, reason)
     return tick
 
 
@@ -242,13 +244,15 @@ def check_data(tick: Tick) -> Tick:
     text = f"no news for {format_duration(round(silent_s, 3))}"
     if tick.signals.read_error is not None:
         text = f"the store cannot be read ({tick.signals.read_error}), {text}"
-        tick = tick.with_hold(text)
+        tick = tick.with_hold(Wait.DATA, text)
     for limit, action in ((rule.no_data.after, rule.no_data.last), (rule.no_data.grace, rule.no_data.then)):
         if silent_s > limit:
             reason = f"{text}, over {format_duration(limit)}"
-            return roll_back(tick, "no_data", reason) if action == "rollback" else tick.with_hold(reason)
+            if action == "rollback":
+                return roll_back(tick, "no_data", reason)
+            return tick.with_hold(Wait.DATA, reason)
     if silent_s > rule.max_age:
-        return tick.with_hold(f"{text}: stale after {format_duration(rule.max_age)}")
+        return tick.with_hold(Wait.DATA, f"{text}: stale after {format_duration(rule.max_age)}")
     return tick
 
 
@@ -260,9 +264,9 @@ def check_signals(tick: Tick) -> Tick:
         if signal.action == "rollback" and track.streak >= signal.consecutive:
             return roll_back(tick, signal.id, f"{signal.id}: {windows}{detail}")
         if track.streak > 0 and (signal.action == "rollback" or track.streak >= signal.consecutive):
-            tick = tick.with_hold(f"{signal.id}: {windows}{detail}")
+            tick = tick.with_hold(Wait.SIGNAL, f"{signal.id}: {windows}{detail}")
         elif track.status == "error":
-            tick = tick.with_hold(f"{signal.id}: the check failed{detail}")
+            tick = tick.with_hold(Wait.SIGNAL, f"{signal.id}: the check failed{detail}")
         elif track.status == "no_data" and signal.no_data == "hold":
-            tick = tick.with_hold(f"{signal.id}: no full window yet{detail}")
+            tick = tick.with_hold(Wait.SIGNAL, f"{signal.id}: no full window yet{detail}")
     return tick

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from sentei.policies.judge import GuardrailReport
-from sentei.policies.machine import Event, Phase, SliceEvent, SlicePhase, next_phase, next_slice_phase
+from sentei.policies.machine import Event, Phase, SliceEvent, SlicePhase, Wait, next_phase, next_slice_phase
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Command, Signals
-from sentei.policies.state import RolloutState, SliceState
+from sentei.policies.state import Quarantined, RolloutState, SliceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Tick:
     actions: tuple[Action, ...] = ()
     approvals: tuple[Command, ...] = ()  # orders to approve that wait for the gate
     hold: str | None = None  # why nothing grows
+    waits_for: Wait | None = None  # what it is that holds
     is_done: bool = False
     outcome: str | None = None  # the reason once something has happened
 
@@ -41,9 +42,9 @@ class Tick:
         """What this tick decided, in one sentence with its numbers."""
         return self.outcome or self.hold or self.state.reason
 
-    def with_hold(self, reason: str) -> Tick:
+    def with_hold(self, wait: Wait, reason: str) -> Tick:
         """The same tick, holding; the first reason stays."""
-        return self if self.hold is not None else replace(self, hold=reason)
+        return self if self.hold is not None else replace(self, hold=reason, waits_for=wait)
 
     def with_action(self, kind: str, detail: str, slice_id: str | None = None) -> Tick:
         """The same tick with one more thing to tell."""
@@ -92,6 +93,7 @@ def roll_back(tick: Tick, by: str, reason: str, *, is_forced: bool = False) -> T
         outcome="rolled_back",
         by=by,
         reason=reason,
+        owed_reason=None,
         ended_s=tick.now_s,
         paused_at_s=None,
         quarantine=_quarantine(tick),
@@ -102,23 +104,25 @@ def roll_back(tick: Tick, by: str, reason: str, *, is_forced: bool = False) -> T
 def _shelter(tick: Tick, by: str, reason: str) -> Tick:
     """Sparse stays, at its mildest rung and with its share, until dense can take the traffic."""
     if tick.state.phase == Phase.SHELTERED:
-        return tick.with_hold(tick.state.reason)
+        return tick.with_hold(Wait.DENSE, tick.state.reason)
     phase = next_phase(tick.state.phase, Event.SHELTER)
-    reason = f"{reason}; dense is down, so sparse stays at rung {tick.policy.rung_ids[0]} until dense is back"
+    rung = tick.policy.rung_ids[0]
+    text = f"{reason}; dense is down, so sparse stays at rung {rung} until dense is back"
     state = replace(
         tick.state,
         phase=phase.value,
         outcome=None,
         by=by,
-        reason=reason,
+        reason=text,
+        owed_reason=reason,
         ended_s=None,
         paused_at_s=None,
         quarantine=_quarantine(tick),
     )
-    return replace(tick, state=state).with_action("shelter", reason).ended(reason)
+    return replace(tick, state=state).with_action("shelter", text).ended(text)
 
 
-def _quarantine(tick: Tick) -> tuple[str, ...]:
+def _quarantine(tick: Tick) -> tuple[Quarantined, ...]:
     """What is in quarantine already, and every digest this rollout has had at every rung in use."""
     policy, state = tick.policy, tick.state
     if state.phase == Phase.SHELTERED:  # what failed is in there since the shelter; its mild rung did not
@@ -127,10 +131,10 @@ def _quarantine(tick: Tick) -> tuple[str, ...]:
     return with_failed(state, rungs)
 
 
-def with_failed(state: RolloutState, rungs: Iterable[str]) -> tuple[str, ...]:
+def with_failed(state: RolloutState, rungs: Iterable[str]) -> tuple[Quarantined, ...]:
     """The quarantine after these rungs failed; an edit does not hide the policy it started as."""
     digests = (*state.former_digests, state.policy_digest)
-    failed = {f"{digest}+{rung}" for digest in digests for rung in rungs}
+    failed = {Quarantined(digest, rung) for digest in digests for rung in rungs}
     return tuple(sorted({*state.quarantine, *failed}))
 
 
@@ -170,7 +174,7 @@ def pause(tick: Tick, by: str, reason: str) -> Tick:
     """Shares stay as they are and nothing grows; IllegalEventError unless the rollout is running."""
     phase = next_phase(tick.state.phase, Event.PAUSE)
     state = replace(tick.state, phase=phase.value, by=by, reason=reason, paused_at_s=tick.now_s)
-    return replace(tick, state=state).with_action("pause", reason).with_hold(reason)
+    return replace(tick, state=state).with_action("pause", reason).with_hold(Wait.ORDER, reason)
 
 
 def is_paused(state: RolloutState) -> bool:

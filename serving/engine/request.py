@@ -67,7 +67,7 @@ class TokenChunk:
 class ScoreRequest:
     """A replay for the audit: teacher-force `ids` and report each served position.
 
-    Both chunk sizes None: all in one piece. A served chunk of 1 replays the decode steps as they were served.
+    Chunk size None: in one piece. A served chunk of 1 replays the decode steps as they were served.
     """
 
     request_id: str
@@ -81,15 +81,12 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class ScoreResult:
-    """What a variant thinks of served tokens, one entry per served position."""
+    """What a variant thinks of served tokens, one entry per served position, best first."""
 
-    argmax_ids: tuple[int, ...]
-    token_logprobs: tuple[float, ...]  # of the served tokens
     top_ids: tuple[tuple[int, ...], ...]
     top_logprobs: tuple[tuple[float, ...], ...]
     compute_s: float
-    dropped_mass: tuple[float, ...] | None = None  # one value per sampled row, where it was measured
-    density: float | None = None  # kept share of the causal blocks, where the sparse path ran
+    dropped_mass: tuple[float, ...] = ()  # one share per sampled served row, head and layer
 
 
 @dataclass(frozen=True, slots=True)

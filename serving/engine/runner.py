@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +15,15 @@ from sentei.serving.engine.attention_use import AttentionMeter, AttentionUse, Ca
 from sentei.serving.engine.request import DENSE_RUNG, EngineRequest, ScoreRequest, ScoreResult, TokenLogprob
 from sentei.serving.engine.sampler import sample_token
 from sentei.serving.errors import BadLogitsError, EngineRefusedError
+
+MEASURED_ROWS = 16  # of one replay: what its dropped mass is measured in, spread evenly over the answer
+
+
+class Rows(Protocol):
+    """The rows of one attention call, as `sentei.kernels.hf.observe.AttendedRows` tells of them."""
+
+    def dropped(self) -> torch.Tensor:
+        """Return the share of dense attention that each row went without."""
 
 
 class Stats(Protocol):
@@ -36,6 +46,9 @@ class Retrofit(Protocol):
     def reset_stats(self) -> None:
         """Start counting anew."""
 
+    def recording_rows(self) -> AbstractContextManager[Sequence[Rows]]:
+        """Keep what each attention call read, until the next pass."""
+
 
 @dataclass(slots=True)
 class _Live:
@@ -51,12 +64,21 @@ class _Live:
 
 @dataclass(slots=True)
 class _Scores:
-    """Collects one row per served position while a replay is fed piece by piece."""
+    """Collects a replay while it is fed piece by piece: one row per served position, the mass, the cost."""
 
-    argmax_ids: list[int] = field(default_factory=list)
-    token_logprobs: list[float] = field(default_factory=list)
     top_ids: list[tuple[int, ...]] = field(default_factory=list)
     top_logprobs: list[tuple[float, ...]] = field(default_factory=list)
+    dropped_mass: list[float] = field(default_factory=list)
+    compute_s: float = 0.0
+
+    def add(self, logits: torch.Tensor, num_top: int) -> None:
+        """Take in the logits [n, V] of some served positions."""
+        logprobs = logits.float().log_softmax(-1)
+        if bool(torch.isnan(logprobs).any()):
+            raise BadLogitsError("logits of a replay are NaN; see the variant's log")
+        top = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
+        self.top_ids += [tuple(row) for row in top.indices.tolist()]
+        self.top_logprobs += [tuple(row) for row in top.values.tolist()]
 
 
 class ModelRunner:
@@ -68,11 +90,6 @@ class ModelRunner:
         self._live: dict[str, _Live] = {}
         self._rung_id = DENSE_RUNG
         self.retrofit = retrofit
-
-    @property
-    def num_caches(self) -> int:
-        """Requests that hold a KV cache now."""
-        return len(self._live)
 
     def prefill(self, request: EngineRequest) -> tuple[TokenLogprob, float]:
         """Feed the prompt and what was sent already; returns the next token and the model seconds so far."""
@@ -97,26 +114,33 @@ class ModelRunner:
         self._live.pop(request_id, None)
 
     def score(self, request: ScoreRequest) -> ScoreResult:
-        """Teacher-force a sequence and report what the model would have said at each served position."""
+        """Teacher-force a sequence and report what the model would have said at each served position.
+
+        A thinned replay also measures what mass some rows of the answer drop: that is no part of its cost.
+        """
         self._use_rung(request.rung_id)
-        cache = DynamicCache(config=self._model.config)
-        scores, start_s = _Scores(), _cpu_s()
-        for begin, end in _pieces(request):
+        cache, scores = DynamicCache(config=self._model.config), _Scores()
+        for begin, end, is_measured in _pieces(request):
+            start_s = _cpu_s()
             # Positions num_prompt - 1 .. len - 2 predict the served tokens; all others need no logits.
-            first = max(begin, request.num_prompt - 1)
-            logits = self._forward(list(request.ids[begin:end]), cache, keep=max(end - first, 1))
-            last = min(end, len(request.ids) - 1)
+            first, last = max(begin, request.num_prompt - 1), min(end, len(request.ids) - 1)
+            with self._recording(request.rung_id, is_measured) as rows:
+                logits = self._forward(list(request.ids[begin:end]), cache, keep=max(end - first, 1))
             if last > first:
-                self._collect(
-                    scores, logits[: last - first], request.ids[first + 1 : last + 1], request.num_top
-                )
+                scores.add(logits[: last - first], request.num_top)
+            scores.compute_s += _cpu_s() - start_s
+            scores.dropped_mass += [share for part in rows for share in part.dropped().flatten().tolist()]
         return ScoreResult(
-            argmax_ids=tuple(scores.argmax_ids),
-            token_logprobs=tuple(scores.token_logprobs),
             top_ids=tuple(scores.top_ids),
             top_logprobs=tuple(scores.top_logprobs),
-            compute_s=_cpu_s() - start_s,
+            compute_s=scores.compute_s,
+            dropped_mass=tuple(scores.dropped_mass),
         )
+
+    def _recording(self, rung_id: str, is_measured: bool) -> AbstractContextManager[Sequence[Rows]]:
+        if self.retrofit is None or rung_id == DENSE_RUNG or not is_measured:
+            return nullcontext(())
+        return self.retrofit.recording_rows()
 
     def _advance(self, live: _Live, ids: list[int]) -> tuple[TokenLogprob, float]:
         start_s = _cpu_s()
@@ -150,35 +174,17 @@ class ModelRunner:
             self.retrofit.set_rung(rung_id)
             self._rung_id = rung_id
 
-    def replace_retrofit(self, retrofit: Retrofit | None) -> None:
-        """Run on with another retrofit, for example one with a planted fault."""
-        self.retrofit, self._rung_id = retrofit, ""
 
-    @staticmethod
-    def _collect(scores: _Scores, logits: torch.Tensor, served: tuple[int, ...], num_top: int) -> None:
-        logprobs = logits.float().log_softmax(-1)
-        if bool(torch.isnan(logprobs).any()):
-            raise BadLogitsError("logits of a replay are NaN; see the variant's log")
-        top = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
-        chosen = logprobs.gather(-1, torch.tensor(served, device=logprobs.device)[:, None])[:, 0]
-        scores.argmax_ids += logprobs.argmax(-1).tolist()
-        scores.token_logprobs += chosen.tolist()
-        scores.top_ids += [tuple(row) for row in top.indices.tolist()]
-        scores.top_logprobs += [tuple(row) for row in top.values.tolist()]
-
-
-def _pieces(request: ScoreRequest) -> Iterator[tuple[int, int]]:
-    """Cut a replay into pieces: the prompt and the served tokens each by their own size, or all in one."""
-    size = len(request.ids)
-    if request.prompt_chunk_tokens is None and request.served_chunk_tokens is None:
-        yield 0, size
-        return
-    for begin, end, step in (
-        (0, request.num_prompt, request.prompt_chunk_tokens),
-        (request.num_prompt, size, request.served_chunk_tokens),
-    ):
-        for i in range(begin, end, step or end - begin):
-            yield i, min(i + (step or end - begin), end)
+def _pieces(request: ScoreRequest) -> Iterator[tuple[int, int, bool]]:
+    """Cut the prompt and the answer each by its own size: begin, end, and whether rows are measured there."""
+    served = len(request.ids) - request.num_prompt
+    size = request.prompt_chunk_tokens or request.num_prompt
+    for begin in range(0, request.num_prompt, size):
+        yield begin, min(begin + size, request.num_prompt), False
+    size = request.served_chunk_tokens or served
+    every = -(-served // (size * MEASURED_ROWS))
+    for i, begin in enumerate(range(request.num_prompt, len(request.ids), size)):
+        yield begin, min(begin + size, len(request.ids)), i % every == 0
 
 
 def _cpu_s() -> float:

@@ -43,21 +43,6 @@ class Scheduler:
         self._last: StepKind | None = None
         self._steps_since_score = 0
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests that wait for their prefill."""
-        return len(self._waiting)
-
-    @property
-    def num_running(self) -> int:
-        """Requests that hold a cache and decode."""
-        return len(self._running)
-
-    @property
-    def num_scores(self) -> int:
-        """Replays that wait."""
-        return len(self._scores)
-
     def refusal(self, request: EngineRequest | ScoreRequest) -> EngineError | None:
         """Say why a request cannot be taken now, or None; changes nothing."""
         if request.request_id in self._requests:

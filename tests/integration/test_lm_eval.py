@@ -12,7 +12,8 @@ import pytest
 from sentei.kernels.hf.adapter import load_adapter, new_adapter, save_adapter
 from sentei.kernels.hf.retrofit import retrofit
 from sentei.pipeline.models import LoadedModel, resolve_model
-from sentei.pipeline.tasks import make_key_value, make_passkey, usable_words
+from sentei.pipeline.tasks.notes import make_key_value, make_passkey
+from sentei.pipeline.tasks.prompt import usable_words
 from tests.trial_ladders import uncalibrated_ladder
 
 pytest.importorskip("lm_eval", reason="extra `lm-eval` is not installed: pip install 'sentei[lm-eval]'")

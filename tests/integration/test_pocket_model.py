@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from sentei.pipeline.pocket import load_pocket
+from sentei.pipeline.models import resolve_model
 from sentei.pipeline.pocket.card import answer_greedily
-from sentei.pipeline.tasks import MAKERS, TaskName, is_correct, make_passkey
+from sentei.pipeline.tasks import MAKERS
+from sentei.pipeline.tasks.notes import make_passkey
+from sentei.pipeline.tasks.prompt import TaskName, is_correct
 
 SEED = 70_000
 
@@ -15,7 +17,8 @@ SEED = 70_000
 @pytest.fixture(scope="module")
 def pocket() -> tuple[Any, Any]:
     """Load the shipped model once."""
-    return load_pocket()
+    loaded = resolve_model("pocket")
+    return loaded.model, loaded.tokenizer
 
 
 @pytest.mark.parametrize(("name", "enough"), [("passkey", 8), ("key_value", 7)])

@@ -150,31 +150,29 @@ def test_refused_connection_does_not_stop_the_rollout(store: Store) -> None:
 
 
 def test_offline_step_is_one_run(tracker: MlflowTracker, tmp_path: Path) -> None:
-    """An evaluation leaves params, a curve and its files."""
+    """An evaluation leaves params, the metrics that are numbers, and its files."""
     (tmp_path / "tradeoff.html").write_text("<html>")
     record = StepRecord(
         name="pocket",
         started_s=1.0,
         ended_s=2.0,
         params={"tokens": 8192},
-        metrics={"nll_delta": 0.01, "loss": [3.0, 2.0, float("nan")]},
+        metrics={"nll_delta": 0.01, "loss": float("nan")},
         files={"plots": tmp_path / "tradeoff.html"},
-        texts={"evaluation.json": "{}"},
     )
 
     run_id = log_step(tracker, "evaluate", record)
 
     with tracker.answering() as client:
         run = client.get_run(run_id)
-        history = [(m.step, m.value) for m in client.get_metric_history(run_id, "loss")]
         names = {item.path for item in client.list_artifacts(run_id)}
     assert (run.data.params["tokens"], run.data.metrics["nll_delta"], run.info.status) == (
         "8192",
         0.01,
         "FINISHED",
     )
-    assert history == [(0, 3.0), (1, 2.0)]
-    assert names == {"plots", "evaluation.json"}
+    assert "loss" not in run.data.metrics
+    assert names == {"plots"}
 
 
 def test_adapter_is_registered_under_its_alias(tracker: MlflowTracker, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_every_family_equals_the_same_mask_applied_densely(make: Callable[[], An
     model = make()
     for _, module in attention_modules(model):  # random weights attend evenly; now rows differ in their needs
         module.scaling *= 4 if hasattr(module, "q_norm") else 300
-    with retrofit(model, make_adapter(model, query_block=query_block), "medium", base="flex") as handle:
+    with retrofit(model, make_adapter(model, query_block=query_block), "medium", base="best") as handle:
         sparse = run_everything(model)
         density = handle.stats().density()
         handle.set_differentiable(True)  # SDPA under the mask, spelled out token by token
@@ -281,12 +281,12 @@ def test_the_model_is_restored_after_an_error() -> None:
     assert torch.equal(run(model, ids), expected)
 
 
-def test_base_flex_equals_sdpa_within_tolerance_for_sliding_layers_too() -> None:
+def test_base_best_equals_sdpa_within_tolerance_for_sliding_layers_too() -> None:
     """The strongest dense baseline computes what Transformers computes."""
     model, ids = make_gemma(), make_ids(150)
     expected = run(model, ids)
 
-    with retrofit(model, None, base="flex"):
+    with retrofit(model, None, base="best"):
         once = run(model, ids)
         stepped = run_stepwise(model, ids, 140)
 

@@ -132,7 +132,7 @@ def test_a_trained_choice_is_explained(story: Any, tmp_path: Path) -> None:
     text = load_corpus().documents[0].text[:6000]
 
     mild, bold = (explain_prompt(loaded, adapter, text, rung=rung) for rung in ("mild", "bold"))
-    with retrofit(loaded.model, adapter, "bold", base="flex") as handle, torch.no_grad():
+    with retrofit(loaded.model, adapter, "bold", base="best") as handle, torch.no_grad():
         loaded.model(input_ids=torch.tensor([loaded.tokenizer(text)["input_ids"]]), use_cache=False)
         counted = {call.layer: call.density for call in handle.stats().calls}
 

@@ -61,14 +61,6 @@ def test_local_file_errors_name_the_file(tmp_path: Path) -> None:
         read_options(path)
 
 
-@pytest.mark.parametrize("order", [{"do": "dance"}, {}])
-def test_local_runner_refuses_unknown_orders(order: dict[str, Any]) -> None:
-    """An order that is none gets an answer that says so."""
-    from sentei.serving.local import obey
-
-    assert "the only one is 'fault'" in obey(order)["error"]
-
-
 def test_ray_errors_get_our_names() -> None:
     """A dead actor is a crash, NaN logits and a full queue keep their words, anything else is an error."""
     from ray.exceptions import ActorDiedError, RayTaskError

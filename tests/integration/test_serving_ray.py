@@ -13,13 +13,14 @@ import httpx
 import openai
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sentei.kernels.hf.adapter import new_adapter, save_adapter
+from sentei.monitors.store import Store
 from sentei.pipeline.demo.local_server import LocalServer
-from sentei.pipeline.rollout.client import AdminClient
+from sentei.pipeline.rollout.client import AdminClient, AdminError
 from sentei.serving.router import position
+from tests.fakes_models import save_byte_tokenizer
 from tests.trial_ladders import uncalibrated_ladder
 
 TOKEN = "test-token"
@@ -30,12 +31,8 @@ apiVersion: sentei/v1
 kind: RolloutPolicy
 metadata: {{name: ray-test}}
 spec:
-  variants:
-    control: {{deployment: dense}}
-    candidate: {{deployment: sparse}}
   ladder: [{{id: mild}}]
   slices:
-    by: prompt_tokens
     buckets:
       - {{id: short, range: [0, 64], pin: control}}
       - {{id: long, range: [64, 1024]}}
@@ -63,11 +60,7 @@ spec:
 
 def save_tiny_model(folder: Path, adapter_folder: Path) -> None:
     """Write a random Llama over bytes that never ends an answer by itself, and an untrained adapter."""
-    vocabulary = {"<eos>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    save_byte_tokenizer(folder)
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -88,13 +81,19 @@ def save_tiny_model(folder: Path, adapter_folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the app keeps what it has."""
+    return tmp_path_factory.mktemp("ray")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[LocalServer]:
     """The app in processes of its own, ended with the module."""
-    folder = tmp_path_factory.mktemp("ray")
     save_tiny_model(folder / "tiny", folder / "adapter")
     config = {
         "model": str(folder / "tiny"),
         "adapter": str(folder / "adapter"),
+        "store_url": store_url(folder),
         "mlflow_uri": "off",
         "tick_every_s": 0.5,
         "allow_faults": True,
@@ -110,6 +109,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     assert process is not None
     assert process.stdout is not None
     process.stdout.close()  # else its end of the pipe warns when it is collected
+
+
+def store_url(folder: Path) -> str:
+    """The app's store, which a test may read too."""
+    return f"sqlite:///{folder / 'state.db'}"
 
 
 @pytest.fixture(scope="module")
@@ -218,13 +222,35 @@ def test_rollout_sends_candidates_to_sparse_and_audits_them(
     assert operator.rollouts()[0]["rollout_id"] == started["rollout_id"]
 
 
-def test_fault_can_be_planted_and_taken_out(server: LocalServer) -> None:
-    """The local runner plants a fault in the live sparse variant, and refuses what is none."""
-    server.tell({"do": "fault", "fault": {"kind": "pooled_keys_off_by_one", "past_tokens": 64}})
-    planted = admin(server, "status")["workers"]["sparse"]["fault"]
-    server.tell({"do": "fault", "fault": None})
+def newest_dropped_mass(folder: Path, operator: AdminClient, client: openai.OpenAI, session_id: str) -> float:
+    """The mean dropped mass in the store of a new session's audit."""
+    rollout_id = operator.rollouts()[0]["rollout_id"]
+    with Store.open(store_url(folder)) as store:
+        before = len(store.read_audits(rollout_id))
+        client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=4, extra_headers={"x-session-id": session_id}
+        )
+        wait_for(lambda: len(store.read_audits(rollout_id)) > before, "the audit's score")
+        audit = store.read_audits(rollout_id)[-1]
+    assert audit["status"] == "scored"
+    assert 0.0 <= audit["dropped_mass_mean"] <= audit["dropped_mass_p99"] <= 1.0
+    return float(audit["dropped_mass_mean"])
 
-    assert planted == {"kind": "pooled_keys_off_by_one", "past_tokens": 64}
+
+def test_planted_fault_shows_in_the_dropped_mass_and_can_be_taken_out(
+    server: LocalServer, operator: AdminClient, client: openai.OpenAI, folder: Path
+) -> None:
+    """The operations API plants a silent fault in the live sparse variant, and refuses what is none."""
+    healthy = newest_dropped_mass(folder, operator, client, "healthy")
+    operator.plant_fault({"kind": "pooled_keys_lost", "past_tokens": 64})
+    faulty = newest_dropped_mass(folder, operator, client, "faulty")
+    planted = admin(server, "status")["workers"]["sparse"]["fault"]
+    with pytest.raises(AdminError, match="'pooled_keys_gone'"):
+        operator.plant_fault({"kind": "pooled_keys_gone"})
+    operator.plant_fault(None)
+
+    assert (healthy < 0.1, faulty > 0.5) == (True, True)
+    assert planted == {"kind": "pooled_keys_lost", "past_tokens": 64}
     assert admin(server, "status")["workers"]["sparse"]["fault"] is None
 
 

@@ -116,7 +116,7 @@ def test_the_same_seed_gives_the_same_figures_on_any_number_of_cores() -> None:
 
 
 def test_the_command_prints_one_row_per_scenario(tmp_path: Path) -> None:
-    """`policy simulate --json` gives the keys that DESIGN.md names, with intervals."""
+    """`policy simulate --json` gives the keys that it is documented to give, with intervals."""
     arguments = ["--rollouts", "20", "--sessions", "300", "--scenario", "aa", "--scenario", "double:mass"]
 
     done = CliRunner().invoke(app, ["policy", "simulate", *arguments, "--workers", "1", "--json"])

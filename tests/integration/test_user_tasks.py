@@ -14,17 +14,14 @@ from sentei.pipeline.evaluation.user_tasks import answers_by_rung, summarise
 from sentei.pipeline.measure.answers import answer_greedily, choose
 from sentei.pipeline.measure.scores import agreement, hidden_at, score_variants, token_losses
 from sentei.pipeline.models import LoadedModel, resolve_model
-from sentei.pipeline.tasks import make_passkey
+from sentei.pipeline.progress import silent
+from sentei.pipeline.tasks.notes import make_passkey
 from sentei.pipeline.tasks.user import load_user_tasks
 from sentei.pipeline.text.corpus import load_corpus
 from sentei.pipeline.text.splits import split_text
 from tests.trial_ladders import uncalibrated_ladder
 
 TOKENS = 1024
-
-
-def silent(_label: str, _done: int, _total: int) -> None:
-    """Progress that nobody watches."""
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +133,7 @@ def test_teacher_forcing_tells_a_blind_rung_from_dense(bench: tuple[LoadedModel,
     )
     positions = torch.arange(200, len(text) - 1, 2)
 
-    with retrofit(loaded.model, adapter, "dense", base="flex") as handle:
+    with retrofit(loaded.model, adapter, "dense", base="best") as handle:
         hidden = {"dense": hidden_at(loaded, text, positions)}
         losses = token_losses(loaded, text, positions)
         handle.set_rung("blind")

@@ -17,17 +17,19 @@ from sentei.policies.evidence import (
     Interval,
     Split,
     beta_binomial_boundary,
-    beta_binomial_paths,
-    betting_paths,
-    detector_paths,
-    interval_paths,
     log_threshold,
-    update_all,
 )
 from sentei.policies.evidence.base import Floats, log_mean_exp_paths
 from sentei.policies.evidence.betting import Moments, betting_steps
 from sentei.policies.evidence.counts import split_logs
 from sentei.policies.evidence.watch import detector_bets, detector_steps, detector_walk
+from tests.evidence_paths import (
+    beta_binomial_paths,
+    betting_paths,
+    detector_paths,
+    interval_paths,
+    update_all,
+)
 from tests.strategies_policy import unit_values
 
 streams = st.lists(unit_values, min_size=1, max_size=60)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sentei.policies.schema.load import PolicyError, dump_policy, load_policy
+from sentei.policies.schema.load import PolicyError, load_policy
 from sentei.policies.schema.policy import Policy
-from tests.strategies_policy import TEXTS, mutated_texts, policies
+from tests.strategies_policy import TEXTS, mutated_texts, policies, to_text
 
 
 def loads_or_explains(text: str) -> None:
@@ -18,7 +18,7 @@ def loads_or_explains(text: str) -> None:
     except PolicyError as error:
         found = error
     if found is None:
-        assert load_policy(dump_policy(policy)) == policy
+        assert load_policy(to_text(policy)) == policy
         return
     assert found.errors
     for item in found.errors:
@@ -31,12 +31,12 @@ def loads_or_explains(text: str) -> None:
 @given(policies())
 def test_a_policy_survives_a_yaml_round_trip(policy: Policy) -> None:
     """Dumped and loaded it is equal, to the digest, and dumping again gives the same text."""
-    text = dump_policy(policy)
+    text = to_text(policy)
     loaded = load_policy(text)
 
     assert loaded == policy
     assert loaded.digest == policy.digest
-    assert dump_policy(loaded) == text
+    assert to_text(loaded) == text
 
 
 @settings(max_examples=80)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sentei.pipeline.ladder.calibrate import RungTarget, _fill_empty_bins, _fit_bin
-from sentei.pipeline.ladder.needs import Scored, dropped_rows, max_head_density, needle_threshold
+from sentei.pipeline.measure.needs import Scored, max_head_density, needle_threshold
 
 NOTHING = Scored([], [])
 
@@ -39,7 +39,7 @@ def test_the_bound_on_dropped_mass_holds_for_every_group() -> None:
     shares = _fit_bin(scored, NOTHING, 2, RungTarget("x", 0.5, 0.05), dense_above=1.1)
 
     for group in range(2):
-        assert dropped_rows(scored, slice(group, group + 1), float(shares[group])).mean() <= 0.05
+        assert scored.dropped(slice(group, group + 1), float(shares[group])).mean() <= 0.05
 
 
 def test_thresholds_rise_from_mild_to_bold() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from sentei.policies.engine import routing
 from sentei.policies.signals import Observation
+from sentei.policies.state import Quarantined
 from tests.stories_engine import bad_traffic, in_shadow, staged
 from tests.strategies_policy import Story, drift, make_policy, sparse_health
 
@@ -70,7 +71,7 @@ def test_when_the_last_slice_falls_the_rollout_is_rolled_back() -> None:
 
     assert [action.kind for action in decision.actions] == ["to_dense", "to_dense", "rollback"]
     assert (decision.state.outcome, decision.state.by) == ("rolled_back", "quality")
-    assert f"{story.policy.digest}+medium" in decision.state.quarantine
+    assert Quarantined(story.policy.digest, "medium") in decision.state.quarantine
 
 
 def test_the_breaker_trips_on_a_share_of_failures_and_on_lost_replicas() -> None:

@@ -90,10 +90,10 @@ def test_the_earlier_condition_wins(first: int, second: int) -> None:
 
 
 def test_the_steps_stand_in_the_documented_order() -> None:
-    """The order of DESIGN section 4, as names."""
+    """The order of docs/guides/policy.md, as names."""
     assert [step.__name__ for step in STEPS] == [
         "observe",
-        "check_control",
+        "check_dense",
         "handle_commands",
         "check_breaker",
         "check_harm",

@@ -9,7 +9,7 @@ from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.pipeline.ladder.calibrate import CalibrateOptions, density_targets
 from sentei.pipeline.ladder.density import DensityError, DensityFit, fit_densities
-from sentei.pipeline.measure.capture import row_shares
+from sentei.pipeline.measure.needs import row_shares
 from sentei.pipeline.measure.records import LayerRecord
 
 BLOCK, BLOCKS = 16, 12
@@ -39,6 +39,7 @@ def make_record(seed: int = 0) -> LayerRecord:
         lse=torch.zeros(1, 2, n, BLOCK),
         mass=(mass / mass.sum(-1, keepdim=True)).half(),
         is_asking=torch.zeros(n, dtype=torch.bool),
+        table=make_table(),
     )
 
 
@@ -46,7 +47,7 @@ def kept_share(
     record: LayerRecord, scorer: BlockScorer, fit: DensityFit, block_q: int = BLOCK
 ) -> tuple[float, float]:
     """Count the causal blocks that a threshold keeps, one query block at a time, and the mass it drops."""
-    shares = row_shares(scorer, record, make_table())[0][0]
+    shares = row_shares(scorer, record)[0][0]
     kept = causal = 0
     dropped = 0.0
     for i_q, start in enumerate(record.starts.tolist()):
@@ -55,7 +56,7 @@ def kept_share(
         for head in range(2):
             for first in range(0, BLOCK, block_q):
                 rows = slice(first, first + block_q)
-                passes = shares[head, i_q, rows, 1:own].amax(dim=0).exp() > fit.share
+                passes = shares[head, i_q, rows, 1:own].amax(dim=0).exp() > fit.shares[0]
                 kept += 2 + int(passes.sum())
                 dropped += float((record.mass[0, head, i_q, rows, 1:own].float() * ~passes).sum())
     causal *= BLOCK // block_q
@@ -68,7 +69,7 @@ def test_the_threshold_keeps_the_density(density: float, block_q: int) -> None:
     """Sink and diagonal included, the kept blocks are the wanted share; the dropped mass is the rest's."""
     record, scorer = make_record(), BlockScorer(SHAPE, 8**-0.5)
 
-    (fit,) = fit_densities({0: scorer}, {0: [record]}, make_table(), [density], block_q=block_q)
+    (fit,) = fit_densities({0: scorer}, {0: [record]}, [density], block_q=block_q)
 
     with torch.no_grad():
         kept, dropped = kept_share(record, scorer, fit, block_q)
@@ -82,7 +83,7 @@ def test_blocks_flow_to_the_layer_that_needs_them() -> None:
     sharp = LayerRecord(**{name: getattr(sharp, name) for name in LayerRecord.__slots__} | {"q": 4 * sharp.q})
     scorers = {0: BlockScorer(SHAPE, 8**-0.5), 1: BlockScorer(SHAPE, 8**-0.5)}
 
-    (fit,) = fit_densities(scorers, {0: [spread], 1: [sharp]}, make_table(), [0.5], block_q=BLOCK)
+    (fit,) = fit_densities(scorers, {0: [spread], 1: [sharp]}, [0.5], block_q=BLOCK)
 
     with torch.no_grad():
         own, other = kept_share(spread, scorers[0], fit)[0], kept_share(sharp, scorers[1], fit)[0]
@@ -93,14 +94,13 @@ def test_blocks_flow_to_the_layer_that_needs_them() -> None:
 def test_fewer_rows_that_choose_together_drop_less_at_the_same_density() -> None:
     """Rows of a query block share their blocks: a quarter of them finds more of its own mass in as many."""
     record, scorer = make_record(), BlockScorer(SHAPE, 8**-0.5)
-    shares = row_shares(scorer, record, make_table())[0].exp().nan_to_num()
+    shares = row_shares(scorer, record)[0].exp().nan_to_num()
     guessed = LayerRecord(
         **{name: getattr(record, name) for name in LayerRecord.__slots__} | {"mass": shares.half()}
     )
 
     together, apart = (
-        fit_densities({0: scorer}, {0: [guessed]}, make_table(), [0.5], block_q=rows)[0]
-        for rows in (BLOCK, BLOCK // 4)
+        fit_densities({0: scorer}, {0: [guessed]}, [0.5], block_q=rows)[0] for rows in (BLOCK, BLOCK // 4)
     )
 
     assert apart.dropped_mass < 0.95 * together.dropped_mass
@@ -110,14 +110,14 @@ def test_a_group_that_must_not_miss_keeps_its_own_threshold_and_the_rest_pays() 
     """A limit on one layer's threshold keeps its blocks; the other's rises, and the density stays."""
     records = {0: [make_record()], 1: [make_record(1)]}
     scorers = {0: BlockScorer(SHAPE, 8**-0.5), 1: BlockScorer(SHAPE, 8**-0.5)}
-    (free,) = fit_densities(scorers, records, make_table(), [0.5], block_q=BLOCK)
-    limits = {0: torch.tensor([0.7 * free.share]), 1: torch.tensor([0.999])}
-    (held,) = fit_densities(scorers, records, make_table(), [0.5], block_q=BLOCK, most=limits)
+    (free,) = fit_densities(scorers, records, [0.5], block_q=BLOCK)
+    limits = {0: torch.tensor([0.7 * float(free.shares[0])]), 1: torch.tensor([0.999])}
+    (held,) = fit_densities(scorers, records, [0.5], block_q=BLOCK, most=limits)
 
-    assert limits[0] < free.share < held.share
+    assert limits[0] < free.shares[0] < held.shares[0]
     with torch.no_grad():
         kept = [
-            kept_share(records[i][0], scorers[i], DensityFit(min(held.share, float(limits[i])), 0.0))[0]
+            kept_share(records[i][0], scorers[i], DensityFit(held.shares.clamp_max(float(limits[i])), 0.0))[0]
             for i in (0, 1)
         ]
     assert sum(kept) / 2 == pytest.approx(0.5, abs=0.01)
@@ -131,7 +131,6 @@ def test_a_density_below_what_questions_need_is_refused_with_both_numbers() -> N
         fit_densities(
             {0: BlockScorer(SHAPE, 8**-0.5)},
             {0: [make_record()]},
-            make_table(),
             [0.9, 0.2],
             block_q=BLOCK,
             most=limits,
@@ -142,12 +141,11 @@ def test_what_is_forced_is_kept_at_any_density() -> None:
     """A density below sink and diagonal keeps these alone; a density of 1 keeps everything."""
     scorer = BlockScorer(SHAPE, 8**-0.5)
 
-    least, all_of_them = fit_densities(
-        {0: scorer}, {0: [make_record()]}, make_table(), [0.01, 1.0], block_q=BLOCK
-    )
+    least, all_of_them = fit_densities({0: scorer}, {0: [make_record()]}, [0.01, 1.0], block_q=BLOCK)
 
-    assert least.share == 0.999
-    assert (all_of_them.share, all_of_them.dropped_mass) == (1e-6, 0.0)
+    assert float(least.shares[0]) == pytest.approx(0.999)
+    assert float(all_of_them.shares[0]) == pytest.approx(1e-6)
+    assert all_of_them.dropped_mass == 0.0
 
 
 def test_rungs_are_named_after_their_density_and_ordered() -> None:
@@ -167,3 +165,26 @@ def test_an_impossible_density_is_refused_by_value(density: float) -> None:
     """A density is a share of the blocks."""
     with pytest.raises(ValueError, match=f"density {density:g} is no share"):
         density_targets([density])
+
+
+def test_every_bin_of_positions_keeps_the_density() -> None:
+    """One share for all positions would keep more of short contexts than of long ones."""
+    record, scorer = make_record(), BlockScorer(SHAPE, 8**-0.5)
+    edges = (6 * BLOCK,)
+
+    (fit,) = fit_densities({0: scorer}, {0: [record]}, [0.6], block_q=BLOCK, edges=edges)
+
+    shares = row_shares(scorer, record)[0][0].amax(dim=2)
+    for b, inside in enumerate((record.starts < edges[0], record.starts >= edges[0])):
+        kept = int((shares[:, inside].exp() > fit.shares[b]).sum()) + 2 * 2 * int(inside.sum())
+        causal = 2 * int((record.starts[inside] // BLOCK + 1).sum())
+        assert kept / causal == pytest.approx(0.6, abs=0.03)
+
+
+def test_a_bin_without_text_has_no_share() -> None:
+    """Nothing is known of positions that no record has."""
+    record, scorer = make_record(), BlockScorer(SHAPE, 8**-0.5)
+
+    (fit,) = fit_densities({0: scorer}, {0: [record]}, [0.5], block_q=BLOCK, edges=(BLOCK * BLOCKS,))
+
+    assert torch.isnan(fit.shares).tolist() == [False, True]

@@ -14,6 +14,7 @@ from sentei.policies.engine import routing
 from sentei.policies.evidence import BetaBinomial, Betting, Split
 from sentei.policies.machine import IllegalEventError
 from sentei.policies.schema.policy import Policy
+from sentei.policies.state import Quarantined
 from tests.strategies_policy import Change, Story, make_policy, put, twice, without_approval
 
 
@@ -316,7 +317,7 @@ def test_a_rollback_after_an_edit_quarantines_every_policy_it_had() -> None:
     second = story.policy.digest
     failed = story.tick(commands=story.order("abort")).state
 
-    assert {item.split("+")[0] for item in failed.quarantine} == {first, second}
+    assert {item.digest for item in failed.quarantine} == {first, second}
     retried = story.tick(commands=story.order("retry"), after_s=31.0).state
     assert retried.quarantine == ()
 
@@ -325,7 +326,7 @@ def test_a_failed_policy_cannot_be_edited_into() -> None:
     """An edit to a digest that is in quarantine is refused."""
     story = running()
     worse = make_policy(twice(without_approval, put("advance.min_units", 20)))
-    state = replace(story.state, quarantine=(f"{worse.digest}+medium",))
+    state = replace(story.state, quarantine=(Quarantined(worse.digest, "medium"),))
 
     with pytest.raises(EditError, match=r"in quarantine \(medium failed\)"):
         edited_state(story.policy, worse, state, story.now_s)

@@ -1,4 +1,4 @@
-"""The statistics: the table of reference/rollout.md 5.1, streaming = batch, what each guarantees."""
+"""The statistics: the tables of docs/statistics.md, streaming = batch, what each guarantees."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from sentei.policies.evidence import (
     Betting,
     Detector,
     Split,
-    betting_paths,
-    detector_paths,
     log_threshold,
     paired_bound,
     paired_excess,
     units_to_prove,
-    update_all,
 )
+from tests.evidence_paths import betting_paths, detector_paths, update_all
 
 BOUND = 0.05
 REJECT = log_threshold(0.05)
@@ -63,7 +61,7 @@ def test_betting_keeps_its_error_when_looked_at_after_every_unit(direction: str,
 def test_betting_needs_as_many_units_as_the_table_says(
     bound: float, factor: float, direction: str, median: int, p90: int
 ) -> None:
-    """Median and 90th percentile of the units to a decision are those of table 5.1, within a fifth."""
+    """Median and 90th percentile of the units to a decision are those of the table, within a fifth."""
     mean = bound * factor
     values = np.random.default_rng(5).beta(mean * 20, (1 - mean) * 20, (400, 1000))
 

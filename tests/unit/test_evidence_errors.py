@@ -22,8 +22,6 @@ from sentei.policies.evidence import (
     Detector,
     Interval,
     Split,
-    betting_paths,
-    detector_paths,
     log_threshold,
     paired_bound,
     paired_excess,
@@ -31,6 +29,7 @@ from sentei.policies.evidence import (
 from sentei.policies.evidence.base import log_mean_exp_paths
 from sentei.policies.evidence.counts import split_logs
 from sentei.policies.state import Cell, RolloutState, state_from_json, state_to_json
+from tests.evidence_paths import betting_paths, detector_paths
 
 FOLDER = Path(evidence.__file__).parent
 KINDS = (Betting, BetaBinomial, Split, Detector, Interval)

@@ -6,16 +6,13 @@ import itertools
 
 import pytest
 
-from sentei.policies.engine import STEPS
 from sentei.policies.machine import (
     TRANSITIONS,
-    WAITS,
     Event,
     IllegalEventError,
     Phase,
     SliceEvent,
     SlicePhase,
-    Wait,
     is_possible,
     next_phase,
     next_slice_phase,
@@ -55,15 +52,6 @@ def test_a_rollback_is_possible_from_every_phase_that_routes_traffic() -> None:
 def test_nothing_but_the_rollback_that_is_owed_leads_out_of_a_shelter() -> None:
     """While dense is down no order, edit or growth moves traffic."""
     assert [event for event in Event if is_possible(Phase.SHELTERED, event)] == [Event.ROLLBACK]
-
-
-def test_every_wait_belongs_to_one_step_of_the_decision_in_its_order() -> None:
-    """WAITS is complete: each step that can hold has its own word, and each word its step."""
-    order = [step.__name__ for step in STEPS]
-
-    assert sorted(WAITS.values()) == sorted(Wait)
-    assert sorted(WAITS, key=order.index) == list(WAITS)
-    assert set(order) - set(WAITS) == {"observe", "check_harm", "grow"}
 
 
 def test_only_a_retry_leads_out_of_rolled_back() -> None:

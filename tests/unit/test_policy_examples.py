@@ -10,10 +10,11 @@ import pytest
 
 from sentei.policies.budget import harm_alpha
 from sentei.policies.engine import decide, initial_state, routing
-from sentei.policies.evidence import PAIRED_CUT, betting_paths, log_threshold, paired_bound, units_to_prove
+from sentei.policies.evidence import PAIRED_CUT, log_threshold, paired_bound, units_to_prove
 from sentei.policies.schema.load import load_policy
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Observation, Signals, SliceTraffic
+from tests.evidence_paths import betting_paths
 from tests.strategies_policy import EXAMPLES, drift
 
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))

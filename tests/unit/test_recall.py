@@ -3,8 +3,8 @@
 import pytest
 
 from sentei.pipeline.evaluation.evaluate import EvaluateOptions
-from sentei.pipeline.evaluation.recall import TaskOutcome, summarise, untold
-from sentei.pipeline.tasks import TaskError
+from sentei.pipeline.evaluation.recall import TaskOutcome, summarise
+from sentei.pipeline.tasks.prompt import TaskError
 
 
 def outcome(kind: str, length: int, depth: float, is_right: bool, tokens: int = 4) -> TaskOutcome:
@@ -63,7 +63,7 @@ def test_longer_answers_show() -> None:
 
 def test_tasks_that_dense_cannot_do_are_named() -> None:
     """What dense never finds says nothing about a rung."""
-    assert untold(summarise(DENSE, DENSE)) == ["variable_value at 2048 tokens"]
+    assert summarise(DENSE, DENSE).untold() == ["variable_value at 2048 tokens"]
 
 
 def test_nothing_to_sum_up_is_refused() -> None:

@@ -15,7 +15,6 @@ from sentei.monitors.store import Store
 from sentei.monitors.tables import EVENTS
 from sentei.pipeline.reports.figures import audit_overhead, quality_figures, savings, slice_figures
 from sentei.pipeline.reports.rollout_report import (
-    Price,
     ReportError,
     build_report,
     render_html,
@@ -96,7 +95,7 @@ def test_page_is_whole_escaped_and_shows_every_section(store: Store) -> None:
     play(store, 15)
     store.add_drift(DriftResult(ROLLOUT, "kl_drift", START_S, "drift", 3.0, 2.0, 10, 1, "kl <high>"))
 
-    page = render_html(build_report(store, ROLLOUT, price=Price(2.5), evaluation=EVALUATION))
+    page = render_html(build_report(store, ROLLOUT, evaluation=EVALUATION))
 
     for section in ("decision", "safe", "timeline", "saved", "quality", "slices", "audit", "evaluation"):
         assert f'id="{section}"' in page

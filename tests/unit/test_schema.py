@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sentei.policies.schema.load import policy_json_schema
 from sentei.policies.schema.metrics import COLUMNS, METRICS
 from sentei.policies.schema.units import (
     format_duration,
@@ -85,3 +86,13 @@ def test_every_name_in_the_registries_says_what_it_is() -> None:
     """Metrics have a family and a unit; quality columns are those that may roll back."""
     assert all(metric.name == name and metric.unit for name, metric in METRICS.items())
     assert {name for name, kind in COLUMNS.items() if kind == "input"} == {"prompt_tokens"}
+
+
+def test_no_field_can_say_one_thing_only() -> None:
+    """But for those that a reader of the file would miss; a word that cannot be otherwise is no setting."""
+    schema = policy_json_schema()
+    models = [schema, *schema["$defs"].values()]
+
+    single = {name for model in models for name, field in model["properties"].items() if "const" in field}
+
+    assert single == {"apiVersion", "kind", "unit", "value"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -60,6 +61,19 @@ async def test_disagreement_is_found_and_floor_is_measured() -> None:
     assert score.kl is not None
     assert score.kl > 0.1
     assert (score.token_disagreement_floor, score.kl_floor) == (0.0, pytest.approx(0.0))
+
+
+async def test_dropped_mass_of_the_sparse_replay_is_scored() -> None:
+    """Mean and 99th percentile are of what the sparse replay measured; dense replays have no say."""
+    shares = tuple(i / 100 for i in range(101))
+    sparse = FakeVariant(
+        "sparse", score_results={"sparse": replace(perfect_scores(SERVED), dropped_mass=shares)}
+    )
+    auditor, _, _, _ = make_auditor(sparse)
+
+    score = await auditor.audit(job())
+
+    assert (score.dropped_mass_mean, score.dropped_mass_p99) == (pytest.approx(0.5), pytest.approx(0.99))
 
 
 async def test_replays_follow_the_way_it_was_served() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -23,12 +25,12 @@ class FakeRetrofit:
 
     def __init__(self) -> None:
         self.rungs: list[str] = []
-        self.num_resets = 0
+        self.num_resets = self.num_recorded = 0
 
     def stats(self) -> RetrofitStats:
         found = RetrofitStats()
-        found.add(LayerCall(0, 1, 44, "dense", (1.0,)))
-        found.add(LayerCall(1, 1, 44, "sparse", (0.2, 0.4)))
+        found.add(LayerCall(0, 1, "dense", (1.0,)))
+        found.add(LayerCall(1, 1, "sparse", (0.2, 0.4)))
         return found
 
     def reset_stats(self) -> None:
@@ -36,6 +38,18 @@ class FakeRetrofit:
 
     def set_rung(self, rung_id: str) -> None:
         self.rungs.append(rung_id)
+
+    @contextmanager
+    def recording_rows(self) -> Iterator[list[FakeRows]]:
+        self.num_recorded += 1
+        yield [FakeRows(), FakeRows()]
+
+
+class FakeRows:
+    """One row in two heads."""
+
+    def dropped(self) -> torch.Tensor:
+        return torch.tensor([[[0.0], [0.5]]])
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +100,7 @@ def test_requests_do_not_mix(model: Any) -> None:
         for name, ids in found.items():
             ids.append(runner.decode(name)[0].token_id)
 
-    assert runner.num_caches == 2
+    assert len(runner._live) == 2
     assert [found["a"], found["b"]] == [greedy(model, r.prompt_ids, 4) for r in requests]
 
 
@@ -99,7 +113,7 @@ def test_continuation_goes_on_as_if_nothing_had_happened(model: Any, temperature
     rest = answer(runner, EngineRequest("b", PROMPT, 8, sampling=sampling, sent_ids=tuple(whole[:5])))
 
     assert rest == whole
-    assert runner.num_caches == 0
+    assert runner._live == {}
 
 
 @pytest.mark.parametrize(("prompt_chunk", "served_chunk"), [(None, None), (None, 1), (7, None), (13, 2)])
@@ -122,11 +136,31 @@ def test_replay_is_the_same_in_any_chunks(
         )
     )
 
-    assert list(found.argmax_ids) == served
     assert [top[0] for top in found.top_ids] == served
     expected = [float(logits[len(PROMPT) - 1 + i, token]) for i, token in enumerate(served)]
-    assert found.token_logprobs == pytest.approx(expected, abs=1e-5)
+    assert [top[0] for top in found.top_logprobs] == pytest.approx(expected, abs=1e-5)
     assert all(len(top) == 5 for top in found.top_logprobs)
+
+
+@pytest.mark.parametrize(("served", "rows"), [(1, 1), (16, 16), (17, 9), (40, 14), (64, 16)])
+def test_replay_samples_the_mass_that_its_answer_dropped(model: Any, served: int, rows: int) -> None:
+    """At most 16 rows, spread over the answer and never of the prompt, each with all that a pass tells."""
+    retrofit = FakeRetrofit()
+    ids = (*PROMPT, *range(served))
+
+    found = ModelRunner(model, retrofit).score(ScoreRequest("a", ids, 40, "mild", served_chunk_tokens=1))
+
+    assert retrofit.num_recorded == rows
+    assert found.dropped_mass == (0.0, 0.5) * 2 * rows
+
+
+def test_dense_replay_drops_nothing_and_measures_nothing(model: Any) -> None:
+    """There is nothing to tell at the dense rung, with a retrofit or without."""
+    retrofit, request = FakeRetrofit(), ScoreRequest("a", PROMPT, 36, served_chunk_tokens=1)
+
+    found = [ModelRunner(model, handle).score(request).dropped_mass for handle in (retrofit, None)]
+
+    assert (found, retrofit.num_recorded) == ([(), ()], 0)
 
 
 def test_rung_is_set_only_when_it_changes(model: Any) -> None:

@@ -195,3 +195,17 @@ def test_newest_drift_result_per_signal_is_read(store: Store) -> None:
         ("kl", "drift", 2),
         ("length", "clear", 1),
     ]
+
+
+def test_commands_are_read_after_a_number(store: Store) -> None:
+    """An inbox is read from where its reader stopped, for one rollout."""
+    first = store.add_command(ROLLOUT, "pause", by="ann", reason="lunch", at_s=1.0)
+    store.add_command("other", "abort", by="bob", at_s=2.0)
+    store.add_command(ROLLOUT, "resume", by="ann", at_s=3.0)
+
+    kinds = [
+        [c.kind for c in read_signals(store, QUERY, cursor=0, command_cursor=after, now_s=4.0).commands]
+        for after in (0, first)
+    ]
+
+    assert kinds == [["pause", "resume"], ["resume"]]

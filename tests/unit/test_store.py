@@ -119,16 +119,6 @@ def test_numbers_grow_over_all_kinds_of_rows(store: Store) -> None:
     assert numbers == sorted(set(numbers))
 
 
-def test_commands_are_read_after_a_number(store: Store) -> None:
-    """An inbox is read from where its reader stopped, for one rollout."""
-    first = store.add_command(ROLLOUT, "pause", by="ann", reason="lunch", at_s=1.0)
-    store.add_command("other", "abort", by="bob", at_s=2.0)
-    store.add_command(ROLLOUT, "resume", by="ann", at_s=3.0)
-
-    assert [c.kind for c in store.read_commands(ROLLOUT)] == ["pause", "resume"]
-    assert [c.kind for c in store.read_commands(ROLLOUT, after=first)] == ["resume"]
-
-
 def test_routing_table_survives_and_each_publication_renews(store: Store) -> None:
     """What is published is read back equal, and the number of renewals grows each time."""
     assert store.read_routing() is None
@@ -163,16 +153,6 @@ def test_lease_has_one_holder_and_a_growing_token(store: Store) -> None:
     assert first is not None
     assert second is not None
     assert second > first
-
-
-def test_released_lease_is_free_at_once(store: Store) -> None:
-    """A controller that ends in good order does not make the next one wait."""
-    token = store.acquire_lease("a", ttl_s=10, now_s=0)
-    assert token is not None
-
-    store.release_lease(token)
-
-    assert store.acquire_lease("b", ttl_s=10, now_s=1) is not None
 
 
 def test_old_token_cannot_publish(store: Store) -> None:

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from sentei.pipeline.tasks import MAKERS, WORDS, RecallTask, TaskError, TaskName, is_correct, make_key_value
+from sentei.pipeline.tasks import MAKERS
+from sentei.pipeline.tasks.notes import make_key_value
+from sentei.pipeline.tasks.prompt import WORDS, RecallTask, TaskError, TaskName, is_correct
 from sentei.pipeline.text.corpus import Document
 from tests.fakes_tokenizer import WordTokenizer
 
@@ -130,14 +132,6 @@ def test_impossible_chains_and_needles_are_refused(
         make(name, **given)
 
 
-def test_classic_filler_repeats_one_line() -> None:
-    """The classic filler is the well-known sentence, without corpus text."""
-    task = make("passkey", filler="classic")
-
-    assert "The grass is green." in task.prompt
-    assert "some filler" not in task.prompt
-
-
 @pytest.mark.parametrize(
     ("generated", "expected"),
     [
@@ -164,7 +158,6 @@ def test_scoring_wants_whole_words(generated: str, expected: bool) -> None:
         ({"depth": 1.5}, r"depth is 1\.5"),
         ({"prompt_tokens": 10}, r"prompt_tokens is 10, but notes and question take \d+"),
         ({"num_pairs": 1000}, r"num_pairs is 1000"),
-        ({"filler": "lorem"}, r"filler is 'lorem'"),
     ],
 )
 def test_impossible_requests_are_refused_by_value(given: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Control plane rows: operators' commands, routing table, controller's lease, rollouts, named values."""
+"""What steers traffic: operators' commands, routing table, controller's lease, rollouts, named values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sentei.monitors.database import Database
 from sentei.monitors.errors import StaleLeaseError, StoreError
 from sentei.monitors.records import Revision, Rollout
 from sentei.monitors.tables import COMMANDS, LEASES, REVISIONS, ROLLOUTS, ROUTING, VALUES
-from sentei.policies.signals import Command, RoutingTable, SliceRoute
+from sentei.policies.signals import RoutingTable, SliceRoute
 
 CONTROLLER = "controller"
 ROUTES = "routes"
 
 
-class ControlPlane(Database):
-    """What steers traffic. Only the holder of the controller's lease may publish routes and append events."""
+class Steering(Database):
+    """Only the holder of the controller's lease may publish routes and append events."""
 
     def add_command(self, rollout_id: str, kind: str, *, by: str, reason: str = "", at_s: float) -> int:
         """Put an operator's command into the inbox and return its number."""
@@ -36,16 +36,6 @@ class ControlPlane(Database):
             }
             connection.execute(sa.insert(COMMANDS).values(**row))
         return seq
-
-    def read_commands(self, rollout_id: str, *, after: int = 0) -> tuple[Command, ...]:
-        """Return the commands numbered above `after`, oldest first."""
-        query = (
-            sa.select(COMMANDS.c.seq, COMMANDS.c.kind, COMMANDS.c.by, COMMANDS.c.reason)
-            .where(COMMANDS.c.rollout_id == rollout_id, COMMANDS.c.seq > after)
-            .order_by(COMMANDS.c.seq)
-        )
-        with self.read("commands") as connection:
-            return tuple(Command(**row) for row in connection.execute(query).mappings())
 
     def publish_routing(self, table: RoutingTable, *, token: int, now_s: float) -> int:
         """Make the ingress obey `table` and renew its lease; returns the number of renewals so far."""
@@ -75,30 +65,26 @@ class ControlPlane(Database):
             row = connection.execute(query).first()
         return (_table_from_json(row.table_json), int(row.renewals)) if row else None
 
-    def acquire_lease(self, owner: str, *, ttl_s: float, now_s: float, name: str = CONTROLLER) -> int | None:
+    def acquire_lease(self, owner: str, *, ttl_s: float, now_s: float) -> int | None:
         """Take or renew the lease; returns the fencing token, or None while another owner holds it."""
-        with self.write(f"lease {name!r}") as connection:
-            found = connection.execute(sa.select(LEASES).where(LEASES.c.name == name)).mappings().first()
+        with self.write("lease") as connection:
+            found = (
+                connection.execute(sa.select(LEASES).where(LEASES.c.name == CONTROLLER)).mappings().first()
+            )
             is_mine = found is not None and found["owner"] == owner
             if found is not None and not is_mine and found["expires_at_s"] > now_s:
                 return None
             token = (int(found["token"]) if found else 0) + (0 if is_mine else 1)
             row = {"owner": owner, "token": token, "expires_at_s": now_s + ttl_s}
-            _upsert(connection, LEASES, name, row)
+            _upsert(connection, LEASES, CONTROLLER, row)
         return token
 
-    def release_lease(self, token: int, *, name: str = CONTROLLER) -> None:
-        """Let the next owner in at once; does nothing if the token is not the newest."""
-        with self.write(f"lease {name!r}") as connection:
-            mine = (LEASES.c.name == name) & (LEASES.c.token == token)
-            connection.execute(sa.update(LEASES).where(mine).values(owner="", expires_at_s=0.0))
-
-    def check_fence(self, connection: Connection, token: int, *, name: str = CONTROLLER) -> None:
-        """Raise StaleLeaseError inside a write transaction if `token` is not the newest of its lease."""
-        newest = connection.execute(sa.select(LEASES.c.token).where(LEASES.c.name == name)).scalar()
+    def check_fence(self, connection: Connection, token: int) -> None:
+        """Raise StaleLeaseError inside a write transaction if `token` is not the newest of the lease."""
+        newest = connection.execute(sa.select(LEASES.c.token).where(LEASES.c.name == CONTROLLER)).scalar()
         if newest != token:
             raise StaleLeaseError(
-                f"fencing token {token} of lease {name!r} is not the newest ({newest}): another controller "
+                f"fencing token {token} of the lease is not the newest ({newest}): another controller "
                 "has taken over, this one must stop writing and ask for the lease again."
             )
 

@@ -11,6 +11,7 @@ import pytest
 
 from sentei.policies.engine import Decision, routing, state_from_json, state_to_json
 from sentei.policies.signals import VariantHealth
+from sentei.policies.state import Quarantined
 from tests.strategies_policy import Story, drift, make_policy, without_approval
 
 Health = tuple[VariantHealth, ...]
@@ -87,7 +88,8 @@ def test_the_rollback_that_is_owed_comes_when_dense_is_back() -> None:
     assert back.reason.endswith("dense is back")
     assert {share for _, share in routed(story).values()} == {0.0}
     # The rung that failed is in quarantine, the one that gave shelter is not.
-    assert back.state.quarantine == sheltered.state.quarantine == (f"{story.policy.digest}+medium",)
+    failed = (Quarantined(story.policy.digest, "medium"),)
+    assert back.state.quarantine == sheltered.state.quarantine == failed
 
 
 def test_an_operator_who_aborts_again_does_not_wait_for_dense() -> None:
@@ -131,8 +133,8 @@ def test_dense_that_is_down_alerts_once_and_holds_growth() -> None:
 
     assert kinds(first) == ["alert"]
     assert kinds(second) == []
-    assert "control: dense has no ready replica" in second.reason
-    assert (second.state.waits_for, second.state.stage_id) == ("control", "half-medium")
+    assert "dense has no ready replica" in second.reason
+    assert (second.state.waits_for, second.state.stage_id) == ("dense", "half-medium")
     assert third.state.stage_id == "full"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sentei.policies.machine import Phase, SliceEvent
+from sentei.policies.machine import Phase, SliceEvent, Wait
 from sentei.policies.schema.operations import VariantBreaker
 from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import VariantHealth
@@ -12,7 +12,7 @@ from sentei.policies.state import ALL_SLICES
 from sentei.policies.steps.tick import Tick, active_slices, move_slice, roll_back
 
 
-def check_control(tick: Tick) -> Tick:
+def check_dense(tick: Tick) -> Tick:
     """Dense that is down holds growth and alerts once; dense that is back gets what it is owed."""
     if tick.state.phase == Phase.ROLLED_BACK:
         return tick
@@ -22,7 +22,7 @@ def check_control(tick: Tick) -> Tick:
     tick = replace(tick, state=replace(tick.state, dense_down_since_s=since))
     if fault is None:
         return _settle(tick)
-    return (tick.with_action("alert", fault) if was_down is None else tick).with_hold(fault)
+    return (tick.with_action("alert", fault) if was_down is None else tick).with_hold(Wait.DENSE, fault)
 
 
 def _find_fault(tick: Tick) -> str | None:
@@ -34,9 +34,9 @@ def _find_fault(tick: Tick) -> str | None:
         return None
     # No replica of either side means that nobody counted them.
     if dense.replicas_ready == 0 and sparse.replicas_ready > 0:
-        return "control: dense has no ready replica"
+        return "dense has no ready replica"
     if is_failing(dense, rule) and not is_failing(sparse, rule):
-        return f"control: {describe_failures(dense, rule)} on dense"
+        return f"dense is failing: {describe_failures(dense, rule)}"
     return None
 
 
@@ -44,9 +44,7 @@ def _settle(tick: Tick) -> Tick:
     """Carry out the fallbacks that waited for dense."""
     state = tick.state
     if state.phase == Phase.SHELTERED:
-        return roll_back(
-            tick, state.by or "breaker", f"{state.reason.split('; dense is down')[0]}; dense is back"
-        )
+        return roll_back(tick, state.by or "breaker", f"{state.owed_reason}; dense is back")
     owing = [item for item in state.slices if item.owes_dense]
     for item in owing:
         dense = replace(item, is_dense=True, owes_dense=False)
@@ -59,7 +57,7 @@ def _settle(tick: Tick) -> Tick:
     tick = replace(tick, reports=tuple(r for r in tick.reports if r.slice_id in (*left, ALL_SLICES)))
     if not left:
         return roll_back(tick, owing[-1].by or "breaker", f"no slice is left on sparse; {reason}")
-    return tick.with_hold(reason)
+    return tick.with_hold(Wait.DENSE, reason)
 
 
 def is_failing(item: VariantHealth, rule: VariantBreaker) -> bool:

@@ -191,12 +191,8 @@ def choose_scorer(
         _, finer_kl = train_scorer(finer, train, held_out, options)
         scorer, kl_after, found = finer, finer_kl, find_at(finer, held_out)
     if found.mass_recall_mean < found_untrained.mass_recall_mean:
-        scorer, kl_after, found = (
-            untrained,
-            mean_divergence(partial(divergence, untrained), held_out),
-            found_untrained,
-        )
-    return ChosenScorer(scorer, kl_before, kl_after, found, found_untrained)
+        scorer, kl_after, found = untrained, kl_untrained, found_untrained
+    return ChosenScorer(scorer, kl_untrained, kl_after, found, found_untrained)
 
 
 def find_at(scorer: BlockScorer, records: Sequence[LayerRecord], density: float = 0.1) -> AtDensity:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.table import Table
@@ -39,10 +39,16 @@ def run_distill(
     tokens: Annotated[int | None, typer.Option(help="Tokens per training window.", min=256)] = None,
     windows: Windows = None,
     form: Annotated[
-        str | None, typer.Option(help="low_rank (single tokens) or residual (means of tokens).")
+        str | None,
+        typer.Option(
+            help="low_rank (single tokens) or residual (means of tokens) [default: by the size of heads]."
+        ),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Learned dimensions.", min=1)] = None,
     pool: Annotated[int | None, typer.Option(help="Tokens per pooled key.", min=1)] = None,
+    query_pool: Annotated[
+        int | None, typer.Option(help="Queries that are scored as one; with single tokens.", min=1, max=16)
+    ] = None,
     joint: Annotated[
         bool, typer.Option("--joint", help="Train low-rank weights with a rung's mask on; after calibrate.")
     ] = False,
@@ -52,9 +58,9 @@ def run_distill(
 ) -> None:
     """Teach the scorer which key blocks hold each row's attention mass."""
     if joint:
-        if form is not None or pool is not None:
+        if any(given is not None for given in (form, pool, query_pool)):
             raise typer.BadParameter(
-                "shape the scorer, which --joint leaves as it is", param_hint="--form, --pool"
+                "shape the scorer, which --joint leaves as it is", param_hint="--form, --pool, --query-pool"
             )
         changes = {"window_tokens": tokens, "num_windows": windows, "rank": rank, "rung": rung}
         _run_joint(model, corpus, changes, dtype=dtype, as_json=as_json)
@@ -64,16 +70,22 @@ def run_distill(
             "belongs to --joint: the scorer is distilled before there are rungs", param_hint="--rung"
         )
     from sentei.kernels.scorer.network import Form
-    from sentei.pipeline.ladder.distill import RESIDUAL, DistillOptions
+    from sentei.pipeline.ladder.distill import usual_options
     from sentei.pipeline.steps import distill_step
 
     output = Output(as_json=as_json)
     check_choice("--form", [form] if form else (), get_args(Form))
-    start = RESIDUAL if form == "residual" else DistillOptions()
-    options = changed(
-        start, window_tokens=tokens, num_windows=windows, form=form, rank=rank, pool_tokens=pool
-    )
+    if form is None and pool is not None and pool > 1:
+        form = "residual"
     bench = open_bench(model, corpus, output, dtype)
+    options = changed(
+        usual_options(bench.loaded.model, cast("Form | None", form)),
+        window_tokens=tokens,
+        num_windows=windows,
+        rank=rank,
+        pool_tokens=pool,
+        query_pool=query_pool,
+    )
     with output.progress() as progress:
         adapter = distill_step(bench, options, progress)
     output.say(f"adapter in [bold]{bench.adapter_dir}[/]: next, `sentei calibrate --model {model}`")

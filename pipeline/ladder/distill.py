@@ -36,7 +36,7 @@ class DistillOptions:
     num_windows: int = 12
     num_held_out: int = 3
     blocks_per_window: int = 12
-    rank: int | None = None  # None: half of a head of 64, and at most twice that of larger ones
+    rank: int | None = None  # None: half of a head, at most 32
     pool_tokens: int = 1
     query_pool: int = 4
     block_tokens: int = 64
@@ -50,14 +50,22 @@ class DistillOptions:
 
     def rank_for(self, head_dim: int) -> int:
         """Return the learned dimensions for heads of a size."""
-        return self.rank if self.rank is not None else min(64, max(head_dim // 4, min(32, head_dim // 2)))
+        return self.rank if self.rank is not None else min(32, head_dim // 2)
 
 
-# Means of tokens beside the untrained score. Step swept 1e-3 to 2e-2 on Gemma 3 270M, 12 windows of 4096:
+# Means of 4 tokens beside the untrained score. Step swept 1e-3 to 2e-2 on Gemma 3 270M, 12 windows of 4096:
 # held-out KL 0.159, 0.136 (5e-3); 1e-2 as good.
 RESIDUAL = DistillOptions(
-    form="residual", rank=64, pool_tokens=16, query_pool=1, num_windows=24, learning_rate=1e-2, max_epochs=10
+    form="residual", rank=64, pool_tokens=4, query_pool=1, num_windows=15, learning_rate=1e-2, max_epochs=6
 )
+LARGE_HEAD = 128  # above it, few dimensions lose the needles that means of 4 tokens find (docs/adr/0010)
+
+
+def usual_options(model: torch.nn.Module, form: Form | None = None) -> DistillOptions:
+    """Return what is distilled unless asked otherwise: by the form, or else by the size of heads."""
+    if form is None:
+        form = "residual" if thinnable_layers(model)[0].head_dim > LARGE_HEAD else "low_rank"
+    return RESIDUAL if form == "residual" else DistillOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,7 @@ def distill(
     progress: Progress = silent,
 ) -> Adapter:
     """Train one scorer per full-attention layer on frozen activations; save the adapter and return it."""
-    options = options if options is not None else DistillOptions()
+    options = options if options is not None else usual_options(loaded.model)
     started = time.monotonic()
     window = min(options.window_tokens, loaded.max_tokens)
     parts = split_text(corpus)

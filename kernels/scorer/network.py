@@ -10,7 +10,7 @@ keys are single tokens, a few neighbouring queries may be scored as one by their
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -94,6 +94,12 @@ class BlockScorer(nn.Module):
         self.query_map = nn.Parameter(torch.zeros(shape.query_heads, shape.map_rows, shape.rank))
         self.log_gain = nn.Parameter(torch.zeros(shape.query_heads))
         self.distance_bias = nn.Parameter(torch.zeros(shape.query_heads, NUM_DISTANCES))
+
+    def with_query_pool(self, size: int) -> "BlockScorer":
+        """Return a scorer with the same weights that scores as many queries as one."""
+        other = BlockScorer(replace(self.shape, query_pool=size), self.scale)
+        other.load_state_dict(self.state_dict())
+        return other.train(self.training)
 
     @property
     def dims_per_token(self) -> float:

@@ -44,7 +44,8 @@ class DistillOptions:
     # A step small enough not to leave the good start (docs/adr/0010).
     learning_rate: float = 1e-3
     max_epochs: int = 4
-    missed_needles: float = 0.1  # at a tenth of a layer's blocks: above it, fewer queries are scored as one
+    # Share of the need found at a tenth of the blocks that scoring neighbouring queries as one may cost.
+    lost_need: float = 0.01
     patience: int = 2
     seed: int = 0
 
@@ -89,6 +90,8 @@ class ChosenScorer:
             "kl_untrained": self.kl_untrained,
             "kl_held_out": self.kl_held_out,
             "query_pool": float(self.scorer.shape.query_pool),
+            "need_found_at_tenth": self.found.need_found,
+            "need_found_at_tenth_untrained": self.found_untrained.need_found,
             "dropped_mass_at_tenth": 1 - self.found.mass_recall_mean,
             "dropped_mass_at_tenth_untrained": 1 - self.found_untrained.mass_recall_mean,
             "needles_missed_at_tenth": self.found.needles_missed,
@@ -181,26 +184,34 @@ def choose_scorer(
     held_out: Sequence[LayerRecord],
     options: DistillOptions,
 ) -> ChosenScorer:
-    """Train a layer's scorer; score fewer queries as one where needles are missed; or keep an untrained one.
+    """Train a layer's scorer; score queries as one where that finds as much; or keep an untrained score.
 
-    Neighbouring queries may share a score where they look for the same. Heads that recall do not: their
-    layers are trained again with half as many, down to single queries (docs/adr/0014).
+    The score is trained on means of queries, which is cheap, and serves single ones as well: features are
+    linear. Judged is what blocks are chosen by: what they hold of their neediest row (docs/adr/0014).
     """
     # Means of 4 tokens: the best score that has learned nothing, and what a trained one has to beat.
     means = replace(scorer.shape, form="residual", rank=1, pool_tokens=4, query_pool=1)
     untrained = BlockScorer(means, scorer.scale).eval()
     kl_untrained = mean_divergence(partial(divergence, untrained), held_out)
     _, kl_after = train_scorer(scorer, train, held_out, options)
-    found, found_untrained = (find_at(one, held_out) for one in (scorer, untrained))
-    while found.needles_missed > options.missed_needles and scorer.shape.query_pool > 1:
-        finer = BlockScorer(
-            replace(scorer.shape, query_pool=scorer.shape.query_pool // 2), scorer.scale, seed=options.seed
-        )
-        _, finer_kl = train_scorer(finer, train, held_out, options)
-        scorer, kl_after, found = finer, finer_kl, find_at(finer, held_out)
-    if found.mass_recall_mean < found_untrained.mass_recall_mean:
+    scorer, found = _pool_queries(scorer, held_out, options.lost_need)
+    found_untrained = find_at(untrained, held_out)
+    if found.need_found < found_untrained.need_found:
         scorer, kl_after, found = untrained, kl_untrained, found_untrained
     return ChosenScorer(scorer, kl_untrained, kl_after, found, found_untrained)
+
+
+def _pool_queries(
+    scorer: BlockScorer, held_out: Sequence[LayerRecord], lost: float
+) -> tuple[BlockScorer, AtDensity]:
+    """Return the scorer with the largest pool of queries that loses at most a share of the need found."""
+    pools = [scorer.shape.query_pool]
+    while pools[-1] > 1:
+        pools.append(pools[-1] // 2)
+    scorers = [scorer.with_query_pool(size) for size in pools]
+    found = [find_at(one, held_out) for one in scorers]
+    least = found[-1].need_found * (1 - lost)
+    return next(pair for pair in zip(scorers, found, strict=True) if pair[1].need_found >= least)
 
 
 def find_at(scorer: BlockScorer, records: Sequence[LayerRecord], density: float = 0.1) -> AtDensity:

@@ -93,6 +93,7 @@ class AtDensity:
     mass_recall_p5: float  # 5th percentile over rows
     mass_recall_worst_head: float
     needles_missed: float
+    need_found: float  # of what blocks hold of their neediest row, summed: an oracle's own measure
 
 
 @torch.no_grad()
@@ -150,11 +151,16 @@ def at_density(scored: Scored, density: float) -> AtDensity:
         for weight, needs in zip(needles, scored.needs, strict=True)
     )
     rank = max(1, round(0.05 * found.numel()))
+    wanted = [mass.amax(dim=2) for mass in scored.mass]
+    kept = sum(
+        float(need[needs > math.log(share)].sum()) for need, needs in zip(wanted, scored.needs, strict=True)
+    )
     return AtDensity(
         mass_recall_mean=float(found.mean()),
         mass_recall_p5=float(found.flatten().kthvalue(rank).values),
         mass_recall_worst_head=float(found.mean(dim=1).min()),
         needles_missed=missed / max(1e-9, sum(float(weight.sum()) for weight in needles)),
+        need_found=kept / max(1e-9, sum(float(need.sum()) for need in wanted)),
     )
 
 

@@ -80,8 +80,10 @@ def _sort_into(
     causal = _causal_blocks(record).repeat_interleave(per_record)
     is_open = record.is_open.repeat_interleave(per_record, dim=0)
     rows = record.mass[0, :, 0, :, 0].numel() // per_record
-    for b in which.unique().tolist():
-        part, inside = bins[b], which == b
+    for b, part in enumerate(bins):
+        inside = which == b
+        if not bool(inside.any()):
+            continue
         chosen = (is_open & inside[:, None])[None].expand_as(need)
         part.needs.append(need[chosen])
         part.mass.append(mass[chosen])

@@ -194,24 +194,29 @@ def choose_scorer(
     untrained = BlockScorer(means, scorer.scale).eval()
     kl_untrained = mean_divergence(partial(divergence, untrained), held_out)
     _, kl_after = train_scorer(scorer, train, held_out, options)
-    scorer, found = _pool_queries(scorer, held_out, options.lost_need)
     found_untrained = find_at(untrained, held_out)
+    scorer, found = _pool_queries(scorer, held_out, options.lost_need, found_untrained.need_found)
     if found.need_found < found_untrained.need_found:
         scorer, kl_after, found = untrained, kl_untrained, found_untrained
     return ChosenScorer(scorer, kl_untrained, kl_after, found, found_untrained)
 
 
 def _pool_queries(
-    scorer: BlockScorer, held_out: Sequence[LayerRecord], lost: float
+    scorer: BlockScorer, held_out: Sequence[LayerRecord], lost: float, untrained: float
 ) -> tuple[BlockScorer, AtDensity]:
-    """Return the scorer with the largest pool of queries that loses at most a share of the need found."""
+    """Return the scorer with the largest pool of queries that is good enough, or with single queries.
+
+    It is if it loses at most a share `lost` of the need that single queries find, and finds no less than the
+    untrained score does.
+    """
     pools = [scorer.shape.query_pool]
     while pools[-1] > 1:
         pools.append(pools[-1] // 2)
     scorers = [scorer.with_query_pool(size) for size in pools]
     found = [find_at(one, held_out) for one in scorers]
-    least = found[-1].need_found * (1 - lost)
-    return next(pair for pair in zip(scorers, found, strict=True) if pair[1].need_found >= least)
+    least = max(found[-1].need_found * (1 - lost), untrained)
+    pairs = list(zip(scorers, found, strict=True))
+    return next((pair for pair in pairs if pair[1].need_found >= least), pairs[-1])
 
 
 def find_at(scorer: BlockScorer, records: Sequence[LayerRecord], density: float = 0.1) -> AtDensity:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
-import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
@@ -20,15 +18,19 @@ from sentei.monitors.store import Store
 from sentei.pipeline.plain import to_plain
 from sentei.pipeline.rollout.revisions import PolicyBook
 from sentei.pipeline.rollout.runner import EVIDENCE, RolloutError, read_look, read_quarantine, start_rollout
+from sentei.pipeline.rollout.succession import StartRefusedError
 from sentei.policies.edits import EditError, check_edit
 from sentei.policies.engine import QuarantineError
 from sentei.policies.schema.load import PolicyError, load_policy
+from sentei.serving.access import Operator, OperatorBook, Role
 from sentei.serving.errors import RequestError, ServingError
 from sentei.serving.gateway import Gateway
-from sentei.serving.openai import parse_request
+from sentei.serving.openai.document import describe
+from sentei.serving.openai.fields import parse_request
 from sentei.serving.router import SPARSE
 
-TOKEN_VARIABLE = "SENTEI_ADMIN_TOKEN"
+APPROVALS = ("promote", "approve")
+ERRORS = (400, 401, 403, 404, 409, 413, 429, 503)
 MAX_BODY_BYTES = 1 << 20
 MAX_EVENTS = 500
 STATUS_TIMEOUT_S = 3.0
@@ -43,6 +45,7 @@ class StartBody(BaseModel):
     policy: str
     source: str = "policy.yaml"
     release_quarantine: bool = False  # start a policy that was rolled back before
+    replace: bool = False  # follow a promoted rollout: its share ends
     rollout_id: str | None = Field(default=None, pattern=ROLLOUT_ID)
 
 
@@ -51,7 +54,6 @@ class CommandBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     kind: Literal["pause", "resume", "promote", "approve", "abort", "retry"]
-    by: str = Field(min_length=1, max_length=128)
     reason: str = Field(default="", max_length=1000)
 
 
@@ -61,7 +63,6 @@ class EditBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
     policy: str
     source: str = "policy.yaml"
-    by: str = Field(min_length=1, max_length=128)
 
 
 class FaultBody(BaseModel):
@@ -71,21 +72,12 @@ class FaultBody(BaseModel):
     fault: dict[str, Any] | None
 
 
-def check_token(given: str, expected: str) -> None:
-    """Raise RequestError unless the request carries the admin token; the comparison takes constant time."""
-    if not expected:
-        text = f"the operations API is off: set {TOKEN_VARIABLE} where the app runs, and restart it"
-        raise RequestError(text, status=403, code="admin_disabled")
-    if not hmac.compare_digest(given.encode(), f"Bearer {expected}".encode()):
-        text = f"wrong or missing admin token; send `Authorization: Bearer ${TOKEN_VARIABLE}`"
-        raise RequestError(text, status=401, code="invalid_admin_token")
-
-
 def add_admin_routes(
     api: FastAPI,
     gateway: Gateway,
     store: Store,
     *,
+    operators: OperatorBook | None = None,
     allow_faults: bool = False,
     about: dict[str, str] | None = None,
     workers: Mapping[str, StatusCall] | None = None,
@@ -93,55 +85,74 @@ def add_admin_routes(
 ) -> None:
     """Add `/admin/v1` to the app."""
 
-    async def authorize(request: Request) -> None:
-        check_token(request.headers.get("authorization", ""), os.environ.get(TOKEN_VARIABLE, ""))
+    book = operators or OperatorBook.read(None)
 
-    router = APIRouter(prefix="/admin/v1", dependencies=[Depends(authorize)])
+    async def look(request: Request) -> None:
+        request.state.operator = _operator(book, request, Role.LOOK)
+
+    async def operate(request: Request) -> None:
+        request.state.operator = _operator(book, request, Role.OPERATE)
+
+    router = APIRouter(prefix="/admin/v1", dependencies=[Depends(look)])
     desk = RolloutDesk(gateway, store, about or {}, now_s)
 
-    @router.post("/rollouts", status_code=201)
+    @router.post(
+        "/rollouts", status_code=201, dependencies=[Depends(operate)], **describe(StartBody, errors=ERRORS)
+    )
     async def start(request: Request) -> Any:
         body = parse_request(StartBody, await _body(request))
-        return await asyncio.to_thread(desk.start, body)
+        return await asyncio.to_thread(desk.start, body, request.state.operator.name)
 
-    @router.get("/rollouts")
+    @router.get("/rollouts", **describe(errors=(401, 403, 404, 429)))
     async def rollouts() -> Any:
         return {"rollouts": await asyncio.to_thread(desk.list_all)}
 
-    @router.get("/rollouts/{rollout_id}")
+    @router.get("/rollouts/{rollout_id}", **describe(errors=(401, 403, 404, 429)))
     async def rollout(rollout_id: str) -> Any:
         return await asyncio.to_thread(desk.status, rollout_id)
 
-    @router.post("/rollouts/{rollout_id}/commands", status_code=202)
+    @router.post("/rollouts/{rollout_id}/commands", status_code=202, **describe(CommandBody, errors=ERRORS))
     async def command(rollout_id: str, request: Request) -> Any:
         body = parse_request(CommandBody, await _body(request))
-        return await asyncio.to_thread(desk.command, rollout_id, body)
+        needed = Role.APPROVE if body.kind in APPROVALS else Role.OPERATE
+        who = _operator(book, request, needed)
+        return await asyncio.to_thread(desk.command, rollout_id, body, who.name)
 
-    @router.post("/rollouts/{rollout_id}/policy", status_code=202)
+    @router.post(
+        "/rollouts/{rollout_id}/policy",
+        status_code=202,
+        dependencies=[Depends(operate)],
+        **describe(EditBody, errors=ERRORS),
+    )
     async def edit(rollout_id: str, request: Request) -> Any:
         body = parse_request(EditBody, await _body(request))
-        return await asyncio.to_thread(desk.edit, rollout_id, body)
+        return await asyncio.to_thread(desk.edit, rollout_id, body, request.state.operator.name)
 
-    @router.get("/requests/{request_id:path}")
+    @router.get("/requests/{request_id:path}", **describe(errors=(401, 403, 404, 429)))
     async def request_record(request_id: str) -> Any:
         return await asyncio.to_thread(desk.request, request_id)
 
-    @router.get("/routing")
+    @router.get("/routing", **describe(errors=(401, 403, 404, 429)))
     async def routing() -> Any:
         return await asyncio.to_thread(desk.routing)
 
-    @router.get("/status")
+    @router.get("/status", **describe(errors=(401, 403, 404, 429)))
     async def status() -> Any:
         calls = {**{v.name: v.describe for v in gateway.variants.values()}, **(workers or {})}
         answers = await asyncio.gather(*(_ask(call) for call in calls.values()))
         return {**gateway.readiness(), "workers": dict(zip(calls, answers, strict=True))}
 
-    _add_fault_route(router, gateway, allow_faults)
+    _add_fault_route(router, gateway, allow_faults, Depends(operate))
     api.include_router(router)
 
 
-def _add_fault_route(router: APIRouter, gateway: Gateway, allow_faults: bool) -> None:
-    @router.put("/fault")
+def _operator(book: OperatorBook, request: Request, needed: Role) -> Operator:
+    caller = request.client.host if request.client is not None else "unknown"
+    return book.check(request.headers.get("authorization", ""), caller, needed)
+
+
+def _add_fault_route(router: APIRouter, gateway: Gateway, allow_faults: bool, operate: Any) -> None:
+    @router.put("/fault", dependencies=[operate], **describe(FaultBody, errors=ERRORS))
     async def fault(request: Request) -> Any:
         body = parse_request(FaultBody, await _body(request))
         if not allow_faults or SPARSE not in gateway.variants:
@@ -166,23 +177,26 @@ class RolloutDesk:
         self._about = about
         self._now_s = now_s
 
-    def start(self, body: StartBody) -> dict[str, Any]:
+    def start(self, body: StartBody, by: str) -> dict[str, Any]:
         """Check a policy against what runs here and write the rollout down; the controller takes it up."""
         try:
             policy = load_policy(body.policy, body.source)
         except PolicyError as error:
             raise RequestError(str(error), code="invalid_policy", param="policy") from error
         self._check_rungs([rung.id for rung in policy.spec.ladder])
-        self._check_none_runs()
         try:
             rollout = start_rollout(
                 self._store,
                 body.policy,
                 now_s=self._now_s(),
-                about=self._about,
+                about={**self._about, "started_by": by},
                 rollout_id=body.rollout_id,
                 releases_quarantine=body.release_quarantine,
+                replaces=body.replace,
             )
+        except StartRefusedError as error:
+            code = "rollout_promoted" if error.can_replace else "rollout_running"
+            raise RequestError(str(error), status=409, code=code) from error
         except QuarantineError as error:
             text = f"{error}; send release_quarantine=true to try it again"
             raise RequestError(text, status=409, code="quarantined", param="policy") from error
@@ -215,17 +229,17 @@ class RolloutDesk:
             "num_events": len(events),
         }
 
-    def command(self, rollout_id: str, body: CommandBody) -> dict[str, Any]:
+    def command(self, rollout_id: str, body: CommandBody, by: str) -> dict[str, Any]:
         """Put an order into the inbox; it acts at the controller's next tick."""
         self._find(rollout_id)
-        seq = self._store.add_command(
-            rollout_id, body.kind, by=body.by, reason=body.reason, at_s=self._now_s()
-        )
+        self._check_is_newest(rollout_id)
+        seq = self._store.add_command(rollout_id, body.kind, by=by, reason=body.reason, at_s=self._now_s())
         return {"rollout_id": rollout_id, "seq": seq, "kind": body.kind}
 
-    def edit(self, rollout_id: str, body: EditBody) -> dict[str, Any]:
+    def edit(self, rollout_id: str, body: EditBody, by: str) -> dict[str, Any]:
         """Put a safer policy into the inbox of a running rollout; what is not safer is refused by field."""
         self._find(rollout_id)
+        self._check_is_newest(rollout_id)
         event = self._log.latest(rollout_id)
         if event is None:
             text = f"rollout {rollout_id!r} has not begun; edit it after the controller's first tick"
@@ -241,7 +255,7 @@ class RolloutDesk:
         if any(item.digest == policy.digest for item in read_quarantine(self._store)):
             text = "this policy was rolled back before; start a new rollout with release_quarantine=true"
             raise RequestError(text, status=409, code="quarantined", param="policy")
-        seq = self._store.add_revision(rollout_id, body.policy, by=body.by, at_s=self._now_s())
+        seq = self._store.add_revision(rollout_id, body.policy, by=by, at_s=self._now_s())
         return {"rollout_id": rollout_id, "seq": seq, "changes": [str(item) for item in changes]}
 
     def request(self, request_id: str) -> dict[str, Any]:
@@ -284,12 +298,12 @@ class RolloutDesk:
             text = f"ladder has rung {missing[0]!r}; the adapter has {', '.join(card.rung_ids)}"
             raise RequestError(text, code="unknown_rung", param="policy")
 
-    def _check_none_runs(self) -> None:
-        rollouts = self._store.read_rollouts()
-        newest = self._summary(rollouts[-1]) if rollouts else None
-        if newest is not None and newest["outcome"] is None:
-            text = f"rollout {newest['rollout_id']!r} is {newest['phase']}; abort it first"
-            raise RequestError(text, status=409, code="rollout_running")
+    def _check_is_newest(self, rollout_id: str) -> None:
+        """The controller runs the newest rollout only: what is said to another is never obeyed."""
+        newest = self._store.read_rollouts()[-1].rollout_id
+        if newest != rollout_id:
+            text = f"rollout {rollout_id!r} is over: rollout {newest!r} was started after it"
+            raise RequestError(text, status=409, code="rollout_over", param="rollout_id")
 
     def _summary(self, rollout: Rollout) -> dict[str, Any]:
         book, event = PolicyBook(self._store), self._log.latest(rollout.rollout_id)

@@ -19,11 +19,18 @@ from sentei.serving.engine.request import (
     TokenChunk,
     TokenLogprob,
 )
-from sentei.serving.errors import EngineBusyError, EngineRefusedError, RequestError, VariantError
+from sentei.serving.errors import (
+    EngineBusyError,
+    EngineRefusedError,
+    GrammarError,
+    RequestError,
+    VariantError,
+)
 from sentei.serving.ports import Tokenizer, Variant
 from sentei.serving.router import DENSE, SPARSE, Assignment, Breaker
 from sentei.serving.settings import Limits
-from sentei.serving.text import Detokenizer, StopScanner
+from sentei.serving.text.pieces import Detokenizer, StopScanner, ToolCall
+from sentei.serving.text.tools import NO_TOOLS, ToolUse
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +47,7 @@ class Question:
     stops: tuple[str, ...]
     stop_ids: frozenset[int]
     assignment: Assignment
+    tools: ToolUse = NO_TOOLS
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +56,9 @@ class Delta:
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    offsets: tuple[int, ...] = ()  # of each log-probability's token: characters of the answer before it
     finish_reason: FinishReason | None = None
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(slots=True)
@@ -108,12 +118,15 @@ class Answerer:
         detokenizer, scanner = Detokenizer(tokenizer), StopScanner(question.stops)
         async with aclosing(self._tokens(question, progress)) as chunks:
             async for chunk in chunks:
-                text = scanner.add(detokenizer.add(chunk.ids))
+                offsets, text = list[int](), ""
+                for token_id in chunk.ids:
+                    offsets.append(detokenizer.num_chars)
+                    text += scanner.add(detokenizer.add([token_id]))
                 if chunk.finish_reason is not None and not scanner.has_stopped:
                     text += scanner.add(detokenizer.flush())
                     text += "" if scanner.has_stopped else scanner.flush()
                 finish = FinishReason.STOP if scanner.has_stopped else chunk.finish_reason
-                yield Delta(text, chunk.logprobs, finish)
+                yield Delta(text, chunk.logprobs, tuple(offsets[: len(chunk.logprobs)]), finish)
                 if finish is not None:
                     return
 
@@ -182,6 +195,8 @@ class Answerer:
             if name == SPARSE:
                 raise VariantError(name, "refused", str(error)) from error
             raise RequestError(str(error), code="invalid_value") from error
+        except GrammarError as error:  # the caller's schema: dense could not follow it either
+            raise RequestError(str(error), code="invalid_value", param="response_format") from error
 
     async def _next(
         self, chunks: AsyncGenerator[TokenChunk, None], name: str, *, is_first: bool

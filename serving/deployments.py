@@ -16,6 +16,7 @@ from sentei.monitors.store import Store
 from sentei.pipeline.home import sentei_home
 from sentei.pipeline.models import load_tokenizer
 from sentei.pipeline.rollout.revisions import PolicyBook
+from sentei.serving.access import KeyBook, OperatorBook
 from sentei.serving.admin import add_admin_routes
 from sentei.serving.auditor import Auditor
 from sentei.serving.controller import Controller, Mirror
@@ -74,13 +75,15 @@ class IngressServer:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the app; Serve calls this once, after the constructor."""
-        api = build_api(self._gateway)
-        about = {"model": self._args.model, "adapter": str(self._args.adapter_folder())}
+        args = self._args
+        api = build_api(self._gateway, keys=KeyBook.read(args.api_keys_file), cors_origins=args.cors_origins)
+        about = {"model": args.model, "adapter": str(args.adapter_folder())}
         add_admin_routes(
             api,
             self._gateway,
             self._store,
-            allow_faults=self._args.allow_faults,
+            operators=OperatorBook.read(args.operators_file),
+            allow_faults=args.allow_faults,
             about=about,
             workers=self._workers,
         )

@@ -5,6 +5,7 @@ ServingError
 ├── EngineError       the engine cannot go on with a request
 │   ├── EngineBusyError        its queue is full
 │   ├── EngineRefusedError     the request can never fit this engine
+│   ├── GrammarError           the grammar that the caller sent cannot be followed: the caller's fault
 │   └── BadLogitsError         the model gave NaN or infinite logits
 ├── VariantError     a whole variant failed this request (crash, timeout, bad logits, empty answer)
 └── ConfigError       the app was configured with something that cannot work
@@ -47,6 +48,10 @@ class EngineBusyError(EngineError):
 
 class EngineRefusedError(EngineError):
     """The request can never fit this engine."""
+
+
+class GrammarError(EngineError):
+    """The caller's grammar cannot be read, or nothing can follow it; no variant could do better."""
 
 
 class BadLogitsError(EngineError):

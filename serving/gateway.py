@@ -8,20 +8,25 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
 
 from sentei.monitors.records import AuditStatus, Outcome, RequestRecord
 from sentei.serving.answer import Answerer, Delta, Progress, Question
+from sentei.serving.choices import read_calls
 from sentei.serving.engine.attention_use import to_json
 from sentei.serving.errors import RequestError, ServingError
-from sentei.serving.openai import DEFAULT_MAX_TOKENS, ChatRequest, GenerationRequest, sampling_of
+from sentei.serving.openai.requests import ChatRequest, GenerationRequest, TokenizeRequest, sampling_of
 from sentei.serving.ports import AuditDesk, AuditJob, ModelCard, RecordStore, Tokenizer, Variant
 from sentei.serving.router import DENSE, SPARSE, Assignment, Breaker, Lease, SeenUnits, assign
 from sentei.serving.settings import Limits
-from sentei.serving.text import chat_ids
+from sentei.serving.text.chat import template_of
+from sentei.serving.text.pieces import TokenTexts
+from sentei.serving.text.prompts import check_biases, check_ending, prompt_ids, room_for_answer, tokenize
+from sentei.serving.text.schemas import SchemaChecker
+from sentei.serving.text.tools import NO_TOOLS, ToolUse, tool_use
 from sentei.serving.writer import RecordWriter
 
 log = logging.getLogger(__name__)
@@ -48,6 +53,7 @@ class Gateway:
     ) -> None:
         self.variants = variants
         self.tokenizer = tokenizer
+        self.texts = TokenTexts(tokenizer)
         self.model_name = model_name
         self.limits = limits
         self.note = note  # why there is no sparse variant, where there is none
@@ -60,6 +66,7 @@ class Gateway:
         self._clock = clock
         self._answerer = Answerer(variants, limits, Breaker())
         self._seen, self._seen_ids = SeenUnits(), SeenUnits()
+        self._schemas = SchemaChecker()
         self._in_flight = 0
         self._loops: list[asyncio.Task[None]] = []
         self._audits: set[asyncio.Task[None]] = set()
@@ -76,6 +83,7 @@ class Gateway:
             task.cancel()
         # Audits on their way are waited for: one that was lost must be written as missing.
         await asyncio.gather(*self._loops, *self._audits, return_exceptions=True)
+        await self._schemas.stop()
         await asyncio.to_thread(self.writer.stop)
 
     def readiness(self) -> dict[str, Any]:
@@ -104,35 +112,72 @@ class Gateway:
         """Ask one variant who it is."""
         self.cards[name] = await self.variants[name].describe()
 
-    async def check(self, request: GenerationRequest, headers: Mapping[str, str]) -> Question:
-        """Turn a parsed request into a question with its assignment; raises RequestError."""
+    async def check(self, request: GenerationRequest, headers: Mapping[str, str]) -> tuple[Question, ...]:
+        """Turn a parsed request into its questions, one for each wanted answer; raises RequestError.
+
+        All have one unit and one assignment, and the first alone is audited: the unit is what counts.
+        """
         card = self._card(request.model)
-        prompt_ids = await asyncio.to_thread(self._prompt_ids, request, card)
+        use = self._tool_use(request)
+        check_biases(request, card)
+        check_ending(request, use)
+        sampling = sampling_of(request, card.sampling, fallback_seed=secrets.randbits(31))
+        if use.must_call:
+            sampling = replace(sampling, json_schema=use.schema())
+        if sampling.json_schema is not None:
+            await self._schemas.check(sampling.json_schema)
+        ids = await asyncio.to_thread(prompt_ids, request, use, self.tokenizer, card)
+        max_tokens = room_for_answer(request, len(ids), card, self.limits.default_max_tokens)
         request_id = self._request_id(headers.get(REQUEST_HEADER, ""))
         unit = session_unit(headers, request.user, request_id)
-        sampling = sampling_of(request, fallback_seed=secrets.randbits(31))
-        return Question(
+        first = Question(
             request_id=request_id,
             unit=unit,
-            prompt_ids=tuple(prompt_ids),
-            max_tokens=_max_tokens(request, len(prompt_ids), card),
+            prompt_ids=ids,
+            max_tokens=max_tokens,
             sampling=sampling,
             stops=request.stops(),
-            stop_ids=frozenset(card.eos_ids),
-            assignment=self._assign(len(prompt_ids), unit),
+            stop_ids=frozenset() if request.ignore_eos else frozenset(card.eos_ids),
+            assignment=self._assign(len(ids), unit),
+            tools=use,
         )
+        return (first, *(self._sibling(first, i) for i in range(1, request.num_choices())))
 
-    def begin(self, question: Question) -> tuple[Progress, AsyncGenerator[Delta, None]]:
-        """Start an answer; raises RequestError when too many run. The record is written when it ends."""
-        if self._in_flight >= self.limits.max_concurrent:
+    async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
+        """Return a prompt's ids, and how long prompt and answer may be together."""
+        card = self._card(self.model_name if request.model is None else request.model)
+        ids = await asyncio.to_thread(tokenize, request, self.tokenizer, card)
+        return {"count": len(ids), "max_model_len": card.max_context_tokens, "tokens": list(ids)}
+
+    def begin(self, questions: Sequence[Question]) -> list[tuple[Progress, AsyncGenerator[Delta, None]]]:
+        """Start answers; raises RequestError when too many run. Each one's record is written when it ends."""
+        if self._in_flight + len(questions) > self.limits.max_concurrent:
             raise RequestError(
                 f"{self._in_flight} requests are in flight (limit {self.limits.max_concurrent}); retry later",
                 status=429,
                 code="overloaded",
                 retry_after_s=1,
             )
+        return [self._begin_one(question) for question in questions]
+
+    def _begin_one(self, question: Question) -> tuple[Progress, AsyncGenerator[Delta, None]]:
         progress = self._answerer.begin(question)
-        return progress, self._run(question, progress)
+        deltas, reader = self._run(question, progress), question.tools.reader()
+        return progress, deltas if reader is None else read_calls(deltas, reader)
+
+    def _tool_use(self, request: GenerationRequest) -> ToolUse:
+        if not isinstance(request, ChatRequest):
+            return NO_TOOLS
+        return tool_use(request, template_of(self.tokenizer))
+
+    def _sibling(self, first: Question, index: int) -> Question:
+        """Return the question of another answer to the same request: its own id, its own seed."""
+        return replace(
+            first,
+            request_id=self._request_id(f"{first.request_id}.{index}"),
+            sampling=replace(first.sampling, seed=first.sampling.seed + index),
+            assignment=replace(first.assignment, is_audited=False),
+        )
 
     async def _run(self, question: Question, progress: Progress) -> AsyncGenerator[Delta, None]:
         self._in_flight += 1
@@ -147,7 +192,10 @@ class Gateway:
                 progress.outcome = Outcome.CANCELLED
             raise
         except RequestError as error:
-            progress.outcome, progress.error = Outcome.FAILED, progress.error or error.message
+            # A request that nobody could answer says nothing of the variant that was asked.
+            is_callers = error.status < 500 and error.status != 429
+            progress.outcome = Outcome.CANCELLED if is_callers else Outcome.FAILED
+            progress.error = progress.error or error.message
             raise
         except Exception as error:  # the request handler: log, count as failed, answer with an error
             log.exception("request %s failed", question.request_id)
@@ -202,20 +250,6 @@ class Gateway:
             )
         return card
 
-    def _prompt_ids(self, request: GenerationRequest, card: ModelCard) -> list[int]:
-        if isinstance(request, ChatRequest):
-            return chat_ids(self.tokenizer, request.messages)
-        prompt = request.single_prompt()
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        if wrong := [i for i in prompt if not 0 <= i < card.vocab_size]:
-            raise RequestError(
-                f"prompt has token id {wrong[0]}; ids of this model are 0 to {card.vocab_size - 1}",
-                code="invalid_value",
-                param="prompt",
-            )
-        return prompt
-
     async def _poll(self) -> None:
         while True:
             try:
@@ -236,9 +270,11 @@ class Gateway:
 def session_unit(headers: Mapping[str, str], user: str | None, request_id: str) -> str:
     """Return the statistical unit: session if named, else user, else API key, else the request itself."""
     session = headers.get(SESSION_HEADER)
-    if session is not None and not 0 < len(session) <= MAX_SESSION_CHARS:
+    is_plain = session is None or (session.isascii() and session.isprintable())
+    if session is not None and not (is_plain and 0 < len(session) <= MAX_SESSION_CHARS):
         raise RequestError(
-            f"header {SESSION_HEADER} has {len(session)} characters; send 1 to {MAX_SESSION_CHARS}",
+            f"header {SESSION_HEADER} has {len(session)} characters; send 1 to {MAX_SESSION_CHARS}, "
+            "printable and of ASCII",
             code="invalid_value",
             param=SESSION_HEADER,
         )
@@ -248,22 +284,6 @@ def session_unit(headers: Mapping[str, str], user: str | None, request_id: str) 
     with suppress(UnicodeEncodeError):
         return f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}" if key else request_id
     return request_id
-
-
-def _max_tokens(request: GenerationRequest, prompt_tokens: int, card: ModelCard) -> int:
-    param = "messages" if isinstance(request, ChatRequest) else "prompt"
-    room, wanted = card.max_context_tokens - prompt_tokens, request.wanted_tokens()
-    if prompt_tokens < 1:
-        raise RequestError("the prompt has no tokens; send some text", code="empty_string", param=param)
-    if room < 1 or (wanted is not None and wanted > room):
-        raise RequestError(
-            f"{param} has {prompt_tokens} tokens"
-            + (f" and max_tokens is {wanted}" if wanted is not None else "")
-            + f", but the model's context is {card.max_context_tokens} tokens; shorten one of them",
-            code="context_length_exceeded",
-            param=param,
-        )
-    return min(DEFAULT_MAX_TOKENS, room) if wanted is None else wanted
 
 
 def _record(question: Question, progress: Progress, *, total_ms: float) -> RequestRecord:

@@ -12,7 +12,13 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from sentei.serving.engine.request import EngineRequest, ScoreRequest, ScoreResult, TokenChunk
-from sentei.serving.errors import BadLogitsError, EngineBusyError, EngineRefusedError, VariantError
+from sentei.serving.errors import (
+    BadLogitsError,
+    EngineBusyError,
+    EngineRefusedError,
+    GrammarError,
+    VariantError,
+)
 from sentei.serving.ports import AuditJob, ModelCard
 
 CONTROL_TIMEOUT_S = 30.0
@@ -22,7 +28,7 @@ SUBMIT_TIMEOUT_S = 5.0
 def translate(variant: str, error: Exception) -> Exception:
     """Say in our words what went wrong behind a handle."""
     cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, EngineBusyError | EngineRefusedError):
+    if isinstance(cause, EngineBusyError | EngineRefusedError | GrammarError):
         return cause
     if isinstance(cause, BackPressureError):
         return EngineBusyError(f"variant {variant!r} has a full queue; retry later")

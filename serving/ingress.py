@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -14,10 +14,24 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Receive, Scope, Send
 
 from sentei.serving import wire
+from sentei.serving.access import KeyBook
 from sentei.serving.answer import Delta, Progress, Question
+from sentei.serving.choices import interleave
 from sentei.serving.errors import RequestError
 from sentei.serving.gateway import REQUEST_HEADER, Gateway
-from sentei.serving.openai import ChatRequest, CompletionRequest, GenerationRequest, error_body, parse_request
+from sentei.serving.middleware import add_middleware, error_response
+from sentei.serving.openai.answers import (
+    ChatChunk,
+    ChatCompletion,
+    Model,
+    ModelList,
+    TextChunk,
+    TextCompletion,
+    Tokens,
+)
+from sentei.serving.openai.document import add_document, describe
+from sentei.serving.openai.fields import error_body, parse_request
+from sentei.serving.openai.requests import ChatRequest, CompletionRequest, GenerationRequest, TokenizeRequest
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +47,7 @@ class _EventStream(StreamingResponse):
                 await self.body_iterator.aclose()
 
 
-def build_api(gateway: Gateway) -> FastAPI:
+def build_api(gateway: Gateway, *, keys: KeyBook | None = None, cors_origins: Sequence[str] = ()) -> FastAPI:
     """Return the ASGI app over a gateway; its lifespan starts and stops the gateway."""
 
     @asynccontextmanager
@@ -44,41 +58,51 @@ def build_api(gateway: Gateway) -> FastAPI:
         finally:
             await gateway.stop()
 
-    api = FastAPI(title="Sentei", lifespan=lifespan, docs_url=None, redoc_url=None)
+    api = FastAPI(title="Sentei", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     api.add_exception_handler(RequestError, _answer_request_error)
     api.add_exception_handler(StarletteHTTPException, _answer_http_error)
+    api.add_exception_handler(Exception, _answer_surprise)
     _add_openai_routes(api, gateway)
     _add_health_routes(api, gateway)
+    add_middleware(api, keys or KeyBook(), cors_origins)
+    add_document(api)
     return api
 
 
 def _add_openai_routes(api: FastAPI, gateway: Gateway) -> None:
-    @api.get("/v1/models")
+    @api.get("/v1/models", **describe(answer=ModelList, errors=(401, 429)))
+    @api.get("/v1/models/", include_in_schema=False)
     async def models() -> JSONResponse:
         return JSONResponse(wire.models_body(gateway.model_name, gateway.created_s))
 
-    @api.get("/v1/models/{name:path}")
+    @api.get("/v1/models/{name:path}", **describe(answer=Model, errors=(401, 404, 429)))
     async def model(name: str) -> JSONResponse:
         if name != gateway.model_name:
             text = f"model {name[:80]!r} does not exist; this server has {gateway.model_name!r}"
             raise RequestError(text, status=404, code="model_not_found", param="model")
         return JSONResponse(wire.model_body(name, gateway.created_s))
 
-    @api.post("/v1/chat/completions")
+    @api.post("/v1/chat/completions", **describe(ChatRequest, answer=ChatCompletion, piece=ChatChunk))
     async def chat(request: Request) -> Any:
         return await _answer(gateway, request, ChatRequest)
 
-    @api.post("/v1/completions")
+    @api.post("/v1/completions", **describe(CompletionRequest, answer=TextCompletion, piece=TextChunk))
     async def completions(request: Request) -> Any:
         return await _answer(gateway, request, CompletionRequest)
+
+    @api.post("/tokenize", **describe(TokenizeRequest, answer=Tokens))
+    async def tokenize(request: Request) -> JSONResponse:
+        body = await _read_body(request, gateway.limits.max_body_bytes)
+        return JSONResponse(await gateway.tokenize(parse_request(TokenizeRequest, body)))
 
 
 def _add_health_routes(api: FastAPI, gateway: Gateway) -> None:
     @api.get("/healthz")
+    @api.get("/health", include_in_schema=False)
     async def healthz() -> JSONResponse:
         return JSONResponse({"ok": True})
 
-    @api.get("/readyz")
+    @api.get("/readyz", responses={503: {"description": "the model is still loading"}})
     async def readyz() -> JSONResponse:
         readiness = gateway.readiness()
         return JSONResponse(readiness, status_code=200 if readiness["ready"] else 503)
@@ -89,47 +113,59 @@ async def _answer(
 ) -> JSONResponse | StreamingResponse:
     body = await _read_body(http, gateway.limits.max_body_bytes)
     request: GenerationRequest = parse_request(kind, body)
-    question = await gateway.check(request, http.headers)
-    progress, deltas = gateway.begin(question)
+    questions = await gateway.check(request, http.headers)
+    begun = gateway.begin(questions)
+    progresses = [progress for progress, _ in begun]
+    deltas = interleave([answer for _, answer in begun])
     writer = wire.Wire(
-        request_id=question.request_id,
+        request_id=questions[0].request_id,
         model_name=gateway.model_name,
         is_chat=isinstance(request, ChatRequest),
-        tokenizer=gateway.tokenizer,
-        has_logprobs=question.sampling.num_top_logprobs is not None,
+        texts=gateway.texts,
+        has_logprobs=questions[0].sampling.num_top_logprobs is not None,
     )
-    num_prompt = len(question.prompt_ids)
+    num_prompt = len(questions[0].prompt_ids)
     if not request.stream:
+        pieces: list[list[Delta]] = [[] for _ in questions]
         async with aclosing(deltas):
-            pieces = [delta async for delta in deltas]
-        whole = writer.whole(pieces, progress, num_prompt)
-        return JSONResponse(whole, headers=_headers(http, question, progress))
+            async for index, delta in deltas:
+                pieces[index].append(delta)
+        whole = writer.whole(pieces, progresses, num_prompt)
+        return JSONResponse(whole, headers=_headers(http, questions[0], progresses[0]))
     # The first piece decides the status and the headers, so it is awaited before anything is sent.
     first = await anext(deltas)
     usage_for = num_prompt if request.wants_usage() else None
-    events = _events(writer, deltas, progress, first=first, usage_for=usage_for)
-    return _EventStream(events, media_type="text/event-stream", headers=_headers(http, question, progress))
+    events = _events(writer, deltas, progresses, first=first, usage_for=usage_for)
+    headers = _headers(http, questions[0], progresses[first[0]])
+    return _EventStream(events, media_type="text/event-stream", headers=headers)
 
 
 async def _events(
     writer: wire.Wire,
-    deltas: AsyncGenerator[Delta, None],
-    progress: Progress,
+    deltas: AsyncGenerator[tuple[int, Delta], None],
+    progresses: Sequence[Progress],
     *,
-    first: Delta,
+    first: tuple[int, Delta],
     usage_for: int | None,
 ) -> AsyncGenerator[str, None]:
+    begun: set[int] = set()
+
+    def piece(index: int, delta: Delta) -> str:
+        body = writer.chunk(index, delta, progresses[index], is_first=index not in begun)
+        begun.add(index)
+        return wire.event(body)
+
     async with aclosing(deltas):
-        yield wire.event(writer.chunk(first, progress, is_first=True))
+        yield piece(*first)
         try:
-            async for delta in deltas:
-                if delta.text or delta.logprobs or delta.finish_reason is not None:
-                    yield wire.event(writer.chunk(delta, progress, is_first=False))
+            async for index, delta in deltas:
+                if delta.text or delta.logprobs or delta.calls or delta.finish_reason is not None:
+                    yield piece(index, delta)
         except RequestError as error:  # headers are out: the error must travel inside the stream
             yield wire.error_event(error)
             return
         if usage_for is not None:
-            yield wire.event(writer.usage_chunk(progress, usage_for))
+            yield wire.event(writer.usage_chunk(progresses, usage_for))
         yield wire.DONE
 
 
@@ -165,14 +201,20 @@ async def _read_body(http: Request, limit_bytes: int) -> bytes:
 
 async def _answer_request_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)
-    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+    return error_response(error)
 
 
 async def _answer_http_error(http: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException | StarletteHTTPException)
     text = f"{http.method} {http.url.path}: {error.detail}"
-    code = "not_found" if error.status_code == 404 else "http_error"
-    return JSONResponse(
-        error_body(RequestError(text, status=error.status_code, code=code)), status_code=error.status_code
-    )
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    headers = dict(error.headers or {})
+    if "GET" in headers.get("Allow", "") and "HEAD" not in headers["Allow"]:
+        headers["Allow"] += ", HEAD"
+    body = error_body(RequestError(text, status=error.status_code, code=code))
+    return JSONResponse(body, status_code=error.status_code, headers=headers)
+
+
+async def _answer_surprise(_: Request, __: Exception) -> JSONResponse:
+    """Answer what nobody foresaw in the shape that clients read; Starlette logs it with its traceback."""
+    return error_response(RequestError("internal error; see the server's log", status=500))

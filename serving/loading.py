@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sentei.serving.engine.request import NEUTRAL, Sampling
 from sentei.serving.errors import ConfigError
 from sentei.serving.settings import VariantOptions
 
@@ -18,6 +19,8 @@ class ServedModel:
     max_context_tokens: int
     vocab_size: int
     eos_ids: tuple[int, ...]
+    tokenizer: Any
+    sampling: Sampling = NEUTRAL
 
 
 def load_served_model(options: VariantOptions) -> ServedModel:
@@ -38,6 +41,27 @@ def load_served_model(options: VariantOptions) -> ServedModel:
         max_context_tokens=int(config.max_position_embeddings),
         vocab_size=int(config.vocab_size),
         eos_ids=tuple(sorted(end_tokens(model, loaded.tokenizer))),
+        tokenizer=loaded.tokenizer,
+        sampling=default_sampling(getattr(model, "generation_config", None)),
+    )
+
+
+def default_sampling(config: Any) -> Sampling:
+    """Return what Transformers' `generate` does by itself: greedy, unless the config says `do_sample`."""
+
+    def named(field: str, neutral: Any) -> Any:
+        value = getattr(config, field, None)
+        return neutral if value is None else value
+
+    penalty = float(named("repetition_penalty", 1.0))
+    if not named("do_sample", False):
+        return Sampling(repetition_penalty=penalty)
+    return Sampling(
+        temperature=float(named("temperature", 1.0)),
+        top_p=float(named("top_p", 1.0)),
+        top_k=int(named("top_k", 0)) or None,
+        min_p=float(named("min_p", 0.0)),
+        repetition_penalty=penalty,
     )
 
 

@@ -8,7 +8,14 @@ from typing import Any, Protocol
 
 from sentei.monitors.records import AuditScore, AuditStatus, RequestRecord
 from sentei.policies.signals import RoutingTable
-from sentei.serving.engine.request import EngineRequest, ScoreRequest, ScoreResult, TokenChunk
+from sentei.serving.engine.request import (
+    NEUTRAL,
+    EngineRequest,
+    Sampling,
+    ScoreRequest,
+    ScoreResult,
+    TokenChunk,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +31,7 @@ class ModelCard:
     rung_ids: tuple[str, ...]
     pid: int
     fault: dict[str, Any] | None = None
+    sampling: Sampling = NEUTRAL  # of a request that says nothing: the model's generation_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,5 +111,5 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Turn ids into text."""
 
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         """Render a conversation as the model was trained on it."""

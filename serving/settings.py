@@ -19,7 +19,12 @@ class Limits(_Options):
     """What the ingress accepts, and how long it waits."""
 
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
-    max_concurrent: int = Field(default=64, ge=1, description="requests in flight; more get a 429")
+    max_concurrent: int = Field(default=64, ge=1, description="answers in flight; more get a 429")
+    default_max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="answer of a request without max_tokens [default: to the context's end]",
+    )
     first_token_timeout_s: float = Field(default=60.0, gt=0)
     token_timeout_s: float = Field(default=30.0, gt=0, description="longest pause inside a stream")
     poll_every_s: float = Field(default=0.25, gt=0, description="how often the routing table is read")
@@ -78,6 +83,9 @@ class AppArgs(EngineOptions):
     mirror_every_s: float = Field(default=5.0, gt=0)
     controller: bool = True
     allow_faults: bool = Field(default=False, description="let the admin API plant faults, for drills")
+    api_keys_file: str | None = Field(default=None, description="YAML list of keys for /v1 [default: open]")
+    operators_file: str | None = Field(default=None, description="YAML list of operators' tokens and roles")
+    cors_origins: tuple[str, ...] = Field(default=(), description="pages of these origins may call /v1")
     limits: Limits = Limits()
 
     def logical_name(self) -> str:

@@ -28,6 +28,7 @@ class ModelServer:
     def __init__(self, options: VariantOptions) -> None:
         import torch
 
+        from sentei.serving.engine.grammar import Grammars
         from sentei.serving.engine.runner import ModelRunner
 
         torch.set_num_threads(options.threads)
@@ -36,7 +37,9 @@ class ModelServer:
         self._served: ServedModel = load_served_model(options)
         self._retrofit = attach_retrofit(self._served.model, options)
         self._limits = options.limits(self._served.max_context_tokens)
-        runner = ModelRunner(self._served.model, self._retrofit)
+        served = self._served
+        grammars = Grammars(served.tokenizer, served.vocab_size, served.eos_ids)
+        runner = ModelRunner(served.model, self._retrofit, grammars)
         self._warm_up(runner)
         self._engine = Engine(runner, self._limits)
         self._engine.start()
@@ -63,6 +66,7 @@ class ModelServer:
             rung_ids=self._rung_ids(),
             pid=os.getpid(),
             fault=self._fault,
+            sampling=self._served.sampling,
         )
 
     async def plant(self, fault: dict[str, Any] | None) -> None:

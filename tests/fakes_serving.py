@@ -47,7 +47,7 @@ class FakeTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return bytes(i - 1 for i in token_ids if i != EOS_ID).decode(errors="replace")
 
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         return "".join(f"<{m['role']}>{m['content']}" for m in conversation)
 
 

@@ -191,7 +191,6 @@ def _run_story(
     seed: int,
     watch: Watch,
 ) -> StoryEnd:
-    admin.plant_fault(story.fault)
     _, held_out = split_documents(bench.corpus)
     prefix = f"{story.name}-{int(time.time())}"
     prompts = prompt_mix(bench.loaded.tokenizer, held_out, options=size.mix, seed=seed, prefix=prefix)
@@ -201,8 +200,13 @@ def _run_story(
         time.sleep(LEAD_S)
         started = time.monotonic()
         policy = demo_policy(f"demo-{story.name}", size)
-        # An earlier demo in the same home has left the second story's policy in quarantine.
-        rollout_id = admin.start_rollout(policy, "demo.yaml", release_quarantine=True)["rollout_id"]
+        # An earlier demo in the same home has left the second story's policy in quarantine, and the first
+        # story is promoted when the second one begins. The fault comes after the start, not before: what the
+        # first story's sessions meet belongs to the first story.
+        rollout_id = admin.start_rollout(policy, "demo.yaml", release_quarantine=True, replace=True)[
+            "rollout_id"
+        ]
+        admin.plant_fault(story.fault)
         found = admin.rollout(rollout_id)
         while found["outcome"] not in OUTCOMES and time.monotonic() - started < size.max_rollout_s:
             time.sleep(POLL_S)
@@ -210,7 +214,7 @@ def _run_story(
             watch(story, found, traffic.totals)
         seconds = time.monotonic() - started
         if found["outcome"] not in OUTCOMES:
-            admin.command(rollout_id, "abort", by="demo", reason=f"no outcome in {size.max_rollout_s:.0f} s")
+            admin.command(rollout_id, "abort", reason=f"no outcome in {size.max_rollout_s:.0f} s")
     totals = traffic.totals
     return StoryEnd(
         name=story.name,

@@ -31,13 +31,24 @@ class AdminClient:
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
 
     def start_rollout(
-        self, policy_text: str, source: str = "policy.yaml", *, release_quarantine: bool = False
+        self,
+        policy_text: str,
+        source: str = "policy.yaml",
+        *,
+        release_quarantine: bool = False,
+        replace: bool = False,
     ) -> dict[str, Any]:
         """Start a rollout of a policy's YAML text; returns at least `rollout_id`.
 
-        A policy that was rolled back is quarantined by digest and rung until somebody releases it by hand.
+        A policy that was rolled back is quarantined by digest and rung until somebody releases it by hand. A
+        promoted rollout is followed only with `replace`: its share of sparse ends then.
         """
-        body = {"policy": policy_text, "source": source, "release_quarantine": release_quarantine}
+        body = {
+            "policy": policy_text,
+            "source": source,
+            "release_quarantine": release_quarantine,
+            "replace": replace,
+        }
         return self._call("POST", "/admin/v1/rollouts", body)
 
     def rollouts(self) -> list[dict[str, Any]]:
@@ -49,16 +60,14 @@ class AdminClient:
         """Return one rollout's state, verdicts and reason."""
         return self._call("GET", f"/admin/v1/rollouts/{rollout_id}")
 
-    def command(self, rollout_id: str, kind: str, *, by: str, reason: str = "") -> dict[str, Any]:
-        """Send an operator's order: pause, resume, promote, approve, abort or retry."""
-        body = {"kind": kind, "by": by, "reason": reason}
+    def command(self, rollout_id: str, kind: str, *, reason: str = "") -> dict[str, Any]:
+        """Send an operator's order: pause, resume, promote, approve, abort or retry; the token says whose."""
+        body = {"kind": kind, "reason": reason}
         return self._call("POST", f"/admin/v1/rollouts/{rollout_id}/commands", body)
 
-    def edit_policy(
-        self, rollout_id: str, policy_text: str, source: str = "policy.yaml", *, by: str
-    ) -> dict[str, Any]:
+    def edit_policy(self, rollout_id: str, policy_text: str, source: str = "policy.yaml") -> dict[str, Any]:
         """Give a running rollout a safer policy; returns the changes, or raises with every unsafe field."""
-        body = {"policy": policy_text, "source": source, "by": by}
+        body = {"policy": policy_text, "source": source}
         return self._call("POST", f"/admin/v1/rollouts/{rollout_id}/policy", body)
 
     def plant_fault(self, fault: Mapping[str, Any] | None) -> None:

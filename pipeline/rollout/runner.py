@@ -27,6 +27,7 @@ from sentei.monitors.signals_reader import SignalQuery, read_signals
 from sentei.monitors.store import Store
 from sentei.pipeline.plain import to_plain
 from sentei.pipeline.rollout.revisions import STARTED, PolicyBook, take_revision
+from sentei.pipeline.rollout.succession import REPLACED, add_successor, close_former
 from sentei.policies.engine import (
     Decision,
     RolloutState,
@@ -83,11 +84,13 @@ def start_rollout(
     about: Mapping[str, str] | None = None,
     rollout_id: str | None = None,
     releases_quarantine: bool = False,
+    replaces: bool = False,
 ) -> Rollout:
     """Write a rollout down; the controller takes up the newest one.
 
-    Raises PolicyError, RolloutError for an id that cannot name a folder, and QuarantineError if this
-    policy was rolled back at one of its rungs before and the operator does not release it.
+    Raises PolicyError, RolloutError for an id that cannot name a folder, QuarantineError if this policy was
+    rolled back at one of its rungs before and the operator does not release it, and StartRefusedError while
+    another rollout is not over, or is promoted and the operator does not say that this one `replaces` it.
     """
     policy = load_policy(policy_text, "policy")
     moment = datetime.fromtimestamp(now_s, UTC).strftime("%Y%m%d-%H%M%S")
@@ -104,7 +107,7 @@ def start_rollout(
         created_at_s=now_s,
         about=dict(about or {}),
     )
-    store.add_rollout(rollout)
+    add_successor(store, rollout, replaces=replaces)
     return rollout
 
 
@@ -181,12 +184,15 @@ class RolloutRunner:
 
     def _resume(self, token: int, now_s: float) -> tuple[RolloutState, float]:
         """Return the state of the newest event and its time; the first event if there is none."""
-        event = self._log.latest(self.rollout.rollout_id)
+        event = self._log.resume(self.rollout.rollout_id)
         if event is not None:
             state = state_from_json(event.state)
+            if state.outcome == REPLACED:
+                raise RolloutError(f"rollout {state.rollout_id!r} is over: {state.reason}.")
             if state.policy_digest != self.policy.digest:  # edited, by this controller or another
                 self.policy = self._book.find(self.rollout.rollout_id, state.policy_digest)
             return state, event.at_s
+        close_former(self._store, self.rollout, token=token, now_s=now_s)
         state = initial_state(self.policy, self.rollout.rollout_id, now_s)
         payload = {
             "reason": "started",

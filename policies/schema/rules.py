@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sentei.policies.schema.metrics import COLUMNS, METRICS
-from sentei.policies.schema.operations import Data
+from sentei.policies.schema.operations import Breaker, Data, Schedule
 from sentei.policies.schema.sections import (
     Advance,
     Assignment,
@@ -28,7 +28,11 @@ from sentei.policies.schema.sections import (
     Slices,
     Stage,
 )
+from sentei.policies.schema.units import format_duration, why_no_person
 
+BOUND_LEAST, BOUND_MOST = 1e-4, 0.5  # of a value's range: less is never proven, more lets nearly all pass
+KL_CAP_MOST = 20.0  # nats; two next-token distributions rarely differ by more
+SHORTEST_S, LONGEST_LEASE_S = 0.1, 3600.0  # between two looks, and of a routing table nobody renews
 RATIO_LIMIT = 2.0  # audit.compute_ratio is capped at twice dense
 RESERVED_IDS = frozenset({"breaker", "no_data", "stage_max", "operator", "evidence", "dense"})
 _TEST_OF_BOUND = {
@@ -271,9 +275,13 @@ def _bound_faults(path: Path, item: Guardrail, bound: Bound, audit: Audit) -> It
     if item.test in ("beta_binomial", "event_split") and not is_event:
         yield Fault((*path, "test"), item.test, f"{item.value} is no event; use betting or betting_paired")
     limit = audit.values.kl.cap if item.value == "audit.kl" else 1.0
-    for name, number in ((kind, value), ("floor_cap", bound.floor_cap)):
-        if kind != "ratio" and number is not None and number >= limit:
-            yield Fault((*where, name), number, f"must lie below {limit:g} {metric.unit}")
+    if kind != "ratio" and not BOUND_LEAST * limit <= value <= BOUND_MOST * limit:
+        allowed = f"{BOUND_LEAST * limit:g} to {BOUND_MOST * limit:g}"
+        unit = "of the sessions" if is_event else metric.unit
+        message = f"must lie in {allowed} {unit}: less is never proven, with more nearly all passes"
+        yield Fault((*where, kind), value, message)
+    if kind != "ratio" and bound.floor_cap is not None and bound.floor_cap >= limit:
+        yield Fault((*where, "floor_cap"), bound.floor_cap, f"must lie below {limit:g} {metric.unit}")
 
 
 def _action_faults(path: Path, item: Guardrail) -> Iterator[Fault]:
@@ -319,6 +327,37 @@ def times_are_ordered(data: Data) -> Iterator[Fault]:
         yield Fault(("data", "no_data", "after"), data.no_data.after, "must be longer than grace")
 
 
+def times_protect(breaker: Breaker, data: Data, schedule: Schedule) -> Iterator[Fault]:
+    """Looks, leases and windows are long enough to be kept and short enough to protect somebody."""
+    for path, value, longest in (
+        (("breaker", "variant", "window"), breaker.variant.window, None),
+        (("data", "max_age"), data.max_age, None),
+        (("data", "monitor_lease"), data.monitor_lease, LONGEST_LEASE_S),
+        (("schedule", "check_every"), schedule.check_every, LONGEST_LEASE_S),
+    ):
+        if value < SHORTEST_S or (longest is not None and value > longest):
+            rest = "" if longest is None else f" and at most {format_duration(longest)}"
+            yield Fault(path, format_duration(value), f"must be at least {format_duration(SHORTEST_S)}{rest}")
+    if breaker.variant.failure_share == 0:
+        path = ("breaker", "variant", "failure_share")
+        yield Fault(path, 0.0, "must be above 0: no request at all would be too many failures")
+
+
+def kl_is_capped(audit: Audit) -> Iterator[Fault]:
+    """The cap of KL is a number that real answers come near; else no mean is ever far from 0."""
+    if audit.values.kl.cap > KL_CAP_MOST:
+        path = ("audit", "values", "kl", "cap")
+        yield Fault(path, audit.values.kl.cap, f"must be at most {KL_CAP_MOST:g} nats")
+
+
+def approvers_are_plain(stages: tuple[Stage, ...]) -> Iterator[Fault]:
+    """Who may approve is a name that nobody takes for another."""
+    for index, stage in enumerate(stages):
+        for place, name in enumerate(stage.approval.by if stage.approval else ()):
+            if reason := why_no_person(name):
+                yield Fault(("stages", index, "approval", "by", place), name, reason)
+
+
 def salt_is_plain(assignment: Assignment) -> Iterator[Fault]:
     """A salt is printable, so that two people mean the same one."""
     if not assignment.salt.isprintable():
@@ -340,5 +379,8 @@ RULES: tuple[Callable[..., Iterator[Fault]], ...] = (
     signals_are_sound,
     benefit_is_reachable,
     times_are_ordered,
+    times_protect,
+    kl_is_capped,
+    approvers_are_plain,
     salt_is_plain,
 )

@@ -126,7 +126,7 @@ class Bound(Section):
     excess_over_floor: Number | None = Field(
         default=None, description="mean of value - floor, in the metric's unit"
     )
-    ratio: Annotated[float, Field(ge=1, le=100)] | None = Field(
+    ratio: Annotated[Number, Field(ge=1, le=100)] | None = Field(
         None, description="sparse rate over dense rate"
     )
     over: Seconds | None = Field(
@@ -145,7 +145,7 @@ class Guardrail(Section):
     per: Literal["slice", "all"] = "slice"
     action: GuardrailAction
     advance: Literal["all_safe", "no_harm"] | None = Field(default=None, description="default: advance.need")
-    alpha: Annotated[float, Field(gt=0, lt=0.5)] | None = Field(
+    alpha: Annotated[Number, Field(lt=0.5)] | None = Field(
         default=None, description="own share of alpha_total"
     )
 
@@ -158,7 +158,7 @@ class Guardrail(Section):
 class Guardrails(Section):
     """All gates and the error budget they share."""
 
-    alpha_total: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    alpha_total: Annotated[Number, Field(lt=0.5)] = 0.05
     detector_arl: Annotated[StrictInt, Field(ge=100, le=10**9)] = 10_000
     items: Annotated[tuple[Guardrail, ...], Field(min_length=1, max_length=64)]
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 from sentei.serving.engine.attention_use import AttentionUse
 
 DENSE_RUNG = "dense"
+GREEDY_BELOW = 1e-5  # temperature: the second token is 100,000 nats apart for each nat of the logits
 
 
 class FinishReason(StrEnum):
@@ -15,27 +16,53 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"  # said by the ingress of a finished answer that holds calls, by no engine
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen: temperature 0 is greedy; token i depends on (seed, i) only."""
+    """How the next token is chosen; the same for every engine, and neutral unless it says otherwise.
 
-    temperature: float = 0.0
+    What depends on the past (penalties, grammar) is counted by the engine from prompt and answer, `sent_ids`
+    included: an answer that goes on elsewhere goes on as if nothing had happened. The order is: grammar and
+    bias, penalties, temperature, top_k, top_p, min_p. Token i of an answer is drawn by (seed, i) only.
+    Log-probabilities are the model's own, before any of this.
+    """
+
+    temperature: float = 0.0  # below GREEDY_BELOW: the most likely token
     top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0  # of the most likely token's probability
+    repetition_penalty: float = 1.0  # of every token in prompt or answer: positive logits are divided by it
+    presence_penalty: float = 0.0  # subtracted from the logit of every token of the answer, once
+    frequency_penalty: float = 0.0  # and once for each time that it came
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    json_schema: str | None = None  # a JSON Schema that the whole answer must follow
     seed: int = 0
     num_top_logprobs: int | None = None  # None: no log-probabilities; 0: of the chosen token only
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken without a draw."""
+        return self.temperature < GREEDY_BELOW
+
+
+NEUTRAL = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One generation; `sent_ids` were already sent to the client by another variant and are continued."""
+    """One generation; `sent_ids` were already sent to the client by another variant and are continued.
+
+    `stop_ids` are the only tokens that end an answer: an engine with rules of its own ignores those. They are
+    empty where the caller wants `max_tokens` whatever the model says (`ignore_eos`).
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     max_tokens: int  # of the whole answer, `sent_ids` included
     rung_id: str = DENSE_RUNG
-    sampling: Sampling = Sampling()
+    sampling: Sampling = NEUTRAL
     sent_ids: tuple[int, ...] = ()
     stop_ids: frozenset[int] = frozenset()
 

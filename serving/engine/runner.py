@@ -12,8 +12,9 @@ import torch
 from transformers import DynamicCache
 
 from sentei.serving.engine.attention_use import AttentionMeter, AttentionUse, Call
+from sentei.serving.engine.grammar import Grammars
 from sentei.serving.engine.request import DENSE_RUNG, EngineRequest, ScoreRequest, ScoreResult, TokenLogprob
-from sentei.serving.engine.sampler import sample_token
+from sentei.serving.engine.sampler import Sampler
 from sentei.serving.errors import BadLogitsError, EngineRefusedError
 
 MEASURED_ROWS = 16  # of one replay: what its dropped mass is measured in, spread evenly over the answer
@@ -56,8 +57,8 @@ class _Live:
 
     request: EngineRequest
     cache: Any
+    sampler: Sampler
     next_id: int = -1
-    num_tokens: int = 0
     compute_s: float = 0.0
     meter: AttentionMeter = field(default_factory=AttentionMeter)
 
@@ -84,8 +85,11 @@ class _Scores:
 class ModelRunner:
     """Prefill, decode and replay; all calls come from one thread."""
 
-    def __init__(self, model: Any, retrofit: Retrofit | None = None) -> None:
+    def __init__(
+        self, model: Any, retrofit: Retrofit | None = None, grammars: Grammars | None = None
+    ) -> None:
         self._model = model
+        self._grammars = grammars
         self._device = model.device
         self._live: dict[str, _Live] = {}
         self._rung_id = DENSE_RUNG
@@ -93,7 +97,8 @@ class ModelRunner:
 
     def prefill(self, request: EngineRequest) -> tuple[TokenLogprob, float]:
         """Feed the prompt and what was sent already; returns the next token and the model seconds so far."""
-        live = _Live(request, DynamicCache(config=self._model.config), num_tokens=len(request.sent_ids))
+        sampler = Sampler(request, self._grammars)  # first: a grammar that is none costs no pass
+        live = _Live(request, DynamicCache(config=self._model.config), sampler)
         self._live[request.request_id] = live
         return self._advance(live, [*request.prompt_ids, *request.sent_ids])
 
@@ -150,8 +155,8 @@ class ModelRunner:
         logits = self._forward(ids, live.cache, keep=1)[0]
         if self.retrofit is not None:
             live.meter.add(self.retrofit.stats().calls)
-        token = sample_token(logits, live.request.sampling, live.num_tokens)
-        live.next_id, live.num_tokens = token.token_id, live.num_tokens + 1
+        token = live.sampler.choose(logits)
+        live.next_id = token.token_id
         live.compute_s += _cpu_s() - start_s
         return token, live.compute_s
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from sentei.serving.engine.attention_use import AttentionUse, LayerUse
-from sentei.serving.errors import EngineBusyError, VariantError
+from sentei.serving.errors import EngineBusyError, GrammarError, VariantError
 from sentei.serving.gateway import Gateway
 from sentei.serving.ingress import build_api
 from sentei.serving.settings import Limits
@@ -385,7 +385,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         bad(CHAT, chat("x" * 64), 400, "context_length_exceeded", "64 tokens", param="messages"),
         bad(CHAT, chat(max_tokens=60), 400, "context_length_exceeded", "max_tokens is 60", param="messages"),
         bad(CHAT, chat(""), 400, "empty_string", "no tokens", param="messages"),
-        bad(CHAT, chat(stop=[""]), 400, "invalid_value", "stop", param="stop"),
+        bad(CHAT, chat(stop=[""]), 400, "invalid_value", "''", param="stop.0"),
         bad(CHAT, chat("x" * 4000), 413, "request_too_large", "2048 bytes", param=None),
         bad(TEXT, {"model": MODEL, "prompt": [300]}, 400, "invalid_value", "300", param="prompt"),
         bad(TEXT, {"model": MODEL, "prompt": "x" * 65}, 400, "context_length_exceeded", "65", param="prompt"),
@@ -415,12 +415,57 @@ async def test_session_id_that_is_too_long() -> None:
     assert (response.status_code, response.json()["error"]["param"]) == (400, "x-session-id")
 
 
+@pytest.mark.parametrize("session", [b"\xff\xfe", b"a\tb"])
+async def test_session_id_of_other_bytes_is_refused(session: bytes) -> None:
+    """A session id that is no plain text is a 400, not a surprise further on."""
+    async with World().run() as client:
+        response = await client.post(CHAT, json=chat(), headers=[(b"x-session-id", session)])
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "x-session-id")
+
+
+async def test_request_that_nobody_could_answer_does_not_count_against_a_variant() -> None:
+    """A schema that cannot be followed is the caller's fault: 400, no try on dense, no failure recorded."""
+    sparse = FakeVariant("sparse", fail_after=1, failure=GrammarError("response_format cannot be followed"))
+    world = World(sparse=sparse)
+    async with world.run() as client:
+        response = await post_chat(client)
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "response_format")
+    assert not world.dense.requests
+    assert world.store.requests[0].outcome == "cancelled"
+
+
+async def test_several_answers_are_requests_of_one_unit() -> None:
+    """Each answer has a record and a seed of its own; the unit is one, and one answer is audited."""
+    world = World(store=FakeStore(routing=(make_table(audit_share=1.0), 1)))
+    async with world.run() as client:
+        response = await client.post(CHAT, json=chat(n=3, seed=7), headers={"x-session-id": "s1"})
+
+    assert world.sparse is not None
+    assert [choice["index"] for choice in response.json()["choices"]] == [0, 1, 2]
+    assert sorted(request.sampling.seed for request in world.sparse.requests) == [7, 8, 9]
+    assert {record.session_id for record in world.store.requests} == {"s1"}
+    assert len({record.request_id for record in world.store.requests}) == 3
+    assert [record.chosen_for_audit for record in world.store.requests].count(True) == 1
+
+
+async def test_one_failed_answer_ends_its_siblings() -> None:
+    """When one of several answers cannot be given the request fails, and nothing goes on running for it."""
+    world = World(dense=FakeVariant("dense", fail_after=2, failure=VariantError("dense", "error")))
+    async with world.run() as client:
+        response = await post_chat(client, content="short", n=4)
+
+    assert response.status_code == 503
+    assert world.dense.closed == len(world.dense.requests) == 4
+
+
 async def test_too_many_requests_at_once() -> None:
     """Beyond the limit a request gets a 429 with a time to come back."""
     world = World(limits=LIMITS.model_copy(update={"max_concurrent": 1}))
     async with world.run() as client:
-        question = await world.gateway.check(_parsed(), {})
-        _, deltas = world.gateway.begin(question)
+        questions = await world.gateway.check(_parsed(), {})
+        ((_, deltas),) = world.gateway.begin(questions)
         await anext(deltas)
         response = await post_chat(client)
         await deltas.aclose()
@@ -430,7 +475,7 @@ async def test_too_many_requests_at_once() -> None:
 
 
 def _parsed() -> Any:
-    from sentei.serving.openai import ChatRequest
+    from sentei.serving.openai.requests import ChatRequest
 
     return ChatRequest.model_validate(chat())
 

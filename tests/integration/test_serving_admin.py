@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
+from sentei.monitors.signals_reader import SignalQuery, read_signals
 from sentei.monitors.store import Store
-from sentei.serving.admin import TOKEN_VARIABLE, add_admin_routes, check_token
+from sentei.serving.access import Operator, OperatorBook, Role
+from sentei.serving.admin import add_admin_routes
 from sentei.serving.controller import Controller
-from sentei.serving.errors import RequestError
 from sentei.serving.gateway import Gateway
 from sentei.serving.ingress import build_api
 from sentei.serving.settings import Limits
@@ -24,6 +26,9 @@ from tests.fakes_serving import MODEL, FakeClock, FakeTokenizer, FakeVariant
 
 POLICY = (Path(__file__).parents[2] / "policies" / "examples" / "demo.yaml").read_text(encoding="utf-8")
 HEADERS = {"authorization": "Bearer secret"}
+NAMES = {Role.LOOK: "looker", Role.OPERATE: "operator", Role.APPROVE: "admin"}
+ADMIN = Operator(name="secretary", token_sha256=hashlib.sha256(b"secret").hexdigest(), role=Role.APPROVE)
+OPERATORS = [Operator(name=name, token=role.value * 8, role=role) for role, name in NAMES.items()]
 
 
 @dataclass
@@ -39,7 +44,11 @@ class Office:
 
 @asynccontextmanager
 async def open_office(
-    folder: Path, *, has_sparse: bool = True, allow_faults: bool = False
+    folder: Path,
+    *,
+    has_sparse: bool = True,
+    allow_faults: bool = False,
+    operators: Sequence[Operator] = (),
 ) -> AsyncIterator[Office]:
     """Serve over ASGI with one store for ingress and controller."""
     sparse, clock = FakeVariant("sparse"), FakeClock()
@@ -50,7 +59,8 @@ async def open_office(
             variants, store, tokenizer=FakeTokenizer(), model_name=MODEL, limits=limits, note="no adapter"
         )
         api = build_api(gateway)
-        add_admin_routes(api, gateway, store, allow_faults=allow_faults, now_s=clock)
+        book = OperatorBook([ADMIN, *operators])
+        add_admin_routes(api, gateway, store, operators=book, allow_faults=allow_faults, now_s=clock)
         controller = Controller(store, mirror=None, reports=folder, clock=clock)
         async with api.router.lifespan_context(api):
             for name in variants:
@@ -60,33 +70,48 @@ async def open_office(
                 yield Office(client, store, controller, sparse, clock)
 
 
-@pytest.fixture(autouse=True)
-def token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operations API is on."""
-    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
-
-
 async def start(office: Office, **fields: Any) -> httpx.Response:
     """Start the demo's policy."""
     return await office.client.post("/admin/v1/rollouts", json={"policy": POLICY, **fields})
 
 
 @pytest.mark.parametrize(
-    ("given", "expected", "status", "code"),
+    ("role", "path", "body", "status"),
     [
-        ("", "secret", 401, "invalid_admin_token"),
-        ("Bearer wrong", "secret", 401, "invalid_admin_token"),
-        ("secret", "secret", 401, "invalid_admin_token"),
-        ("Bearer ", "", 403, "admin_disabled"),
-        ("Bearer é", "secret", 401, "invalid_admin_token"),
+        ("look", "", {"policy": POLICY}, 403),
+        ("operate", "", {"policy": POLICY}, 201),
+        ("look", "/none/commands", {"kind": "abort"}, 403),
+        ("operate", "/none/commands", {"kind": "abort"}, 404),
+        ("operate", "/none/commands", {"kind": "promote"}, 403),
+        ("approve", "/none/commands", {"kind": "promote"}, 404),
+        ("look", "/none/policy", {"policy": POLICY}, 403),
     ],
 )
-def test_token_is_needed(given: str, expected: str, status: int, code: str) -> None:
-    """A wrong token is a 401; no token set where the app runs switches the API off."""
-    with pytest.raises(RequestError) as caught:
-        check_token(given, expected)
+async def test_role_decides_what_a_token_may_do(
+    tmp_path: Path, role: str, path: str, body: dict[str, Any], status: int
+) -> None:
+    """Who may look reads everything and changes nothing; to let a rollout advance is a role of its own."""
+    async with open_office(tmp_path, operators=OPERATORS) as office:
+        headers = {"authorization": f"Bearer {role * 8}"}
+        listed = await office.client.get("/admin/v1/rollouts", headers=headers)
+        response = await office.client.post(f"/admin/v1/rollouts{path}", json=body, headers=headers)
 
-    assert (caught.value.status, caught.value.code) == (status, code)
+    assert (listed.status_code, response.status_code) == (200, status)
+
+
+async def test_order_carries_the_name_of_its_token(tmp_path: Path) -> None:
+    """Who gave an order is known by the token; a name in the body is refused."""
+    async with open_office(tmp_path, operators=OPERATORS) as office:
+        headers = {"authorization": f"Bearer {'operate' * 8}"}
+        rollout_id = (await start(office)).json()["rollout_id"]
+        path = f"/admin/v1/rollouts/{rollout_id}/commands"
+        forged = await office.client.post(path, json={"kind": "pause", "by": "eve"}, headers=headers)
+        await office.client.post(path, json={"kind": "pause"}, headers=headers)
+        query = SignalQuery(rollout_id, frozenset(), health_window_s=60.0, audit_limit_s=60.0)
+        orders = read_signals(office.store, query, cursor=0, now_s=0.0).commands
+
+    assert (forged.status_code, forged.json()["error"]["param"]) == (400, "by")
+    assert [(order.kind, order.by) for order in orders] == [("pause", "operator")]
 
 
 async def test_rollout_is_started_taken_up_and_shown(tmp_path: Path) -> None:
@@ -129,7 +154,7 @@ async def test_command_acts_at_the_next_tick(tmp_path: Path) -> None:
         rollout_id = (await start(office)).json()["rollout_id"]
         office.controller.tick()
         second = await start(office)
-        order = {"kind": "abort", "by": "ann", "reason": "drill"}
+        order = {"kind": "abort", "reason": "drill"}
         taken = await office.client.post(f"/admin/v1/rollouts/{rollout_id}/commands", json=order)
         office.clock.now_s += 1
         office.controller.tick()
@@ -148,8 +173,8 @@ async def test_command_acts_at_the_next_tick(tmp_path: Path) -> None:
         ("rollouts", {"policy": POLICY.replace("id: bold", "id: wild")}, 400, "'wild'"),
         ("rollouts", {}, 400, "policy is missing"),
         ("rollouts", {"policy": POLICY, "rollout_id": "../x"}, 400, "rollout_id"),
-        ("rollouts/none/commands", {"kind": "abort", "by": "ann"}, 404, "'none'"),
-        ("rollouts/none/commands", {"kind": "explode", "by": "ann"}, 400, "'explode'"),
+        ("rollouts/none/commands", {"kind": "abort"}, 404, "'none'"),
+        ("rollouts/none/commands", {"kind": "explode"}, 400, "'explode'"),
     ],
 )
 async def test_bad_orders(tmp_path: Path, path: str, body: dict[str, Any], status: int, words: str) -> None:
@@ -170,6 +195,24 @@ async def test_dense_only_app_refuses_a_rollout(tmp_path: Path) -> None:
 
     assert (response.status_code, response.json()["error"]["code"]) == (409, "no_sparse_variant")
     assert "no adapter" in response.json()["error"]["message"]
+
+
+async def test_an_order_to_a_rollout_that_is_over_is_refused(tmp_path: Path) -> None:
+    """The controller runs the newest rollout only, so nobody is told that an older one will act."""
+    async with open_office(tmp_path) as office:
+        first = (await start(office, rollout_id="first")).json()["rollout_id"]
+        office.controller.tick()
+        path, order = f"/admin/v1/rollouts/{first}/commands", {"kind": "abort"}
+        await office.client.post(path, json=order)
+        office.clock.now_s += 1
+        office.controller.tick()
+        again = await start(office, rollout_id="second", release_quarantine=True)
+        late = await office.client.post(path, json={**order, "kind": "retry"})
+        about = (await office.client.get("/admin/v1/rollouts/second")).json()["about"]
+
+    assert (again.status_code, about["started_by"]) == (201, "secretary")
+    assert (late.status_code, late.json()["error"]["code"]) == (409, "rollout_over")
+    assert "'second' was started after it" in late.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("allow_faults", [True, False])
@@ -228,7 +271,7 @@ async def test_safer_edit_is_taken_at_the_next_tick(tmp_path: Path) -> None:
 
 async def edit(office: Office, rollout_id: str, policy: str) -> httpx.Response:
     """Ask for an edit of a running rollout."""
-    body = {"policy": policy, "by": "ann"}
+    body = {"policy": policy}
     return await office.client.post(f"/admin/v1/rollouts/{rollout_id}/policy", json=body)
 
 
@@ -268,7 +311,7 @@ async def test_policy_that_failed_before_cannot_be_edited_into(tmp_path: Path) -
     async with open_office(tmp_path) as office:
         first = (await start(office, policy=failed, rollout_id="first")).json()["rollout_id"]
         office.controller.tick()
-        order = {"kind": "abort", "by": "ann"}
+        order = {"kind": "abort"}
         await office.client.post(f"/admin/v1/rollouts/{first}/commands", json=order)
         office.clock.now_s += 1
         office.controller.tick()

@@ -214,6 +214,8 @@ def test_mirror_report_and_replay_read_the_old_log(store: Store) -> None:
 
 def test_the_log_keeps_the_resolved_policy(store: Store) -> None:
     """A rollout that starts now carries every default, so that no later one changes it."""
+    store.add_command("midway", "abort", by="ann", at_s=MIDWAY_S)
+    RolloutRunner.open(store, "midway", RunnerOptions("new")).tick(MIDWAY_S)
     start_rollout(store, REWRITTEN.replace("salt: fixture", "salt: other"), now_s=MIDWAY_S, rollout_id="new")
     RolloutRunner.open(store, "new", RunnerOptions("new")).tick(MIDWAY_S)
 

@@ -51,6 +51,22 @@ def test_missing_file_is_bad_input(
     assert "nowhere.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["policy", "lint"], ["policy", "explain"], ["rollout", "start"]])
+def test_a_policy_that_is_no_utf8_names_the_file(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file saved as UTF-16 is one line with its name and exit code 2."""
+    policy = tmp_path / "wide.yaml"
+    policy.write_text(DEMO_POLICY.read_text(encoding="utf-8"), encoding="utf-16")
+    monkeypatch.setattr("sys.argv", ["sentei", *words, str(policy)])
+
+    with pytest.raises(SystemExit) as ended:
+        run()
+
+    assert ended.value.code == ExitCode.BAD_INPUT
+    assert "wide.yaml is not UTF-8" in capsys.readouterr().err.replace("\n", "")
+
+
 def test_schema_is_json() -> None:
     """`policy schema` prints a JSON Schema."""
     done = CliRunner().invoke(app, ["policy", "schema"])
@@ -82,21 +98,20 @@ def test_unreachable_app_names_address_and_way_out(monkeypatch: pytest.MonkeyPat
 
 
 def test_edit_prints_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`rollout edit` sends the file to the newest rollout under the user's name, and shows the answer."""
-    sent: list[tuple[str, str]] = []
+    """`rollout edit` sends the file to the newest rollout, and shows the answer."""
+    sent: list[str] = []
 
-    def take(self: AdminClient, rollout_id: str, text: str, source: str, *, by: str) -> dict[str, object]:
-        sent.append((rollout_id, by))
+    def take(self: AdminClient, rollout_id: str, text: str, source: str) -> dict[str, object]:
+        sent.append(rollout_id)
         return {"rollout_id": rollout_id, "seq": 3, "changes": ["spec.stages[c25].share: 0.25 -> 0.1"]}
 
     monkeypatch.setattr(AdminClient, "rollouts", lambda self: [{"rollout_id": "newest"}])
     monkeypatch.setattr(AdminClient, "edit_policy", take)
-    monkeypatch.setattr("getpass.getuser", lambda: "ann")
 
     done = CliRunner().invoke(app, ["rollout", "edit", str(DEMO_POLICY), "--json"])
 
     assert done.exit_code == ExitCode.OK
-    assert sent == [("newest", "ann")]
+    assert sent == ["newest"]
     assert json.loads(done.stdout)["changes"] == ["spec.stages[c25].share: 0.25 -> 0.1"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.serving.engine.request import EngineRequest, Sampling, ScoreRequest
 from sentei.serving.engine.runner import ModelRunner
-from sentei.serving.engine.sampler import sample_token
-from sentei.serving.errors import BadLogitsError, EngineRefusedError
+from sentei.serving.errors import EngineRefusedError
 
 PROMPT = tuple(range(5, 45))
 
@@ -104,10 +102,18 @@ def test_requests_do_not_mix(model: Any) -> None:
     assert [found["a"], found["b"]] == [greedy(model, r.prompt_ids, 4) for r in requests]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_continuation_goes_on_as_if_nothing_had_happened(model: Any, temperature: float) -> None:
-    """An answer continued behind its first tokens, greedy or sampled, is the answer in one go."""
-    runner, sampling = ModelRunner(model), Sampling(temperature=temperature, seed=3)
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=1.0, seed=3),
+    Sampling(repetition_penalty=1.7, presence_penalty=0.5, frequency_penalty=0.5),
+    Sampling(temperature=0.9, seed=3, top_k=20, min_p=0.01, top_p=0.9, frequency_penalty=1.5),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_continuation_goes_on_as_if_nothing_had_happened(model: Any, sampling: Sampling) -> None:
+    """An answer continued behind its first tokens, however it is sampled, is the answer in one go."""
+    runner = ModelRunner(model)
     whole = answer(runner, EngineRequest("a", PROMPT, 8, sampling=sampling))
 
     rest = answer(runner, EngineRequest("b", PROMPT, 8, sampling=sampling, sent_ids=tuple(whole[:5])))
@@ -196,32 +202,3 @@ def test_rung_without_adapter_is_refused(model: Any) -> None:
     """A dense-only model does not pretend to run a rung."""
     with pytest.raises(EngineRefusedError, match="'medium'"):
         ModelRunner(model).prefill(EngineRequest("a", PROMPT, 4, rung_id="medium"))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_broken_logits_are_a_typed_error(value: float) -> None:
-    """NaN or infinite logits never become a token."""
-    logits = torch.tensor([0.0, value, 1.0])
-
-    with pytest.raises(BadLogitsError, match="1 of 3 logits"):
-        sample_token(logits, Sampling(), 0)
-
-
-def test_same_seed_same_token_and_top_p_cuts_the_tail() -> None:
-    """Draws repeat by seed and position, and never leave the nucleus."""
-    logits = torch.tensor([2.0, 1.9, -3.0, -3.0])
-    sampling = Sampling(temperature=1.0, top_p=0.9, seed=5)
-
-    drawn = [sample_token(logits, sampling, i).token_id for i in range(50)]
-
-    assert drawn == [sample_token(logits, sampling, i).token_id for i in range(50)]
-    assert set(drawn) == {0, 1}
-
-
-def test_logprobs_of_chosen_and_best() -> None:
-    """The chosen token's log-probability comes with as many alternatives as were asked for."""
-    found = sample_token(torch.tensor([0.0, 1.0, 0.0]), Sampling(num_top_logprobs=2), 0)
-
-    assert found.token_id == found.top[0][0] == 1
-    assert found.logprob == pytest.approx(found.top[0][1])
-    assert len(found.top) == 2

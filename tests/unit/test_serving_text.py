@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sentei.serving.openai import Message
-from sentei.serving.text import Detokenizer, StopScanner, chat_ids
+from sentei.serving.openai.messages import SystemMessage, UserMessage
+from sentei.serving.text.chat import chat_ids
+from sentei.serving.text.pieces import Detokenizer, StopScanner
 from tests.fakes_serving import FakeTokenizer
 
 
@@ -75,7 +76,7 @@ def test_scanner_agrees_with_search_in_the_whole(texts: list[str]) -> None:
 def test_conversation_without_template_is_plain_lines() -> None:
     """A base model gets the plain texts; a chat model gets its template."""
     tokenizer = FakeTokenizer()
-    messages = [Message(role="system", content="a"), Message(role="user", content="b")]
+    messages = [SystemMessage(role="system", content="a"), UserMessage(role="user", content="b")]
     plain = tokenizer.decode(chat_ids(tokenizer, messages))
     tokenizer.chat_template = "x"
 

@@ -1,0 +1,220 @@
+"""Who may call: API keys for `/v1` with limits of their own, and operators' tokens with a name and a role."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from sentei.serving.errors import ConfigError, RequestError
+
+KEYS_VARIABLE = "SENTEI_API_KEYS"  # `name=key`, or `key` alone, separated by commas
+TOKEN_VARIABLE = "SENTEI_ADMIN_TOKEN"
+MAX_FAILURES, FAILURES_WINDOW_S = 10, 60.0
+MAX_CALLERS = 10_000
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Secret = Annotated[str, Field(min_length=16, max_length=512)]
+Name = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class Role(StrEnum):
+    """What an operator may do; each may do what stands before it, too."""
+
+    LOOK = "look"  # read
+    OPERATE = "operate"  # start, edit, pause, resume, abort, retry, faults
+    APPROVE = "approve"  # let a rollout advance: promote, approve
+
+    def covers(self, needed: Role) -> bool:
+        """Whether this role may do what needs another."""
+        order = list(Role)
+        return order.index(self) >= order.index(needed)
+
+
+class _Entry(BaseModel):
+    # Neither a file's secrets nor a digest may stand in an error.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    name: Name
+
+
+class ApiKey(_Entry):
+    """One key; the limits hold in each ingress."""
+
+    key: Secret | None = Field(default=None, repr=False)
+    key_sha256: Digest | None = Field(default=None, repr=False)
+    max_concurrent: int | None = Field(default=None, ge=1)
+    requests_per_minute: int | None = Field(default=None, ge=1)
+
+    @property
+    def digest(self) -> str:
+        """The hash of the key."""
+        return self.key_sha256 or _digest(self.key or "")
+
+
+class Operator(_Entry):
+    """One operator's token."""
+
+    token: Secret | None = Field(default=None, repr=False)
+    token_sha256: Digest | None = Field(default=None, repr=False)
+    role: Role
+
+    @property
+    def digest(self) -> str:
+        """The hash of the token."""
+        return self.token_sha256 or _digest(self.token or "")
+
+
+Entry = TypeVar("Entry", ApiKey, Operator)
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _find(entries: Sequence[Entry], authorization: str) -> Entry | None:
+    """Return who sent `Bearer SECRET`; the time it takes does not depend on how much of a secret is right."""
+    scheme, _, secret = authorization.partition(" ")
+    given = hashlib.sha256(secret.strip().encode(errors="surrogateescape")).hexdigest()
+    found = None
+    for entry in entries:
+        if hmac.compare_digest(entry.digest, given):
+            found = entry
+    return found if scheme.lower() == "bearer" else None
+
+
+def _read_entries(path: str, kind: type[Entry]) -> tuple[Entry, ...]:
+    place = Path(path).expanduser().absolute()
+    try:
+        found = yaml.safe_load(place.read_text(encoding="utf-8"))
+        entries: list[Entry] = TypeAdapter(list[kind]).validate_python(found)  # type: ignore[valid-type]
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise ConfigError(f"{place}: {error}") from error
+    except yaml.YAMLError as error:  # its own words quote the file, secrets included
+        raise ConfigError(
+            f"{place} is no YAML: see {getattr(error, 'problem_mark', 'its syntax')!s:.20}"
+        ) from None
+    secret = "key" if kind is ApiKey else "token"
+    for entry in entries:
+        if (getattr(entry, secret) is None) == (getattr(entry, f"{secret}_sha256") is None):
+            raise ConfigError(f"{place}: {entry.name!r} needs either {secret} or {secret}_sha256")
+    if len({entry.name for entry in entries}) < len(entries):
+        raise ConfigError(f"{place} has a name twice; names tell people apart")
+    return tuple(entries)
+
+
+class KeyBook:
+    """All API keys, and what each has in flight; without any key everybody may call."""
+
+    def __init__(self, keys: Sequence[ApiKey] = (), clock: Callable[[], float] = time.monotonic) -> None:
+        self._keys = tuple(keys)
+        self._clock = clock
+        self._in_flight = dict.fromkeys((key.name for key in keys), 0)
+        self._tokens: dict[str, tuple[float, float]] = {}  # of a bucket: how full, and when that was
+
+    @classmethod
+    def read(cls, path: str | None) -> KeyBook:
+        """Read the file, if one is named, and the environment; raises ConfigError."""
+        keys = list(_read_entries(path, ApiKey)) if path is not None else []
+        listed = [part.strip() for part in os.environ.get(KEYS_VARIABLE, "").split(",") if part.strip()]
+        for i, part in enumerate(listed):
+            name, is_named, key = part.partition("=")
+            try:
+                keys.append(ApiKey(name=name if is_named else f"env-{i}", key=key if is_named else part))
+            except ValidationError as error:
+                raise ConfigError(f"{KEYS_VARIABLE}, entry {i + 1}: {error}") from error
+        return cls(keys)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no key is needed."""
+        return not self._keys
+
+    def enter(self, authorization: str) -> ApiKey | None:
+        """Let a call in and count it; raises RequestError 401 or 429. `leave` must follow."""
+        if self.is_open:
+            return None
+        key = _find(self._keys, authorization)
+        if key is None:
+            text = "wrong or missing API key; send `Authorization: Bearer KEY`"
+            raise RequestError(text, status=401, code="invalid_api_key")
+        if key.max_concurrent is not None and self._in_flight[key.name] >= key.max_concurrent:
+            text = f"key {key.name!r} has {self._in_flight[key.name]} requests in flight, which is its limit"
+            raise RequestError(text, status=429, code="rate_limit_exceeded", retry_after_s=1)
+        self._spend(key)
+        self._in_flight[key.name] += 1
+        return key
+
+    def leave(self, key: ApiKey | None) -> None:
+        """Note that a call has ended."""
+        if key is not None:
+            self._in_flight[key.name] -= 1
+
+    def _spend(self, key: ApiKey) -> None:
+        limit = key.requests_per_minute
+        if limit is None:
+            return
+        now_s = self._clock()
+        full, at_s = self._tokens.get(key.name, (float(limit), now_s))
+        full = min(float(limit), full + (now_s - at_s) * limit / 60)
+        if full < 1:
+            wait_s = int((1 - full) * 60 / limit) + 1
+            text = f"key {key.name!r} has sent its {limit} requests a minute; retry in {wait_s} s"
+            raise RequestError(text, status=429, code="rate_limit_exceeded", retry_after_s=wait_s)
+        self._tokens[key.name] = (full - 1, now_s)
+
+
+class OperatorBook:
+    """All operators' tokens; guesses are counted by the caller's address."""
+
+    def __init__(
+        self, operators: Sequence[Operator] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._operators = tuple(operators)
+        self._clock = clock
+        self._failures: OrderedDict[str, list[float]] = OrderedDict()
+
+    @classmethod
+    def read(cls, path: str | None) -> OperatorBook:
+        """Read the file, if one is named, and the environment's token, whose name is `admin`."""
+        operators = list(_read_entries(path, Operator)) if path is not None else []
+        if token := os.environ.get(TOKEN_VARIABLE, ""):
+            digest = _digest(token)
+            operators.append(Operator(name="admin", token_sha256=digest, role=Role.APPROVE))
+        return cls(operators)
+
+    def check(self, authorization: str, caller: str, needed: Role) -> Operator:
+        """Return who calls; raises RequestError for a wrong token, too many of them, or too small a role."""
+        if not self._operators:
+            text = f"the operations API is off: set {TOKEN_VARIABLE} where the app runs, and restart it"
+            raise RequestError(text, status=403, code="admin_disabled")
+        self._check_failures(caller)
+        operator = _find(self._operators, authorization)
+        if operator is None:
+            self._failures.setdefault(caller, []).append(self._clock())
+            text = f"wrong or missing admin token; send `Authorization: Bearer ${TOKEN_VARIABLE}`"
+            raise RequestError(text, status=401, code="invalid_admin_token")
+        if not operator.role.covers(needed):
+            text = f"{operator.name!r} has role {operator.role.value!r}; this needs {needed.value!r}"
+            raise RequestError(text, status=403, code="role_too_small")
+        return operator
+
+    def _check_failures(self, caller: str) -> None:
+        now_s = self._clock()
+        recent = [at_s for at_s in self._failures.pop(caller, []) if now_s - at_s < FAILURES_WINDOW_S]
+        if recent:
+            self._failures[caller] = recent
+        while len(self._failures) > MAX_CALLERS:
+            self._failures.popitem(last=False)
+        if len(recent) >= MAX_FAILURES:
+            wait_s = int(FAILURES_WINDOW_S - (now_s - recent[0])) + 1
+            text = f"{len(recent)} wrong admin tokens from {caller}; retry in {wait_s} s"
+            raise RequestError(text, status=429, code="too_many_attempts", retry_after_s=wait_s)

@@ -1,0 +1,145 @@
+"""API keys with their limits, operators' tokens with their roles, and the files both come from."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from sentei.serving.access import (
+    KEYS_VARIABLE,
+    MAX_FAILURES,
+    TOKEN_VARIABLE,
+    ApiKey,
+    KeyBook,
+    Operator,
+    OperatorBook,
+    Role,
+)
+from sentei.serving.errors import ConfigError, RequestError
+from tests.fakes_serving import FakeClock
+
+KEY, OTHER = "k" * 20, "o" * 20
+
+
+def status_of(book: KeyBook, authorization: str) -> int:
+    """How a call ends."""
+    try:
+        book.enter(authorization)
+    except RequestError as error:
+        return error.status
+    return 200
+
+
+def test_without_keys_everybody_may_call() -> None:
+    """No file and no variable: the API is open, as before."""
+    assert KeyBook().is_open
+    assert KeyBook().enter("") is None
+
+
+@pytest.mark.parametrize(
+    "given", ["", "Bearer ", "Bearer wrong", KEY, f"Basic {KEY}", "Bearer \udcff", "Bearer " + KEY[:-1]]
+)
+def test_wrong_key_is_a_401(given: str) -> None:
+    """Whatever is sent instead of a key, the answer is the same."""
+    assert status_of(KeyBook([ApiKey(name="a", key=KEY)]), given) == 401
+
+
+def test_each_key_has_its_own_limits() -> None:
+    """A key beyond its requests in flight or a minute gets a 429, the others do not notice."""
+    clock = FakeClock()
+    keys = [
+        ApiKey(name="a", key=KEY, max_concurrent=1),
+        ApiKey(name="b", key_sha256=hashlib.sha256(OTHER.encode()).hexdigest(), requests_per_minute=2),
+    ]
+    book = KeyBook(keys, clock)
+    first = book.enter(f"Bearer {KEY}")
+    busy = status_of(book, f"Bearer {KEY}")
+    others = [status_of(book, f"bearer {OTHER}") for _ in range(3)]
+    book.leave(first)
+    clock.now_s += 30
+
+    assert busy == 429
+    assert others == [200, 200, 429]
+    assert [status_of(book, f"Bearer {secret}") for secret in (KEY, OTHER, OTHER)] == [200, 200, 429]
+
+
+def test_keys_of_file_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sources add up; an entry of the environment may have a name."""
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"- {{name: a, key: {KEY}}}\n", encoding="utf-8")
+    monkeypatch.setenv(KEYS_VARIABLE, f"bob={OTHER}, {'z' * 16}")
+
+    book = KeyBook.read(str(path))
+
+    found = [book.enter(f"Bearer {secret}") for secret in (KEY, OTHER, "z" * 16)]
+    assert [key.name for key in found if key is not None] == ["a", "bob", "env-1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- {name: a, key: hunter2}", "at least 16"),
+        ("- {name: a, key: hunter2hunter2hunter2, limit: 3}", "limit"),
+        ("- {name: a}", "either key or key_sha256"),
+        ("- {name: a, key: 'hunter2hunter2hunter2'}\n- {name: a, key: 'hunter2hunter2hunter3'}", "twice"),
+        ("- {name: a, key: hunter2hunter2hunter2", "no YAML"),
+    ],
+)
+def test_bad_file_is_named_without_its_secrets(tmp_path: Path, text: str, words: str) -> None:
+    """An error says which file and what is wrong, and never shows a key."""
+    path = tmp_path / "keys.yaml"
+    path.write_text(text, encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=words) as caught:
+        KeyBook.read(str(path))
+
+    assert str(path) in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def operators(clock: FakeClock) -> OperatorBook:
+    """One operator of each role; the token is the role's name, repeated."""
+    return OperatorBook([Operator(name=f"{r}er", token=r.value * 8, role=r) for r in Role], clock)
+
+
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("needed", Role)
+def test_each_role_may_do_its_own_and_less(role: Role, needed: Role) -> None:
+    """Who may only look is refused with his name and role; the name comes from the token."""
+    book, order = operators(FakeClock()), [Role.LOOK, Role.OPERATE, Role.APPROVE]
+    given = f"Bearer {role.value * 8}"
+
+    if order.index(role) >= order.index(needed):
+        assert book.check(given, "here", needed).name == f"{role}er"
+        return
+    with pytest.raises(RequestError, match=f"'{role}er' has role '{role}'; this needs '{needed}'") as caught:
+        book.check(given, "here", needed)
+    assert caught.value.status == 403
+
+
+def test_guessing_is_slowed_down_for_the_one_who_guesses() -> None:
+    """After ten wrong tokens in a minute an address waits, right token or not; others go on."""
+    clock, statuses = FakeClock(), []
+    book = operators(clock)
+    for given, caller in [*[("Bearer x", "bad")] * MAX_FAILURES, ("Bearer " + "look" * 8, "bad")]:
+        with pytest.raises(RequestError) as caught:
+            book.check(given, caller, Role.LOOK)
+        statuses.append(caught.value.status)
+    elsewhere = book.check("Bearer " + "look" * 8, "good", Role.LOOK)
+    clock.now_s += 61
+    later = book.check("Bearer " + "look" * 8, "bad", Role.LOOK)
+
+    assert statuses == [401] * MAX_FAILURES + [429]
+    assert elsewhere == later
+
+
+def test_token_of_the_environment_may_do_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one token of small installations is `admin`; without any the operations API is off."""
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    assert OperatorBook.read(None).check("Bearer secret", "here", Role.APPROVE).name == "admin"
+
+    monkeypatch.delenv(TOKEN_VARIABLE)
+    with pytest.raises(RequestError, match="is off"):
+        OperatorBook.read(None).check("Bearer ", "here", Role.LOOK)

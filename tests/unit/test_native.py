@@ -325,7 +325,7 @@ def test_a_struct_is_laid_out_as_the_program_declares_it() -> None:
 
     laid_out = fill_struct("Scores", **dict(reversed(by_name.items())))
 
-    assert fields[:5] == ("H", "Hkv", "n", "rows", "num_rows")
+    assert fields[:5] == ("H", "Hkv", "n", "rows", "row_tokens")
     assert list(laid_out) == list(range(len(fields)))
 
 

@@ -46,6 +46,7 @@ class StudyOptions:
     blocks_per_window: int = 8
     pools: tuple[int, ...] = (4, 16)
     ranks: tuple[int, ...] = (16, 32, 64)
+    query_pools: tuple[int, ...] = (1, 2, 4)  # queries that a low rank scores as one; trained on the most
     missed_needles: tuple[float, ...] = (0.003, 0.03)
     densities: tuple[float, ...] = (0.1, 0.2)  # of the blocks that may be chosen, over a layer's heads
     block_tokens: int = 64
@@ -91,9 +92,9 @@ def study(
     options = options if options is not None else StudyOptions()
     layers = {layer.index: layer for layer in thinnable_layers(loaded.model)}
     rows: list[StudyRow] = []
+    shapes = {index: _shape(layer, options, pool=1) for index, layer in layers.items()}
+    texts = _capture(loaded, corpus, shapes, options, progress)
     for pool in dict.fromkeys((*options.pools, 1)):
-        shapes = {index: _shape(layer, options, pool=pool) for index, layer in layers.items()}
-        texts = _capture(loaded, corpus, shapes, options, progress)
         for index, layer in counted(list(layers.items()), f"study pools of {pool}", progress):
             for form, scorer in _forms(layer, texts, options, pool):
                 rows += [
@@ -130,12 +131,15 @@ def _forms(
         if (other := make(shape, layer.scale)).shape.pool_tokens == 1:  # means have pools of their own
             yield f"untrained {name}", other
     for rank in options.ranks:
-        scorer = BlockScorer(replace(shape, form="low_rank", rank=rank), layer.scale)
+        together = max(options.query_pools)
+        scorer = BlockScorer(replace(shape, form="low_rank", rank=rank, query_pool=together), layer.scale)
         train_scorer(scorer, train, held_out, replace(_training(options, 0.0), max_epochs=0))
-        yield f"low rank {rank}, start", scorer
+        yield f"low rank {rank}, start", scorer.with_query_pool(1)
         low = _training(options, options.low_rank_learning_rate)
         train_scorer(scorer, train, held_out, low)
-        yield f"low rank {rank}, trained", scorer
+        for size in options.query_pools:
+            as_one = "" if size == 1 else f", {size} queries as one"
+            yield f"low rank {rank}, trained{as_one}", scorer.with_query_pool(size)
 
 
 def _training(options: StudyOptions, learning_rate: float) -> DistillOptions:

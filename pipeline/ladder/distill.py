@@ -193,12 +193,20 @@ def choose_scorer(
     means = replace(scorer.shape, form="residual", rank=1, pool_tokens=4, query_pool=1)
     untrained = BlockScorer(means, scorer.scale).eval()
     kl_untrained = mean_divergence(partial(divergence, untrained), held_out)
-    _, kl_after = train_scorer(scorer, train, held_out, options)
+    train_scorer(scorer, train, held_out, options)
     found_untrained = find_at(untrained, held_out)
     scorer, found = _pool_queries(scorer, held_out, options.lost_need, found_untrained.need_found)
+    if options.query_pool > 1 and scorer.shape.query_pool == 1:
+        # Heads that recall from token to token learn little from means; the start may know more.
+        start = BlockScorer(scorer.shape, scorer.scale).eval()
+        _start_low_rank(start, train)
+        found_start = find_at(start, held_out)
+        if found_start.need_found > found.need_found:
+            scorer, found = start, found_start
     if found.need_found < found_untrained.need_found:
-        scorer, kl_after, found = untrained, kl_untrained, found_untrained
-    return ChosenScorer(scorer, kl_untrained, kl_after, found, found_untrained)
+        scorer, found = untrained, found_untrained
+    kl_held_out = mean_divergence(partial(divergence, scorer), held_out)
+    return ChosenScorer(scorer, kl_untrained, kl_held_out, found, found_untrained)
 
 
 def _pool_queries(

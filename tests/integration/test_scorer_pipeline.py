@@ -129,7 +129,7 @@ def test_the_evaluation_has_the_promised_keys(story: Any, tmp_path: Path) -> Non
 def test_a_trained_choice_is_explained(story: Any, tmp_path: Path) -> None:
     """`explain` with the trained adapter: densities as counted; bolder keeps less, drops more."""
     loaded, adapter = resolve_model("pocket"), story[0]
-    text = load_corpus().documents[0].text[:6000]
+    text = load_corpus().documents[0].text[:4000]  # within the 2,048 tokens that the rungs were verified at
 
     mild, bold = (explain_prompt(loaded, adapter, text, rung=rung) for rung in ("mild", "bold"))
     with retrofit(loaded.model, adapter, "bold", base="best") as handle, torch.no_grad():

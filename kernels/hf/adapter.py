@@ -63,6 +63,11 @@ class Adapter:
                     f"query_block_tokens is {rows}, but layer {index} has blocks of {shape.block_tokens}; "
                     f"give a divisor of that, at least {BLOCK_MIN}: sentei calibrate --query-block"
                 )
+            if rows % shape.query_pool:
+                raise AdapterError(
+                    f"query_block_tokens is {rows}, but layer {index} scores {shape.query_pool} queries as "
+                    "one; give a multiple of that: sentei calibrate --query-block"
+                )
 
     @property
     def digest(self) -> str:
@@ -90,6 +95,7 @@ def new_adapter(
     pool_tokens: int = 16,
     block_tokens: int = 64,
     form: Form = "residual",
+    query_pool: int = 1,
     seed: int = 0,
 ) -> Adapter:
     """Return an adapter whose scorers have learned nothing yet; its ladder has `dense` only."""
@@ -97,7 +103,14 @@ def new_adapter(
     scorers: dict[int, BlockScorer] = {}
     for layer in thinnable_layers(model):
         shapes[layer.index] = ScorerShape(
-            layer.query_heads, layer.kv_heads, layer.head_dim, rank, pool_tokens, block_tokens, form
+            layer.query_heads,
+            layer.kv_heads,
+            layer.head_dim,
+            rank,
+            pool_tokens,
+            block_tokens,
+            form,
+            query_pool,
         )
         scorers[layer.index] = BlockScorer(shapes[layer.index], layer.scale, seed=seed + layer.index)
         scorers[layer.index].eval()

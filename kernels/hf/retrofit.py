@@ -203,7 +203,7 @@ class Retrofit:
             # A planted fault strikes the side cache, so layers that the rung leaves dense are not spared.
             if self._rung.thins(layer.index) or self.fault is not None:
                 pooled = self._update_pooled(layer, query, key)
-                if key.shape[2] >= self._rung.break_even_tokens:
+                if self._rung.covers(key.shape[2]):
                     return self._attend_sparse(layer, query, key, value, pooled)
         if layer is not None:
             self._record(layer, query, key, None)

@@ -21,7 +21,7 @@ from sentei.pipeline.home import HOME_VARIABLE, Home, sentei_home
 
 def run_demo(
     model: Annotated[
-        str, typer.Option("--model", help="pocket, gemma-3-270m, a folder or a hub id.")
+        str, typer.Option("--model", help="pocket, gemma-3-270m, smollm2-135m, a folder or a hub id.")
     ] = "pocket",
     reuse: Annotated[bool, typer.Option("--reuse", help="Keep the adapter made before.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the traffic.")] = 0,

@@ -123,21 +123,30 @@ def save_ladder(ladder: Ladder, folder: Path) -> None:
 def load_adapter(path: str | Path, model: nn.Module) -> Adapter:
     """Read an adapter for this model; an adapter of another model is refused by name."""
     folder = Path(path)
+    manifest = _manifest_from_dict(_read_json(folder / MANIFEST_FILE), folder)
+    _check_base(manifest.base, fingerprint(model, manifest.base.name), folder, model)
+    adapter = read_adapter(folder, next(model.parameters()).device)
+    return replace(adapter, low_rank=_load_low_rank(manifest.low_rank, folder, model))
+
+
+def read_adapter(path: str | Path, device: torch.device | str = "cpu") -> Adapter:
+    """Read scorers and ladder alone, for a process in which another library holds the model.
+
+    Whoever starts that process checks with `load_adapter` that adapter and model belong together.
+    """
+    folder = Path(path)
     data = _read_json(folder / MANIFEST_FILE)
     manifest = _manifest_from_dict(data, folder)
-    _check_base(manifest.base, fingerprint(model, manifest.base.name), folder, model)
     if not (folder / SCORER_FILE).is_file():
         raise AdapterError(f"{folder} has no {SCORER_FILE}; distill again")
     weights = load_file(folder / SCORER_FILE)
-    device = next(model.parameters()).device
     scorers = {
         index: _load_scorer(index, shape, float(data["scales"][str(index)]), weights, folder).to(device)
         for index, shape in manifest.shapes.items()
     }
     # Ladders of before 2026-11-26 do not name their query blocks: they were as long as key blocks.
     named = {"query_block_tokens": _block_tokens(manifest)} | _read_json(folder / LADDER_FILE)
-    ladder = ladder_from_dict(named)
-    return Adapter(manifest, scorers, ladder, folder, _load_low_rank(manifest.low_rank, folder, model))
+    return Adapter(manifest, scorers, ladder_from_dict(named), folder)
 
 
 def _block_tokens(manifest: Manifest) -> int:

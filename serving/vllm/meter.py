@@ -10,7 +10,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from sentei.serving.engine.attention_use import AttentionUse, LayerUse
 
@@ -24,6 +25,20 @@ class Use:
     compute_s: float = 0.0
     attention: AttentionUse | None = None
     has_bad_logits: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as vLLM's remote calls carry them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Use:
+        """Read back what `to_dict` gave."""
+        seen = found["attention"]
+        attention = None
+        if seen is not None:
+            layers = tuple(LayerUse(**layer) for layer in seen["layers"])
+            attention = AttentionUse(seen["sparse_calls"], seen["dense_calls"], layers)
+        return cls(found["compute_s"], attention, found["has_bad_logits"])
 
 
 @dataclass(slots=True)

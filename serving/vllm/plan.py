@@ -1,7 +1,7 @@
 """Which rows of a step are thinned, and how: a function of positions alone, never of how a prompt was cut.
 
 Before the user's prompt ends, rows choose in query blocks; behind it each row chooses by itself, also where
-vLLM computes several of an answer's rows at once: after a preemption, or behind tokens sent by another engine.
+vLLM computes several of an answer's rows at once: after a preemption, or behind tokens that were sent before.
 A query block whose first row sees fewer tokens than the rung's break-even keeps everything.
 """
 

@@ -36,12 +36,13 @@ class StepLayout:
 
     plan: StepPlan
     block_table: Tensor
+    dtype: torch.dtype
 
     @cached_property
     def dense_rows(self) -> DenseRows:
         """The dense parts as vLLM's kernel takes them."""
         spans = [(part.index, part.token, part.num_tokens, part.last) for part in self.plan.dense]
-        return pick_rows(spans, self.block_table)
+        return pick_rows(spans, self.block_table, self.dtype)
 
     @cached_property
     def spans(self) -> list[Span]:
@@ -70,13 +71,14 @@ class SenteiMetadata(CPUAttentionMetadata):
 
     parts: tuple[Part, ...] = ()
     prompt_ends: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
     layouts: dict[frozenset[str], StepLayout] = field(default_factory=dict)
 
     def layout(self, thinning: frozenset[str]) -> StepLayout:
         """Return the step's layout in layers that these rungs thin."""
         if thinning not in self.layouts:
             plan = plan_step(self.parts, self.prompt_ends, thinning)
-            self.layouts[thinning] = StepLayout(plan, self.block_table)
+            self.layouts[thinning] = StepLayout(plan, self.block_table, self.dtype)
         return self.layouts[thinning]
 
 
@@ -96,7 +98,7 @@ class SenteiBuilder(CPUAttentionMetadataBuilder):
         self._state.meter.set_rows({part.ticket: part.num_tokens for part in parts if part.ticket})
         if all(part.rung.is_dense for part in parts):
             return stock
-        return SenteiMetadata(**vars(stock), parts=tuple(parts), prompt_ends=tuple(ends))
+        return SenteiMetadata(**vars(stock), parts=tuple(parts), prompt_ends=tuple(ends), dtype=self.dtype)
 
     def _read_rows(self, common: Any) -> tuple[list[Part], list[int]]:
         assert self._state is not None
@@ -138,6 +140,10 @@ class SenteiImpl(CPUAttentionBackendImpl):
             return self._stock(layer, query, key, value, kv_cache, attn_metadata, output)
         pages = CpuPages.of(kv_cache, layer.isa)
         call = LayerCall(self, state, layer, index, pages, attn_metadata.layout(thinning))
+        call.feed(kv_cache.shape[0])
+        if call.layout.plan.thins_nothing:
+            note_dense(state, index, parts)
+            return self._stock(layer, query, key, value, kv_cache, attn_metadata, output)
         call.run(query, key, value, kv_cache, output.view(-1, self.num_heads, self.head_size))
         return output
 
@@ -167,10 +173,11 @@ def layer_index(name: str) -> int:
 
 def note_dense(state: WorkerState, index: int, parts: Sequence[Part]) -> None:
     """Count calls that kept everything, of requests that asked for a rung."""
+    block_q, block_k = state.ladder.query_block_tokens, state.scorers[index].shape.block_tokens
     for part in parts:
         if not part.rung.is_dense:
-            is_single = part.num_tokens == 1
-            state.meter.note_dense(part.ticket, index, causal=float(part.last), is_single=is_single)
+            causal = part.causal_blocks(block_q, block_k)
+            state.meter.note_dense(part.ticket, index, causal=causal, is_single=part.num_tokens == 1)
 
 
 @dataclass(slots=True)
@@ -184,12 +191,16 @@ class LayerCall:
     pages: CpuPages
     layout: StepLayout
 
+    def feed(self, num_pages: int) -> None:
+        """Keep the features of the step's keys, also of rows that are too short to be thinned yet."""
+        plan = self.layout.plan
+        with self.state.meter.attention(_weights(plan.fed, lambda part: part.num_tokens)):
+            self.state.pages(self.index, num_pages).update(self.pages.keys, self.layout.spans)
+
     def run(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, output: Tensor) -> None:
         """Fill output [tokens, Hq, D]."""
         meter, plan = self.state.meter, self.layout.plan
         scorer = self.state.pages(self.index, kv_cache.shape[0])
-        with meter.attention(_weights(plan.fed, lambda part: part.num_tokens)):
-            scorer.update(self.pages.keys, self.layout.spans)
         if plan.dense:
             with meter.attention(_weights(plan.dense, lambda part: part.num_tokens * part.last)):
                 attend_dense(self.impl, self.layer, query, kv_cache, self.layout.dense_rows, output)
@@ -201,7 +212,7 @@ class LayerCall:
             with meter.attention(_weights(parts, lambda part: part.last)):
                 kept = self._attend_singles(scorer, parts, query, tokens, tables, output)
             for part, mean in zip(parts, kept.float().mean(dim=1).tolist(), strict=True):
-                causal = float((part.last - 1) // scorer.block + 1)
+                causal = part.causal_blocks(1, scorer.block)
                 meter.note_blocks(part.ticket, self.index, kept=mean, causal=causal, is_single=True)
 
     def _attend_prompt(

@@ -46,7 +46,7 @@ class CpuPages:
         return PagedCache(self.keys, self.values, tables, torch.tensor(lengths, dtype=torch.int32))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DenseRows:
     """Which rows of a batch run through vLLM's kernel, and what it wants to know of them."""
 
@@ -54,15 +54,37 @@ class DenseRows:
     starts: Tensor
     lengths: Tensor
     tables: Tensor
+    dtype: torch.dtype
+    _scheduled: Tensor | None = None
+
+    def schedule(self, impl: Any, layer: Any) -> Tensor:
+        """Return how the kernel shares out the work; made once for the layers of a step, which are alike."""
+        if self._scheduled is None:
+            self._scheduled = ops.cpu_attn_get_scheduler_metadata(
+                num_reqs=len(self.lengths),
+                num_heads=impl.num_heads,
+                num_kv_heads=impl.num_kv_heads,
+                head_dim=impl.head_size,
+                seq_lens=self.lengths,
+                dtype=self.dtype,
+                query_start_loc=self.starts,
+                causal=True,
+                sliding_window_size=-1,
+                isa=layer.isa,
+                enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+                dynamic_causal=None,
+                kv_cache_dtype=impl.kv_cache_dtype,
+            )
+        return self._scheduled
 
 
-def pick_rows(spans: Sequence[tuple[int, int, int, int]], tables: Tensor) -> DenseRows:
+def pick_rows(spans: Sequence[tuple[int, int, int, int]], tables: Tensor, dtype: torch.dtype) -> DenseRows:
     """Gather rows (index, first token, tokens, length with the newest token) of a batch."""
     tokens = torch.cat([torch.arange(first, first + num) for _, first, num, _ in spans])
     counts = torch.tensor([0, *(num for _, _, num, _ in spans)], dtype=torch.int32)
     lengths = torch.tensor([length for *_, length in spans], dtype=torch.int32)
     picked = tables[torch.tensor([index for index, *_ in spans])].contiguous()
-    return DenseRows(tokens, counts.cumsum(0, dtype=torch.int32), lengths, picked)
+    return DenseRows(tokens, counts.cumsum(0, dtype=torch.int32), lengths, picked, dtype)
 
 
 def attend_dense(
@@ -73,21 +95,6 @@ def attend_dense(
     keys, values = kv_cache.view(pages, heads, size * 2, -1).chunk(2, dim=2)
     part = query[rows.tokens]
     out = torch.empty_like(part)
-    scheduled = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=len(rows.lengths),
-        num_heads=part.shape[1],
-        num_kv_heads=heads,
-        head_dim=part.shape[2],
-        seq_lens=rows.lengths,
-        dtype=part.dtype,
-        query_start_loc=rows.starts,
-        causal=True,
-        sliding_window_size=-1,
-        isa=layer.isa,
-        enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-        dynamic_causal=None,
-        kv_cache_dtype=impl.kv_cache_dtype,
-    )
     ops.cpu_attention_with_kv_cache(
         query=part,
         key_cache=keys,
@@ -101,7 +108,7 @@ def attend_dense(
         sliding_window=-1,
         block_table=rows.tables,
         softcap=impl.logits_soft_cap,
-        scheduler_metadata=scheduled,
+        scheduler_metadata=rows.schedule(impl, layer),
         s_aux=None,
         dynamic_causal=None,
         k_scale=layer._k_scale_float,

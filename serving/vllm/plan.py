@@ -29,6 +29,11 @@ class Part:
         """How many tokens."""
         return self.last - self.first
 
+    def causal_blocks(self, block_q: int, block_k: int) -> float:
+        """How many key blocks its query blocks may see, summed; a single token is a block of its own."""
+        ends = range(min(self.first + block_q, self.last), self.last + block_q, block_q)
+        return float(sum((min(end, self.last) - 1) // block_k + 1 for end in ends))
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -41,6 +46,11 @@ class StepPlan:
     prompts: tuple[Part, ...]
     singles: tuple[Part, ...]
     fed: tuple[Part, ...]
+
+    @property
+    def thins_nothing(self) -> bool:
+        """Whether all rows are dense in this step."""
+        return not self.prompts and not self.singles
 
 
 def plan_step(parts: Sequence[Part], prompt_ends: Sequence[int], thinning: Set[str]) -> StepPlan:

@@ -1,7 +1,7 @@
 """Who sits in which row of vLLM's batch, and which token comes next where it is not the model's first choice.
 
-A logits processor is the one official hook inside a worker that hears of requests: it is told of each row that
-is added, removed or moved, with its parameters, before the attention metadata of the same step is built.
+A logits processor is the one official hook of a worker that hears of requests: it is told of each row that
+is added, removed or moved, and with which parameters, before the step's attention metadata is built.
 """
 
 from __future__ import annotations

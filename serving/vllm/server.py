@@ -79,7 +79,7 @@ class VllmServer:
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Replay served tokens for an audit, one by one as they were served.
 
-        Each replay has a prefix cache of its own: what dense and sparse cost is compared, and neither may find
+        Each replay has a prefix cache of its own: dense and sparse costs are compared, and neither may find
         a prompt that the other must compute.
         """
         from sentei.serving.vllm.wire import read_scores, replay_params

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,6 @@ import pytest
 import torch
 
 from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter, uncalibrated_ladder
-
-if find_spec("vllm") is None:
-    collect_ignore_glob = ["test_plugin_*.py", "test_server.py", "test_hooks.py"]
 
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

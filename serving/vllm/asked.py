@@ -49,10 +49,12 @@ class Asked:
 
 
 def read_asked(extra_args: Mapping[str, Any] | None) -> Asked:
-    """Read a request's wishes; a request without any is dense. ValueError names what does not fit."""
+    """Read a request's wishes, or a rung's name alone; without any it is dense. ValueError names a misfit."""
     found = (extra_args or {}).get(KEY)
     if found is None:
         return Asked()
+    if isinstance(found, str):  # all that vLLM's own HTTP server lets through
+        return Asked(rung=found)
     try:
         return Asked(**{**found, "forced": tuple(found.get("forced", ()))})
     except (TypeError, AttributeError) as error:

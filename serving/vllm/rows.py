@@ -6,17 +6,20 @@ is added, removed or moved, and with which parameters, before the step's attenti
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from sentei.serving.engine.request import Sampling
+from sentei.serving.engine.request import DENSE_RUNG, Sampling
 from sentei.serving.engine.sampler import sample_token
 from sentei.serving.vllm.asked import Asked, read_asked
 from sentei.serving.vllm.state import WorkerState, find_state
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,10 @@ class RowTracker(LogitsProcessor):
         for index, params, prompt, written in batch_update.added:
             stops = sorted(params.stop_token_ids or ())
             self._rows[index] = Row(
-                read_asked(params.extra_args), len(prompt or ()), written, stops[0] if stops else None
+                self._served(read_asked(params.extra_args)),
+                len(prompt or ()),
+                written,
+                stops[0] if stops else None,
             )
         for one, other, direction in batch_update.moved:
             first, second = self._rows.pop(one, None), self._rows.pop(other, None)
@@ -89,6 +95,14 @@ class RowTracker(LogitsProcessor):
                 logits[index, chosen] = 0.0
         self._state.meter.end_step()
         return logits
+
+    def _served(self, asked: Asked) -> Asked:
+        """Serve dense what names a rung that is not there; our own server refuses it before it comes here."""
+        assert self._state is not None
+        if asked.rung in {rung.id for rung in self._state.ladder.rungs}:
+            return asked
+        log.warning("rung %r is not on this engine's ladder; the request is served dense", asked.rung)
+        return replace(asked, rung=DENSE_RUNG)
 
     def _choose(self, logits: torch.Tensor, row: Row) -> int | None:
         i_token, asked = row.num_answered(), row.asked

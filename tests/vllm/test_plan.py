@@ -103,7 +103,7 @@ def test_how_a_sequence_is_cut_changes_nothing(end: int, cuts: list[int], length
     assert sorted(whole) == list(range(length))
 
 
-@pytest.mark.parametrize("bad", [{"chunk_tokens": 0}, {"prompt_tokens": -1}, {"size": 3}, "bold"])
+@pytest.mark.parametrize("bad", [{"chunk_tokens": 0}, {"prompt_tokens": -1}, {"size": 3}, 7])
 def test_wishes_that_do_not_fit_are_refused_by_name(bad: object) -> None:
     """What a request may ask is a closed list."""
     with pytest.raises(ValueError, match="extra_args sentei"):
@@ -115,6 +115,7 @@ def test_wishes_survive_the_way_through_vllm() -> None:
     asked = Asked("bold", "t", 5, 200, (1, 2), 0.0, 0.9, 3)
 
     assert read_asked(asked.to_extra_args()) == asked
+    assert read_asked({"sentei": "bold"}) == Asked("bold")
     assert read_asked(None).is_dense
 
 

@@ -1,4 +1,4 @@
-"""The plugin's tokens: equal to the built-in engine's, whatever the batch, the pieces and the prefix cache."""
+"""The plugin's tokens equal the built-in engine's, whatever the batch, the pieces and the prefix cache."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_prefix_hit_changes_nothing_and_rungs_do_not_share(engine: Offline, wa
 
 
 def test_what_an_answer_wrote_is_not_found_by_others(engine: Offline, model: Tiny) -> None:
-    """A prompt that goes on where an answer ended is computed in query blocks, as the built-in engine does."""
+    """A prompt that goes on where an answer ended is computed in query blocks, as elsewhere."""
     engine.forget()
     first = engine.answer([PROMPTS[3]], [Asked("bold")], num_tokens=100)[0]
     longer = (*PROMPTS[3], *first.ids, *PROMPTS[0])

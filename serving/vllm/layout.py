@@ -34,8 +34,10 @@ class CpuPages:
             )
         pages, heads, size, double = kv_cache.shape
         flat = kv_cache.view(pages, heads, 2, size * double // 2)
-        keys = flat[:, :, 0].unflatten(-1, (double // 2, size)).transpose(-1, -2)
-        return cls(keys, flat[:, :, 1].unflatten(-1, (size, double // 2)))
+        dim, strides = double // 2, flat.stride()[:2]
+        keys = flat[:, :, 0].as_strided((pages, heads, size, dim), (*strides, 1, size))
+        values = flat[:, :, 1].as_strided((pages, heads, size, dim), (*strides, dim, 1))
+        return cls(keys, values)
 
     def sequence(self, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Return one sequence's first keys and values, [1, Hkv, length, D], side by side."""

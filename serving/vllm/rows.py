@@ -44,7 +44,8 @@ class Row:
 class RowTracker(LogitsProcessor):
     """Keeps the rows for the attention backend, and forces or draws tokens."""
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:  # noqa: ARG002
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        del is_pin_memory  # what follows lies on the host
         self._state: WorkerState | None = find_state(vllm_config, device)
         self._rows: dict[int, Row] = {} if self._state is None else self._state.rows
 

@@ -235,9 +235,8 @@ def test_a_cropped_cache_is_noticed() -> None:
     cache = DynamicCache(config=model.config)
 
     with retrofit(model, make_adapter(model), "bold"), torch.no_grad():
-        model(
-            input_ids=torch.cat([ids[:, :100], other[:, :60]], dim=1), **cache_argument(cache), use_cache=True
-        )
+        joined = torch.cat([ids[:, :100], other[:, :60]], dim=1)
+        model(input_ids=joined, **cache_argument(cache), use_cache=True)
         cache.crop(-60)
         found = model(input_ids=ids[:, 100:], **cache_argument(cache), use_cache=True).logits[:, -1]
 

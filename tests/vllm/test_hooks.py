@@ -17,7 +17,7 @@ def parameters(function: object) -> list[str]:
 
 
 def test_the_scheduler_asks_where_a_piece_may_end() -> None:
-    """Under one flag, with the request and what is computed already; nothing else hangs on the flag there."""
+    """Under one flag, with the request and what is computed already; nothing else hangs on it."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     assert parameters(Scheduler._mamba_block_aligned_split)[1:3] == ["request", "num_new_tokens"]
@@ -26,7 +26,7 @@ def test_the_scheduler_asks_where_a_piece_may_end() -> None:
 
 
 def test_requests_hash_their_blocks_by_salt() -> None:
-    """The salt enters the first block's hash, the hasher is the request's own, and hashes can be made again."""
+    """The salt enters the first block's hash, and the hasher is the request's own."""
     from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
     from vllm.v1.request import Request
 

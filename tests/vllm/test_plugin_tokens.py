@@ -144,19 +144,19 @@ def test_forced_ids_are_emitted_and_drawn_ones_depend_on_seed_and_position(engin
     assert rest.ids == whole.ids[8:]
 
 
-def test_a_preempted_request_resumes_as_if_it_had_not_been(model: Tiny, wanted: Wanted) -> None:
-    """With a cache for half of them, requests lose their pages and compute them again."""
-    page = 64 * 2 * 4 * model.model.config.num_key_value_heads * model.model.config.head_dim
+def test_a_preempted_request_resumes_as_if_it_had_not_been(tiny: Tiny) -> None:
+    """Answers outgrow a cache that holds their prompts: some lose their pages and compute them again."""
+    config = tiny.model.config
+    page = 64 * 2 * 4 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
     engine = Offline(
-        model, f"small-{model.folder.name}", max_model_len=1088, max_num_batched_tokens=512,
-        kv_cache_memory_bytes=page * 3 * 27, enable_prefix_caching=False,
-    )  # fmt: skip
-    order = [3, 4, 3, 2, 3, 1]
+        tiny, "small", max_model_len=1088, kv_cache_memory_bytes=page * 26, enable_prefix_caching=False
+    )
+    prompts = [PROMPTS[i] for i in (4, 4, 1, 1)]
     try:
-        found = engine.answer([PROMPTS[i] for i in order], [Asked("bold")] * len(order))
+        found = engine.answer(prompts, [Asked("bold")] * len(prompts))
 
         assert engine.num_preemptions() > 0
-        assert ids_of(found) == [wanted[i, "bold"] for i in order]
+        assert ids_of(found) == [answer_builtin(tiny, prompt, "bold") for prompt in prompts]
     finally:
         engine.close()
 

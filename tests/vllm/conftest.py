@@ -38,6 +38,8 @@ def make_tiny(folder: Path, *, kind: str = "llama") -> Tiny:
         for name, weight in model.named_parameters():
             if "q_proj" in name or "k_proj" in name:
                 weight.mul_(12)
+            if "q_norm" in name or "k_norm" in name:  # Gemma's norms would take the factor out again
+                weight.fill_(2.0)
     model.save_pretrained(folder)
     adapter = new_adapter(model, "tiny", rank=16, pool_tokens=16)
     generator = torch.Generator().manual_seed(1)

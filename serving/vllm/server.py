@@ -27,9 +27,9 @@ from sentei.serving.errors import (
     EngineRefusedError,
     ServingError,
 )
-from sentei.serving.loading import ServedModel, load_served_model, make_fault
-from sentei.serving.ports import ModelCard
+from sentei.serving.loading import ServedModel, load_served_model
 from sentei.serving.settings import VariantOptions
+from sentei.serving.variant import VariantServer
 from sentei.serving.vllm.engine import engine_args, set_environment
 from sentei.serving.vllm.meter import Use
 
@@ -39,7 +39,7 @@ CONTROL_TIMEOUT_S = 60.0
 log = logging.getLogger(__name__)
 
 
-class VllmServer:
+class VllmServer(VariantServer):
     """Builds vLLM's engine, and answers its handle."""
 
     # Async, because vLLM's engine belongs to the loop that runs it.
@@ -49,7 +49,6 @@ class VllmServer:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._options = options
-        self._fault: dict[str, Any] | None = None
         self._served, self._rung_ids, dtype = await asyncio.to_thread(read_model, options)
         self._limits = options.limits(self._served.max_context_tokens)
         self._num_running = self._num_replays = 0
@@ -109,39 +108,11 @@ class VllmServer:
             raise BadLogitsError("logits of a replay are NaN or infinite; see the variant's log")
         return read_scores(served, answer.logprobs, num_top=request.num_top, compute_s=use.compute_s)
 
-    async def describe(self) -> ModelCard:
-        """Say what runs here."""
-        return ModelCard(
-            variant=self._options.variant,
-            model_name=self._options.model,
-            fingerprint=self._served.fingerprint,
-            max_context_tokens=self._limits.max_context_tokens,
-            vocab_size=self._served.vocab_size,
-            eos_ids=self._served.eos_ids,
-            rung_ids=self._rung_ids,
-            pid=os.getpid(),
-            fault=self._fault,
-        )
-
-    async def plant(self, fault: dict[str, Any] | None) -> None:
-        """Plant a fault in the scorer, or take it out; what was computed under the other is forgotten."""
-        if fault is not None and self._options.variant != "sparse":
-            raise ConfigError(
-                f"fault {fault!r} planted in variant {self._options.variant!r}; only 'sparse' has a scorer"
-            )
-        make_fault(fault)
+    async def _set_fault(self, fault: dict[str, Any] | None) -> None:
+        """Strike between two steps; what was computed under another fault, or none, is forgotten."""
         if fault != self._fault:
             await self._engine.collective_rpc("sentei_plant", timeout=CONTROL_TIMEOUT_S, args=(fault,))
             await self._engine.reset_prefix_cache()
-        self._fault = fault
-        log.warning("variant %s: planted fault is now %r", self._options.variant, fault)
-
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Follow Serve's `user_config`: `{"fault": {...} or null}`."""
-        unknown = sorted(set(user_config) - {"fault"})
-        if unknown:
-            raise ConfigError(f"user_config has {unknown}; its only key is 'fault'")
-        await self.plant(user_config.get("fault"))
 
     async def check_health(self) -> None:
         """Raise if vLLM's processes are gone; Serve then replaces this replica."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sentei.serving.engine.request import DENSE_RUNG
+from sentei.serving.engine.request import DENSE_RUNG, NEUTRAL, Sampling
 
 KEY = "sentei"
 
@@ -17,8 +17,7 @@ class Asked:
 
     `prompt_tokens`: where the user's prompt ends, if tokens that were sent already follow it. `chunk_tokens`:
     the prompt's pieces are no longer. `forced`: the ids to emit, whatever the model says; so an audit replays
-    an answer as it was served. `temperature` above 0: token i is drawn from (seed, i) alone, counted from
-    `prompt_tokens`, so that a stream that moves goes on as if nothing had happened.
+    an answer as it was served. `sampling`: how tokens are chosen, by the same code as on the built-in engine.
     """
 
     rung: str = DENSE_RUNG
@@ -26,22 +25,26 @@ class Asked:
     prompt_tokens: int | None = None
     chunk_tokens: int | None = None
     forced: tuple[int, ...] = ()
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    sampling: Sampling = NEUTRAL
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "chunk_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"extra_args {KEY}.{name} is {value}; it must be at least 1")
-        if self.forced and self.temperature:
-            raise ValueError(f"extra_args {KEY} has forced ids and a temperature; give one of them")
 
     @property
     def is_dense(self) -> bool:
         """Whether nothing is thinned."""
         return self.rung == DENSE_RUNG
+
+    @property
+    def takes_the_best(self) -> bool:
+        """Whether the model's first choice is taken as it is, which vLLM does by itself."""
+        plain = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=None, min_p=0.0, seed=0)
+        return (
+            not self.forced and self.sampling.is_greedy and replace(plain, num_top_logprobs=None) == NEUTRAL
+        )
 
     def to_extra_args(self) -> dict[str, Any]:
         """Return what goes into SamplingParams."""
@@ -56,6 +59,9 @@ def read_asked(extra_args: Mapping[str, Any] | None) -> Asked:
     if isinstance(found, str):  # all that vLLM's own HTTP server lets through
         return Asked(rung=found)
     try:
-        return Asked(**{**found, "forced": tuple(found.get("forced", ()))})
+        sampling = dict(found.get("sampling", {}))
+        bias = tuple((int(i), float(value)) for i, value in sampling.get("logit_bias", ()))
+        forced = tuple(int(i) for i in found.get("forced", ()))
+        return Asked(**{**found, "forced": forced, "sampling": Sampling(**{**sampling, "logit_bias": bias})})
     except (TypeError, AttributeError) as error:
         raise ValueError(f"extra_args {KEY} is {found!r}: {error}") from error

@@ -21,10 +21,9 @@ from sentei.kernels.ops.attention import attend
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.scorer.pages import ScorerPages, Span
 from sentei.kernels.scorer.selection import keep_before, score_blocks, select_blocks
-from sentei.serving.vllm.asked import Asked
 from sentei.serving.vllm.layout import CpuPages, DenseRows, attend_dense, pick_rows
 from sentei.serving.vllm.plan import Part, StepPlan, plan_step
-from sentei.serving.vllm.rows import Row
+from sentei.serving.vllm.rows import NOBODY
 from sentei.serving.vllm.state import WorkerState, find_state
 
 CPU = torch.device("cpu")
@@ -103,13 +102,13 @@ class SenteiBuilder(CPUAttentionMetadataBuilder):
     def _read_rows(self, common: Any) -> tuple[list[Part], list[int]]:
         assert self._state is not None
         starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
-        nobody = Row(Asked(), 0, ())
         parts, ends = [], []
         for index in range(common.num_reqs):
-            row = self._state.rows.get(index, nobody)
+            row = self._state.rows.get(index, NOBODY)
             num = starts[index + 1] - starts[index]
             rung = self._state.ladder.find(row.asked.rung)
             first = lengths[index] - num
+            self._state.ends[index] = lengths[index]
             parts.append(Part(index, row.asked.ticket, rung, starts[index], first, lengths[index]))
             ends.append(row.user_prompt_tokens)
         return parts, ends

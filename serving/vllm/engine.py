@@ -7,6 +7,7 @@ import uuid
 from typing import Any
 
 from sentei.serving.errors import ConfigError
+from sentei.serving.loading import ServedModel
 from sentei.serving.settings import VariantOptions
 from sentei.serving.vllm.options import SCHEDULERS, EngineOptions
 
@@ -23,11 +24,13 @@ _ENVIRONMENT = {
 
 
 def engine_args(
-    options: VariantOptions, *, source: str, dtype: str, max_context_tokens: int
+    options: VariantOptions, served: ServedModel, *, source: str, dtype: str, max_context_tokens: int
 ) -> dict[str, Any]:
     """Return vLLM's engine arguments for a variant whose model comes from `source`."""
     asked = options.vllm
-    plugin = EngineOptions(engine=uuid.uuid4().hex, adapter=options.adapter)
+    plugin = EngineOptions(
+        uuid.uuid4().hex, options.adapter, vocab_size=served.vocab_size, eos_ids=served.eos_ids
+    )
     arguments: dict[str, Any] = {
         "model": source,
         "dtype": dtype,

@@ -25,6 +25,7 @@ class Use:
     compute_s: float = 0.0
     attention: AttentionUse | None = None
     has_bad_logits: bool = False
+    grammar_error: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as vLLM's remote calls carry them."""
@@ -38,7 +39,7 @@ class Use:
         if seen is not None:
             layers = tuple(LayerUse(**layer) for layer in seen["layers"])
             attention = AttentionUse(seen["sparse_calls"], seen["dense_calls"], layers)
-        return cls(found["compute_s"], attention, found["has_bad_logits"])
+        return cls(found["compute_s"], attention, found["has_bad_logits"], found["grammar_error"])
 
 
 @dataclass(slots=True)
@@ -47,6 +48,7 @@ class _Account:
     sparse_calls: int = 0
     dense_calls: int = 0
     has_bad_logits: bool = False
+    grammar_error: str = ""
     # By layer: kept and causal blocks of the prompt, kept and causal blocks of single tokens.
     blocks: dict[int, list[float]] = field(default_factory=dict)
 
@@ -92,6 +94,10 @@ class UseMeter:
         """Remember that a request's logits were not finite."""
         self._account(ticket).has_bad_logits = True
 
+    def note_grammar_error(self, ticket: str, words: str) -> None:
+        """Remember that a request's answer cannot go on under its schema."""
+        self._account(ticket).grammar_error = words
+
     def end_step(self) -> None:
         """Share what the step took beside attention."""
         if self._began_s is None:
@@ -109,7 +115,7 @@ class UseMeter:
             for layer, sums in sorted(account.blocks.items())
         )
         attention = AttentionUse(account.sparse_calls, account.dense_calls, layers) if calls else None
-        return Use(account.compute_s, attention, account.has_bad_logits)
+        return Use(account.compute_s, attention, account.has_bad_logits, account.grammar_error)
 
     def take(self, ticket: str) -> Use:
         """Return it and forget it."""

@@ -19,10 +19,15 @@ LADDER_FILE = "ladder.json"
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """One engine: its name among the engines of a process, and the adapter's folder; None: dense alone."""
+    """One engine: its name among the engines of a process, the adapter's folder (None: dense alone).
+
+    Vocabulary and end tokens are for answers that follow a schema.
+    """
 
     engine: str = ""
     adapter: str | None = None
+    vocab_size: int = 0
+    eos_ids: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, vllm_config: Any) -> EngineOptions:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from sentei.serving.engine.request import DENSE_RUNG, Sampling
-from sentei.serving.engine.sampler import sample_token
+from sentei.serving.engine.request import DENSE_RUNG, EngineRequest
+from sentei.serving.engine.sampler import Sampler
+from sentei.serving.errors import GrammarError
 from sentei.serving.vllm.asked import Asked, read_asked
 from sentei.serving.vllm.state import WorkerState, find_state
 
@@ -27,18 +28,27 @@ class Row:
     """One request in the batch; `written` grows as vLLM appends the tokens of its answer."""
 
     asked: Asked
-    prompt_tokens: int
+    prompt: Sequence[int]
     written: Sequence[int]
     stop_id: int | None = None
-
-    def num_answered(self) -> int:
-        """Tokens of the answer so far, those that another engine sent included."""
-        return self.prompt_tokens - (self.asked.prompt_tokens or self.prompt_tokens) + len(self.written)
+    sampler: Sampler | None = None
 
     @property
     def user_prompt_tokens(self) -> int:
         """Where the user's prompt ends."""
-        return self.asked.prompt_tokens or self.prompt_tokens
+        return self.asked.prompt_tokens or len(self.prompt)
+
+    @property
+    def num_answered(self) -> int:
+        """Tokens of the answer so far, those that another engine sent included."""
+        return len(self.prompt) - self.user_prompt_tokens + len(self.written)
+
+    def is_complete(self, num_computed: int) -> bool:
+        """Whether a step that ends there chooses a token; before, vLLM throws its choice away."""
+        return num_computed == len(self.prompt) + len(self.written)
+
+
+NOBODY = Row(Asked(), (), ())
 
 
 class RowTracker(LogitsProcessor):
@@ -68,13 +78,7 @@ class RowTracker(LogitsProcessor):
         for index in batch_update.removed:
             self._rows.pop(index, None)
         for index, params, prompt, written in batch_update.added:
-            stops = sorted(params.stop_token_ids or ())
-            self._rows[index] = Row(
-                self._served(read_asked(params.extra_args)),
-                len(prompt or ()),
-                written,
-                stops[0] if stops else None,
-            )
+            self._rows[index] = self._make_row(params, prompt or (), written)
         for one, other, direction in batch_update.moved:
             first, second = self._rows.pop(one, None), self._rows.pop(other, None)
             if first is not None:
@@ -88,14 +92,50 @@ class RowTracker(LogitsProcessor):
             return logits
         finite = torch.isfinite(logits).all(dim=-1).tolist()
         for index, row in self._rows.items():
-            if index >= logits.shape[0]:
+            if index >= len(finite) or not row.is_complete(self._state.ends.get(index, 0)):
                 continue
-            chosen = self._choose(logits[index], row) if finite[index] else self._give_up(row)
+            if not finite[index]:
+                self._state.meter.note_bad_logits(row.asked.ticket)
+            chosen = self._choose(logits[index], row) if finite[index] else row.stop_id or 0
             if chosen is not None:
                 logits[index] = -torch.inf
                 logits[index, chosen] = 0.0
         self._state.meter.end_step()
         return logits
+
+    def _choose(self, logits: torch.Tensor, row: Row) -> int | None:
+        """Return the token that must come; None where the model's first choice stands."""
+        if row.asked.forced:
+            left = row.asked.forced[row.num_answered :]
+            return left[0] if left else None
+        if row.sampler is None:
+            return None
+        try:
+            return row.sampler.choose(logits).token_id
+        except GrammarError as error:
+            assert self._state is not None
+            self._state.meter.note_grammar_error(row.asked.ticket, str(error))
+            return row.stop_id or 0
+
+    def _make_row(self, params: Any, prompt: Sequence[int], written: Sequence[int]) -> Row:
+        assert self._state is not None
+        stops = sorted(params.stop_token_ids or ())
+        row = Row(self._served(read_asked(params.extra_args)), prompt, written, stops[0] if stops else None)
+        if row.asked.takes_the_best or row.asked.forced:
+            return row
+        end = row.user_prompt_tokens
+        request = EngineRequest(
+            row.asked.ticket,
+            tuple(prompt[:end]),
+            0,
+            sampling=replace(row.asked.sampling, num_top_logprobs=None),
+            sent_ids=(*prompt[end:], *written),
+        )
+        try:
+            return replace(row, sampler=Sampler(request, self._state.grammars))
+        except GrammarError as error:
+            self._state.meter.note_grammar_error(row.asked.ticket, str(error))
+            return row
 
     def _served(self, asked: Asked) -> Asked:
         """Serve dense what names a rung that is not there; our own server refuses it before it comes here."""
@@ -104,17 +144,3 @@ class RowTracker(LogitsProcessor):
             return asked
         log.warning("rung %r is not on this engine's ladder; the request is served dense", asked.rung)
         return replace(asked, rung=DENSE_RUNG)
-
-    def _choose(self, logits: torch.Tensor, row: Row) -> int | None:
-        i_token, asked = row.num_answered(), row.asked
-        if asked.forced:
-            return asked.forced[i_token] if i_token < len(asked.forced) else None
-        if asked.temperature == 0.0:
-            return None
-        return sample_token(logits, Sampling(asked.temperature, asked.top_p, asked.seed), i_token).token_id
-
-    def _give_up(self, row: Row) -> int:
-        """End a row whose logits are not finite; whoever asks what it used hears why."""
-        assert self._state is not None
-        self._state.meter.note_bad_logits(row.asked.ticket)
-        return row.stop_id if row.stop_id is not None else 0

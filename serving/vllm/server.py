@@ -7,9 +7,11 @@ import logging
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from sentei.pipeline.models import checkpoint_source
+from sentei.serving.engine.grammar import read_schema
 from sentei.serving.engine.request import (
     DENSE_RUNG,
     EngineRequest,
@@ -25,6 +27,7 @@ from sentei.serving.errors import (
     EngineBusyError,
     EngineError,
     EngineRefusedError,
+    GrammarError,
     ServingError,
 )
 from sentei.serving.loading import ServedModel, load_served_model
@@ -54,6 +57,7 @@ class VllmServer(VariantServer):
         self._num_running = self._num_replays = 0
         arguments = engine_args(
             options,
+            self._served,
             source=checkpoint_source(options.model),
             dtype=dtype,
             max_context_tokens=self._limits.max_context_tokens,
@@ -151,6 +155,8 @@ class VllmServer(VariantServer):
     def _chunk(self, request: EngineRequest, piece: Any, use: Use) -> TokenChunk:
         from sentei.serving.vllm.wire import read_logprob
 
+        if use.grammar_error:
+            raise GrammarError(use.grammar_error)
         if use.has_bad_logits:
             raise BadLogitsError(f"logits of {request.request_id} are NaN or infinite; see the variant's log")
         if piece.finish_reason not in (None, "stop", "length"):
@@ -181,6 +187,9 @@ class VllmServer(VariantServer):
                 f"rung {request.rung_id!r} is not served here; there are {', '.join(self._rung_ids)}"
             )
 
+        if isinstance(request, EngineRequest) and request.sampling.json_schema is not None:
+            read_schema(request.sampling.json_schema)  # refused here, before it costs a pass
+
     async def _warm_up(self) -> None:
         """Run the boldest rung once, so that no user waits for a compiler."""
         num = min(1024, self._limits.max_context_tokens - 3)
@@ -205,11 +214,4 @@ def read_model(options: VariantOptions) -> tuple[ServedModel, tuple[str, ...], s
             )
         rung_ids = tuple(rung.id for rung in load_adapter(options.adapter, served.model).ladder.rungs)
     dtype = str(served.model.dtype).removeprefix("torch.")
-    about = ServedModel(
-        model=None,
-        fingerprint=served.fingerprint,
-        max_context_tokens=served.max_context_tokens,
-        vocab_size=served.vocab_size,
-        eos_ids=served.eos_ids,
-    )
-    return about, rung_ids, dtype
+    return replace(served, model=None), rung_ids, dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
 from sentei.kernels.scorer.pages import ScorerPages
 from sentei.kernels.scorer.selection import Thresholds
+from sentei.serving.engine.grammar import Grammars
 from sentei.serving.errors import ConfigError
 from sentei.serving.vllm import OPTIONS
 from sentei.serving.vllm.meter import UseMeter
@@ -24,7 +26,9 @@ class WorkerState:
 
     def __init__(self, vllm_config: Any, options: EngineOptions, device: torch.device) -> None:
         self.rows: dict[int, Any] = {}  # by row of the batch; `rows.RowTracker` keeps it
+        self.ends: dict[int, int] = {}  # by row: how many tokens are computed after the step that runs
         self.meter = UseMeter()
+        self._model, self._options = vllm_config.model_config.model, options
         self.fault: Fault | None = None
         self.ladder: Ladder = dense_ladder()
         self.scorers: dict[int, BlockScorer] = {}
@@ -43,6 +47,14 @@ class WorkerState:
             if not rung.is_dense
             for index in self.scorers
         }
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What answers with a schema follow; made when the first one comes."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self._model, trust_remote_code=False)
+        return Grammars(tokenizer, self._options.vocab_size, self._options.eos_ids)
 
     def thins(self, rung: Rung, layer: int) -> bool:
         """Whether a rung may drop blocks in a layer; a planted fault strikes every layer with a scorer."""

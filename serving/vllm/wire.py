@@ -14,14 +14,11 @@ from sentei.serving.vllm.asked import Asked
 
 def generation_params(request: EngineRequest) -> SamplingParams:
     """Return a user's parameters; the plugin draws tokens, so that vLLM is always asked for the best."""
-    sampling = request.sampling
     asked = Asked(
         rung=request.rung_id,
         ticket=request.request_id,
         prompt_tokens=len(request.prompt_ids) if request.sent_ids else None,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
+        sampling=request.sampling,
     )
     return SamplingParams(
         temperature=0.0,
@@ -29,7 +26,7 @@ def generation_params(request: EngineRequest) -> SamplingParams:
         stop_token_ids=sorted(request.stop_ids),
         ignore_eos=True,
         detokenize=False,
-        logprobs=sampling.num_top_logprobs,
+        logprobs=request.sampling.num_top_logprobs,
         output_kind=RequestOutputKind.DELTA,
         extra_args=asked.to_extra_args(),
     )
@@ -68,8 +65,6 @@ def read_scores(
     """Return what the model thought of each served token."""
     rows = [read_logprob(i, found, num_top) for i, found in zip(served, logprobs, strict=True)]
     return ScoreResult(
-        argmax_ids=tuple(row.top[0][0] for row in rows),
-        token_logprobs=tuple(row.logprob for row in rows),
         top_ids=tuple(tuple(i for i, _ in row.top) for row in rows),
         top_logprobs=tuple(tuple(value for _, value in row.top) for row in rows),
         compute_s=compute_s,

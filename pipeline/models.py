@@ -84,7 +84,7 @@ def load_tokenizer(name: str) -> Any:
 def checkpoint_source(name: str) -> str:
     """Return the folder of a model's checkpoint, for an engine that reads it itself; a hub id stays one."""
     if name == POCKET:
-        return str(import_module("sentei.pipeline.pocket").POCKET_DIR)
+        return str(POCKET_DIR)
     if name == GEMMA:
         return str(convert_gemma())
     folder = Path(name).expanduser()

@@ -194,6 +194,22 @@ def test_prefill_then_steps_equals_one_pass_when_everything_is_kept(
     assert has_run_sparse
 
 
+@torch.no_grad()
+def test_what_is_kept_does_not_depend_on_how_a_prompt_was_cut() -> None:
+    """In one piece or in pieces that end at query blocks, above and below the break-even: the same logits."""
+    model, ids = make_llama(), make_ids(400)
+    cache = DynamicCache(config=model.config)
+    with retrofit(model, make_adapter(model, break_even_tokens=128, query_block=16), "bold") as handle:
+        whole = run(model, ids)
+        assert handle.stats().has_run_sparse
+        pieces = [
+            model(input_ids=ids[:, a:b], **cache_argument(cache), use_cache=True).logits
+            for a, b in ((0, 48), (48, 160), (160, 400))
+        ]
+
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
 def test_decoding_across_the_break_even_length_equals_dense_when_everything_is_kept() -> None:
     """The side cache follows while the dense path still runs, so switching over loses nothing."""
     model, ids = make_llama(), make_ids(140)

@@ -83,12 +83,8 @@ def load_tokenizer(name: str) -> Any:
 
 def checkpoint_source(name: str) -> str:
     """Return the folder of a model's checkpoint, for an engine that reads it itself; a hub id stays one."""
-    if name == POCKET:
-        return str(POCKET_DIR)
-    if name == GEMMA:
-        return str(convert_gemma())
-    folder = Path(name).expanduser()
-    return str(folder) if folder.is_dir() else name
+    folder = _find_folder(name)
+    return name if folder is None else str(folder)
 
 
 def convert_gemma(folder: Path | None = None) -> Path:

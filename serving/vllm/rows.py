@@ -132,7 +132,8 @@ class RowTracker(LogitsProcessor):
             sent_ids=(*prompt[end:], *written),
         )
         try:
-            return replace(row, sampler=Sampler(request, self._state.grammars))
+            grammars = None if request.sampling.json_schema is None else self._state.grammars
+            return replace(row, sampler=Sampler(request, grammars))
         except GrammarError as error:
             self._state.meter.note_grammar_error(row.asked.ticket, str(error))
             return row

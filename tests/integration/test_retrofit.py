@@ -199,7 +199,7 @@ def test_what_is_kept_does_not_depend_on_how_a_prompt_was_cut() -> None:
     """In one piece or in pieces that end at query blocks, above and below the break-even: the same logits."""
     model, ids = make_llama(), make_ids(400)
     cache = DynamicCache(config=model.config)
-    with retrofit(model, make_adapter(model, break_even_tokens=128, query_block=16), "bold") as handle:
+    with retrofit(model, make_adapter(model, break_even_tokens=256, query_block=16), "bold") as handle:
         whole = run(model, ids)
         assert handle.stats().has_run_sparse
         pieces = [

@@ -60,6 +60,12 @@ def load_tokenizer(name: str) -> Any:
     return _load_pretrained("AutoTokenizer", name)
 
 
+def checkpoint_source(name: str) -> str:
+    """Return the folder of a model's checkpoint, for an engine that reads it itself; a hub id stays one."""
+    folder = _find_folder(name)
+    return name if folder is None else str(folder)
+
+
 def _load_pretrained(kind: str, name: str, **options: Any) -> Any:
     """Load with one of Transformers' Auto classes: only local files but for a hub id, no code of theirs."""
     import transformers

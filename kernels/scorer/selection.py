@@ -268,6 +268,15 @@ def select_blocks(
     return select_lists(shares, Threshold(cut), grid)
 
 
+def keep_before(shares: torch.Tensor, starts: torch.Tensor, break_even_tokens: int) -> torch.Tensor:
+    """Let query blocks whose first row sees fewer tokens than the break-even keep everything.
+
+    So what a block keeps depends on where it lies, and not on how long the prompt or the piece of it is.
+    """
+    is_short = (starts + 1 < break_even_tokens)[:, None]
+    return shares.masked_fill(is_short, float("inf"))
+
+
 def per_head_thresholds(thresholds: Thresholds, starts: torch.Tensor, query_heads: int) -> torch.Tensor:
     """Return the log threshold for each query head and query block: [Hq, n, 1]."""
     edges = torch.tensor(thresholds.bin_edges, device=starts.device)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from sentei.pipeline.cli.load import bench_serving
 from sentei.pipeline.cli.offline import DTYPES, CorpusName, Dtype, Json, Model, open_bench
 from sentei.pipeline.cli.output import Output, check_choice
 from sentei.pipeline.progress import counted
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from sentei.kernels.bench.run import Options, Row
 
 app = typer.Typer(no_args_is_help=True)
+app.command("serving")(bench_serving)
 
 
 @app.callback()

@@ -955,3 +955,5 @@ void sentei_select(const float* shares, const float* thresholds, int32_t* counts
   }
 }
 }
+
+#include "paged.hpp"

@@ -2,8 +2,8 @@
 
 Whether a row is a unit is decided when it is read, by the rows with smaller numbers, so nothing about phases
 travels with requests, and reading the same cursor again finds the same units. Of a session's scored audits
-within slice, rung, arm, half and period the first is the unit; a missing one counts until there is a score. Of
-requests it is the first within slice, rung, share and period.
+within slice, rung, arm, half and period the first is the unit; a missing one counts until there is a score.
+Of requests it is the first within slice, rung, share and period.
 """
 
 from __future__ import annotations

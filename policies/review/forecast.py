@@ -89,7 +89,9 @@ def forecast(policy: Policy, expected: Expected) -> tuple[StageForecast, ...]:
         best = _best_s(policy, stage, needs, rates if expected.sessions_per_hour else None)
         for need, rate in zip(needs, rates, strict=True):
             key = (need.slice_id, slice_rung(policy, stage, need.slice_id))
-            audits[key] = max(audits.get(key, 0.0) + rate * _audited(policy, stage) * best / 3600, need.audits)
+            audits[key] = max(
+                audits.get(key, 0.0) + rate * _audited(policy, stage) * best / 3600, need.audits
+            )
         found.append(
             StageForecast(
                 stage.id,

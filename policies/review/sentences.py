@@ -64,7 +64,8 @@ def _stage(policy: Policy, stage: StageForecast, index: int) -> str:
     )
     if stage.share > 0:
         who = f"{stage.share:.0%} of the sessions are served by sparse"
-    text = f"Stage {index + 1}, {stage.stage_id}, at rung {stage.rung}: {who}, {stage.audit:.0%} of the requests are audited"
+    text = f"Stage {index + 1}, {stage.stage_id}, at rung {stage.rung}: {who}, "
+    text += f"{stage.audit:.0%} of the requests are audited"
     audits = max((need.audits for need in stage.needs), default=0)
     served = max((need.served for need in stage.needs), default=0)
     proves = policy.need(own) == "all_safe"

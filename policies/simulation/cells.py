@@ -83,9 +83,7 @@ class BettingCells:
         self._harm_hit, self._safe_hit = (np.zeros(shape, dtype=np.bool_) for _ in range(2))
         self._watch = None if gate.kind == "benefit" else Watch(gate, shape)
 
-    def feed(
-        self, where: Index, values: Floats, is_unit: Bools, is_missing: Bools | None, part: int
-    ) -> None:
+    def feed(self, where: Index, values: Floats, is_unit: Bools, is_missing: Bools | None, part: int) -> None:
         """Add a block of audits; a missing one is left out for harm and the worst case for safety (F12)."""
         scored = is_unit if is_missing is None else is_unit & ~is_missing
         self._bet(self._harm, self._harm_hit, where, values, scored)

@@ -271,6 +271,14 @@ def times_are_ordered(data: Data) -> Iterator[Fault]:
         yield Fault(("data", "no_data", "after"), data.no_data.after, "must be longer than grace")
 
 
+def audits_have_time(audit: Audit) -> Iterator[Fault]:
+    """A period and a window are long enough to hold something."""
+    if audit.select.period < 1:
+        yield Fault(("audit", "select", "period"), audit.select.period, "must be at least 1s")
+    if audit.missing.window < 60:
+        yield Fault(("audit", "missing", "window"), audit.missing.window, "must be at least 1m")
+
+
 def salt_is_plain(assignment: Assignment) -> Iterator[Fault]:
     """A salt is printable, so that two people mean the same one."""
     if not assignment.salt.isprintable():
@@ -294,5 +302,6 @@ RULES: tuple[Callable[..., Iterator[Fault]], ...] = (
     signals_are_sound,
     benefit_is_reachable,
     times_are_ordered,
+    audits_have_time,
     salt_is_plain,
 )

@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from sentei.policies.budget import harm_alpha, try_alpha
 from sentei.policies.evidence import (
     PAIRED_CUT,
     RATIO_TILTS,
@@ -26,6 +25,7 @@ from sentei.policies.evidence import (
     paired_bound,
     paired_excess,
 )
+from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.metrics import METRICS, Metric
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Benefit, Guardrail, Stage

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from sentei.policies.budget import harm_alpha, try_alpha
 from sentei.policies.evidence import Split, log_threshold
 from sentei.policies.intake import own_mean, own_range
+from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Guardrail
 from sentei.policies.schema.units import format_duration

@@ -13,7 +13,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from sentei.policies.budget import harm_alpha, try_alpha
 from sentei.policies.evidence import (
     BETTING_CUT,
     PAIRED_CUT,
@@ -23,6 +22,7 @@ from sentei.policies.evidence import (
     units_to_prove,
 )
 from sentei.policies.intake import scaled_bound
+from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Guardrail, Stage
 

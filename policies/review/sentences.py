@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sentei.policies.budget import harm_alpha
 from sentei.policies.review.advice import readable
 from sentei.policies.review.forecast import (
     StageForecast,
@@ -14,6 +13,7 @@ from sentei.policies.review.forecast import (
     clean_units,
     worst_s,
 )
+from sentei.policies.schema.budget import harm_alpha
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Guardrail, Signal
 from sentei.policies.schema.units import format_duration

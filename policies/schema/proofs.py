@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sentei.policies.budget import Tested, harm_alpha
 from sentei.policies.evidence import BETTING_CUT, PAIRED_CUT, units_to_notice
+from sentei.policies.schema.budget import Tested, harm_alpha
 from sentei.policies.schema.faults import Fault, Path
 from sentei.policies.schema.metrics import METRICS
 from sentei.policies.schema.sections import (

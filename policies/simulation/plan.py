@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 
-from sentei.policies.budget import harm_alpha, try_alpha
 from sentei.policies.evidence import PAIRED_CUT, log_threshold
 from sentei.policies.evidence.base import BETTING_CUT, Bools, Floats, Ints
 from sentei.policies.intake import RATIO_CAP, RECENT_PARTS, scaled_bound
+from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Benefit, Guardrail, Stage
 from sentei.policies.schema.units import WeeklyWindow

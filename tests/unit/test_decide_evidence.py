@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sentei.policies.budget import harm_alpha, try_alpha
 from sentei.policies.engine import QuarantineError, initial_state, routing, state_from_json, state_to_json
 from sentei.policies.evidence import log_threshold
+from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.load import PolicyError
 from sentei.policies.signals import SliceLengths, Verdict
 from sentei.policies.state import ARTIFACT, Quarantined

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from sentei.policies.budget import harm_alpha, num_starts, num_tests
 from sentei.policies.intake import new_cell, scaled_bound
 from sentei.policies.judge import GuardrailReport
+from sentei.policies.schema.budget import harm_alpha, num_starts, num_tests
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Verdict
 from tests.strategies_policy import Story, make_policy, without_approval

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sentei.policies.budget import harm_alpha, try_alpha
 from sentei.policies.engine import decide, initial_state, routing
 from sentei.policies.evidence import PAIRED_CUT, log_threshold, paired_bound, units_to_prove
+from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.load import load_policy
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Observation, Signals, SliceTraffic

@@ -81,7 +81,9 @@ def judge(policy: Policy, guardrail: Guardrail, cell: Cell | None, view: View) -
     threshold = log_threshold(harm_alpha(policy, guardrail, view.try_number))
     threshold_safe = log_threshold(try_alpha(policy, view.try_number))
     mean, limits = own_mean(policy, guardrail, cell), own_range(policy, guardrail, cell)
-    verdict, why = _weigh(policy, guardrail, cell, Limits(threshold, threshold_safe, view.recent_from))
+    verdict, why = _weigh(
+        policy, guardrail, cell, Limits(threshold, threshold_safe, view.recent_from, view.need)
+    )
     if view.is_stale and verdict in (Verdict.SAFE, Verdict.UNDECIDED):
         verdict, why = Verdict.STALE, "no news, so the past does not count"
     bound = own_bound(policy, guardrail)
@@ -126,11 +128,12 @@ def _num_units(cell: Cell | None, need: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the log evidence is held against, and since when missing audits count."""
+    """What the log evidence is held against, since when missing audits count, and what is asked."""
 
     harm: float
     safe: float
     recent_from: int
+    need: str
 
 
 def _weigh(policy: Policy, guardrail: Guardrail, cell: Cell | None, limits: Limits) -> tuple[Verdict, str]:
@@ -152,8 +155,9 @@ def _weigh(policy: Policy, guardrail: Guardrail, cell: Cell | None, limits: Limi
             return Verdict.HARM, f"change detected, log e-CUSUM {watch:.2f} over {limit:.2f}"
     if fault := _find_missing(policy, cell, limits.recent_from):
         return Verdict.ERROR, fault
-    if cell.units == 0 and guardrail.test != "event_split":
-        return Verdict.NO_DATA, f"{cell.missing} audits missing, none scored"
+    if _num_units(cell, limits.need) == 0 and guardrail.test != "event_split":
+        what = "none scored" if cell.units == 0 else "none scored in this phase"
+        return Verdict.NO_DATA, f"{cell.missing} audits missing, {what}"
     safe = cell.safe.log_e_max if cell.safe else 0.0
     if cell.safe is not None and safe >= threshold_safe:
         return Verdict.SAFE, f"safety proven, log e {safe:.2f} over {threshold_safe:.2f}"

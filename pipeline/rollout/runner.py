@@ -41,13 +41,16 @@ from sentei.policies.schema.kept import keep_policy
 from sentei.policies.schema.load import load_policy
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Signals
-from sentei.policies.state import Quarantined
+from sentei.policies.state import ARTIFACT, Quarantined
 
 logger = logging.getLogger(__name__)
 
 EVIDENCE = "evidence"
 HOLD = "hold"
 MIN_AUDIT_LIMIT_S = 60.0
+ARTIFACT_NAME = (
+    "artifact"  # in what is kept about a rollout: the digest of what sparse ran when it was started
+)
 KEEP_TICKS = 10  # evidence alone is kept every tenth tick, or once per data.max_age if that is sooner
 KEEP_NUMBERS = 1_000  # and whenever so many numbers of the store were read: bounds what is read again
 LOOK = "look."  # + rollout id: what the newest tick saw, overwritten by the next one; no part of the log
@@ -101,7 +104,8 @@ def start_rollout(
             f"rollout id {rollout_id!r} cannot be used: give 1 to 100 letters, digits, dots, dashes or _."
         )
     if not releases_quarantine:
-        initial_state(policy, rollout_id, now_s, quarantine=read_quarantine(store))
+        artifact = (about or {}).get(ARTIFACT_NAME, "")
+        initial_state(policy, rollout_id, now_s, quarantine=read_quarantine(store), artifact=artifact)
     rollout = Rollout(
         rollout_id=rollout_id,
         policy_text=policy_text,
@@ -119,9 +123,25 @@ def read_quarantine(store: Store) -> tuple[Quarantined, ...]:
     for rollout in store.read_rollouts():
         text = log.latest_state(rollout.rollout_id)
         for item in state_from_json(text).quarantine if text is not None else ():
-            policy = book.find(rollout.rollout_id, item.digest)
-            found |= {item, replace(item, digest=policy.own_digest)}
+            found.add(item)
+            if not item.digest.startswith(ARTIFACT):
+                policy = book.find(rollout.rollout_id, item.digest)
+                found.add(replace(item, digest=policy.own_digest))
     return tuple(sorted(found))
+
+
+def count_tries(store: Store, artifact: str, *, before: str) -> int:
+    """Return how many tries of an artifact failed in other rollouts of this store: they share alpha_total."""
+    if not artifact:
+        return 0
+    log = EventLog(store)
+    texts = (log.latest_state(r.rollout_id) for r in store.read_rollouts() if r.rollout_id != before)
+    states = (state_from_json(text) for text in texts if text is not None)
+    return sum(
+        state.retries + 1
+        for state in states
+        if any(item.digest == f"{ARTIFACT}{artifact}" for item in state.quarantine)
+    )
 
 
 class RolloutRunner:
@@ -194,7 +214,9 @@ class RolloutRunner:
                 self.policy = self._book.find(self.rollout.rollout_id, state.policy_digest)
             return state, event.at_s
         close_former(self._store, self.rollout, token=token, now_s=now_s)
-        state = initial_state(self.policy, self.rollout.rollout_id, now_s)
+        name = self.rollout.rollout_id
+        former_tries = count_tries(self._store, self._options.artifact(), before=name)
+        state = initial_state(self.policy, name, now_s, former_tries=former_tries)
         payload = {
             "reason": "started",
             "created_at_s": self.rollout.created_at_s,

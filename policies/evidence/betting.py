@@ -15,6 +15,7 @@ _SEARCH_BLOCK = 4096
 NOTICED = 0.95
 NOTICE_STREAMS = 400
 NOTICE_BLOCK = 256
+NOTICE_LEAST = 1e-3  # below it nothing is drawn: it takes more than NOTICE_LIMIT
 NOTICE_LIMIT = 5_120  # units; a bound so tight is beyond what no_harm can watch
 SEARCH_LIMIT = 1_000_000  # units after which a constant stream is said to prove nothing
 
@@ -160,6 +161,8 @@ def units_to_notice(excess: float, *, floor_cap: float | None, alpha: float, cut
     Units vary as a Beta distribution of that mean and a concentration of 20 does. `excess` is the bound
     itself, over the floor where there is a `floor_cap`. At most NOTICE_LIMIT, which then means "more".
     """
+    if excess < NOTICE_LEAST:
+        return NOTICE_LIMIT
     cap = floor_cap or 0.0
     bound, mean = (excess + cap) / (1 + cap), min(2 * excess, 0.99)
     rng = np.random.default_rng(0)  # always the same streams: a policy is refused today as tomorrow

@@ -131,7 +131,7 @@ class Policy(Section):
     def audit_odds(self, stage: Stage) -> tuple[float, float]:
         """The probabilities that a request served by dense, and one served by sparse, is audited there.
 
-        Where sparse serves, its answers get SERVED_PART of all audits, or as many as there are.
+        Where sparse serves, its answers get SERVED_PART of all audits or all that there are, dense the rest.
         """
         fraction = self.audit_share(stage)
         if stage.share == 0 or self.spec.mode == "advise":

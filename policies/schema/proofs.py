@@ -94,6 +94,8 @@ def least_units(outline: Tested, item: Guardrail, kl_cap: float) -> int:
     is_paired = bound.excess_over_floor is not None
     cap = None if not is_paired else 1.0 if bound.floor_cap is None else bound.floor_cap / scale
     cut = PAIRED_CUT if is_paired else BETTING_CUT
+    if not 0 < limit / scale < 1 or (cap or 0.0) > 1:
+        return 1  # a bound that another rule refuses
     return units_to_notice(limit / scale, floor_cap=cap, alpha=harm_alpha(outline, item), cut=cut)
 
 

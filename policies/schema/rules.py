@@ -310,6 +310,14 @@ def approvers_are_plain(stages: tuple[Stage, ...]) -> Iterator[Fault]:
                 yield Fault(("stages", index, "approval", "by", place), name, reason)
 
 
+def audits_have_time(audit: Audit) -> Iterator[Fault]:
+    """A period and a window are long enough to hold something."""
+    if audit.select.period < 1:
+        yield Fault(("audit", "select", "period"), audit.select.period, "must be at least 1s")
+    if audit.missing.window < 60:
+        yield Fault(("audit", "missing", "window"), audit.missing.window, "must be at least 1m")
+
+
 def salt_is_plain(assignment: Assignment) -> Iterator[Fault]:
     """A salt is printable, so that two people mean the same one."""
     if not assignment.salt.isprintable():
@@ -336,5 +344,6 @@ RULES: tuple[Callable[..., Iterator[Fault]], ...] = (
     times_protect,
     kl_is_capped,
     approvers_are_plain,
+    audits_have_time,
     salt_is_plain,
 )

@@ -65,7 +65,7 @@ def test_a_policy_that_rolls_back_at_its_ends_has_a_worst_time() -> None:
 
 
 def test_traffic_turns_units_into_time() -> None:
-    """Twice the traffic halves the time for evidence, and each stage asks for its own."""
+    """Twice the traffic halves the time for evidence; each stage asks for its own, of what sparse served."""
     slow, fast = (forecast(make_policy(), Expected(rate)) for rate in (100.0, 200.0))
 
     assert slow[0].best_s == pytest.approx(2 * fast[0].best_s, rel=0.05)

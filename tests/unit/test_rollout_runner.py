@@ -226,3 +226,23 @@ def test_drift_checks_allow_what_the_guardrail_allows() -> None:
     policy = load_policy(POLICY.replace("  breaker:", signals, 1))
 
     assert [(s.signal_id, s.allowed_excess) for s in drift_specs(policy)] == [("d", 0.10), ("n", None)]
+
+
+def test_another_policy_lifts_no_quarantine_of_an_artifact(store: FlakyStore) -> None:
+    """What failed is refused under any name and salt; once it is released its tries still share alpha."""
+    options = RunnerOptions("a", artifact=lambda: "f" * 64)
+    begin(store)
+    runner = RolloutRunner.open(store, ROLLOUT, options)
+    runner.tick(START_S)
+    store.add_command(ROLLOUT, "abort", by="ann", at_s=START_S)
+    runner.tick(START_S + 1)
+    renamed = POLICY.replace("name: test", "name: other").replace("salt: test", "salt: other")
+    about = {"artifact": "f" * 64}
+
+    with pytest.raises(QuarantineError, match="artifact ffffffffffff was rolled back"):
+        start_rollout(store, renamed, now_s=START_S, rollout_id="r2", about=about)
+
+    start_rollout(store, renamed, now_s=START_S, rollout_id="r2", about=about, releases_quarantine=True)
+    decision = RolloutRunner.open(store, "r2", options).tick(START_S + 2).decision
+    assert decision is not None
+    assert decision.state.try_number == 2

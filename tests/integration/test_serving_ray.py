@@ -46,7 +46,7 @@ spec:
     alpha_total: 0.05
     detector_arl: 10000
     items:
-      - {{id: agree, value: audit.token_disagreement, bound: {{excess_over_floor: 0.9, floor_cap: 0.1}},
+      - {{id: agree, value: audit.token_disagreement, bound: {{excess_over_floor: 0.5, floor_cap: 0.1}},
           test: betting_paired, action: rollback}}
   breaker:
     variant: {{window: 30s, min_requests: 100, failure_share: 90%, no_replica_for: 120s}}

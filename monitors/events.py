@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection, RowMapping
 
 from sentei.monitors.records import Revision, Rollout
 from sentei.monitors.store import Store
-from sentei.monitors.tables import EVENTS, VALUES
+from sentei.monitors.tables import EVENTS, ROLLOUTS, VALUES
 
 GENESIS = "0" * 64
 _HEAD = "events.head"
@@ -173,6 +173,16 @@ class EventLog:
             if rows[seq:]:
                 _save_head(connection, f"{len(rows)}:{prev_hash}")
         return len(rows) - seq
+
+
+def newest_state(connection: Connection) -> tuple[str, str | None] | None:
+    """The newest rollout and the state that its newest event left, in a transaction; None without any."""
+    query = sa.select(ROLLOUTS.c.rollout_id).order_by(ROLLOUTS.c.seq.desc()).limit(1)
+    rollout_id = connection.execute(query).scalar()
+    if rollout_id is None:
+        return None
+    state = sa.select(EVENTS.c.state_json).where(EVENTS.c.rollout_id == rollout_id)
+    return str(rollout_id), connection.execute(state.order_by(EVENTS.c.seq.desc()).limit(1)).scalar()
 
 
 def _lines(path: Path) -> list[str]:

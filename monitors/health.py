@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from sentei.monitors.database import AHEAD_S
-from sentei.monitors.records import FAILED_OUTCOMES, Outcome
+from sentei.monitors.records import FAILED_OUTCOMES, AuditStatus, Outcome
 from sentei.monitors.tables import ARRIVALS, AUDITS, REQUESTS
 from sentei.policies.signals import SliceTraffic, VariantHealth
 
@@ -92,3 +92,20 @@ def read_newest_at(connection: Connection, rollout_id: str, *, now_s: float) -> 
         )
         times.append(connection.execute(query).scalar())
     return max((float(t) for t in times if t is not None), default=None)
+
+
+def read_unscored_since(connection: Connection, rollout_id: str, *, since_s: float) -> float | None:
+    """Return when the first request was chosen for an audit since the newest score; None if none waits."""
+    audits, requests = AUDITS.c, REQUESTS.c
+    newest = connection.execute(
+        sa.select(sa.func.max(audits.at_s)).where(
+            audits.rollout_id == rollout_id, audits.status == AuditStatus.SCORED.value
+        )
+    ).scalar()
+    begin_s = since_s if newest is None else max(float(newest), since_s)
+    found = connection.execute(
+        sa.select(sa.func.min(requests.at_s)).where(
+            requests.rollout_id == rollout_id, requests.chosen_for_audit, requests.at_s > begin_s
+        )
+    ).scalar()
+    return None if found is None else float(found)

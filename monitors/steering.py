@@ -141,6 +141,11 @@ class Steering(Database):
                 self.insert_rollout(connection, rollout)
         return found is None
 
+    def has_rollout(self, connection: Connection, rollout_id: str) -> bool:
+        """Say inside a transaction whether a rollout of that id was written."""
+        query = sa.select(ROLLOUTS.c.seq).where(ROLLOUTS.c.rollout_id == rollout_id)
+        return connection.execute(query).first() is not None
+
     def insert_rollout(self, connection: Connection, rollout: Rollout) -> None:
         """Write a new rollout inside a write transaction."""
         row = {

@@ -2,7 +2,7 @@
 
 Whether a row is a unit is decided when it is read, by the rows with smaller numbers, so nothing about phases
 travels with requests, and reading the same cursor again finds the same units. Of a session's scored audits
-within slice, rung, half and period the first is the unit; a missing one counts until there is a score. Of
+within slice, rung, arm, half and period the first is the unit; a missing one counts until there is a score. Of
 requests it is the first within slice, rung, share and period.
 """
 
@@ -69,7 +69,8 @@ def read_units(connection: Connection, query: SignalQuery, *, after: int, upto: 
     units = Units((), (), borders)
 
     def audit_key(row: Row) -> Key:
-        return (row["session_id"], row["slice_id"], row["rung_id"], units.half(row), _period(query, row))
+        place = (row["slice_id"], row["rung_id"], row["variant_served"], units.half(row))
+        return (row["session_id"], *place, _period(query, row))
 
     def request_key(row: Row) -> Key:
         return (row["session_id"], row["slice_id"], row["rung_id"], row["share"], _period(query, row))
@@ -139,9 +140,9 @@ def _read_borders(connection: Connection, query: SignalQuery) -> Mapping[str, fl
 
 
 def _audits() -> sa.Select[Any]:
-    """Audits with the length and the share of their request, which older rows did not keep themselves."""
+    """Audits with the length and the share of their request; where its record is not there, with their own."""
     kept = ("prompt_tokens", "share")
-    known = [sa.func.coalesce(AUDITS.c[name], REQUESTS.c[name]).label(name) for name in kept]
+    known = [sa.func.coalesce(REQUESTS.c[name], AUDITS.c[name]).label(name) for name in kept]
     return sa.select(*(column for column in AUDITS.c if column.name not in kept), *known).outerjoin(
         REQUESTS, REQUESTS.c.request_id == AUDITS.c.request_id
     )

@@ -273,7 +273,7 @@ def check_data(tick: Tick) -> Tick:
         text = f"the store cannot be read ({tick.signals.read_error}), {text}"
         tick = tick.with_hold(Wait.DATA, text)
     blind_s = _blind_s(tick)
-    blind = f"requests are chosen, but no audit was scored for {format_duration(round(blind_s, 3))}"
+    blind = f"requests are chosen, but no audit was scored for {format_duration(round(blind_s))}"
     limits = ((rule.no_data.after, rule.no_data.last), (rule.no_data.grace, rule.no_data.then))
     for limit, action in limits:
         for seconds, words in ((silent_s, text), (blind_s, blind)):

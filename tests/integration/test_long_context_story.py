@@ -97,7 +97,8 @@ class Shop:
                 headers={"x-session-id": f"session-{self.num_sessions}"},
             )
             response.raise_for_status()
-        while len(self.store.read_audits(rollout_id)) < len(self.store.read_requests(rollout_id)):
+        drawn = [row for row in self.store.read_requests(rollout_id) if row["chosen_for_audit"]]
+        while len(self.store.read_audits(rollout_id)) < len(drawn):
             await asyncio.sleep(0.02)
         self.controller.tick()
         found: dict[str, Any] = await self.order("GET", f"rollouts/{rollout_id}")

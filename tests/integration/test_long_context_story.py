@@ -21,7 +21,8 @@ from sentei.kernels.hf.adapter import save_adapter
 from sentei.monitors.store import Store
 from sentei.pipeline.models import resolve_model
 from sentei.pipeline.text.corpus import load_corpus
-from sentei.serving.admin import TOKEN_VARIABLE, add_admin_routes
+from sentei.serving.access import TOKEN_VARIABLE
+from sentei.serving.admin import add_admin_routes
 from sentei.serving.auditor import Auditor
 from sentei.serving.controller import Controller
 from sentei.serving.gateway import Gateway

@@ -94,12 +94,19 @@ def read_newest_at(connection: Connection, rollout_id: str, *, now_s: float) -> 
     return max((float(t) for t in times if t is not None), default=None)
 
 
-def read_unscored_since(connection: Connection, rollout_id: str, *, since_s: float) -> float | None:
-    """Return when the first request was chosen for an audit since the newest score; None if none waits."""
+def read_unscored_since(
+    connection: Connection, rollout_id: str, *, since_s: float, now_s: float
+) -> float | None:
+    """Return when the first request was chosen for an audit since the newest score; None if none waits.
+
+    A score from the future is none: it would hide what waits until then.
+    """
     audits, requests = AUDITS.c, REQUESTS.c
     newest = connection.execute(
         sa.select(sa.func.max(audits.at_s)).where(
-            audits.rollout_id == rollout_id, audits.status == AuditStatus.SCORED.value
+            audits.rollout_id == rollout_id,
+            audits.status == AuditStatus.SCORED.value,
+            audits.at_s <= now_s + AHEAD_S,
         )
     ).scalar()
     begin_s = since_s if newest is None else max(float(newest), since_s)

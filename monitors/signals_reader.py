@@ -83,7 +83,9 @@ def read_signals(
             commands=_read_commands(connection, query.rollout_id, command_cursor),
             cursor=upto,
             newest_data_at_s=read_newest_at(connection, query.rollout_id, now_s=now_s),
-            unscored_since_s=read_unscored_since(connection, query.rollout_id, since_s=query.since_s),
+            unscored_since_s=read_unscored_since(
+                connection, query.rollout_id, since_s=query.since_s, now_s=now_s
+            ),
             lengths=read_lengths(connection, query, units.borders, after=cursor, upto=upto),
             artifact=query.artifact,
         )

@@ -87,7 +87,7 @@ class Auditor:
             return Missing.QUEUE_FULL
         return None
 
-    def load(self) -> AuditLoad:
+    async def load(self) -> AuditLoad:
         """Say how much is to be done, and how fast that goes."""
         return AuditLoad(self._queue.qsize() + self._running, self._concurrency / self._job_s)
 

@@ -118,13 +118,13 @@ class AuditorServer:
 
     async def load(self) -> AuditLoad:
         """Say how busy it is."""
-        return self._auditor.load()
+        return await self._auditor.load()
 
     async def status(self) -> dict[str, Any]:
         """Say how much waits."""
         return {
             "pid": os.getpid(),
-            "waiting": self._auditor.load().waiting,
+            "waiting": (await self._auditor.load()).waiting,
             "written": self._writer.written,
             "dropped": self._writer.dropped,
         }

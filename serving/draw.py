@@ -97,6 +97,10 @@ class AuditBudget:
         """Count a drawn audit."""
         self._left -= 1.0
 
+    def give_back(self) -> None:
+        """Take back a drawn audit that came to nothing, such as of a request that got no answer."""
+        self._left += 1.0
+
     def _fill(self, now_s: float) -> None:
         if self._load is not None:
             grown = self._left + (now_s - self._filled_at_s) * self._load.jobs_per_s

@@ -227,6 +227,7 @@ class Gateway:
             return
         job = _audit_job(question, progress, self.limits.audit_max_tokens)
         if self._desk is None or not job.served_ids:
+            self._budget.give_back()
             self._miss(job, Missing.NO_TOKENS if self._desk is not None else Missing.NO_AUDITOR)
             return
         task = asyncio.get_running_loop().create_task(self._submit_audit(self._desk, job))

@@ -72,7 +72,7 @@ class EngineOptions(_Options):
     max_running: int = Field(default=4, ge=1)
     max_queued: int = Field(default=32, ge=1)
     score_patience_steps: int = Field(
-        default=8, ge=0, description="engine steps for users before a waiting audit replay gets its turn"
+        default=5, ge=0, description="engine steps for users before a waiting audit replay gets its turn"
     )
     stall_after_s: float = Field(default=300.0, gt=0, description="a longer step counts as unhealthy")
 

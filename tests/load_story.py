@@ -44,7 +44,7 @@ kind: RolloutPolicy
 metadata: {name: load}
 spec:
   ladder: [{id: mild}]
-  slices: {buckets: [{id: long, range: [512, 8192]}]}
+  slices: {buckets: [{id: long, range: [0, 8192]}]}
   assignment: {unit: session_id, salt: load}
   stages:
     - {id: half, share: 50%, rung: mild, hold_min: 1h}

@@ -127,4 +127,4 @@ class EngineLimits:
     max_queued: int = 32
     max_scores: int = 64
     max_context_tokens: int = 8192
-    score_patience_steps: int = 8  # after so many steps a waiting replay goes before user work
+    score_patience_steps: int = 5  # after so many steps a waiting replay goes before user work

@@ -21,7 +21,8 @@ from sentei.kernels.hf.adapter import save_adapter
 from sentei.monitors.store import Store
 from sentei.pipeline.models import resolve_model
 from sentei.pipeline.text.corpus import load_corpus
-from sentei.serving.admin import TOKEN_VARIABLE, add_admin_routes
+from sentei.serving.access import TOKEN_VARIABLE
+from sentei.serving.admin import add_admin_routes
 from sentei.serving.auditor import Auditor
 from sentei.serving.controller import Controller
 from sentei.serving.gateway import Gateway
@@ -97,7 +98,8 @@ class Shop:
                 headers={"x-session-id": f"session-{self.num_sessions}"},
             )
             response.raise_for_status()
-        while len(self.store.read_audits(rollout_id)) < len(self.store.read_requests(rollout_id)):
+        drawn = [row for row in self.store.read_requests(rollout_id) if row["chosen_for_audit"]]
+        while len(self.store.read_audits(rollout_id)) < len(drawn):
             await asyncio.sleep(0.02)
         self.controller.tick()
         found: dict[str, Any] = await self.order("GET", f"rollouts/{rollout_id}")

@@ -9,7 +9,13 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from sentei.serving.errors import BadLogitsError, ConfigError, EngineBusyError, VariantError
+from sentei.serving.errors import (
+    BadLogitsError,
+    ConfigError,
+    EngineBusyError,
+    VariantError,
+    WrongArtifactError,
+)
 from sentei.serving.settings import AppArgs
 
 # Importing Ray Serve warns inside pydantic; it is theirs to mend.
@@ -74,9 +80,12 @@ def test_ray_errors_get_our_names() -> None:
     nan = translate("sparse", raised(BadLogitsError("NaN")))
     busy = translate("sparse", raised(EngineBusyError("full")))
     other = translate("sparse", raised(RuntimeError("boom")))
+    swapped = translate("sparse", raised(WrongArtifactError("a is wanted, b runs here")))
 
     assert isinstance(died, VariantError)
     assert isinstance(nan, VariantError)
     assert isinstance(other, VariantError)
+    assert isinstance(swapped, VariantError)
     assert (died.reason, nan.reason, other.reason) == ("crash", "nan_logits", "error")
+    assert swapped.reason == "artifact"
     assert isinstance(busy, EngineBusyError)

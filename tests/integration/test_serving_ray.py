@@ -46,7 +46,7 @@ spec:
     alpha_total: 0.05
     detector_arl: 10000
     items:
-      - {{id: agree, value: audit.token_disagreement, bound: {{excess_over_floor: 0.9, floor_cap: 0.1}},
+      - {{id: agree, value: audit.token_disagreement, bound: {{excess_over_floor: 0.5, floor_cap: 0.1}},
           test: betting_paired, action: rollback}}
   breaker:
     variant: {{window: 30s, min_requests: 100, failure_share: 90%, no_replica_for: 120s}}
@@ -311,7 +311,7 @@ def test_abort_is_obeyed_when_it_is_answered(
     for running in [r for r in operator.rollouts() if r["outcome"] is None]:
         operator.command(running["rollout_id"], "abort")
     wait_for(lambda: all(r["outcome"] for r in operator.rollouts()), "what ran before ends")
-    long_lease = POLICY.replace("monitor_lease: 3s", "monitor_lease: 60s")
+    long_lease = POLICY.replace("monitor_lease: 3s", "monitor_lease: 15s")
     rollout_id = operator.start_rollout(long_lease, release_quarantine=True)["rollout_id"]
     wait_for(lambda: who_answers(client) == "sparse", "sparse answers")
     pid = admin(server, "status")["workers"]["controller"]["pid"]

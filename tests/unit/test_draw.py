@@ -84,6 +84,18 @@ def test_budget_fills_at_the_pace_of_the_auditor() -> None:
     assert 100 <= taken <= 103
 
 
+def test_audit_that_came_to_nothing_makes_room_for_another() -> None:
+    """A drawn request that got no answer costs the auditor nothing, so another one may be drawn."""
+    budget = AuditBudget(wait_s=1.0)
+    budget.observe(AuditLoad(waiting=0, jobs_per_s=0.1), 0.0)
+    budget.take()
+    is_full = not budget.has_room(0.0)
+
+    budget.give_back()
+
+    assert (is_full, budget.has_room(0.0)) == (True, True)
+
+
 def test_what_no_replay_would_be_in_time_for_has_probability_zero() -> None:
     """The rate that was really reached stands in the records; a drawn request keeps its probability."""
     draws, budget = AuditDraws(random.Random(1)), AuditBudget(wait_s=10.0)

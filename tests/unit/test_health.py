@@ -10,7 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sentei.monitors.health import MAX_PER_SESSION, read_health, read_newest_at, read_traffic
+from sentei.monitors.health import (
+    MAX_PER_SESSION,
+    read_health,
+    read_newest_at,
+    read_traffic,
+    read_unscored_since,
+)
 from sentei.monitors.store import Store
 from sentei.policies.evidence import SRM_TILTS, Split, log_threshold
 from sentei.policies.signals import VariantHealth
@@ -102,6 +108,7 @@ def test_record_from_the_future_is_no_news(store: Store) -> None:
 
     with store.read("news") as connection:
         assert read_newest_at(connection, ROLLOUT, now_s=1100.0) == 1000.0
+        assert read_unscored_since(connection, ROLLOUT, since_s=900.0, now_s=1100.0) == 1000.0
 
 
 def test_stamp_ahead_of_the_stores_clock_becomes_its_now(store: Store) -> None:

@@ -189,4 +189,4 @@ async def test_load_says_what_waits_and_how_fast_jobs_are_done() -> None:
     for name in ("a", "b"):
         await auditor.submit(job(name))
 
-    assert auditor.load() == AuditLoad(waiting=2, jobs_per_s=1.0)
+    assert await auditor.load() == AuditLoad(waiting=2, jobs_per_s=1.0)

@@ -37,6 +37,15 @@ class Steering(Database):
             connection.execute(sa.insert(COMMANDS).values(**row))
         return seq
 
+    def newest_order(self, rollout_id: str) -> int:
+        """Return the number of the newest command or edit for a rollout; 0 before the first."""
+        newest = 0
+        with self.read("newest order") as connection:
+            for table in (COMMANDS, REVISIONS):
+                query = sa.select(sa.func.max(table.c.seq)).where(table.c.rollout_id == rollout_id)
+                newest = max(newest, connection.execute(query).scalar() or 0)
+        return newest
+
     def publish_routing(self, table: RoutingTable, *, token: int, now_s: float) -> int:
         """Make the ingress obey `table` and renew its lease; returns the number of renewals so far."""
         with self.write("routing table") as connection:

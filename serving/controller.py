@@ -59,6 +59,7 @@ class Controller:
         self._scheduler: Any = None
         self.num_ticks = 0
         self.last_error = ""
+        self.mirror_error = ""
 
     def start(self, *, tick_every_s: float, drift_every_s: float, mirror_every_s: float) -> None:
         """Start the jobs; needs a running event loop.
@@ -119,8 +120,13 @@ class Controller:
 
     def mirror(self) -> None:
         """Copy what is new to MLflow; while MLflow is down the cursor stays and decisions go on."""
-        if self._mirror is not None:
-            self._mirror.run_once()
+        if self._mirror is None:
+            return
+        found = self._mirror.run_once()
+        text = "; ".join(filter(None, (found.reason, *found.refused)))
+        if text and text != self.mirror_error:
+            log.warning("mirror: %s", text)
+        self.mirror_error = text
 
     def status(self) -> dict[str, Any]:
         """Say how the controller fares."""
@@ -131,6 +137,7 @@ class Controller:
             "rollout_id": rollout_id,
             "num_ticks": self.num_ticks,
             "last_error": self.last_error,
+            "mirror_error": self.mirror_error,
         }
 
     def _newest(self) -> RolloutRunner | None:

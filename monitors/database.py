@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from sentei.monitors.errors import StoreError
-from sentei.monitors.tables import COUNTERS, METADATA, SCHEMA_VERSION
+from sentei.monitors.tables import COUNTERS, EVENTS, METADATA, SCHEMA_VERSION
 
 BUSY_TIMEOUT_MS = 5_000
 WRITES = "writes"
@@ -116,6 +116,8 @@ class Database:
             connection = connection.execution_options(**{_IS_WRITE: True})
             with connection.begin():
                 METADATA.create_all(connection)
+                for index in EVENTS.indexes:  # those of later versions, in a store of before
+                    index.create(connection, checkfirst=True)
                 rows = connection.execute(sa.select(COUNTERS.c.name, COUNTERS.c.value)).all()
                 found = {row.name: row.value for row in rows}
                 for name, value in ((WRITES, 0), (SCHEMA, SCHEMA_VERSION)):

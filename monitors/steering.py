@@ -127,6 +127,16 @@ class Steering(Database):
             rows = connection.execute(sa.select(ROLLOUTS).order_by(ROLLOUTS.c.seq)).mappings().all()
         return tuple(_rollout(row) for row in rows)
 
+    def read_end(self, rollout_id: str) -> int | None:
+        """Return the number at which the next rollout was started: what is recorded from there on is of
+        another time, also where an audit that came late names this rollout. None for the newest.
+        """
+        own = sa.select(ROLLOUTS.c.seq).where(ROLLOUTS.c.rollout_id == rollout_id).scalar_subquery()
+        with self.read(f"end of rollout {rollout_id!r}") as connection:
+            return connection.execute(
+                sa.select(sa.func.min(ROLLOUTS.c.seq)).where(ROLLOUTS.c.seq > own)
+            ).scalar()
+
     def read_rollout(self, rollout_id: str) -> Rollout | None:
         """Return one rollout, or None."""
         with self.read(f"rollout {rollout_id!r}") as connection:

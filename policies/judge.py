@@ -9,9 +9,11 @@ all-of, so each proof of safety is tested at the full alpha_total.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from sentei.policies.budget import harm_alpha
 from sentei.policies.evidence import Split, log_threshold
+from sentei.policies.intake import own_move
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Guardrail
 from sentei.policies.signals import Verdict
@@ -133,7 +135,8 @@ def _weigh(
     if cell.watch is not None:
         watch, limit = cell.watch.log_e_max, log_threshold(1 / policy.spec.guardrails.detector_arl)
         if watch >= limit:
-            return Verdict.HARM, f"change detected, log e-CUSUM {watch:.2f} over {limit:.2f}"
+            why = f"{_describe_move(policy, guardrail, cell)}, log e-CUSUM {watch:.2f} over {limit:.2f}"
+            return Verdict.HARM, why
     chosen = cell.units + cell.missing
     if cell.missing and guardrail.metric.family == "quality" and chosen >= MIN_MISSING:
         share, limit = cell.missing / chosen, policy.spec.audit.missing.max_share
@@ -152,6 +155,16 @@ def _weigh(
     )
 
 
+def _describe_move(policy: Policy, guardrail: Guardrail, cell: Cell) -> str:
+    """What has changed, and since when: the mean over all units may still lie within the bound."""
+    watch, mean = cell.watch, own_move(policy, guardrail, cell)
+    if watch is None or mean is None:
+        return "change detected"
+    begin = watch.peak_begin_s
+    since = "" if begin is None else f" since {datetime.fromtimestamp(begin, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return f"change detected: the newest {watch.peak_run} units{since} have mean {mean:.3g}"
+
+
 def _explain(guardrail: Guardrail, mean: float | None, bound: float, units: int, why: str) -> str:
     if guardrail.bound is None:
         share = "" if mean is None else f"{mean:.3g} went to the candidate, "
@@ -160,5 +173,7 @@ def _explain(guardrail: Guardrail, mean: float | None, bound: float, units: int,
         return f"rate ratio bound {bound:.3g}, {units} units: {why}"
     if mean is None:
         return f"no mean yet, bound {bound:.3g}, {units} units: {why}"
+    if why.startswith("change detected"):
+        return f"{why}; bound {bound:.3g}, mean of all {units} units {mean:.3g}"
     relation = "over" if mean > bound else "within"
     return f"mean {mean:.3g} {relation} bound {bound:.3g}, {units} units: {why}"

@@ -4,10 +4,14 @@ Every write transaction first locks the row `writes` of the table `counters`. So
 on every database, numbers are handed out in the order of commit, and a reader that has seen number n has seen
 all before it: cursors cannot skip a row that commits late. Only a row that is written uses up a number:
 trying again, renewing a lease or publishing routes does not, so a restart leaves the numbering as it is.
+
+SQLite goes on without a word on a file that was deleted or replaced under it. So each transaction looks
+whether the path still names the file that was opened, a write also before it commits.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -30,6 +34,8 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.url = _printable(url)
+        self._path = _sqlite_path(url)
+        self._file: tuple[int, int] | None = None  # device and inode of the file that was opened
         try:
             self._engine = _make_engine(url)
         except (ArgumentError, ImportError, SQLAlchemyError) as error:
@@ -44,6 +50,7 @@ class Database:
         database = cls(url)
         try:
             database._create_tables()
+            database._file = _identity(database._path)
         except StoreError:
             database.close()
             raise
@@ -64,17 +71,30 @@ class Database:
     @contextmanager
     def read(self, what: str) -> Iterator[Connection]:
         """Open a read transaction; raises StoreError if the database is away."""
+        self._check_file(what)
         with self._translate(f"read {what}"), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextmanager
     def write(self, what: str) -> Iterator[Connection]:
         """Open the one write transaction of the database; raises StoreError, and then nothing was written."""
+        self._check_file(what)
         with self._translate(f"write {what}"), self._engine.connect() as connection:
             connection = connection.execution_options(**{_IS_WRITE: True})
             with connection.begin():
                 _lock(connection)
                 yield connection
+                self._check_file(what)
+
+    def _check_file(self, what: str) -> None:
+        if self._file is None or self._file == (found := _identity(self._path)):
+            return
+        change = "replaced" if found else "deleted"
+        raise StoreError(
+            f"store {self.url} cannot be used for {what}: its file was {change} while it was open, so nothing "
+            "is decided on it and traffic is dense. Put the file back where it was, or restart Sentei on the "
+            "one that is there now."
+        )
 
     def next_number(self, connection: Connection) -> int:
         """Hand out the next number inside a write transaction: strictly growing in the order of commit."""
@@ -129,6 +149,27 @@ class Database:
                 f"store {self.url} has schema version {version}, this Sentei reads {SCHEMA_VERSION}: "
                 "use the Sentei that wrote it, or point to a new database."
             )
+
+
+def _sqlite_path(url: str) -> str | None:
+    """The file behind a URL; None for a server or a database in memory."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        return None
+    is_file = parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:")
+    return parsed.database if is_file else None
+
+
+def _identity(path: str | None) -> tuple[int, int] | None:
+    """Device and inode of a file, or None where there is none."""
+    if path is None:
+        return None
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _lock(connection: Connection) -> None:

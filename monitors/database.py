@@ -91,9 +91,9 @@ class Database:
             return
         change = "replaced" if found else "deleted"
         raise StoreError(
-            f"store {self.url} cannot be used for {what}: its file was {change} while it was open, so nothing "
-            "is decided on it and traffic is dense. Put the file back where it was, or restart Sentei on the "
-            "one that is there now."
+            f"store {self.url} cannot be used for {what}: its file was {change} while it was open, so "
+            "nothing is decided on it and traffic is dense. Put the file back where it was, or restart "
+            "Sentei on the one that is there now."
         )
 
     def next_number(self, connection: Connection) -> int:

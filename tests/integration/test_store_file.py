@@ -31,7 +31,7 @@ def replace(path: Path) -> None:
 def test_no_decision_on_a_file_that_is_gone(
     tmp_path: Path, change: Callable[[Path], None], word: str
 ) -> None:
-    """The next tick, the next record and the next read are errors that say the way out; no event is lost in it."""
+    """The next tick, the next record and the next read are errors that say the way out."""
     path = tmp_path / "state.db"
     with Store.open(f"sqlite:///{path}") as store:
         runner = begin(store)
@@ -56,9 +56,10 @@ def test_no_decision_on_a_file_that_is_gone(
 def test_a_write_that_loses_its_file_does_not_commit(tmp_path: Path) -> None:
     """Also where the file goes between the begin and the end of a write."""
     path = tmp_path / "state.db"
-    with Store.open(f"sqlite:///{path}") as store:
-        with pytest.raises(StoreError, match="deleted"), store.write("something"):
-            path.unlink()
+    store = Store.open(f"sqlite:///{path}")
+
+    with store, pytest.raises(StoreError, match="deleted"), store.write("something"):
+        path.unlink()
 
 
 def test_a_file_that_comes_back_is_the_same_store(tmp_path: Path) -> None:

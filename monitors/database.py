@@ -4,10 +4,14 @@ Every write transaction first locks the row `writes` of the table `counters`. So
 on every database, numbers are handed out in the order of commit, and a reader that has seen number n has seen
 all before it: cursors cannot skip a row that commits late. Only a row that is written uses up a number:
 trying again, renewing a lease or publishing routes does not, so a restart leaves the numbering as it is.
+
+SQLite goes on without a word on a file that was deleted or replaced under it. So each transaction looks
+whether the path still names the file that was opened, a write also before it commits.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +22,7 @@ from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from sentei.monitors.errors import StoreError
-from sentei.monitors.tables import ARRIVALS, COUNTERS, METADATA, REQUESTS, SCHEMA_VERSION
+from sentei.monitors.tables import ARRIVALS, COUNTERS, EVENTS, METADATA, REQUESTS, SCHEMA_VERSION
 
 BUSY_TIMEOUT_MS = 5_000
 WRITES = "writes"
@@ -35,6 +39,8 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.url = _printable(url)
+        self._path = _sqlite_path(url)
+        self._file: tuple[int, int] | None = None  # device and inode of the file that was opened
         try:
             self._engine = _make_engine(url)
         except (ArgumentError, ImportError, SQLAlchemyError) as error:
@@ -49,6 +55,7 @@ class Database:
         database = cls(url)
         try:
             database._create_tables()
+            database._file = _identity(database._path)
         except StoreError:
             database.close()
             raise
@@ -69,17 +76,30 @@ class Database:
     @contextmanager
     def read(self, what: str) -> Iterator[Connection]:
         """Open a read transaction; raises StoreError if the database is away."""
+        self._check_file(what)
         with self._translate(f"read {what}"), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextmanager
     def write(self, what: str) -> Iterator[Connection]:
         """Open the one write transaction of the database; raises StoreError, and then nothing was written."""
+        self._check_file(what)
         with self._translate(f"write {what}"), self._engine.connect() as connection:
             connection = connection.execution_options(**{_IS_WRITE: True})
             with connection.begin():
                 _lock(connection)
                 yield connection
+                self._check_file(what)
+
+    def _check_file(self, what: str) -> None:
+        if self._file is None or self._file == (found := _identity(self._path)):
+            return
+        change = "replaced" if found else "deleted"
+        raise StoreError(
+            f"store {self.url} cannot be used for {what}: its file was {change} while it was open, so "
+            "nothing is decided on it and traffic is dense. Put the file back where it was, or restart "
+            "Sentei on the one that is there now."
+        )
 
     def next_number(self, connection: Connection) -> int:
         """Hand out the next number inside a write transaction: strictly growing in the order of commit."""
@@ -131,6 +151,8 @@ class Database:
                 _add_columns(connection)
                 if is_new:
                     _copy_arrivals(connection)
+                for index in EVENTS.indexes:  # those of later versions, in a store of before
+                    index.create(connection, checkfirst=True)
                 rows = connection.execute(sa.select(COUNTERS.c.name, COUNTERS.c.value)).all()
                 found = {row.name: row.value for row in rows}
                 for name, value in ((WRITES, 0), (SCHEMA, SCHEMA_VERSION)):
@@ -161,6 +183,27 @@ def _copy_arrivals(connection: Connection) -> None:
     names = [column.name for column in ARRIVALS.columns]
     found = sa.select(*(REQUESTS.c[name] for name in names)).where(REQUESTS.c.is_arrival)
     connection.execute(sa.insert(ARRIVALS).from_select(names, found))
+
+
+def _sqlite_path(url: str) -> str | None:
+    """The file behind a URL; None for a server or a database in memory."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        return None
+    is_file = parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:")
+    return parsed.database if is_file else None
+
+
+def _identity(path: str | None) -> tuple[int, int] | None:
+    """Device and inode of a file, or None where there is none."""
+    if path is None:
+        return None
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _lock(connection: Connection) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +23,11 @@ from sqlalchemy.engine import Connection, RowMapping
 
 from sentei.monitors.records import Revision, Rollout
 from sentei.monitors.store import Store
-from sentei.monitors.tables import EVENTS, ROLLOUTS, VALUES
+from sentei.monitors.tables import DECISIONS, EVENTS, ROLLOUTS, VALUES
 
 GENESIS = "0" * 64
 _HEAD = "events.head"
+_COUNT = "events.count."  # + rollout id
 _PAGE = 500
 _WAY_OUT = (
     "Restore the database from a backup, or export the log and import it into an empty store "
@@ -85,8 +87,10 @@ class EventLog:
                 "prev_hash": prev_hash,
             }
             row["hash"] = _hash(row)
+            num_events = _count(connection, rollout_id) + 1
             connection.execute(sa.insert(EVENTS).values(**row))
-            _save_head(connection, f"{row['seq']}:{row['hash']}")
+            _save(connection, _HEAD, f"{row['seq']}:{row['hash']}")
+            _save(connection, f"{_COUNT}{rollout_id}", str(num_events))
         return _event(row)
 
     def read(
@@ -111,6 +115,20 @@ class EventLog:
         """Return the state to go on from after a restart, or None before the first event."""
         event = self.latest(rollout_id)
         return event.state if event else None
+
+    def decisions(self, rollout_id: str, *, before: int | None = None, limit: int = 50) -> list[Event]:
+        """Return the newest `limit` events below `before` that are more than evidence, oldest first."""
+        query = sa.select(EVENTS).where(EVENTS.c.rollout_id == rollout_id, sa.text(DECISIONS))
+        if before is not None:
+            query = query.where(EVENTS.c.seq < before)
+        with self._store.read("decisions") as connection:
+            rows = connection.execute(query.order_by(EVENTS.c.seq.desc()).limit(limit)).mappings().all()
+        return [_event(row) for row in reversed(rows)]
+
+    def count(self, rollout_id: str) -> int:
+        """Return how many events a rollout has, from the number that each append keeps."""
+        with self._store.read("number of events") as connection:
+            return _count(connection, rollout_id)
 
     def resume(self, rollout_id: str) -> Event | None:
         """Return the event to go on from, or None before the first; raises BrokenChainError where it, or the
@@ -171,7 +189,9 @@ class EventLog:
                 connection.execute(sa.insert(EVENTS).values(**row))
                 _restore(self._store, connection, _event(row))
             if rows[seq:]:
-                _save_head(connection, f"{len(rows)}:{prev_hash}")
+                _save(connection, _HEAD, f"{len(rows)}:{prev_hash}")
+            for rollout_id, num_events in Counter(row["rollout_id"] for row in rows).items():
+                _save(connection, f"{_COUNT}{rollout_id}", str(num_events))
         return len(rows) - seq
 
 
@@ -222,7 +242,9 @@ def _restore(store: Store, connection: Connection, event: Event) -> None:
 def _page(
     connection: Connection, rollout_id: str | None, after: int, kinds: Sequence[str] = ()
 ) -> list[RowMapping]:
-    query = sa.select(EVENTS).where(EVENTS.c.seq > after).order_by(EVENTS.c.seq).limit(_PAGE)
+    # `+ 0`: of few kinds the index by kind is wanted, not a walk over all events in their order.
+    order = EVENTS.c.seq + 0 if kinds else EVENTS.c.seq
+    query = sa.select(EVENTS).where(EVENTS.c.seq > after).order_by(order).limit(_PAGE)
     if rollout_id is not None:
         query = query.where(EVENTS.c.rollout_id == rollout_id)
     if kinds:
@@ -260,10 +282,20 @@ def _check_head(connection: Connection, seq: int, tail_hash: str) -> None:
     raise BrokenChainError(f"event {seq} is broken: it is not the head that was kept, {kept}. {_WAY_OUT}")
 
 
-def _save_head(connection: Connection, head: str) -> None:
-    changed = connection.execute(sa.update(VALUES).where(VALUES.c.name == _HEAD).values(value=head))
+def _count(connection: Connection, rollout_id: str) -> int:
+    """The kept number, or that of the rows in a log of a version that kept none."""
+    kept = sa.select(VALUES.c.value).where(VALUES.c.name == f"{_COUNT}{rollout_id}")
+    text = connection.execute(kept).scalar()
+    if text is not None:
+        return int(text)
+    query = sa.select(sa.func.count()).where(EVENTS.c.rollout_id == rollout_id)
+    return int(connection.execute(query).scalar_one())
+
+
+def _save(connection: Connection, name: str, value: str) -> None:
+    changed = connection.execute(sa.update(VALUES).where(VALUES.c.name == name).values(value=value))
     if changed.rowcount == 0:
-        connection.execute(sa.insert(VALUES).values(name=_HEAD, value=head))
+        connection.execute(sa.insert(VALUES).values(name=name, value=value))
 
 
 def _check_link(row: RowMapping | dict[str, Any], seq: int, prev_hash: str) -> None:

@@ -51,6 +51,15 @@ class Steering(Database):
                 connection.execute(sa.delete(VALUES).where(VALUES.c.name == f"{STOP}{rollout_id}"))
         return seq
 
+    def newest_order(self, rollout_id: str) -> int:
+        """Return the number of the newest command or edit for a rollout; 0 before the first."""
+        newest = 0
+        with self.read("newest order") as connection:
+            for table in (COMMANDS, REVISIONS):
+                query = sa.select(sa.func.max(table.c.seq)).where(table.c.rollout_id == rollout_id)
+                newest = max(newest, connection.execute(query).scalar() or 0)
+        return newest
+
     def publish_routing(self, table: RoutingTable, *, token: int, now_s: float) -> int:
         """Make the ingress obey `table` and renew its lease; returns the number of renewals so far."""
         with self.write("routing table") as connection:
@@ -162,6 +171,16 @@ class Steering(Database):
         with self.read("rollouts") as connection:
             rows = connection.execute(sa.select(ROLLOUTS).order_by(ROLLOUTS.c.seq)).mappings().all()
         return tuple(_rollout(row) for row in rows)
+
+    def read_end(self, rollout_id: str) -> int | None:
+        """Return the number at which the next rollout was started: what is recorded from there on is of
+        another time, also where an audit that came late names this rollout. None for the newest.
+        """
+        own = sa.select(ROLLOUTS.c.seq).where(ROLLOUTS.c.rollout_id == rollout_id).scalar_subquery()
+        with self.read(f"end of rollout {rollout_id!r}") as connection:
+            return connection.execute(
+                sa.select(sa.func.min(ROLLOUTS.c.seq)).where(ROLLOUTS.c.seq > own)
+            ).scalar()
 
     def read_rollout(self, rollout_id: str) -> Rollout | None:
         """Return one rollout, or None."""

@@ -7,6 +7,8 @@ import sqlalchemy as sa
 SCHEMA_VERSION = 1
 METADATA = sa.MetaData()
 
+DECISIONS = "kind <> 'evidence'"  # of events, as it stands in the index: what was decided, not what was seen
+
 COUNTERS = sa.Table(
     "counters",
     METADATA,
@@ -187,6 +189,15 @@ EVENTS = sa.Table(
     sa.Column("prev_hash", sa.String(64), nullable=False),
     sa.Column("hash", sa.String(64), nullable=False),
     sa.Index("events_by_rollout", "rollout_id", "seq"),
+    sa.Index("events_by_kind", "rollout_id", "kind", "seq"),
+    # Decisions are few among events: a page of them costs the same however much evidence lies in between.
+    sa.Index(
+        "events_decisions",
+        "rollout_id",
+        "seq",
+        sqlite_where=sa.text(DECISIONS),
+        postgresql_where=sa.text(DECISIONS),
+    ),
 )
 
 VALUES = sa.Table(

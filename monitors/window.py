@@ -7,6 +7,7 @@ their own.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -50,8 +51,8 @@ def read_window(
     with the first windows of its own rung.
     """
     if column in AUDIT_COLUMNS:
-        rows = [row for row in store.read_audits(rollout_id) if _is_scored_unit(row, column)]
-        full = _fill(((row["rung_id"], row[column]) for row in rows), window_units)
+        rows = _scored_units(store.read_audits(rollout_id), column)
+        full = _fill(((row["rung_id"], _number(row[column])) for row in rows), window_units)
         if has_dense_reference and column in FLOOR_COLUMNS:
             return _against(full, (row[FLOOR_COLUMNS[column]] for row in rows))
         return _against_first(full)
@@ -63,8 +64,26 @@ def read_window(
     return _against_first(_fill((("", row[column]) for row in arrivals), window_units))
 
 
-def _is_scored_unit(row: Row, column: str) -> bool:
-    return bool(row["is_unit"] and row["status"] == AuditStatus.SCORED and row[column] is not None)
+def _scored_units(rows: Iterable[Row], column: str) -> list[Row]:
+    """The first score of each session in its slice and rung.
+
+    A score without `kl` or `token_disagreement` is a value that was no number (a database keeps NaN as
+    nothing), and stays; the dropped mass is not sampled in every answer.
+    """
+    seen: set[tuple[str, str, str]] = set()
+    units = []
+    for row in rows:
+        key = (row["session_id"], row["slice_id"], row["rung_id"])
+        is_there = row[column] is not None or column in FLOOR_COLUMNS
+        is_scored = row["status"] == AuditStatus.SCORED and is_there
+        if is_scored and key not in seen:
+            seen.add(key)
+            units.append(row)
+    return units
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _fill(values: Iterable[tuple[str, float]], window_units: int) -> list[_Full]:

@@ -202,6 +202,12 @@ def own_mean(policy: Policy, gate: Guardrail, cell: Cell | None) -> float | None
     return _to_own(policy, gate, mean)
 
 
+def own_move(policy: Policy, gate: Guardrail, cell: Cell) -> float | None:
+    """The mean of the units that raised the watch, in the metric's own unit."""
+    mean = cell.watch.peak_mean if cell.watch else None
+    return None if mean is None else _to_own(policy, gate, mean)
+
+
 def own_range(policy: Policy, gate: Guardrail, cell: Cell | None) -> tuple[float, float] | None:
     """Where the mean lies with 95 % at all times, in the metric's own unit; None where nothing says so."""
     if cell is None or cell.interval is None or not cell.interval.units:
@@ -269,7 +275,7 @@ def _feed(
         cell,
         harm=harm.update(value),
         safe=safe if proof is None else proof.update(value),
-        watch=None if watch is None else watch.update(value),
+        watch=None if watch is None else watch.update(value, item.at_s),
         interval=cell.interval.update(value) if cell.interval is not None and is_present else cell.interval,
     )
 

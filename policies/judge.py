@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from sentei.policies.evidence import Split, log_threshold
-from sentei.policies.intake import own_mean, own_range
+from sentei.policies.intake import own_mean, own_move, own_range
 from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Guardrail
@@ -152,7 +153,8 @@ def _weigh(policy: Policy, guardrail: Guardrail, cell: Cell | None, limits: Limi
     if cell.watch is not None:
         watch, limit = cell.watch.log_e_max, log_threshold(1 / policy.spec.guardrails.detector_arl)
         if watch >= limit:
-            return Verdict.HARM, f"change detected, log e-CUSUM {watch:.2f} over {limit:.2f}"
+            why = f"{_describe_move(policy, guardrail, cell)}, log e-CUSUM {watch:.2f} over {limit:.2f}"
+            return Verdict.HARM, why
     if fault := _find_missing(policy, cell, limits.recent_from):
         return Verdict.ERROR, fault
     if _num_units(cell, limits.need) == 0 and guardrail.test != "event_split":
@@ -184,6 +186,16 @@ def _find_missing(policy: Policy, cell: Cell, recent_from: int) -> str | None:
     return f"{missing} of {chosen} audits missing, {share} ({why})"
 
 
+def _describe_move(policy: Policy, guardrail: Guardrail, cell: Cell) -> str:
+    """What has changed, and since when: the mean over all units may still lie within the bound."""
+    watch, mean = cell.watch, own_move(policy, guardrail, cell)
+    if watch is None or mean is None:
+        return "change detected"
+    begin = watch.peak_begin_s
+    since = "" if begin is None else f" since {datetime.fromtimestamp(begin, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return f"change detected: the newest {watch.peak_run} units{since} have mean {mean:.3g}"
+
+
 def _explain(guardrail: Guardrail, mean: float | None, bound: float, units: int, why: str) -> str:
     if guardrail.bound is None:
         share = "" if mean is None else f"{mean:.3g} went to the candidate, "
@@ -192,5 +204,7 @@ def _explain(guardrail: Guardrail, mean: float | None, bound: float, units: int,
         return f"rate ratio bound {bound:.3g}, {units} units: {why}"
     if mean is None:
         return f"no mean yet, bound {bound:.3g}, {units} units: {why}"
+    if why.startswith("change detected"):
+        return f"{why}; bound {bound:.3g}, mean of all {units} units {mean:.3g}"
     relation = "over" if mean > bound else "within"
     return f"mean {mean:.3g} {relation} bound {bound:.3g}, {units} units: {why}"

@@ -18,7 +18,7 @@ from sentei.monitors.records import ROLLOUT_ID, Rollout
 from sentei.monitors.store import Store
 from sentei.pipeline.plain import to_plain
 from sentei.pipeline.rollout.revisions import PolicyBook
-from sentei.pipeline.rollout.runner import EVIDENCE, RolloutError, read_look, read_quarantine, start_rollout
+from sentei.pipeline.rollout.runner import RolloutError, read_look, read_quarantine, start_rollout
 from sentei.pipeline.rollout.succession import StartRefusedError
 from sentei.policies.edits import EditError, check_edit
 from sentei.policies.engine import QuarantineError
@@ -34,7 +34,8 @@ from sentei.serving.router import SPARSE
 APPROVALS = ("promote", "approve")
 ERRORS = (400, 401, 403, 404, 409, 413, 429, 503)
 MAX_BODY_BYTES = 1 << 20
-MAX_EVENTS = 500
+MAX_EVENTS = 500  # of one page
+NUM_SHOWN = 20  # newest decisions in a status
 AT_TICK = "at the controller's next tick"
 STATUS_TIMEOUT_S = 3.0
 
@@ -98,6 +99,10 @@ def add_admin_routes(
     @router.get("/rollouts/{rollout_id}", **describe(errors=(401, 403, 404, 429)))
     async def rollout(rollout_id: str) -> Any:
         return await asyncio.to_thread(desk.status, rollout_id)
+
+    @router.get("/rollouts/{rollout_id}/events", **describe(errors=(401, 403, 404, 429)))
+    async def events(rollout_id: str, before: int | None = None, limit: int = 100) -> Any:
+        return await asyncio.to_thread(desk.events, rollout_id, before, limit)
 
     @router.get("/requests/{request_id:path}", **describe(errors=(401, 403, 404, 429)))
     async def request_record(request_id: str) -> Any:
@@ -220,25 +225,35 @@ class RolloutDesk:
         return [self._summary(rollout) for rollout in reversed(self._store.read_rollouts())]
 
     def status(self, rollout_id: str) -> dict[str, Any]:
-        """Return one rollout with routes, newest verdicts and decisions."""
+        """Return one rollout with routes, newest verdicts and decisions; no longer log makes it dearer."""
         rollout = self._find(rollout_id)
         found = self._store.read_routing()
         routes = found[0].routes if found is not None and found[0].rollout_id == rollout_id else ()
-        events = list(self._log.read(rollout_id))
-        look = read_look(self._store, rollout_id, after_s=events[-1].at_s) if events else None
-        verdicts: list[dict[str, Any]] = next(
-            (e.payload["verdicts"] for e in reversed(events) if "verdicts" in e.payload), []
-        )
-        verdicts = verdicts if look is None else look["verdicts"]
-        decisions = [_event_view(event) for event in events if event.kind != EVIDENCE]
+        newest = self._log.latest(rollout_id)
+        decisions = self._log.decisions(rollout_id, limit=NUM_SHOWN)
+        look = read_look(self._store, rollout_id, after_s=newest.at_s) if newest is not None else None
+        told = [event for event in (newest, *reversed(decisions)) if event and "verdicts" in event.payload]
+        verdicts = look["verdicts"] if look is not None else told[0].payload["verdicts"] if told else []
+        summary = self._summary(rollout)
+        why = look["reason"] if look is not None else told[0].payload["reason"] if told else ""
         return {
-            **self._summary(rollout),
+            **summary,
             "about": rollout.about,
+            "waits_because": why if summary["waits_for"] else "",
+            "approvals": [_event_view(item) for item in self._log.read(rollout_id, kinds=("approve",))],
             "routes": to_plain(routes),
             "verdicts": [{"guardrail_id": verdict["id"], **verdict} for verdict in verdicts],
-            "events": decisions[-MAX_EVENTS:],
-            "num_events": len(events),
+            "events": [_event_view(event) for event in decisions],
+            "num_events": self._log.count(rollout_id),
         }
+
+    def events(self, rollout_id: str, before: int | None, limit: int) -> dict[str, Any]:
+        """Return a page of decisions, oldest first, and below which seq the page before it lies, if any."""
+        self._find(rollout_id)
+        page = self._log.decisions(rollout_id, before=before, limit=min(max(limit, 1), MAX_EVENTS))
+        has_more = bool(page) and bool(self._log.decisions(rollout_id, before=page[0].seq, limit=1))
+        events = [_event_view(event) for event in page]
+        return {"rollout_id": rollout_id, "events": events, "before": page[0].seq if has_more else None}
 
     def command(self, rollout_id: str, body: CommandBody, by: str) -> dict[str, Any]:
         """Put an order into the inbox, and say when it acts; an abort stops traffic at once."""
@@ -354,6 +369,9 @@ class RolloutDesk:
             "by": state.get("by"),
             "stage_id": stage_id,
             "waits_for": state.get("waits_for"),
+            "stage_entered_s": state.get("stage_entered_s"),
+            "ended_s": state.get("ended_s"),
+            "approved_by": state.get("approved_by"),
             "rung_id": next((s.rung for s in policy.spec.stages if s.id == stage_id), ""),
             "reason": state.get("reason") or "waiting for the controller's first tick",
         }

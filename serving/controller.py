@@ -45,6 +45,7 @@ class Controller:
         reports: Path,
         replicas: Callable[[], Mapping[str, int]] | None = None,
         clock: Callable[[], float] | None = None,
+        monotonic: Callable[[], float] | None = None,  # where none is given, `clock` is one
     ) -> None:
         owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         options = RunnerOptions(owner, artifact=lambda: store.read_value(ARTIFACT) or "")
@@ -53,13 +54,23 @@ class Controller:
         self._mirror = mirror
         self._reports = reports
         self._clock = clock or SteadyClock()
+        self._monotonic = monotonic or self._clock
+        self._poll_s = 0.0
+        self._pace_s = 0.0  # between two looks at the inbox: never more than between two checks
+        self._checked_s: float | None = None  # None: look at once
+        self._newest_order = 0
         self._runner: RolloutRunner | None = None
         self._scheduler: Any = None
         self.num_ticks = 0
         self.last_error = ""
+        self.mirror_error = ""
 
     def start(self, *, tick_every_s: float, drift_every_s: float, mirror_every_s: float) -> None:
-        """Start the jobs; needs a running event loop."""
+        """Start the jobs; needs a running event loop.
+
+        Orders are looked for each `tick_every_s`; whether it is time for a check says the policy.
+        """
+        self._poll_s = self._pace_s = tick_every_s
         # A missed run is made up once, at once; a run that is still going is not started again.
         defaults = {"misfire_grace_time": None, "coalesce": True, "max_instances": 1}
         self._scheduler = AsyncIOScheduler(job_defaults=defaults, timezone="UTC")
@@ -75,15 +86,36 @@ class Controller:
             self._scheduler.shutdown(wait=False)
 
     def tick(self) -> None:
-        """Let the newest rollout take one step."""
+        """Let the newest rollout take one step if its next check is due, or an order waits for it.
+
+        After an error, or without the lease, it tries again each time.
+        """
         runner = self._newest()
         if runner is None:
+            return
+        self._keep_pace(runner)
+        newest_order, now_s = self._store.newest_order(runner.rollout.rollout_id), self._monotonic()
+        if not self._is_due(runner, now_s) and newest_order == self._newest_order:
             return
         result = runner.tick(self._clock())
         self.num_ticks += 1
         self.last_error = result.error
+        self._checked_s = now_s if result.decision is not None else None
+        self._newest_order = newest_order
         if result.decision is not None and result.decision.changed:
             log.info("%s: %s", runner.rollout.rollout_id, result.decision.reason)
+
+    def _is_due(self, runner: RolloutRunner, now_s: float) -> bool:
+        # Half a look early is on time: looks are not on the millisecond, and late would be a whole look late.
+        every_s = runner.policy.spec.schedule.check_every - self._pace_s / 2
+        return self._checked_s is None or not 0 <= now_s - self._checked_s < every_s
+
+    def _keep_pace(self, runner: RolloutRunner) -> None:
+        """Look as often as the policy checks, if that is more often than orders are looked for."""
+        pace_s = min(self._poll_s, runner.policy.spec.schedule.check_every)
+        if self._scheduler is not None and pace_s != self._pace_s:
+            self._scheduler.reschedule_job("tick", trigger="interval", seconds=pace_s)
+            self._pace_s = pace_s
 
     def check_drift(self) -> None:
         """Run the newest rollout's drift checks."""
@@ -92,8 +124,13 @@ class Controller:
 
     def mirror(self) -> None:
         """Copy what is new to MLflow; while MLflow is down the cursor stays and decisions go on."""
-        if self._mirror is not None:
-            self._mirror.run_once()
+        if self._mirror is None:
+            return
+        found = self._mirror.run_once()
+        text = "; ".join(filter(None, (found.reason, *found.refused)))
+        if text and text != self.mirror_error:
+            log.warning("mirror: %s", text)
+        self.mirror_error = text
 
     def status(self) -> dict[str, Any]:
         """Say how the controller fares."""
@@ -104,6 +141,7 @@ class Controller:
             "rollout_id": rollout_id,
             "num_ticks": self.num_ticks,
             "last_error": self.last_error,
+            "mirror_error": self.mirror_error,
         }
 
     def _newest(self) -> RolloutRunner | None:
@@ -116,6 +154,7 @@ class Controller:
             event = EventLog(self._store).latest(newest.rollout_id)
             if event is not None and isinstance(self._clock, SteadyClock):
                 self._clock.not_before(event.at_s)
+            self._checked_s, self._newest_order = None, 0
             log.info("took up rollout %s", newest.rollout_id)
         return self._runner
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -139,7 +140,11 @@ class ControllerServer:
         home = sentei_home().create()
         store = Store.open(args.resolved_store_url())
         self._controller = Controller(
-            store, mirror=_mirror(args, store), reports=Path(home.reports), replicas=_replicas
+            store,
+            mirror=_mirror(args, store),
+            reports=Path(home.reports),
+            replicas=_replicas,
+            monotonic=time.monotonic,
         )
         self._controller.start(
             tick_every_s=args.tick_every_s,

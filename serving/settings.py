@@ -103,7 +103,9 @@ class AppArgs(EngineOptions):
     audit_concurrency: int = Field(default=1, ge=1)
     store_url: str | None = Field(default=None, description="SQLAlchemy URL [default: home's SQLite]")
     mlflow_uri: str | None = Field(default=None, description="tracking URI [default: home's]; 'off': none")
-    tick_every_s: float = Field(default=1.0, gt=0)
+    tick_every_s: float = Field(
+        default=1.0, gt=0, description="between looks for orders; when to check says the policy"
+    )
     drift_every_s: float = Field(default=10.0, gt=0)
     mirror_every_s: float = Field(default=5.0, gt=0)
     controller: bool = True

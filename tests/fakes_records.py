@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 from sentei.monitors.errors import StoreError
 from sentei.monitors.records import Arrival, AuditScore, RequestRecord
 from sentei.monitors.store import Store
-from sentei.pipeline.tracking.tracker import MetricPoint, RunSpec, TrackingError
+from sentei.pipeline.tracking.tracker import MetricPoint, RefusedError, RunSpec, TrackingError
 
 ROLLOUT = "r1"
 START_S = 1000.0
@@ -112,6 +112,7 @@ class FakeTracker:
 
     def __init__(self, failures: int = 0) -> None:
         self.failures = failures
+        self.refused_steps: set[int] = set()  # points at these steps are refused for good
         self.runs: dict[str, dict[str, Any]] = {}
 
     def ensure_run(self, experiment: str, spec: RunSpec) -> str:
@@ -123,12 +124,17 @@ class FakeTracker:
             {"name": spec.name, "parent": spec.parent_run_id, "tags": dict(spec.tags or {}), "params": {}}
             | {"metrics": set(), "artifacts": {}, "status": "RUNNING"},
         )
-        run["params"] |= dict(spec.params or {})
+        for name, value in (spec.params or {}).items():
+            first = run["params"].setdefault(name, value)
+            if run["tags"].get(f"changed.{name}", first) != value:
+                run["tags"][f"changed.{name}"] = value
         return run_id
 
     def log(self, run_id: str, metrics: Sequence[MetricPoint], tags: Mapping[str, str]) -> None:
         """Keep each point once."""
         self._answer()
+        if any(point.step in self.refused_steps for point in metrics):
+            raise RefusedError("the fake tracker refuses this step")
         self.runs[run_id]["metrics"] |= set(metrics)
         self.runs[run_id]["tags"] |= dict(tags)
 

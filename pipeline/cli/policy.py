@@ -56,10 +56,12 @@ def lint(
         raise typer.Exit(ExitCode.BAD_INPUT) from error
     expected = Expected(sessions_per_hour, _mix(loaded, mix))
     stages, advice = forecast(loaded, expected), find_advice(loaded, expected)
-    output.say(f"[green]ok[/] {policy}: {loaded.metadata.name}, {len(stages)} stages", _stages_table(stages))
+    best, worst = best_s(stages), worst_s(stages)
+    can_end = best != float("inf")
+    output.say(_verdict(can_end, len(advice)) + f" {policy}: {loaded.metadata.name}, {len(stages)} stages")
+    output.say(_stages_table(stages))
     for remark in advice:
         output.say(Text(f"warning: {said(remark)}", style="yellow"))
-    best, worst = best_s(stages), worst_s(stages)
     output.say(f"at best {readable(best)}, at worst {'without end' if worst is None else readable(worst)}")
     if sessions_per_hour is None:
         output.say("the time for evidence is not in it: give --sessions-per-hour")
@@ -70,8 +72,20 @@ def lint(
             "warnings": [_warning(remark, text, str(policy)) for remark in advice],
             "duration_best": _duration(best),
             "duration_worst": "unbounded" if worst is None else _duration(worst),
+            "can_end": can_end,
             "stages": [_stage(stage) for stage in stages],
         }
+    )
+    if not can_end:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _verdict(can_end: bool, num_warnings: int) -> Text:
+    """Green only where nothing is to be said."""
+    if not can_end:
+        return Text("can never end", style="bold red")
+    return (
+        Text(f"ok, {num_warnings} warning(s)", style="yellow") if num_warnings else Text("ok", style="green")
     )
 
 
@@ -207,7 +221,7 @@ def _difference_table(found: dict[str, Any]) -> Table:
     table = Table("", f"recorded: {old['outcome']}", f"replayed: {new['outcome']}", title=found["rollout_id"])
     for index in range(max(len(old["decisions"]), len(new["decisions"]))):
         cells = [
-            _decision(side["decisions"][index]) if index < len(side["decisions"]) else ""
+            Text(_decision(side["decisions"][index]) if index < len(side["decisions"]) else "")
             for side in (old, new)
         ]
         differs = found["first_difference"] is not None and index >= found["first_difference"]
@@ -226,5 +240,5 @@ def errors_table(error: PolicyError) -> Table:
     for name in ("line", "path", "value", "what is wrong"):
         table.add_column(name, overflow="fold")  # a path is one long word: folded, never cut
     for item in error.errors:
-        table.add_row(str(item.line), item.path, repr(item.value)[:60], item.message)
+        table.add_row(str(item.line), *map(Text, (item.path, repr(item.value)[:60], item.message)))
     return table

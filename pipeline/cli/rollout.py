@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.live import Live
+from rich.text import Text
 
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.cli.policy_file import read_policy_file
@@ -84,13 +85,21 @@ def watch(
 
 
 @app.command()
-def history(rollout_id: RolloutId = None, url: Url = None, as_json: Json = False) -> None:
-    """Show every decision of a rollout with its reason."""
+def history(
+    rollout_id: RolloutId = None,
+    limit: Annotated[int, typer.Option(min=1, max=500, help="How many, the newest ones.")] = 100,
+    before: Annotated[int | None, typer.Option(help="Only those with a smaller seq.")] = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Show the decisions of a rollout with their reasons, a page at a time."""
     output = Output(as_json=as_json)
     client = AdminClient(url)
-    found = client.rollout(_newest(client, rollout_id))
+    found = client.events(_newest(client, rollout_id), before=before, limit=limit)
     output.say(history_table(found))
-    output.emit({"rollout_id": found["rollout_id"], "events": found.get("events", [])})
+    if found["before"] is not None:
+        output.say(f"there are older ones: --before {found['before']}")
+    output.emit(found)
 
 
 @app.command()
@@ -108,7 +117,7 @@ def edit(
     answer = client.edit_policy(chosen, text, str(policy))
     output.say(f"edit sent to [bold]{chosen}[/], it acts at the next tick:")
     for change in answer["changes"]:
-        output.say(f"  {change}")
+        output.say(Text(f"  {change}"))
     output.emit(answer)
 
 

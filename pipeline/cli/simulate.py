@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.cli.policy_file import read_policy_file
@@ -86,6 +87,8 @@ def run_simulate(
     )
     with output.progress() as progress:
         rows = simulate(wanted, progress)
+    for row in rows:
+        row["stays_in"] = _stays_in(loaded, row)
     _tell(loaded, rows, seed, output)
 
 
@@ -93,6 +96,7 @@ def _tell(policy: Policy, rows: list[dict[str, Any]], seed: int, output: Output)
     """Show the figures; a policy that rolls back more often than it promises fails the command."""
     alpha = policy.spec.guardrails.alpha_total
     output.say(figures_table(policy.metadata.name, rows), *_notes(rows), rules_table(rows))
+    output.say(*_stuck(rows))
     output.say(f"alpha_total {alpha:g}; intervals are exact (Clopper-Pearson), 95 %; seed {seed}")
     output.emit(rows)
     if any(row["false_rollback_ci"][0] > alpha for row in rows):
@@ -136,8 +140,28 @@ def _open_table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
 
 
-def _notes(rows: list[dict[str, Any]]) -> list[str]:
-    return [f"[bold]{row['scenario']}[/]: {row['about']}" for row in rows]
+def _notes(rows: list[dict[str, Any]]) -> list[Text]:
+    return [Text.assemble((row["scenario"], "bold"), f": {row['about']}") for row in rows]
+
+
+def _stays_in(policy: Policy, row: dict[str, Any]) -> str | None:
+    """The first stage, where it sends nothing to sparse and no rollout of the scenario ever did."""
+    first = policy.spec.stages[0]
+    is_stuck = row["exposure_share"] == 0 and row["undecided"] > 0
+    return first.id if first.share == 0 and is_stuck else None
+
+
+def _stuck(rows: list[dict[str, Any]]) -> list[Text]:
+    """What a column of zeros does not say: nothing was promoted because nothing had begun to be routed."""
+    stuck = [row for row in rows if row["stays_in"] is not None]
+    if not stuck:
+        return []
+    names = ", ".join(row["scenario"] for row in stuck)
+    text = (
+        f"no rollout ever left stage {stuck[0]['stays_in']} in: {names}. These figures say nothing about the "
+        "stages after it: give more --sessions"
+    )
+    return [Text(text, style="bold yellow")]
 
 
 def rules_table(rows: list[dict[str, Any]]) -> Table:

@@ -121,6 +121,8 @@ def build_report(
     policy = book.find(rollout_id, last.policy_digest)
     shares = [routed_share(book.find(rollout_id, state.policy_digest), state) for state in states]
     requests, audits = store.read_requests(rollout_id), store.read_audits(rollout_id)
+    if (end := store.read_end(rollout_id)) is not None:
+        requests, audits = ([row for row in rows if row["seq"] < end] for rows in (requests, audits))
     drift = [result for _, result in store.read_drift(rollout_id)]
     if upto_event is not None:
         requests, audits = ([row for row in rows if row["seq"] <= last.cursor] for rows in (requests, audits))
@@ -207,7 +209,23 @@ def _described(verdict: dict[str, Any], item: Any) -> Mapping[str, Any]:
     unit = "share of sessions" if item.metric.is_event else item.metric.unit
     if bound is not None and bound.over:
         unit = f"share of sessions over {bound.over:g} s"
+    verdict |= proven_range(verdict)
     return {**verdict, "value": item.value, "unit": unit, "bound_kind": kind, "about": item.metric.summary}
+
+
+def proven_range(verdict: Mapping[str, Any]) -> dict[str, float]:
+    """The interval of a mean cut at its bound where the verdict has proven on which side of it the mean lies.
+
+    Interval and proof are two tests of the same units; each is right, and the sharper one holds.
+    """
+    low, high, bound = verdict.get("low"), verdict.get("high"), verdict["bound"]
+    if low is None or high is None:
+        return {}
+    if verdict["verdict"] == "safe":
+        return {"low": min(low, bound), "high": min(high, bound)}
+    if verdict["verdict"] == "harm" and verdict["log_e_harm"] >= verdict["threshold"]:
+        return {"low": max(low, bound), "high": max(high, bound)}
+    return {}
 
 
 def _routes(policy: Policy, state: RolloutState) -> tuple[RouteEntry, ...]:

@@ -60,6 +60,11 @@ class AdminClient:
         """Return one rollout's state, verdicts and reason."""
         return self._call("GET", f"/admin/v1/rollouts/{rollout_id}")
 
+    def events(self, rollout_id: str, *, before: int | None = None, limit: int = 100) -> dict[str, Any]:
+        """Return a page of decisions, oldest first; the answer's `before` asks for the page before it."""
+        older = "" if before is None else f"&before={before}"
+        return self._call("GET", f"/admin/v1/rollouts/{rollout_id}/events?limit={limit}{older}")
+
     def command(self, rollout_id: str, kind: str, *, reason: str = "") -> dict[str, Any]:
         """Send an operator's order: pause, resume, promote, approve, abort or retry; the token says whose."""
         body = {"kind": kind, "reason": reason}

@@ -2,11 +2,13 @@
 
 The mirror keeps its own cursors in the store and moves them only after the tracker has taken everything
 before them. While the tracker is away the cursors stand still and decisions go on; when it is back it is
-told the rest, and in the end holds the same as if it had never been away.
+told the rest, and in the end holds the same as if it had never been away. What it refuses for good, such as
+anything of a deleted experiment, is said and passed over, event by event.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +22,11 @@ from sentei.monitors.records import DriftResult, Rollout
 from sentei.monitors.store import Store
 from sentei.pipeline.reports.rollout_report import build_report, render_html, render_json, routed_share
 from sentei.pipeline.rollout.revisions import PolicyBook
-from sentei.pipeline.tracking.tracker import MetricPoint, RunSpec, Tracker, TrackingError
+from sentei.pipeline.tracking.tracker import MetricPoint, RefusedError, RunSpec, Tracker, TrackingError
 from sentei.policies.schema.policy import Policy
 from sentei.policies.state import ALL_SLICES, RolloutState, state_from_json
+
+logger = logging.getLogger(__name__)
 
 EVENT_CURSOR = "mirror.events"
 DRIFT_CURSOR = "mirror.drift"
@@ -54,7 +58,8 @@ class MirrorResult:
 
     num_events: int = 0
     num_drift: int = 0
-    reason: str = ""  # "" where everything was mirrored
+    reason: str = ""  # "" where everything was mirrored or passed over
+    refused: tuple[str, ...] = ()  # why something was passed over, each reason once
 
 
 class Mirror:
@@ -67,10 +72,12 @@ class Mirror:
         self._rollouts: dict[str, Rollout] = {}
         self._book = PolicyBook(store)
         self._has_policy_file: set[str] = set()
+        self._refused: dict[str, None] = {}  # reasons of this run, in their order
 
     def run_once(self) -> MirrorResult:
         """Mirror what is new; a tracker that is away gives a reason instead of an error."""
         num_events = num_drift = 0
+        self._refused = {}
         try:
             for batch in self._batches():
                 self._mirror_events(batch)
@@ -78,8 +85,24 @@ class Mirror:
                 num_events += len(batch)
             num_drift = self._mirror_drift()
         except (TrackingError, StoreError) as error:
-            return MirrorResult(num_events, num_drift, str(error))
-        return MirrorResult(num_events, num_drift)
+            return MirrorResult(num_events, num_drift, str(error), tuple(self._refused))
+        return MirrorResult(num_events, num_drift, "", tuple(self._refused))
+
+    def _mirror_events(self, batch: Sequence[Event]) -> None:
+        """Mirror a batch; where something in it is refused, each event alone, so that only that is lost."""
+        try:
+            self._mirror_batch(batch)
+        except RefusedError as error:
+            if len(batch) == 1:
+                self._pass_over(f"event {batch[0].seq} of rollout {batch[0].rollout_id}", error)
+                return
+            for event in batch:
+                self._mirror_events([event])
+
+    def _pass_over(self, what: str, error: RefusedError) -> None:
+        if str(error) not in self._refused:
+            logger.warning("%s is passed over: %s", what, error)
+        self._refused[str(error)] = None
 
     def _batches(self) -> Iterator[list[Event]]:
         events = self._log.read(after=self._cursor(EVENT_CURSOR))
@@ -90,7 +113,7 @@ class Mirror:
     def _cursor(self, name: str) -> int:
         return int(self._store.read_value(name) or 0)
 
-    def _mirror_events(self, batch: Sequence[Event]) -> None:
+    def _mirror_batch(self, batch: Sequence[Event]) -> None:
         rollout, policy = self._rollout(batch[0].rollout_id)
         parent = self._ensure_parent(rollout, policy)
         moments = [self._moment(event) for event in batch]
@@ -126,7 +149,10 @@ class Mirror:
         for rollout in self._store.read_rollouts():
             cursor_name = f"{DRIFT_CURSOR}.{rollout.rollout_id}"
             for seq, result in self._store.read_drift(rollout.rollout_id, after=self._cursor(cursor_name)):
-                self._mirror_drift_result(result)
+                try:
+                    self._mirror_drift_result(result)
+                except RefusedError as error:
+                    self._pass_over(f"drift {seq} of rollout {rollout.rollout_id}", error)
                 self._store.save_value(cursor_name, str(seq))
                 num_results += 1
         return num_results
@@ -179,6 +205,8 @@ class Mirror:
         values: dict[str, float | None] = {
             "policy/share": routed_share(policy, state),
             "policy/stage": float(policy.stage_index(state.stage_id)),
+            "policy/hold_min_s": policy.stage(state.stage_id).hold_min,
+            "policy/audit_share": policy.audit_share(policy.stage(state.stage_id)),
             "policy/dense_slices": float(sum(item.is_dense for item in state.slices)),
         }
         for verdict in event.payload.get("verdicts", ()):

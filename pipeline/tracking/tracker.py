@@ -1,6 +1,7 @@
 """MLflow behind a port. Every operation may be repeated: a mirror killed halfway simply does it again.
 
-TrackingError    the tracking server or its database does not answer; nothing else is raised on purpose
+TrackingError    the tracking server or its database does not answer: later it may
+  RefusedError   it answers, and will never take this: a deleted experiment or run, a value it does not allow
 """
 
 from __future__ import annotations
@@ -28,10 +29,20 @@ _KEY_TAG = "sentei.key"
 _PARENT_TAG = "mlflow.parentRunId"
 _MAX_METRICS_PER_CALL = 1000
 _MAX_PARAM_CHARS = 6000
+_CHANGED_TAG = "changed."  # + name of a param that has another value now
+# What the same call will get again; every other refusal is of the moment.
+_PERMANENT = frozenset(
+    {"BAD_REQUEST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "PERMISSION_DENIED"}
+    | {"RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
+)
 
 
 class TrackingError(Exception):
     """The tracking backend does not answer; the message names its address and the reason."""
+
+
+class RefusedError(TrackingError):
+    """The tracking backend refuses this for good; trying again is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +68,15 @@ class RunSpec:
 
 
 class Tracker(Protocol):
-    """What the pipeline needs of an experiment tracker; raises TrackingError while it is away."""
+    """What the pipeline needs of an experiment tracker; raises TrackingError while it is away, and
+    RefusedError for what it will never take.
+    """
 
     def ensure_run(self, experiment: str, spec: RunSpec) -> str:
-        """Return the id of the run with that key; create it with its params and tags if there is none."""
+        """Return the id of the run with that key; create it with its params and tags if there is none.
+
+        A param keeps its first value; another one is kept as the tag `changed.<name>`.
+        """
 
     def log(self, run_id: str, metrics: Sequence[MetricPoint], tags: Mapping[str, str]) -> None:
         """Add metric points and set tags."""
@@ -95,7 +111,8 @@ class MlflowTracker:
                 [experiment_id], filter_string=f"tags.`{_KEY_TAG}` = '{spec.key}'", max_results=1
             )
             run_id = found[0].info.run_id if found else self._create_run(client, experiment_id, spec)
-            self._log_params(client, run_id, spec.params or {})
+            data = found[0].data if found else None
+            self._log_params(client, run_id, spec.params or {}, data)
             return str(run_id)
 
     def log(self, run_id: str, metrics: Sequence[MetricPoint], tags: Mapping[str, str]) -> None:
@@ -149,6 +166,9 @@ class MlflowTracker:
                 yield self._client
             except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                if isinstance(error, MlflowException) and error.error_code in _PERMANENT:
+                    self._experiment_ids.clear()  # one of that name may be made or restored
+                    raise RefusedError(f"MLflow at {self.tracking_uri} refuses: {reason}") from error
                 raise TrackingError(f"MLflow at {self.tracking_uri} does not answer: {reason}") from error
 
     def _experiment_id(self, client: Any, name: str) -> str:
@@ -173,11 +193,20 @@ class MlflowTracker:
         )
         return str(run.info.run_id)
 
-    def _log_params(self, client: Any, run_id: str, params: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
+    def _log_params(self, client: Any, run_id: str, params: Mapping[str, str], data: Any) -> None:
+        """Log what is new; MLflow refuses another value of a param, so a changed one becomes a tag."""
+        from mlflow.entities import Param, RunTag
 
-        if params:
-            client.log_batch(run_id, params=[Param(k, v[:_MAX_PARAM_CHARS]) for k, v in params.items()])
+        wanted = {name: value[:_MAX_PARAM_CHARS] for name, value in params.items()}
+        known, tags = (data.params, data.tags) if data is not None else ({}, {})
+        new = [Param(name, value) for name, value in wanted.items() if name not in known]
+        now = {
+            _CHANGED_TAG + name: value
+            for name, value in wanted.items()
+            if tags.get(_CHANGED_TAG + name, known.get(name, value)) != value
+        }
+        if new or now:
+            client.log_batch(run_id, params=new, tags=[RunTag(name, value) for name, value in now.items()])
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,6 +224,60 @@ def cut(store: Store, num_events: int) -> None:
         connection.execute(sa.delete(EVENTS).where(EVENTS.c.seq > newest - num_events))
 
 
+def test_decisions_come_in_pages_and_are_counted(store: Store) -> None:
+    """A page holds the newest decisions below a number, without the evidence in between."""
+    token = store.acquire_lease("me", ttl_s=10, now_s=0)
+    assert token is not None
+    log = EventLog(store)
+    for i in range(20):
+        kind = "evidence" if i % 4 else "hold"  # decisions are events 1, 5, 9, 13 and 17
+        log.append("r0", kind, payload={}, state_after="{}", token=token, at_s=i)
+    fill(store, 2)
+
+    newest = log.decisions("r0", limit=3)
+    older = log.decisions("r0", before=newest[0].seq, limit=3)
+
+    assert [[event.seq for event in page] for page in (newest, older)] == [[13, 17, 21], [1, 5, 9]]
+    assert (log.count("r0"), log.count("r1"), log.count("never")) == (21, 1, 0)
+
+
+def test_a_store_of_before_gets_its_indexes_and_its_count(store: Store) -> None:
+    """What keeps status quick is made when the store is opened; the number goes on from the rows."""
+    log = fill(store, 6)
+    with store.write("a version of before") as connection:
+        connection.execute(sa.delete(VALUES).where(VALUES.c.name.like("events.count.%")))
+        for name in ("events_decisions", "events_by_kind"):
+            connection.execute(sa.text(f"DROP INDEX {name}"))
+
+    with Store.open(store._engine.url.render_as_string(hide_password=False)) as again:
+        with again.read("indexes") as connection:
+            names = {item["name"] for item in sa.inspect(connection).get_indexes("events")}
+        assert {"events_decisions", "events_by_kind", "events_by_rollout"} <= names
+        assert log.count("r0") == 3
+        token = again.acquire_lease("me", ttl_s=10, now_s=1)
+        assert token is not None
+        EventLog(again).append("r0", "x", payload={}, state_after="{}", token=token, at_s=9)
+        assert log.count("r0") == 4
+
+
+def test_a_page_is_found_and_not_looked_for(tmp_path: Path) -> None:
+    """Neither a page of decisions nor the events of a kind walk over the evidence of a rollout."""
+    with Store.open(f"sqlite:///{tmp_path}/plan.db") as store:
+        seen: list[str] = []
+        log = fill(store, 3)
+
+        def note(connection: sa.Connection, cursor: object, text: str, values: object, *_: object) -> None:
+            if text.startswith("SELECT events"):
+                rows = connection.connection.cursor().execute(f"EXPLAIN QUERY PLAN {text}", values)
+                seen.append(" ".join(str(row[3]) for row in rows))
+
+        sa.event.listen(store._engine, "before_cursor_execute", note)
+        log.decisions("r0", before=9)
+        list(log.read("r0", kinds=("started", "edit")))
+
+    assert ["events_decisions" in seen[0], "events_by_kind" in seen[1]] == [True, True], seen
+
+
 @pytest.mark.parametrize("num_cut", [1, 2, 5])
 def test_a_log_that_was_cut_is_not_carried_on(store: Store, num_cut: int) -> None:
     """The next append refuses what `verify` finds, says the way out, and so heals nothing."""

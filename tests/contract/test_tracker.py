@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from sentei.pipeline.tracking.tracker import MetricPoint, MlflowTracker, RunSpec, Tracker, TrackingError
+from sentei.pipeline.tracking.tracker import (
+    MetricPoint,
+    MlflowTracker,
+    RefusedError,
+    RunSpec,
+    Tracker,
+    TrackingError,
+)
 from tests.fakes_records import FakeTracker
 
 # MLflow on SQLite leaves connections to the garbage collector.
@@ -134,7 +141,39 @@ def test_run_ends_well_or_not_and_may_go_on(case: Case, experiment: str) -> None
     assert case.points(run, "m") == [(1, 1.0)]
 
 
+def test_a_changed_param_is_a_tag(case: Case, experiment: str) -> None:
+    """The first value stays, the newest is a tag, also when it changes back; nothing is refused."""
+    for value in ("1", "2", "1"):
+        spec = RunSpec("rollout:a", "first", 10.0, params={"hold_min_s": value, "rung": "mild"})
+        run = case.tracker.ensure_run(experiment, spec)
+        seen = case.tags(run).get("changed.hold_min_s")
+        assert seen == (None if value == "1" and seen is None else value)
+
+    assert case.tags(run)["changed.hold_min_s"] == "1"
+    assert "changed.rung" not in case.tags(run)
+
+
 def test_tracker_that_is_away_says_so(case: Case, experiment: str) -> None:
     """No connection is one error of ours, whatever the library raises."""
     with pytest.raises(TrackingError):
         case.away.ensure_run(experiment, SPEC)
+
+
+def test_a_deleted_experiment_is_refused_and_not_away(tmp_path: Path) -> None:
+    """What MLflow will never take is told apart, also for a run that was there; restored, it goes on."""
+    tracker = MlflowTracker(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "artifacts")
+    run = tracker.ensure_run("gone", SPEC)
+    with tracker.answering() as client:
+        experiment_id = client.get_experiment_by_name("gone").experiment_id
+        client.delete_experiment(experiment_id)
+
+    for attempt in (
+        lambda: tracker.ensure_run("gone", RunSpec("rollout:b", "second", 11.0)),
+        lambda: tracker.log(run, [MetricPoint("m", 1.0, 1, 21.0)], {}),
+    ):
+        with pytest.raises(RefusedError, match=r"refuses: .*active"):
+            attempt()
+
+    with tracker.answering() as client:
+        client.restore_experiment(experiment_id)
+    assert tracker.ensure_run("gone", SPEC) == run

@@ -56,7 +56,7 @@ def shrunk_policy() -> str:
     spec["stages"] = [{**stage, "hold_min": "1s"} for stage in spec["stages"] if stage["rung"] == "mild"]
     spec["stages"].append({"id": "full", "share": "90%", "rung": "mild", "hold_min": "1s"})
     spec["advance"] |= {"min_units": BATCH, "min_served_units": 1}
-    spec["schedule"]["check_every"] = "1s"
+    spec["schedule"]["check_every"] = "100ms"
     del spec["benefit"]
     return yaml.safe_dump(document, sort_keys=False)
 
@@ -112,7 +112,7 @@ class Shop:
 
     async def run(self, most_batches: int) -> dict[str, Any]:
         """Start the rollout and serve until it has an outcome."""
-        body = {"policy": shrunk_policy(), "release_quarantine": True}
+        body = {"policy": shrunk_policy(), "release_quarantine": True, "replace": True}
         rollout_id = (await self.order("POST", "rollouts", body))["rollout_id"]
         self.controller.tick()
         await self.gateway.read_routing_once()

@@ -200,6 +200,26 @@ async def test_dense_only_app_refuses_a_rollout(tmp_path: Path) -> None:
     assert "no adapter" in response.json()["error"]["message"]
 
 
+async def test_history_comes_in_pages(tmp_path: Path) -> None:
+    """A page says where the one before it ends; the last one says that there is none."""
+    async with open_office(tmp_path) as office:
+        path = f"/admin/v1/rollouts/{(await start(office)).json()['rollout_id']}"
+        for kind in ("pause", "resume", "pause"):
+            office.controller.tick()
+            await office.client.post(f"{path}/commands", json={"kind": kind, "by": "ann", "reason": "[/x]"})
+            office.clock.now_s += 1
+        office.controller.tick()
+        newest = (await office.client.get(f"{path}/events?limit=2")).json()
+        older = (await office.client.get(f"{path}/events?limit=50&before={newest['before']}")).json()
+        found = (await office.client.get(path)).json()
+
+    kinds = [event["kind"] for event in older["events"] + newest["events"]]
+    assert (len(newest["events"]), older["before"]) == (2, None)
+    assert [kind for kind in kinds if kind != "hold"] == ["started", "pause", "resume", "pause"]
+    assert found["num_events"] == len(kinds)
+    assert found["stage_entered_s"] is not None
+
+
 async def test_an_order_to_a_rollout_that_is_over_is_refused(tmp_path: Path) -> None:
     """The controller runs the newest rollout only, so nobody is told that an older one will act."""
     async with open_office(tmp_path) as office:

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from sentei.pipeline.cli.app import app, run
 from sentei.pipeline.cli.output import ExitCode
 from sentei.pipeline.rollout.client import AdminClient, AdminError
+from tests.strategies_policy import TWO_SLICES
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_POLICY = ROOT / "policies" / "examples" / "demo.yaml"
@@ -22,6 +24,23 @@ def test_lint_accepts_a_shipped_policy() -> None:
 
     assert done.exit_code == ExitCode.OK
     assert json.loads(done.stdout)["ok"] is True
+
+
+def test_a_policy_that_can_never_end_is_not_green(tmp_path: Path) -> None:
+    """A slice that no guardrail gives units: the first word and the exit code say no."""
+    document = yaml.safe_load(TWO_SLICES)
+    spec = document["spec"]
+    spec["stages"] = spec["stages"][1:2] + spec["stages"][3:]
+    spec["stages"][1]["rung"] = "mild"
+    spec["guardrails"]["items"] = [spec["guardrails"]["items"][2] | {"advance": "all_safe"}]
+    spec["signals"] = []
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(yaml.safe_dump(document), encoding="utf-8")
+
+    done = CliRunner().invoke(app, ["policy", "lint", str(policy)])
+
+    assert done.exit_code == ExitCode.FAILED, done.stdout
+    assert done.stdout.startswith("can never end")
 
 
 def test_lint_names_the_nearest_known_key(tmp_path: Path) -> None:

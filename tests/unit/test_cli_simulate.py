@@ -11,7 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from sentei.pipeline.cli.policy import errors_table
-from sentei.pipeline.cli.simulate import figures_table, own_scenario, rules_table
+from sentei.pipeline.cli.simulate import (
+    _stays_in,
+    _stuck,
+    figures_table,
+    own_scenario,
+    rules_table,
+)
 from sentei.pipeline.rollout.simulate import figures
 from sentei.policies.schema.load import PolicyError, load_policy
 from sentei.policies.simulation.study import Tally
@@ -120,3 +126,17 @@ def test_a_world_that_cannot_be_read_is_named(options: dict[str, Any], words: st
     """The option, what it looks like, and what was given."""
     with pytest.raises(ValueError, match=re.escape(words)):
         own_scenario(**options)
+
+
+@pytest.mark.parametrize(("exposed", "stays_in"), [(0.0, "shadow"), (0.2, None)])
+def test_a_policy_that_never_leaves_shadow_says_so(exposed: float, stays_in: str | None) -> None:
+    """Zeros everywhere are not a good result, and the output says which stage it never left."""
+    policy = load_policy(TWO_SLICES)
+    row: dict[str, Any] = {"scenario": "healthy", "exposure_share": exposed, "undecided": 1.0}
+
+    row["stays_in"] = _stays_in(policy, row)
+
+    said = [str(text) for text in _stuck([row])]
+    assert row["stays_in"] == stays_in
+    assert len(said) == (stays_in is not None)
+    assert all("no rollout ever left stage shadow in: healthy" in text for text in said)

@@ -202,6 +202,17 @@ def test_streaming_equals_batch() -> None:
     assert watch.log_e == pytest.approx(detector_paths(values, bound=0.1)[0, -1], abs=1e-9)
 
 
+def test_the_watch_says_what_changed_and_since_when() -> None:
+    """The run behind the peak begins near the change, whose mean it has; the good past is not in it."""
+    watch = Detector(0.1)
+    for second in range(400):
+        watch = watch.update(0.05 if second < 380 else 0.4, float(second))
+
+    assert watch.log_e_max > 3
+    assert (watch.peak_run, watch.peak_begin_s) == (20, 380.0)
+    assert watch.peak_mean == pytest.approx(0.4)
+
+
 def test_what_was_rejected_stays_rejected() -> None:
     """The running maximum keeps a rejection through any number of later units."""
     state = update_all(Betting(0.1, "harm", 0.05), [0.9] * 10)

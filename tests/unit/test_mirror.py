@@ -142,3 +142,36 @@ def test_drift_reports_are_kept_with_the_rollout(store: Store, tmp_path: Path) -
     assert result.num_drift == 2
     assert run["artifacts"]["evidently/kl-0001.html"] == "<html>drift"
     assert sorted(m.value for m in run["metrics"] if m.name == "drift/kl/is_drift") == [0.0, 1.0]
+
+
+def test_an_edited_policy_goes_on_being_mirrored(store: Store) -> None:
+    """The stage's run keeps its first values, and says what they are now."""
+    runner = play(store, 1)
+    tracker = FakeTracker()
+    Mirror(store, tracker).run_once()
+    safer = POLICY.replace("share: 0, rung: medium}", "share: 0, rung: medium, hold_min: 9s}")
+    store.add_revision(ROLLOUT, safer, by="ann", at_s=START_S + 1)
+    assert not runner.tick(START_S + 1.5).error
+
+    assert Mirror(store, tracker).run_once().reason == ""
+
+    stage = tracker.runs[f"sentei-rollouts/rollout:{ROLLOUT}:stage:shadow:0"]
+    assert (stage["params"]["hold_min_s"], stage["tags"]["changed.hold_min_s"]) == ("0.0", "9.0")
+    points = sorted((m.step, m.value) for m in stage["metrics"] if m.name == "policy/hold_min_s")
+    values = [value for _, value in points]
+    assert (values, set(values)) == (sorted(values), {0.0, 9.0})
+
+
+def test_what_is_refused_for_good_is_said_and_passed_over(store: Store) -> None:
+    """One event that the tracker will never take costs that event only, and is not tried for ever."""
+    play(store, 15)
+    tracker = FakeTracker()
+    tracker.refused_steps = {2}
+
+    first, second = (Mirror(store, tracker).run_once() for _ in range(2))
+
+    assert (first.reason, first.refused) == ("", ("the fake tracker refuses this step",))
+    assert second.num_events == 0
+    steps = {m.step for m in tracker.runs[PARENT]["metrics"]}
+    assert steps == set(range(1, first.num_events + 1)) - {2}
+    assert tracker.runs[PARENT]["tags"]["outcome"] == "promoted"

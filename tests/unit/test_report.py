@@ -17,6 +17,7 @@ from sentei.pipeline.reports.figures import audit_overhead, quality_figures, sav
 from sentei.pipeline.reports.rollout_report import (
     ReportError,
     build_report,
+    proven_range,
     render_html,
     render_json,
     save_report,
@@ -126,6 +127,35 @@ def test_report_of_an_event_ignores_what_came_later(store: Store) -> None:
         store.add_request(make_request(i, outcome="failed"))
 
     assert render_json(build_report(store, ROLLOUT, upto_event=last)) == early
+
+
+def test_figures_end_where_the_next_rollout_begins(store: Store) -> None:
+    """An audit that comes late, and was replayed in another rollout's time, is in nobody's figures."""
+    play(store, 15)
+    before = build_report(store, ROLLOUT)
+    start_rollout(store, POLICY, now_s=START_S + 20, rollout_id="r2", replaces=True)
+    for i in range(500, 504):
+        store.add_request(make_request(i, at_s=START_S + 20, share=0.5))
+        store.add_audit(make_audit(i, at_s=START_S + 21, token_disagreement=1.0))
+
+    after = build_report(store, ROLLOUT)
+
+    assert after.quality == before.quality
+    assert after.audit == before.audit
+    assert after.slices == before.slices
+
+
+@pytest.mark.parametrize(
+    ("verdict", "interval"),
+    [("safe", (-0.1, 0.1)), ("harm", (0.1, 0.15)), ("undecided", (-0.1, 0.15))],
+)
+def test_the_interval_agrees_with_the_verdict(verdict: str, interval: tuple[float, float]) -> None:
+    """What is proven to lie on one side of its bound is not shown on the other."""
+    found = {"verdict": verdict, "low": -0.1, "high": 0.15, "bound": 0.1, "log_e_harm": 9.0, "threshold": 5.0}
+
+    shown = {**found, **proven_range(found)}
+
+    assert (shown["low"], shown["high"]) == interval
 
 
 def test_broken_log_is_said_loudly(store: Store) -> None:

@@ -87,5 +87,5 @@ def test_threshold_is_the_allowed_excess_over_a_silent_reference() -> None:
 
     silent = np.zeros(50)
 
-    assert calibrate_threshold(silent, 10, allowed_excess=0.02) == pytest.approx(20.0)
-    assert calibrate_threshold(silent, 10, allowed_excess=0.0) == 0.0
+    assert calibrate_threshold(silent, silent[:10], allowed_excess=0.02) == pytest.approx(20.0)
+    assert calibrate_threshold(silent, silent[:10], allowed_excess=0.0) == 0.0

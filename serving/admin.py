@@ -23,6 +23,7 @@ from sentei.policies.edits import EditError, check_edit
 from sentei.policies.engine import QuarantineError
 from sentei.policies.schema.load import PolicyError, load_policy
 from sentei.serving.access import Operator, OperatorBook, Role
+from sentei.serving.bodies import BodyDesk
 from sentei.serving.errors import RequestError, ServingError
 from sentei.serving.gateway import Gateway
 from sentei.serving.openai.document import describe
@@ -87,7 +88,11 @@ def add_admin_routes(
 
     book = operators or OperatorBook.read(None)
 
+    # A desk of its own: whatever callers of `/v1` leave half-sent, an order to abort is read.
+    bodies = BodyDesk(gateway.limits.bodies)
+
     async def look(request: Request) -> None:
+        request.state.bodies = bodies
         request.state.operator = _operator(book, request, Role.LOOK)
 
     async def operate(request: Request) -> None:
@@ -344,8 +349,6 @@ async def _ask(call: StatusCall) -> dict[str, Any]:
 
 
 async def _body(request: Request) -> bytes:
-    body = await request.body()
-    if len(body) > MAX_BODY_BYTES:
-        text = f"the body has {len(body)} bytes; the limit is {MAX_BODY_BYTES}"
-        raise RequestError(text, status=413, code="request_too_large")
-    return body
+    bodies: BodyDesk = request.state.bodies
+    async with bodies.body(request, MAX_BODY_BYTES) as body:
+        return body

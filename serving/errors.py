@@ -29,6 +29,7 @@ class RequestError(ServingError):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: int | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -36,6 +37,7 @@ class RequestError(ServingError):
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s
+        self.headers = headers or {}
 
 
 class EngineError(ServingError):

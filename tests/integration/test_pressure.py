@@ -1,0 +1,156 @@
+"""Callers that send half of a body, or too much of one: who else has to wait, and what is kept of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from sentei.serving.settings import BodyLimits
+from tests.fakes_serving import MODEL
+from tests.integration.test_ingress import LIMITS, World, post_chat
+
+ASK = "/v1/completions"
+BODIES = BodyLimits(pause_s=0.2, total_s=0.5, young_s=0.0, max_per_client=4, max_reading=6, max_bytes=4096)
+
+
+def pressed(**fields: Any) -> World:
+    """An ingress with small limits on bodies."""
+    return World(limits=LIMITS.model_copy(update={"bodies": BODIES.model_copy(update=fields)}))
+
+
+def api_of(client: httpx.AsyncClient) -> FastAPI:
+    """The app behind a client of ours."""
+    transport = client._transport
+    assert isinstance(transport, httpx.ASGITransport)
+    assert isinstance(transport.app, FastAPI)
+    return transport.app
+
+
+class HalfSent:
+    """A request whose body never ends: `parts` come at once, or every `every_s`, and then nothing."""
+
+    def __init__(
+        self, api: FastAPI, *, who: str = "10.0.0.1", parts: Sequence[bytes] = (b"{",), every_s: float = 0.0
+    ) -> None:
+        self._parts, self._every_s = list(parts), every_s
+        self._sent: list[Any] = []
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST",
+            "path": ASK,
+            "raw_path": ASK.encode(),
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "client": (who, 1),
+            "server": ("test", 80),
+            "scheme": "http",
+            "root_path": "",
+        }
+        self.task = asyncio.create_task(api(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        await asyncio.sleep(self._every_s)
+        if not self._parts:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": self._parts.pop(0), "more_body": True}
+
+    async def _send(self, message: Any) -> None:
+        self._sent.append(message)
+
+    async def answer(self) -> tuple[int, str, str]:
+        """Status, error code and `connection` header of what came back in the end."""
+        await asyncio.wait_for(self.task, 5)
+        headers = dict(self._sent[0]["headers"])
+        code = json.loads(self._sent[1]["body"])["error"]["code"]
+        return self._sent[0]["status"], code, headers.get(b"connection", b"").decode()
+
+    async def end(self) -> None:
+        """Hang up."""
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+async def test_half_sent_body_is_given_up() -> None:
+    """A body that stops coming is a 408 after the pause, and its connection ends."""
+    async with pressed().run() as client:
+        found = await HalfSent(api_of(client)).answer()
+
+    assert found == (408, "request_timeout", "close")
+
+
+async def test_body_of_single_bytes_is_given_up() -> None:
+    """Bytes that drip in are no way to hold a slot for longer than a whole body may take."""
+    async with pressed().run() as client:
+        began_s = asyncio.get_running_loop().time()
+        found = await HalfSent(api_of(client), parts=[b"x"] * 100, every_s=0.05).answer()
+        took_s = asyncio.get_running_loop().time() - began_s
+
+    assert found == (408, "request_timeout", "close")
+    assert took_s < 2
+
+
+async def test_many_half_sent_bodies_let_a_whole_one_pass() -> None:
+    """Of one client no more bodies wait than it may have; a whole body is answered beside them, as before."""
+    async with pressed(pause_s=60, total_s=60).run() as client:
+        halves = [HalfSent(api_of(client), who="127.0.0.1") for _ in range(20)]
+        await asyncio.sleep(0.05)
+        num_open = sum(not half.task.done() for half in halves)
+        response = await asyncio.wait_for(post_chat(client), 2)
+        given_up = await halves[0].answer()
+        for half in halves:
+            await half.end()
+
+    assert num_open == 4
+    assert response.status_code == 200
+    assert given_up == (408, "request_timeout", "close")
+
+
+async def test_young_bodies_are_not_given_up_for_newer_ones() -> None:
+    """Where all bodies have only just begun, the newest is told to come back."""
+    async with pressed(young_s=60, pause_s=60, total_s=60).run() as client:
+        halves = [HalfSent(api_of(client)) for _ in range(5)]
+        found = await halves[4].answer()
+        for half in halves:
+            await half.end()
+
+    assert found == (429, "overloaded", "close")
+
+
+async def test_another_client_has_room_of_its_own() -> None:
+    """One address cannot take the places of all others."""
+    async with pressed(young_s=60, pause_s=60, total_s=60).run() as client:
+        halves = [HalfSent(api_of(client)) for _ in range(20)]
+        await asyncio.sleep(0.05)
+        response = await asyncio.wait_for(post_chat(client), 2)
+        for half in halves:
+            await half.end()
+
+    assert response.status_code == 200
+
+
+async def test_bytes_of_all_bodies_are_bounded() -> None:
+    """However few bodies they are in, bytes over the bound are refused, and those of refused bodies are freed."""
+    async with pressed(pause_s=60, total_s=60).run() as client:
+        halves = [HalfSent(api_of(client), parts=[b"x" * 1900]) for _ in range(3)]
+        found = await halves[2].answer()
+        for half in halves[:2]:
+            await half.end()
+        response = await asyncio.wait_for(post_chat(client), 2)
+
+    assert found == (429, "overloaded", "close")
+    assert response.status_code == 200
+
+
+async def test_announced_length_is_refused_before_the_body_is_read() -> None:
+    """A body that says it is too long costs nothing: no byte of it is waited for."""
+    async with pressed().run() as client:
+        body = json.dumps({"model": MODEL, "prompt": "x" * 4000})
+        response = await client.post(ASK, content=body, headers={"content-type": "application/json"})
+
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")

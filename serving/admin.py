@@ -23,7 +23,7 @@ from sentei.policies.edits import EditError, check_edit
 from sentei.policies.engine import QuarantineError
 from sentei.policies.schema.load import PolicyError, load_policy
 from sentei.serving.access import Operator, OperatorBook, Role
-from sentei.serving.bodies import BodyDesk
+from sentei.serving.admission import BodyDesk
 from sentei.serving.errors import RequestError, ServingError
 from sentei.serving.gateway import Gateway
 from sentei.serving.openai.document import describe

@@ -21,8 +21,8 @@ SMALL_CPUS = 0.1  # ingress, auditor and controller mostly wait
 STREAM_GRACE_S = 60.0  # how long a replica that is replaced may finish its streams
 HEALTH_PERIOD_S = 5.0
 HEALTH_TIMEOUT_S = 60.0
-# The ingress bounds bodies, prompts and answers itself and refuses the rest at once. So Serve's own slots, which
-# know neither health nor operations from prompts, must never be what is full.
+# The ingress bounds bodies, prompts and answers itself and refuses the rest at once. So Serve's own slots,
+# which know neither health nor operations from prompts, must never be what is full.
 INGRESS_SLOTS = 8192
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from sentei.monitors.records import AuditStatus, Outcome, RequestRecord
+from sentei.serving.admission import PromptDesk
 from sentei.serving.answer import Answerer, Delta, Progress, Question
 from sentei.serving.choices import read_calls
 from sentei.serving.engine.attention_use import to_json
@@ -22,6 +23,7 @@ from sentei.serving.openai.requests import ChatRequest, GenerationRequest, Token
 from sentei.serving.ports import AuditDesk, AuditJob, ModelCard, RecordStore, Tokenizer, Variant
 from sentei.serving.router import DENSE, SPARSE, Assignment, Breaker, Lease, SeenUnits, assign
 from sentei.serving.settings import Limits
+from sentei.serving.text.bounded import body_limit_bytes, longest_token_bytes
 from sentei.serving.text.chat import template_of
 from sentei.serving.text.pieces import TokenTexts
 from sentei.serving.text.prompts import check_biases, check_ending, prompt_ids, room_for_answer, tokenize
@@ -67,6 +69,8 @@ class Gateway:
         self._answerer = Answerer(variants, limits, Breaker())
         self._seen, self._seen_ids = SeenUnits(), SeenUnits()
         self._schemas = SchemaChecker()
+        self._prompts = PromptDesk(threads=limits.tokenizer_threads, max_waiting=limits.max_concurrent)
+        self._token_bytes = longest_token_bytes(tokenizer)
         self._in_flight = 0
         self._loops: list[asyncio.Task[None]] = []
         self._audits: set[asyncio.Task[None]] = set()
@@ -84,7 +88,15 @@ class Gateway:
         # Audits on their way are waited for: one that was lost must be written as missing.
         await asyncio.gather(*self._loops, *self._audits, return_exceptions=True)
         await self._schemas.stop()
+        self._prompts.stop()
         await asyncio.to_thread(self.writer.stop)
+
+    def body_limit_bytes(self) -> int:
+        """Return how long a body may be: by the setting, and by what a prompt of this model can need."""
+        limit_bytes, card = self.limits.max_body_bytes, self.cards.get(DENSE)
+        if card is None:
+            return limit_bytes
+        return body_limit_bytes(limit_bytes, card.max_context_tokens, self._token_bytes)
 
     def readiness(self) -> dict[str, Any]:
         """Say whether requests can be answered, by whom, and how the records fare."""
@@ -126,7 +138,7 @@ class Gateway:
             sampling = replace(sampling, json_schema=use.schema())
         if sampling.json_schema is not None:
             await self._schemas.check(sampling.json_schema)
-        ids = await asyncio.to_thread(prompt_ids, request, use, self.tokenizer, card)
+        ids = await self._prompts.run(prompt_ids, request, use, self.tokenizer, card)
         max_tokens = room_for_answer(request, len(ids), card, self.limits.default_max_tokens)
         request_id = self._request_id(headers.get(REQUEST_HEADER, ""))
         unit = session_unit(headers, request.user, request_id)
@@ -146,7 +158,7 @@ class Gateway:
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
         """Return a prompt's ids, and how long prompt and answer may be together."""
         card = self._card(self.model_name if request.model is None else request.model)
-        ids = await asyncio.to_thread(tokenize, request, self.tokenizer, card)
+        ids = await self._prompts.run(tokenize, request, self.tokenizer, card)
         return {"count": len(ids), "max_model_len": card.max_context_tokens, "tokens": list(ids)}
 
     def begin(self, questions: Sequence[Question]) -> list[tuple[Progress, AsyncGenerator[Delta, None]]]:

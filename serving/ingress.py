@@ -15,8 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from sentei.serving import wire
 from sentei.serving.access import KeyBook
+from sentei.serving.admission import BodyDesk
 from sentei.serving.answer import Delta, Progress, Question
-from sentei.serving.bodies import BodyDesk
 from sentei.serving.choices import interleave
 from sentei.serving.errors import RequestError
 from sentei.serving.gateway import REQUEST_HEADER, Gateway
@@ -95,7 +95,7 @@ def _add_openai_routes(api: FastAPI, gateway: Gateway) -> None:
 
     @api.post("/tokenize", **describe(TokenizeRequest, answer=Tokens))
     async def tokenize(request: Request) -> JSONResponse:
-        async with desk.body(request, gateway.limits.max_body_bytes) as body:
+        async with desk.body(request, gateway.body_limit_bytes()) as body:
             return JSONResponse(await gateway.tokenize(parse_request(TokenizeRequest, body)))
 
 
@@ -114,7 +114,7 @@ def _add_health_routes(api: FastAPI, gateway: Gateway) -> None:
 async def _answer(
     gateway: Gateway, desk: BodyDesk, http: Request, *, kind: type[ChatRequest] | type[CompletionRequest]
 ) -> JSONResponse | StreamingResponse:
-    async with desk.body(http, gateway.limits.max_body_bytes) as body:
+    async with desk.body(http, gateway.body_limit_bytes()) as body:
         request: GenerationRequest = parse_request(kind, body)
         questions = await gateway.check(request, http.headers)
     del body  # an answer takes long, and a prompt may be large

@@ -32,6 +32,7 @@ class Limits(_Options):
     bodies: BodyLimits = BodyLimits()
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
     max_concurrent: int = Field(default=64, ge=1, description="answers in flight; more get a 429")
+    tokenizer_threads: int = Field(default=1, ge=1, description="prompts that are turned into ids at once")
     default_max_tokens: int | None = Field(
         default=None,
         ge=1,

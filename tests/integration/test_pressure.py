@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import httpx
 from fastapi import FastAPI
 
 from sentei.serving.settings import BodyLimits
-from tests.fakes_serving import MODEL
+from tests.fakes_serving import MODEL, FakeTokenizer
 from tests.integration.test_ingress import LIMITS, World, post_chat
 
 ASK = "/v1/completions"
@@ -135,7 +136,7 @@ async def test_another_client_has_room_of_its_own() -> None:
 
 
 async def test_bytes_of_all_bodies_are_bounded() -> None:
-    """However few bodies they are in, bytes over the bound are refused, and those of refused bodies are freed."""
+    """However few bodies they are in, bytes over the bound are refused, and those of refused ones freed."""
     async with pressed(pause_s=60, total_s=60).run() as client:
         halves = [HalfSent(api_of(client), parts=[b"x" * 1900]) for _ in range(3)]
         found = await halves[2].answer()
@@ -154,3 +155,64 @@ async def test_announced_length_is_refused_before_the_body_is_read() -> None:
         response = await client.post(ASK, content=body, headers={"content-type": "application/json"})
 
     assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+
+
+def roomy() -> World:
+    """An ingress whose setting alone would let megabytes in; the model's context is 64 tokens."""
+    return World(limits=LIMITS.model_copy(update={"max_body_bytes": 64 << 20}))
+
+
+async def test_prompt_that_never_fits_is_refused_by_its_bytes() -> None:
+    """A body beyond all that a prompt of the context can need is refused unread, whatever the setting."""
+    world = roomy()
+    async with world.run() as client:
+        refused = await client.post(ASK, json={"model": MODEL, "prompt": "a " * 1_500_000})
+        encoded = tokenizer_of(world).num_encoded
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
+    assert encoded == 0
+
+
+async def test_prompt_that_never_fits_is_refused_by_its_beginning() -> None:
+    """Of a prompt that is too long, no more is turned into ids than shows it."""
+    world = roomy()
+    async with world.run() as client:
+        refused = await client.post(ASK, json={"model": MODEL, "prompt": "a " * 50_000})
+        encoded = tokenizer_of(world).num_encoded
+
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "prompt")
+    assert "100000 characters" in error["message"]
+    assert encoded == 512
+
+
+async def test_every_spelling_of_a_prompt_that_fits_is_let_in() -> None:
+    """The bound by bytes leaves room for the longest spelling in JSON, and for ids with spaces between."""
+    escaped = '{"model": "tiny", "max_tokens": 1, "prompt": "' + "\\u0041" * 60 + '"}'
+    ids = json.dumps({"model": MODEL, "max_tokens": 1, "prompt": [66] * 60}, indent=4)
+    async with roomy().run() as client:
+        found = [await client.post(ASK, content=body) for body in (escaped, ids)]
+
+    assert [response.status_code for response in found] == [200, 200]
+
+
+async def test_crowd_of_prompts_leaves_the_lease_alone() -> None:
+    """Prompts wait for the tokenizer in a line of their own: the routing table is read meanwhile."""
+    world = World(limits=LIMITS.model_copy(update={"max_concurrent": 4}))
+    gate = threading.Event()
+    async with world.run() as client:
+        tokenizer_of(world).encode = lambda text, **_: [1] * 20 if gate.wait(10) else []  # type: ignore[method-assign,assignment]
+        asked = [asyncio.create_task(post_chat(client)) for _ in range(40)]
+        await asyncio.sleep(0.1)
+        await asyncio.wait_for(world.gateway.read_routing_once(), 2)
+        gate.set()
+        statuses = sorted([(await task).status_code for task in asked])
+
+    assert statuses.count(429) >= 35
+    assert statuses[0] == 200
+
+
+def tokenizer_of(world: World) -> FakeTokenizer:
+    """The tokenizer that counts."""
+    assert isinstance(world.gateway.tokenizer, FakeTokenizer)
+    return world.gateway.tokenizer

@@ -1,16 +1,21 @@
-"""Bodies as they come in, bounded in bytes, in time and by client: half-sent ones hold nobody else up."""
+"""What lets requests in: bodies bounded in bytes, time and by client; prompts by the tokenizer's threads."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from sentei.serving.errors import RequestError
 from sentei.serving.settings import BodyLimits
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 
 CLOSE = {"connection": "close"}  # of an answer to a body whose rest nobody waits for
 
@@ -51,8 +56,8 @@ class BodyDesk:
     async def body(self, http: Request, limit_bytes: int) -> AsyncIterator[bytes]:
         """Read a body and hold its bytes for the length of the block.
 
-        Raises RequestError: 413 for too long a body, before it is read where its length was announced; 408 for
-        one that does not come; 429 for one too many.
+        Raises RequestError: 413 for too long a body, before it is read where its length was announced; 408
+        for one that does not come; 429 for one too many.
         """
         announced = http.headers.get("content-length", "0")
         if announced.isdigit() and int(announced[:20]) > limit_bytes:
@@ -102,7 +107,7 @@ class BodyDesk:
             yield part
 
     def _make_room(self, client: str, now_s: float) -> None:
-        """Give up the oldest body, of this client or of all, where there is one too many; raises RequestError."""
+        """Give up the oldest body where there is one too many, of this client or of all; or raise 429."""
         own = [reading for reading in self._reading if reading.client == client]
         is_own = len(own) >= self._limits.max_per_client
         if not is_own and len(self._reading) < self._limits.max_reading:
@@ -114,6 +119,32 @@ class BodyDesk:
         self._reading.remove(oldest)
         if not oldest.timer.expired():
             oldest.timer.reschedule(now_s)
+
+
+class PromptDesk:
+    """Runs blocking work on prompts in threads of its own, so that a crowd leaves time to all else."""
+
+    def __init__(self, *, threads: int, max_waiting: int) -> None:
+        self._threads = threads
+        self._max_waiting = max_waiting
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="sentei-prompts")
+        self._in_use = 0
+
+    async def run(self, work: Callable[Args, Result], /, *args: Args.args, **kwargs: Args.kwargs) -> Result:
+        """Do a piece of work; raises RequestError 429 where too much waits already."""
+        if self._in_use >= self._threads + self._max_waiting:
+            text = f"{self._in_use} prompts wait for the tokenizer; retry later"
+            raise RequestError(text, status=429, code="overloaded", retry_after_s=1)
+        self._in_use += 1
+        try:
+            future = self._pool.submit(work, *args, **kwargs)
+            return await asyncio.wrap_future(future)
+        finally:
+            self._in_use -= 1
+
+    def stop(self) -> None:
+        """Take no more work; what has not begun is dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _too_large(limit_bytes: int, headers: dict[str, str] | None = None) -> RequestError:

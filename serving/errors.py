@@ -8,6 +8,7 @@ ServingError
 │   ├── GrammarError           the grammar that the caller sent cannot be followed: the caller's fault
 │   └── BadLogitsError         the model gave NaN or infinite logits
 ├── VariantError     a whole variant failed this request (crash, timeout, bad logits, empty answer)
+├── StartError        the app did not come up
 └── ConfigError       the app was configured with something that cannot work
 """
 
@@ -72,6 +73,10 @@ class VariantError(ServingError):
     def __str__(self) -> str:
         detail = f" ({self.detail})" if self.detail else ""
         return f"variant {self.variant!r} failed: {self.reason}{detail}"
+
+
+class StartError(ServingError):
+    """The app did not come up; the message names the part and what it said."""
 
 
 class ConfigError(ServingError):

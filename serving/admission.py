@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -17,6 +19,9 @@ from sentei.serving.settings import BodyLimits
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
+SHORT_BYTES = 32 << 10
+LARGE_BYTES = 256 << 10
+GIVE_BACK_AFTER_S = 3.0
 CLOSE = {"connection": "close"}  # of an answer to a body whose rest nobody waits for
 
 
@@ -41,6 +46,8 @@ class BodyDesk:
         self._limits = limits
         self._reading: list[_Reading] = []  # oldest first
         self._bytes = 0
+        self._trim = _find_trim()
+        self._giving: asyncio.TimerHandle | None = None
 
     @property
     def num_reading(self) -> int:
@@ -67,6 +74,8 @@ class BodyDesk:
             yield found
         finally:
             self._bytes -= len(found)
+            if len(found) >= LARGE_BYTES and self._trim is not None:
+                self._give_back_soon()
 
     async def _read(self, http: Request, limit_bytes: int) -> bytes:
         now_s = asyncio.get_running_loop().time()
@@ -106,6 +115,13 @@ class BodyDesk:
                 reading.timer.reschedule(min(last_s, now_s + self._limits.pause_s))
             yield part
 
+    def _give_back_soon(self) -> None:
+        """Give what large bodies left behind back to the system, once for a crowd of them."""
+        loop = asyncio.get_running_loop()
+        if self._giving is not None:
+            self._giving.cancel()
+        self._giving = loop.call_later(GIVE_BACK_AFTER_S, loop.run_in_executor, None, self._trim, 0)
+
     def _make_room(self, client: str, now_s: float) -> None:
         """Give up the oldest body where there is one too many, of this client or of all; or raise 429."""
         own = [reading for reading in self._reading if reading.client == client]
@@ -122,29 +138,42 @@ class BodyDesk:
 
 
 class PromptDesk:
-    """Runs blocking work on prompts in threads of its own, so that a crowd leaves time to all else."""
+    """Runs blocking work on prompts in threads of its own, so that a crowd leaves time to all else.
+
+    Short prompts have a line of their own: they never wait for long ones.
+    """
 
     def __init__(self, *, threads: int, max_waiting: int) -> None:
-        self._threads = threads
-        self._max_waiting = max_waiting
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="sentei-prompts")
-        self._in_use = 0
+        self._short = _Line("short", threads=1, max_waiting=max_waiting)
+        self._long = _Line("long", threads=threads, max_waiting=max_waiting)
 
-    async def run(self, work: Callable[Args, Result], /, *args: Args.args, **kwargs: Args.kwargs) -> Result:
-        """Do a piece of work; raises RequestError 429 where too much waits already."""
-        if self._in_use >= self._threads + self._max_waiting:
-            text = f"{self._in_use} prompts wait for the tokenizer; retry later"
-            raise RequestError(text, status=429, code="overloaded", retry_after_s=1)
-        self._in_use += 1
-        try:
-            future = self._pool.submit(work, *args, **kwargs)
-            return await asyncio.wrap_future(future)
-        finally:
-            self._in_use -= 1
+    async def run(
+        self, num_bytes: int, work: Callable[Args, Result], /, *args: Args.args, **kwargs: Args.kwargs
+    ) -> Result:
+        """Do a piece of work on a body of this size; raises RequestError 429 where too much waits already."""
+        line = self._short if num_bytes <= SHORT_BYTES else self._long
+        return await line.run(partial(work, *args, **kwargs))
 
     def stop(self) -> None:
         """Take no more work; what has not begun is dropped."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._short.pool.shutdown(wait=False, cancel_futures=True)
+        self._long.pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Line:
+    def __init__(self, name: str, *, threads: int, max_waiting: int) -> None:
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix=f"sentei-{name}-prompts")
+        self._room = threads + max_waiting
+        self._num = 0
+
+    async def run(self, work: Callable[[], Result]) -> Result:
+        if self._num >= self._room:
+            raise _too_many(f"{self._num} prompts wait for the tokenizer", headers={})
+        self._num += 1
+        try:
+            return await asyncio.wrap_future(self.pool.submit(work))
+        finally:
+            self._num -= 1
 
 
 def _too_large(limit_bytes: int, headers: dict[str, str] | None = None) -> RequestError:
@@ -152,5 +181,14 @@ def _too_large(limit_bytes: int, headers: dict[str, str] | None = None) -> Reque
     return RequestError(text, status=413, code="request_too_large", headers=headers)
 
 
-def _too_many(what: str) -> RequestError:
-    return RequestError(f"{what}; retry later", status=429, code="overloaded", retry_after_s=1, headers=CLOSE)
+def _too_many(what: str, headers: dict[str, str] = CLOSE) -> RequestError:
+    text = f"{what}; retry later"
+    return RequestError(text, status=429, code="overloaded", retry_after_s=1, headers=headers)
+
+
+def _find_trim() -> Any:
+    """Return the C library's way to give memory back; None where it has none."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None

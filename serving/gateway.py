@@ -124,7 +124,9 @@ class Gateway:
         """Ask one variant who it is."""
         self.cards[name] = await self.variants[name].describe()
 
-    async def check(self, request: GenerationRequest, headers: Mapping[str, str]) -> tuple[Question, ...]:
+    async def check(
+        self, request: GenerationRequest, headers: Mapping[str, str], *, num_bytes: int = 0
+    ) -> tuple[Question, ...]:
         """Turn a parsed request into its questions, one for each wanted answer; raises RequestError.
 
         All have one unit and one assignment, and the first alone is audited: the unit is what counts.
@@ -138,7 +140,7 @@ class Gateway:
             sampling = replace(sampling, json_schema=use.schema())
         if sampling.json_schema is not None:
             await self._schemas.check(sampling.json_schema)
-        ids = await self._prompts.run(prompt_ids, request, use, self.tokenizer, card)
+        ids = await self._prompts.run(num_bytes, prompt_ids, request, use, self.tokenizer, card)
         max_tokens = room_for_answer(request, len(ids), card, self.limits.default_max_tokens)
         request_id = self._request_id(headers.get(REQUEST_HEADER, ""))
         unit = session_unit(headers, request.user, request_id)
@@ -155,10 +157,10 @@ class Gateway:
         )
         return (first, *(self._sibling(first, i) for i in range(1, request.num_choices())))
 
-    async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, request: TokenizeRequest, *, num_bytes: int = 0) -> dict[str, Any]:
         """Return a prompt's ids, and how long prompt and answer may be together."""
         card = self._card(self.model_name if request.model is None else request.model)
-        ids = await self._prompts.run(tokenize, request, self.tokenizer, card)
+        ids = await self._prompts.run(num_bytes, tokenize, request, self.tokenizer, card)
         return {"count": len(ids), "max_model_len": card.max_context_tokens, "tokens": list(ids)}
 
     def begin(self, questions: Sequence[Question]) -> list[tuple[Progress, AsyncGenerator[Delta, None]]]:

@@ -96,7 +96,8 @@ def _add_openai_routes(api: FastAPI, gateway: Gateway) -> None:
     @api.post("/tokenize", **describe(TokenizeRequest, answer=Tokens))
     async def tokenize(request: Request) -> JSONResponse:
         async with desk.body(request, gateway.body_limit_bytes()) as body:
-            return JSONResponse(await gateway.tokenize(parse_request(TokenizeRequest, body)))
+            parsed = parse_request(TokenizeRequest, body)
+            return JSONResponse(await gateway.tokenize(parsed, num_bytes=len(body)))
 
 
 def _add_health_routes(api: FastAPI, gateway: Gateway) -> None:
@@ -116,7 +117,7 @@ async def _answer(
 ) -> JSONResponse | StreamingResponse:
     async with desk.body(http, gateway.body_limit_bytes()) as body:
         request: GenerationRequest = parse_request(kind, body)
-        questions = await gateway.check(request, http.headers)
+        questions = await gateway.check(request, http.headers, num_bytes=len(body))
     del body  # an answer takes long, and a prompt may be large
     begun = gateway.begin(questions)
     progresses = [progress for progress, _ in begun]

@@ -7,11 +7,9 @@ from typing import Any
 from sentei.serving.errors import RequestError
 from sentei.serving.ports import Tokenizer
 
-PROBE_CHARS_PER_TOKEN = 8  # most texts have fewer, so the first probe tells
-SURE = (
-    2  # a part with this many contexts of tokens never becomes one that fits, whatever is merged at its end
-)
-JSON_BYTES_PER_BYTE = 6  # the longest spelling of one byte of text in JSON: \\u0041
+PROBE_CHARS_PER_TOKEN = 4  # most texts that fit are not longer, so they are never probed
+SURE = 1.25  # a part with this many contexts of tokens never fits, whatever is merged at its end
+JSON_BYTES_PER_BYTE = 6  # the longest spelling of one byte of text in JSON: \u0041
 OTHER_FIELDS_BYTES = 256 << 10  # tools, schemas, biases, the names of all fields
 
 

@@ -183,7 +183,7 @@ async def test_prompt_that_never_fits_is_refused_by_its_beginning() -> None:
     error = refused.json()["error"]
     assert (refused.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "prompt")
     assert "100000 characters" in error["message"]
-    assert encoded == 512
+    assert encoded == 256
 
 
 async def test_every_spelling_of_a_prompt_that_fits_is_let_in() -> None:
@@ -210,6 +210,26 @@ async def test_crowd_of_prompts_leaves_the_lease_alone() -> None:
 
     assert statuses.count(429) >= 35
     assert statuses[0] == 200
+
+
+async def test_short_prompts_do_not_wait_for_long_ones() -> None:
+    """Each has a line of its own before the tokenizer."""
+    world = roomy()
+    gate = threading.Event()
+    async with world.run() as client:
+        real = FakeTokenizer().encode
+        slow = lambda text, **_: real(text) if len(text) < 100 or gate.wait(10) else []  # noqa: E731
+        tokenizer_of(world).encode = slow  # type: ignore[method-assign,assignment]
+        long = [
+            asyncio.create_task(client.post(ASK, json={"model": MODEL, "prompt": "a " * 50_000}))
+            for _ in range(3)
+        ]
+        await asyncio.sleep(0.1)
+        response = await asyncio.wait_for(post_chat(client), 2)
+        gate.set()
+        statuses = [(await task).status_code for task in long]
+
+    assert (response.status_code, statuses) == (200, [400] * 3)
 
 
 def tokenizer_of(world: World) -> FakeTokenizer:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -21,6 +22,7 @@ from sentei.pipeline.rollout.runner import EVIDENCE, RolloutError, read_look, re
 from sentei.pipeline.rollout.succession import StartRefusedError
 from sentei.policies.edits import EditError, check_edit
 from sentei.policies.engine import QuarantineError
+from sentei.policies.machine import Phase
 from sentei.policies.schema.load import PolicyError, load_policy
 from sentei.serving.access import Operator, OperatorBook, Role
 from sentei.serving.admission import BodyDesk
@@ -34,6 +36,7 @@ APPROVALS = ("promote", "approve")
 ERRORS = (400, 401, 403, 404, 409, 413, 429, 503)
 MAX_BODY_BYTES = 1 << 20
 MAX_EVENTS = 500
+AT_TICK = "at the controller's next tick"
 STATUS_TIMEOUT_S = 3.0
 
 StatusCall = Callable[[], Awaitable[Any]]
@@ -121,7 +124,11 @@ def add_admin_routes(
         body = parse_request(CommandBody, await _body(request))
         needed = Role.APPROVE if body.kind in APPROVALS else Role.OPERATE
         who = _operator(book, request, needed)
-        return await asyncio.to_thread(desk.command, rollout_id, body, who.name)
+        answer = await asyncio.to_thread(desk.command, rollout_id, body, who.name)
+        if body.kind == "abort":
+            await gateway.read_routing_once()
+            gateway.lease.release(rollout_id)  # the store stops it from here on
+        return answer
 
     @router.post(
         "/rollouts/{rollout_id}/policy",
@@ -235,11 +242,35 @@ class RolloutDesk:
         }
 
     def command(self, rollout_id: str, body: CommandBody, by: str) -> dict[str, Any]:
-        """Put an order into the inbox; it acts at the controller's next tick."""
-        self._find(rollout_id)
-        self._check_is_newest(rollout_id)
-        seq = self._store.add_command(rollout_id, body.kind, by=by, reason=body.reason, at_s=self._now_s())
-        return {"rollout_id": rollout_id, "seq": seq, "kind": body.kind}
+        """Put an order into the inbox, and say when it acts; an abort stops traffic at once."""
+        acts = AT_TICK
+        if is_stop := body.kind == "abort":
+            is_stop, acts = self._stop_here(rollout_id)
+        try:
+            self._find(rollout_id)
+            self._check_is_newest(rollout_id)
+            seq = self._store.add_command(
+                rollout_id, body.kind, by=by, reason=body.reason, at_s=self._now_s(), stops=is_stop
+            )
+        except RequestError:
+            self._gateway.lease.release(rollout_id)
+            raise
+        except StoreError as error:
+            text = f"the store did not take the order, so give it again ({error})"
+            if is_stop:
+                text = f"this ingress serves dense from now on, others until their lease runs out; {text}"
+            raise RequestError(text, status=503, code="store_away", retry_after_s=1) from error
+        return {"rollout_id": rollout_id, "seq": seq, "kind": body.kind, "acts": acts}
+
+    def _stop_here(self, rollout_id: str) -> tuple[bool, str]:
+        """Stop a rollout in this ingress, and say when the others follow; not while dense is down."""
+        with suppress(StoreError):  # an operator's stop does not wait for a store
+            text = self._log.latest_state(rollout_id)
+            state = json.loads(text) if text is not None else {}
+            if state.get("dense_down_since_s") is not None and state["phase"] != Phase.SHELTERED:
+                return False, "dense is down: sparse stays until dense is back; abort again to insist"
+        self._gateway.lease.stop(rollout_id)
+        return True, f"at once: every ingress serves dense within {self._gateway.limits.poll_every_s:g} s"
 
     def edit(self, rollout_id: str, body: EditBody, by: str) -> dict[str, Any]:
         """Put a safer policy into the inbox of a running rollout; what is not safer is refused by field."""

@@ -42,7 +42,10 @@ class Limits(_Options):
     token_timeout_s: float = Field(default=30.0, gt=0, description="longest pause inside a stream")
     poll_every_s: float = Field(default=0.25, gt=0, description="how often the routing table is read")
     max_unwritten_records: int = Field(default=10_000, ge=1)
-    audit_max_tokens: int = Field(default=64, ge=1, description="served tokens that are replayed")
+    audit_max_tokens: int = Field(default=64, ge=1, description="successive served tokens that are replayed")
+    audit_wait_s: float = Field(
+        default=10.0, gt=0, description="no audit is drawn that would wait longer for its replay"
+    )
     attention_record_bytes: int = Field(
         default=2048, ge=0, description="what a request's attention kept: layers are left out beyond; 0: none"
     )

@@ -5,12 +5,19 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sentei.serving.engine.loop import Engine
 from sentei.serving.engine.request import DENSE_RUNG, EngineRequest, ScoreRequest, ScoreResult, TokenChunk
-from sentei.serving.errors import ConfigError, ServingError
-from sentei.serving.loading import ServedModel, attach_retrofit, load_served_model, make_fault
+from sentei.serving.errors import ConfigError, ServingError, WrongArtifactError
+from sentei.serving.loading import (
+    ServedModel,
+    artifact_digest,
+    attach_retrofit,
+    load_served_model,
+    make_fault,
+)
 from sentei.serving.ports import ModelCard
 from sentei.serving.settings import VariantOptions
 
@@ -18,6 +25,7 @@ if TYPE_CHECKING:
     from sentei.serving.engine.runner import ModelRunner
 
 WARM_UP_TOKENS = 1024
+NUMERICS = "builtin/1"  # counts up when a kernel or a selection rule changes what is computed
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +44,9 @@ class ModelServer:
         self._fault: dict[str, Any] | None = None
         self._served: ServedModel = load_served_model(options)
         self._retrofit = attach_retrofit(self._served.model, options)
+        adapter = getattr(self._retrofit, "adapter", None)
+        digest = adapter.digest if adapter is not None else ""
+        self._artifact = artifact_digest(digest, NUMERICS, self._served.model)
         self._limits = options.limits(self._served.max_context_tokens)
         served = self._served
         grammars = Grammars(served.tokenizer, served.vocab_size, served.eos_ids)
@@ -47,12 +58,14 @@ class ModelServer:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenChunk, None]:
         """Yield an answer's tokens; closing the generator frees the cache."""
+        check_artifact(request, self._artifact)
         async for chunk in self._engine.generate(request):
             yield chunk
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Replay served tokens for an audit, when users leave room for it."""
-        return await self._engine.score(request)
+        check_artifact(request, self._artifact)
+        return replace(await self._engine.score(request), artifact=self._artifact)
 
     async def describe(self) -> ModelCard:
         """Say what runs here."""
@@ -65,6 +78,7 @@ class ModelServer:
             eos_ids=self._served.eos_ids,
             rung_ids=self._rung_ids(),
             pid=os.getpid(),
+            artifact=self._artifact,
             fault=self._fault,
             sampling=self._served.sampling,
         )
@@ -105,3 +119,12 @@ class ModelServer:
     def _rung_ids(self) -> tuple[str, ...]:
         ladder = getattr(self._retrofit, "ladder", None)
         return tuple(rung.id for rung in ladder.rungs) if ladder is not None else (DENSE_RUNG,)
+
+
+def check_artifact(request: EngineRequest | ScoreRequest, runs: str) -> None:
+    """Raise WrongArtifactError if a request asks for another artifact than the one that runs here."""
+    if request.artifact not in ("", runs):
+        raise WrongArtifactError(
+            f"artifact {request.artifact[:12]} is wanted, {runs[:12] or 'none'} runs here; "
+            "restore what was proven, or start a new rollout"
+        )

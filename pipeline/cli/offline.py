@@ -1,9 +1,10 @@
-"""`sentei distill`, `calibrate`, `study`, `register`: the offline steps."""
+"""`sentei distill`, `calibrate`, `study`, `seal`, `register`: the offline steps."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
@@ -233,6 +234,19 @@ def run_register(
     )
     output.say(f"registered: {to_plain(version)}")
     output.emit(to_plain(version))
+
+
+def run_seal(
+    folder: Annotated[Path, typer.Argument(help="An adapter's folder.")],
+    as_json: Json = False,
+) -> None:
+    """Write the hashes of an adapter's files into its manifest; no other files are loaded from then on."""
+    from sentei.kernels.hf.adapter import seal_adapter
+
+    output = Output(as_json=as_json)
+    files = dict(seal_adapter(folder))
+    output.say(*(f"sealed {name}: {digest}" for name, digest in files.items()))
+    output.emit({"folder": str(folder), "files": files})
 
 
 def open_bench(model: str, corpus: list[str] | None, output: Output, dtype: str | None = None) -> Any:

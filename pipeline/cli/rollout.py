@@ -120,7 +120,7 @@ def _command(kind: str, help_text: str) -> None:
         client = AdminClient(url)
         chosen = _newest(client, rollout_id)
         answer = client.command(chosen, kind, reason=reason)
-        output.say(f"{kind} sent to [bold]{chosen}[/]: it acts at the next tick")
+        output.say(f"{kind} sent to [bold]{chosen}[/]: it acts {answer['acts']}")
         output.emit(answer)
 
     app.command(kind, help=help_text)(send)

@@ -89,7 +89,6 @@ LARGE_SIZE = DemoSize(
         "spec.data.max_age": "180s",
         # A wider bound is proven in half as many sessions, and sessions are what is slow here.
         "spec.guardrails.items.0.bound": {"excess_over_floor": 0.20, "floor_cap": 0.20},
-        "spec.advance.min_units": 12,
     },
 )
 

@@ -74,6 +74,7 @@ class RunnerOptions:
     owner: str  # unique per process: two controllers of one name would not fence each other
     replicas: Callable[[], Mapping[str, int]] = field(default=lambda: {"dense": 1, "sparse": 1})
     audit_limit_s: float | None = None  # default: data.max_age, at least a minute
+    artifact: Callable[[], str] = field(default=lambda: "")  # digest of what sparse runs; "": not known
 
 
 def start_rollout(
@@ -217,6 +218,8 @@ class RolloutRunner:
             self.rollout.rollout_id,
             replicas=self._options.replicas(),
             audit_limit_s=self._options.audit_limit_s,
+            since_s=state.since_s,
+            artifact=self._options.artifact(),
         )
         try:
             return read_signals(
@@ -257,7 +260,9 @@ def is_kept(policy: Policy, before: RolloutState, decision: Decision, *, since_s
 
 def _without_evidence(state: RolloutState) -> RolloutState:
     """The state without what reading the same cursor again gives back."""
-    slices = tuple(replace(item, served_units=0) for item in state.slices)
+    slices = tuple(
+        replace(item, served_units=0, upper_units=0, requests=0, upper_requests=0) for item in state.slices
+    )
     return replace(state, cells=(), cursor=0, waiting_since_s=0.0, slices=slices)
 
 
@@ -294,9 +299,15 @@ def event_payload(before: RolloutState, decision: Decision) -> dict[str, Any]:
 
 
 def signal_query(
-    policy: Policy, rollout_id: str, *, replicas: Mapping[str, int], audit_limit_s: float | None = None
+    policy: Policy,
+    rollout_id: str,
+    *,
+    replicas: Mapping[str, int],
+    audit_limit_s: float | None = None,
+    since_s: float = 0.0,
+    artifact: str = "",
 ) -> SignalQuery:
-    """Return what has to be read for a policy."""
+    """Return what has to be read for a policy in the phase that began at `since_s`."""
     spec = policy.spec
     names = {item.value for item in spec.guardrails.items} | {item.value for item in spec.benefit}
     return SignalQuery(
@@ -305,6 +316,10 @@ def signal_query(
         health_window_s=spec.breaker.variant.window,
         audit_limit_s=max(MIN_AUDIT_LIMIT_S, spec.data.max_age) if audit_limit_s is None else audit_limit_s,
         replicas=replicas,
+        since_s=since_s,
+        unit_period_s=spec.audit.select.period,
+        borders={item.id: item.middle for item in policy.routed_slices},
+        artifact=artifact,
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sentei.policies.budget import harm_alpha
 from sentei.policies.evidence import log_threshold
 from sentei.policies.evidence.base import log_mean_exp
 from sentei.policies.evidence.counts import RATIO_TILTS, Split
 from sentei.policies.intake import scaled_bound
 from sentei.policies.review.forecast import Expected, StageForecast, best_s, forecast
+from sentei.policies.schema.budget import harm_alpha
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.rules import Path
 from sentei.policies.schema.sections import Guardrail

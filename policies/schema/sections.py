@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt
@@ -40,6 +41,11 @@ class Slice(Section):
         """Whether the slice always stays dense."""
         return self.pin is not None
 
+    @property
+    def middle(self) -> float:
+        """The length that halves it before anything was served: the geometric middle, as lengths spread."""
+        return math.sqrt(max(self.range[0], 1) * self.range[1])
+
 
 class Slices(Section):
     """How requests are told apart: by prompt tokens; the buckets cover every length once."""
@@ -68,19 +74,22 @@ class Stage(Section):
     share: Share
     rung: Identifier
     audit: Share | None = Field(
-        default=None, description="share of sessions audited; default audit.select.fraction"
+        default=None, description="share of requests audited; default audit.select.fraction"
     )
     hold_min: Seconds = Field(default=0.0, description="least time in this stage")
     max: Seconds | None = Field(default=None, description="longest time in this stage, then advance.on_max")
     approval: Approval | None = None
     bake: Seconds | None = Field(default=None, description="last stage only: time to stay before `promoted`")
+    need: Literal["no_harm"] | None = Field(
+        default=None, description="before the last stage: safety is not proven here, but in a later one"
+    )
 
 
 class Advance(Section):
     """What it takes to go one stage further. There is no way to promote on inconclusive evidence."""
 
     need: Literal["all_safe", "no_harm"]
-    min_units: Positive = Field(description="audited sessions per slice and rung; never delays a rollback")
+    min_units: Positive = Field(description="audited units per slice and stage; never delays a rollback")
     min_served_units: Count = Field(
         default=0, description="of these, served by sparse in this stage (share > 0)"
     )
@@ -88,9 +97,10 @@ class Advance(Section):
 
 
 class AuditSelect(Section):
-    """Which sessions are audited: a hash drawn before serving says so."""
+    """Which requests are audited: a draw before serving says so."""
 
-    fraction: Share
+    fraction: Share = Field(description="of the requests; most of it goes to those that sparse serves")
+    period: Seconds = Field(default=600.0, description="after it a session counts as a unit again")
 
 
 class KlValue(Section):
@@ -109,6 +119,7 @@ class MissingAudits(Section):
     """A chosen but unscored audit is the worst case for safety and left out for harm (F12)."""
 
     max_share: Share = Field(default=0.10, description="more missing than this: verdict ERROR, which holds")
+    window: Seconds = Field(default=3600.0, description="how long a missing audit counts in that share")
 
 
 class Audit(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -26,11 +27,14 @@ from sentei.policies.machine import Phase
 from sentei.policies.schema.load import PolicyError, load_policy
 from sentei.serving.access import Operator, OperatorBook, Role
 from sentei.serving.admission import BodyDesk
-from sentei.serving.errors import RequestError, ServingError
+from sentei.serving.errors import ConfigError, RequestError, ServingError
 from sentei.serving.gateway import Gateway
+from sentei.serving.loading import make_fault
 from sentei.serving.openai.document import describe
 from sentei.serving.openai.fields import parse_request
 from sentei.serving.router import SPARSE
+
+log = logging.getLogger(__name__)
 
 APPROVALS = ("promote", "approve")
 ERRORS = (400, 401, 403, 404, 409, 413, 429, 503)
@@ -171,9 +175,14 @@ def _add_fault_route(router: APIRouter, gateway: Gateway, allow_faults: bool, op
             text = "faults cannot be planted here; start the app with `allow_faults: true` and an adapter"
             raise RequestError(text, status=403, code="faults_disabled")
         try:
+            await asyncio.to_thread(make_fault, body.fault)  # here, where its words are ours alone
             await gateway.variants[SPARSE].plant(body.fault)
-        except ServingError as error:
+        except ConfigError as error:
             raise RequestError(str(error), code="invalid_value", param="fault") from error
+        except ServingError as error:
+            log.warning("fault was not planted: %s", error)
+            text = "not every sparse replica took the fault; the server's log says why"
+            raise RequestError(text, status=503, code="variant_away") from error
         return {"fault": body.fault}
 
 

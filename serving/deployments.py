@@ -17,7 +17,7 @@ from sentei.monitors.store import Store
 from sentei.pipeline.home import sentei_home
 from sentei.pipeline.models import load_tokenizer
 from sentei.pipeline.rollout.revisions import PolicyBook
-from sentei.serving.access import KeyBook, OperatorBook
+from sentei.serving.access import KeyBook, OperatorBook, read_user_key
 from sentei.serving.admin import add_admin_routes
 from sentei.serving.auditor import Auditor
 from sentei.serving.controller import Controller, Mirror
@@ -70,6 +70,7 @@ class IngressServer:
             limits=args.limits,
             desk=RayAuditDesk(auditor) if auditor is not None else None,
             note=note,
+            user_key=read_user_key(sentei_home().create().root),
         )
         if note:
             logging.getLogger(__name__).warning("dense only: %s", note)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import logging
 import secrets
 import time
@@ -57,6 +58,7 @@ class Gateway:
         limits: Limits,
         desk: AuditDesk | None = None,
         note: str = "",
+        user_key: bytes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.variants = variants
@@ -70,6 +72,7 @@ class Gateway:
         self.cards: dict[str, ModelCard] = {}
         self.created_s = int(time.time())
         self._store = store
+        self._user_key = user_key or secrets.token_bytes(32)
         self._desk = desk
         self._clock = clock
         self._now_s = SteadyClock()
@@ -157,7 +160,7 @@ class Gateway:
         ids = await self._prompts.run(num_bytes, prompt_ids, request, use, self.tokenizer, card)
         max_tokens = room_for_answer(request, len(ids), card, self.limits.default_max_tokens)
         request_id = self._request_id(headers.get(REQUEST_HEADER, ""))
-        unit = session_unit(headers, request.user, request_id)
+        unit = session_unit(headers, request.user, request_id, user_key=self._user_key)
         first = Question(
             request_id=request_id,
             unit=unit,
@@ -317,7 +320,9 @@ class Gateway:
             await asyncio.sleep(DESCRIBE_AGAIN_S if is_known else DESCRIBE_RETRY_S)
 
 
-def session_unit(headers: Mapping[str, str], user: str | None, request_id: str) -> str:
+def session_unit(
+    headers: Mapping[str, str], user: str | None, request_id: str, *, user_key: bytes = b""
+) -> str:
     """Return the statistical unit: session if named, else user, else API key, else the request itself."""
     session = headers.get(SESSION_HEADER)
     is_plain = session is None or (session.isascii() and session.isprintable())
@@ -328,8 +333,10 @@ def session_unit(headers: Mapping[str, str], user: str | None, request_id: str) 
             code="invalid_value",
             param=SESSION_HEADER,
         )
-    if session or user:
-        return session or str(user)
+    if session:
+        return session
+    if user:  # often an e-mail address: what is written down tells people apart, and nobody's name
+        return f"user-{hmac.new(user_key, user.encode(errors='surrogatepass'), 'sha256').hexdigest()[:32]}"
     key = headers.get("authorization", "").removeprefix("Bearer ").strip()
     with suppress(UnicodeEncodeError):
         return f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}" if key else request_id

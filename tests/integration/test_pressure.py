@@ -6,11 +6,16 @@ import asyncio
 import json
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from fastapi import FastAPI
 
+from sentei.monitors.store import Store
+from sentei.serving.access import read_user_key
+from sentei.serving.proxy import middlewares
 from sentei.serving.settings import BodyLimits
 from tests.fakes_serving import MODEL, FakeTokenizer
 from tests.integration.test_ingress import LIMITS, World, post_chat
@@ -236,3 +241,51 @@ def tokenizer_of(world: World) -> FakeTokenizer:
     """The tokenizer that counts."""
     assert isinstance(world.gateway.tokenizer, FakeTokenizer)
     return world.gateway.tokenizer
+
+
+@pytest.mark.parametrize("header", ["x-session-id", "X_Request_Id", "traceparent"])
+async def test_header_that_is_no_text_is_refused_by_name(header: str) -> None:
+    """Serve's proxy reads some headers as UTF-8 and fails at others; ours answers before it."""
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("Serve would fail here")
+
+    (made,) = middlewares()
+    transport = httpx.ASGITransport(app=made.cls(inner, *made.args, **made.kwargs))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        response = await client.get("/", headers=[(header.encode(), b"\xff\xfe")])
+
+    error = response.json()["error"]
+    assert (response.status_code, error["param"].lower()) == (400, header.lower())
+
+
+async def test_user_is_kept_as_a_keyed_hash() -> None:
+    """Two ingresses with one key tell one user from another, and no record says who it is."""
+    worlds = [World(user_key=key) for key in (b"k1", b"k1", b"k2")]
+    for world in worlds:
+        async with world.run() as client:
+            await post_chat(client, user="ann@example.org")
+    units = [world.store.requests[0].session_id for world in worlds]
+
+    assert units[0] == units[1] != units[2]
+    assert units[0].startswith("user-")
+    assert not any("ann" in unit for unit in units)
+
+
+def test_key_of_users_is_made_once_and_private(tmp_path: Path) -> None:
+    """Whoever starts first makes it; all others read the same."""
+    found = {read_user_key(tmp_path) for _ in range(3)}
+
+    assert (len(found), len(found.pop())) == (1, 64)
+    assert [path.name for path in tmp_path.iterdir()] == ["user.key"]
+    assert (tmp_path / "user.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_database_is_its_owners_alone(tmp_path: Path) -> None:
+    """Records, and what SQLite keeps beside them, cannot be read by others."""
+    with Store.open(f"sqlite:///{tmp_path / 'state.db'}") as store:
+        store.save_value("a", "b")
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+
+    assert modes
+    assert set(modes.values()) == {0o600}

@@ -38,7 +38,9 @@ def build(args: AppArgs) -> Application:
         sparse = _model_server("Sparse", args, num_replicas=args.sparse_replicas)
         auditor = _deploy(AuditorServer, "Auditor", max_ongoing_requests=64).bind(args, dense, sparse)
     ingress_class = serve.ingress()(IngressServer)
-    ingress = _deploy(ingress_class, "Ingress", max_ongoing_requests=INGRESS_SLOTS)
+    ingress = _deploy(
+        ingress_class, "Ingress", max_ongoing_requests=INGRESS_SLOTS, num_replicas=args.ingress_replicas
+    )
     controller: Any = None
     if args.controller and not note:
         # The ingress only asks it how it fares: orders and routes go through the store.

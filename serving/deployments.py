@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,6 +31,7 @@ from sentei.serving.settings import AppArgs
 from sentei.serving.writer import RecordWriter
 
 NO_MIRROR = "off"
+CREATED = "model_created_s"
 
 Handle: TypeAlias = Any  # a ray.serve DeploymentHandle; Ray is not typed for us
 
@@ -70,6 +72,7 @@ class IngressServer:
             limits=args.limits,
             desk=RayAuditDesk(auditor) if auditor is not None else None,
             note=note,
+            created_s=_created_s(self._store),
             user_key=read_user_key(sentei_home().create().root),
         )
         if note:
@@ -151,6 +154,13 @@ class ControllerServer:
     async def status(self) -> dict[str, Any]:
         """Say how the controller fares."""
         return self._controller.status()
+
+
+def _created_s(store: Store) -> int:
+    """Return when this store first served the model: all ingresses say the same of it."""
+    if store.read_value(CREATED) is None:
+        store.save_value(CREATED, str(int(time.time())))
+    return int(store.read_value(CREATED) or 0)
 
 
 def _kl_cap_nats(store: Store, rollout_id: str) -> float:

@@ -59,6 +59,7 @@ class Gateway:
         desk: AuditDesk | None = None,
         note: str = "",
         user_key: bytes | None = None,
+        created_s: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.variants = variants
@@ -70,7 +71,7 @@ class Gateway:
         self.lease = Lease()
         self.writer = RecordWriter(store, max_waiting=limits.max_unwritten_records)
         self.cards: dict[str, ModelCard] = {}
-        self.created_s = int(time.time())
+        self.created_s = int(time.time()) if created_s is None else created_s
         self._store = store
         self._user_key = user_key or secrets.token_bytes(32)
         self._desk = desk

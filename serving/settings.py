@@ -87,6 +87,9 @@ class AppArgs(EngineOptions):
     """Arguments of `sentei.serving.app:build`; also what a file for `sentei.serving.local` may hold."""
 
     model_name: str | None = Field(default=None, description="the users' model name [default: the model]")
+    ingress_replicas: int = Field(
+        default=1, ge=1, description="with two, the end of one cuts only the answers that pass through it"
+    )
     dense_replicas: int = Field(default=1, ge=1)
     sparse_replicas: int = Field(default=1, ge=1)
     replica_cpus: float = Field(default=0.4, gt=0)

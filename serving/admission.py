@@ -6,10 +6,10 @@ import asyncio
 import ctypes
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -46,8 +46,7 @@ class BodyDesk:
         self._limits = limits
         self._reading: list[_Reading] = []  # oldest first
         self._bytes = 0
-        self._trim = _find_trim()
-        self._giving: asyncio.TimerHandle | None = None
+        self._memory = MemoryReturn()
 
     @property
     def num_reading(self) -> int:
@@ -74,8 +73,7 @@ class BodyDesk:
             yield found
         finally:
             self._bytes -= len(found)
-            if len(found) >= LARGE_BYTES and self._trim is not None:
-                self._give_back_soon()
+            self._memory.note(len(found))
 
     async def _read(self, http: Request, limit_bytes: int) -> bytes:
         now_s = asyncio.get_running_loop().time()
@@ -115,13 +113,6 @@ class BodyDesk:
                 reading.timer.reschedule(min(last_s, now_s + self._limits.pause_s))
             yield part
 
-    def _give_back_soon(self) -> None:
-        """Give what large bodies left behind back to the system, once for a crowd of them."""
-        loop = asyncio.get_running_loop()
-        if self._giving is not None:
-            self._giving.cancel()
-        self._giving = loop.call_later(GIVE_BACK_AFTER_S, loop.run_in_executor, None, self._trim, 0)
-
     def _make_room(self, client: str, now_s: float) -> None:
         """Give up the oldest body where there is one too many, of this client or of all; or raise 429."""
         own = [reading for reading in self._reading if reading.client == client]
@@ -135,6 +126,29 @@ class BodyDesk:
         self._reading.remove(oldest)
         if not oldest.timer.expired():
             oldest.timer.reschedule(now_s)
+
+
+class MemoryReturn:
+    """Gives what large bodies left behind back to the system, once for a crowd of them, soon after the last."""
+
+    def __init__(self, trim: Callable[[int], object] | None = None) -> None:
+        self._trim = trim or _c_trim
+        self._timer: asyncio.TimerHandle | None = None
+
+    def note(self, num_bytes: int) -> None:
+        """Note that a body of this size was let go."""
+        if num_bytes < LARGE_BYTES:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(GIVE_BACK_AFTER_S, loop.run_in_executor, None, self._trim, 0)
+
+
+def _c_trim(pad_bytes: int) -> None:
+    """Call the C library's `malloc_trim`; where it has none nothing happens."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(pad_bytes)
 
 
 class PromptDesk:
@@ -184,11 +198,3 @@ def _too_large(limit_bytes: int, headers: dict[str, str] | None = None) -> Reque
 def _too_many(what: str, headers: dict[str, str] = CLOSE) -> RequestError:
     text = f"{what}; retry later"
     return RequestError(text, status=429, code="overloaded", retry_after_s=1, headers=headers)
-
-
-def _find_trim() -> Any:
-    """Return the C library's way to give memory back; None where it has none."""
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return None

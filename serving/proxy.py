@@ -8,6 +8,7 @@ from __future__ import annotations
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from sentei.serving.admission import MemoryReturn
 from sentei.serving.errors import RequestError
 from sentei.serving.middleware import error_response
 
@@ -24,11 +25,12 @@ READ_BY_SERVE = frozenset(
 )
 
 
-class PlainHeaders:
-    """Answers 400 to a header that Serve would fail at, instead of its traceback."""
+class ProxyGuard:
+    """Answers 400 to a header that Serve would fail at, and gives the memory of large bodies back."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._memory = MemoryReturn()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -40,9 +42,13 @@ class PlainHeaders:
                     scope, receive, send
                 )
                 return
-        await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if length := dict(scope.get("headers", ())).get(b"content-length", b""):
+                self._memory.note(int(length[:20]) if length.isdigit() else 0)
 
 
 def middlewares() -> list[Middleware]:
     """Return what Serve puts around its proxy."""
-    return [Middleware(PlainHeaders)]
+    return [Middleware(ProxyGuard)]

@@ -14,7 +14,9 @@ import pytest
 from fastapi import FastAPI
 
 from sentei.monitors.store import Store
+from sentei.serving import admission
 from sentei.serving.access import read_user_key
+from sentei.serving.admission import MemoryReturn
 from sentei.serving.proxy import middlewares
 from sentei.serving.settings import BodyLimits
 from tests.fakes_serving import MODEL, FakeTokenizer
@@ -289,3 +291,19 @@ def test_database_is_its_owners_alone(tmp_path: Path) -> None:
 
     assert modes
     assert set(modes.values()) == {0o600}
+
+
+async def test_memory_of_large_bodies_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crowd of large bodies is followed by one call to the allocator; small ones by none."""
+    monkeypatch.setattr(admission, "GIVE_BACK_AFTER_S", 0.05)
+    calls: list[int] = []
+    memory = MemoryReturn(calls.append)
+
+    memory.note(10)
+    await asyncio.sleep(0.1)
+    num_after_small = len(calls)
+    for _ in range(5):
+        memory.note(1 << 20)
+    await asyncio.sleep(0.2)
+
+    assert (num_after_small, len(calls)) == (0, 1)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Self
 
 import sqlalchemy as sa
@@ -216,10 +217,21 @@ def _make_engine(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
         return sa.create_engine(parsed, pool_pre_ping=True)
+    if parsed.database and parsed.database != ":memory:" and "uri" not in parsed.query:
+        make_private(Path(parsed.database))
     engine = sa.create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
     sa.event.listen(engine, "connect", _set_sqlite_options)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def make_private(path: Path) -> None:
+    """Create a database's file for its owner alone; what SQLite keeps beside it gets the same mode.
+
+    A file that is there keeps its mode, and where none can be made SQLite says why.
+    """
+    with suppress(OSError):
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
 
 
 def _set_sqlite_options(connection: Any, _record: Any) -> None:

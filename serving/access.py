@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -19,6 +21,7 @@ from sentei.serving.errors import ConfigError, RequestError
 
 KEYS_VARIABLE = "SENTEI_API_KEYS"  # `name=key`, or `key` alone, separated by commas
 TOKEN_VARIABLE = "SENTEI_ADMIN_TOKEN"
+USER_KEY_VARIABLE, USER_KEY_FILE = "SENTEI_USER_KEY", "user.key"
 MAX_FAILURES, FAILURES_WINDOW_S = 10, 60.0
 MAX_CALLERS = 10_000
 
@@ -73,6 +76,21 @@ class Operator(_Entry):
 
 
 Entry = TypeVar("Entry", ApiKey, Operator)
+
+
+def read_user_key(folder: Path) -> bytes:
+    """Return the key that makes `user` unreadable in records: the environment's, else a file's, made once."""
+    if key := os.environ.get(USER_KEY_VARIABLE, ""):
+        return key.encode()
+    path = folder / USER_KEY_FILE
+    if not path.exists():
+        scratch = folder / f".{USER_KEY_FILE}.{os.getpid()}"
+        with os.fdopen(os.open(scratch, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        with suppress(FileExistsError):  # another ingress was faster; its key is everybody's
+            os.link(scratch, path)
+        scratch.unlink()
+    return path.read_bytes()
 
 
 def _digest(secret: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -25,11 +26,15 @@ from sentei.policies.engine import QuarantineError
 from sentei.policies.machine import Phase
 from sentei.policies.schema.load import PolicyError, load_policy
 from sentei.serving.access import Operator, OperatorBook, Role
-from sentei.serving.errors import RequestError, ServingError
+from sentei.serving.admission import BodyDesk
+from sentei.serving.errors import ConfigError, RequestError, ServingError
 from sentei.serving.gateway import Gateway
+from sentei.serving.loading import make_fault
 from sentei.serving.openai.document import describe
 from sentei.serving.openai.fields import parse_request
 from sentei.serving.router import SPARSE
+
+log = logging.getLogger(__name__)
 
 APPROVALS = ("promote", "approve")
 ERRORS = (400, 401, 403, 404, 409, 413, 429, 503)
@@ -89,7 +94,13 @@ def add_admin_routes(
 ) -> None:
     """Add `/admin/v1` to the app."""
     book = operators or OperatorBook.read(None)
-    router = APIRouter(prefix="/admin/v1", dependencies=[_needs(book, Role.LOOK)])
+    # A desk of its own: whatever callers of `/v1` leave half-sent, an order to abort is read.
+    bodies = BodyDesk(gateway.limits.bodies)
+
+    async def read_here(request: Request) -> None:
+        request.state.bodies = bodies
+
+    router = APIRouter(prefix="/admin/v1", dependencies=[Depends(read_here), _needs(book, Role.LOOK)])
     desk = RolloutDesk(gateway, store, about or {}, now_s)
 
     @router.get("/rollouts", **describe(errors=(401, 403, 404, 429)))
@@ -175,9 +186,14 @@ def _add_fault_route(router: APIRouter, gateway: Gateway, allow_faults: bool, op
             text = "faults cannot be planted here; start the app with `allow_faults: true` and an adapter"
             raise RequestError(text, status=403, code="faults_disabled")
         try:
+            await asyncio.to_thread(make_fault, body.fault)  # here, where its words are ours alone
             await gateway.variants[SPARSE].plant(body.fault)
-        except ServingError as error:
+        except ConfigError as error:
             raise RequestError(str(error), code="invalid_value", param="fault") from error
+        except ServingError as error:
+            log.warning("fault was not planted: %s", error)
+            text = "not every sparse replica took the fault; the server's log says why"
+            raise RequestError(text, status=503, code="variant_away") from error
         return {"fault": body.fault}
 
 
@@ -397,8 +413,6 @@ async def _ask(call: StatusCall) -> dict[str, Any]:
 
 
 async def _body(request: Request) -> bytes:
-    body = await request.body()
-    if len(body) > MAX_BODY_BYTES:
-        text = f"the body has {len(body)} bytes; the limit is {MAX_BODY_BYTES}"
-        raise RequestError(text, status=413, code="request_too_large")
-    return body
+    bodies: BodyDesk = request.state.bodies
+    async with bodies.body(request, MAX_BODY_BYTES) as body:
+        return body

@@ -22,6 +22,9 @@ SMALL_CPUS = 0.1  # ingress, auditor and controller mostly wait
 STREAM_GRACE_S = 60.0  # how long a replica that is replaced may finish its streams
 HEALTH_PERIOD_S = 5.0
 HEALTH_TIMEOUT_S = 60.0
+# The ingress bounds bodies, prompts and answers itself and refuses the rest at once. So Serve's own slots,
+# which know neither health nor operations from prompts, must never be what is full.
+INGRESS_SLOTS = 8192
 
 
 def build(args: AppArgs) -> Application:
@@ -36,7 +39,9 @@ def build(args: AppArgs) -> Application:
         sparse = _model_server("Sparse", args, num_replicas=args.sparse_replicas)
         auditor = _deploy(AuditorServer, "Auditor", max_ongoing_requests=64).bind(args, dense, sparse)
     ingress_class = serve.ingress()(IngressServer)
-    ingress = _deploy(ingress_class, "Ingress", max_ongoing_requests=args.limits.max_concurrent * 4)
+    ingress = _deploy(
+        ingress_class, "Ingress", max_ongoing_requests=INGRESS_SLOTS, num_replicas=args.ingress_replicas
+    )
     controller: Any = None
     if args.controller and not note:
         # The ingress only asks it how it fares: orders and routes go through the store.

@@ -18,7 +18,7 @@ from sentei.monitors.store import Store
 from sentei.pipeline.home import sentei_home
 from sentei.pipeline.models import load_tokenizer
 from sentei.pipeline.rollout.revisions import PolicyBook
-from sentei.serving.access import KeyBook, OperatorBook
+from sentei.serving.access import KeyBook, OperatorBook, read_user_key
 from sentei.serving.admin import add_admin_routes
 from sentei.serving.auditor import Auditor
 from sentei.serving.controller import Controller, Mirror
@@ -31,6 +31,7 @@ from sentei.serving.settings import AppArgs
 from sentei.serving.writer import RecordWriter
 
 NO_MIRROR = "off"
+CREATED = "model_created_s"
 
 Handle: TypeAlias = Any  # a ray.serve DeploymentHandle; Ray is not typed for us
 
@@ -71,6 +72,8 @@ class IngressServer:
             limits=args.limits,
             desk=RayAuditDesk(auditor) if auditor is not None else None,
             note=note,
+            created_s=_created_s(self._store),
+            user_key=read_user_key(sentei_home().create().root),
         )
         if note:
             logging.getLogger(__name__).warning("dense only: %s", note)
@@ -155,6 +158,13 @@ class ControllerServer:
     async def status(self) -> dict[str, Any]:
         """Say how the controller fares."""
         return self._controller.status()
+
+
+def _created_s(store: Store) -> int:
+    """Return when this store first served the model: all ingresses say the same of it."""
+    if store.read_value(CREATED) is None:
+        store.save_value(CREATED, str(int(time.time())))
+    return int(store.read_value(CREATED) or 0)
 
 
 def _kl_cap_nats(store: Store, rollout_id: str) -> float:

@@ -9,6 +9,7 @@ ServingError
 │   ├── WrongArtifactError     another model, adapter, ladder or engine was asked for than runs here
 │   └── BadLogitsError         the model gave NaN or infinite logits
 ├── VariantError     a whole variant failed this request (crash, timeout, bad logits, empty answer)
+├── StartError        the app did not come up
 └── ConfigError       the app was configured with something that cannot work
 """
 
@@ -30,6 +31,7 @@ class RequestError(ServingError):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: int | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -37,6 +39,7 @@ class RequestError(ServingError):
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s
+        self.headers = headers or {}
 
 
 class EngineError(ServingError):
@@ -75,6 +78,10 @@ class VariantError(ServingError):
     def __str__(self) -> str:
         detail = f" ({self.detail})" if self.detail else ""
         return f"variant {self.variant!r} failed: {self.reason}{detail}"
+
+
+class StartError(ServingError):
+    """The app did not come up; the message names the part and what it said."""
 
 
 class ConfigError(ServingError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import logging
 import secrets
 import time
@@ -16,6 +17,7 @@ from typing import Any
 from sentei.monitors.errors import MonitorError
 from sentei.monitors.records import ARTIFACT, Arrival, AuditStatus, Missing, Outcome, RequestRecord
 from sentei.policies.signals import RoutingTable
+from sentei.serving.admission import PromptDesk
 from sentei.serving.answer import Answerer, Delta, Progress, Question
 from sentei.serving.choices import read_calls
 from sentei.serving.clock import SteadyClock
@@ -26,6 +28,7 @@ from sentei.serving.openai.requests import ChatRequest, GenerationRequest, Token
 from sentei.serving.ports import AuditDesk, AuditJob, ModelCard, RecordStore, Tokenizer, Variant
 from sentei.serving.router import DENSE, NO_SLICE, SPARSE, Assignment, Breaker, Lease, SeenUnits, assign
 from sentei.serving.settings import Limits
+from sentei.serving.text.bounded import body_limit_bytes, longest_token_bytes
 from sentei.serving.text.chat import template_of
 from sentei.serving.text.pieces import TokenTexts
 from sentei.serving.text.prompts import check_biases, check_ending, prompt_ids, room_for_answer, tokenize
@@ -55,6 +58,8 @@ class Gateway:
         limits: Limits,
         desk: AuditDesk | None = None,
         note: str = "",
+        user_key: bytes | None = None,
+        created_s: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.variants = variants
@@ -66,8 +71,9 @@ class Gateway:
         self.lease = Lease()
         self.writer = RecordWriter(store, max_waiting=limits.max_unwritten_records)
         self.cards: dict[str, ModelCard] = {}
-        self.created_s = int(time.time())
+        self.created_s = int(time.time()) if created_s is None else created_s
         self._store = store
+        self._user_key = user_key or secrets.token_bytes(32)
         self._desk = desk
         self._clock = clock
         self._now_s = SteadyClock()
@@ -75,6 +81,8 @@ class Gateway:
         self._answerer = Answerer(variants, limits, Breaker())
         self._seen, self._seen_ids = SeenUnits(), SeenUnits()
         self._schemas = SchemaChecker()
+        self._prompts = PromptDesk(threads=limits.tokenizer_threads, max_waiting=limits.max_concurrent)
+        self._token_bytes = longest_token_bytes(tokenizer)
         self._in_flight = 0
         self._loops: list[asyncio.Task[None]] = []
         self._audits: set[asyncio.Task[None]] = set()
@@ -94,7 +102,15 @@ class Gateway:
         # Audits on their way are waited for: one that was lost must be written as missing.
         await asyncio.gather(*self._loops, *self._audits, return_exceptions=True)
         await self._schemas.stop()
+        self._prompts.stop()
         await asyncio.to_thread(self.writer.stop)
+
+    def body_limit_bytes(self) -> int:
+        """Return how long a body may be: by the setting, and by what a prompt of this model can need."""
+        limit_bytes, card = self.limits.max_body_bytes, self.cards.get(DENSE)
+        if card is None:
+            return limit_bytes
+        return body_limit_bytes(limit_bytes, card.max_context_tokens, self._token_bytes)
 
     def readiness(self) -> dict[str, Any]:
         """Say whether requests can be answered, by whom, and how the records fare."""
@@ -126,7 +142,9 @@ class Gateway:
         if name == SPARSE and (before is None or before.artifact != card.artifact):
             await asyncio.to_thread(self._store.save_value, ARTIFACT, card.artifact)
 
-    async def check(self, request: GenerationRequest, headers: Mapping[str, str]) -> tuple[Question, ...]:
+    async def check(
+        self, request: GenerationRequest, headers: Mapping[str, str], *, num_bytes: int = 0
+    ) -> tuple[Question, ...]:
         """Turn a parsed request into its questions, one for each wanted answer; raises RequestError.
 
         All have one unit and one assignment, and the first alone is audited: the unit is what counts.
@@ -140,10 +158,10 @@ class Gateway:
             sampling = replace(sampling, json_schema=use.schema())
         if sampling.json_schema is not None:
             await self._schemas.check(sampling.json_schema)
-        ids = await asyncio.to_thread(prompt_ids, request, use, self.tokenizer, card)
+        ids = await self._prompts.run(num_bytes, prompt_ids, request, use, self.tokenizer, card)
         max_tokens = room_for_answer(request, len(ids), card, self.limits.default_max_tokens)
         request_id = self._request_id(headers.get(REQUEST_HEADER, ""))
-        unit = session_unit(headers, request.user, request_id)
+        unit = session_unit(headers, request.user, request_id, user_key=self._user_key)
         first = Question(
             request_id=request_id,
             unit=unit,
@@ -157,10 +175,10 @@ class Gateway:
         )
         return (first, *(self._sibling(first, i) for i in range(1, request.num_choices())))
 
-    async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, request: TokenizeRequest, *, num_bytes: int = 0) -> dict[str, Any]:
         """Return a prompt's ids, and how long prompt and answer may be together."""
         card = self._card(self.model_name if request.model is None else request.model)
-        ids = await asyncio.to_thread(tokenize, request, self.tokenizer, card)
+        ids = await self._prompts.run(num_bytes, tokenize, request, self.tokenizer, card)
         return {"count": len(ids), "max_model_len": card.max_context_tokens, "tokens": list(ids)}
 
     def begin(self, questions: Sequence[Question]) -> list[tuple[Progress, AsyncGenerator[Delta, None]]]:
@@ -304,7 +322,9 @@ class Gateway:
             await asyncio.sleep(DESCRIBE_AGAIN_S if is_known else DESCRIBE_RETRY_S)
 
 
-def session_unit(headers: Mapping[str, str], user: str | None, request_id: str) -> str:
+def session_unit(
+    headers: Mapping[str, str], user: str | None, request_id: str, *, user_key: bytes = b""
+) -> str:
     """Return the statistical unit: session if named, else user, else API key, else the request itself."""
     session = headers.get(SESSION_HEADER)
     is_plain = session is None or (session.isascii() and session.isprintable())
@@ -315,8 +335,10 @@ def session_unit(headers: Mapping[str, str], user: str | None, request_id: str) 
             code="invalid_value",
             param=SESSION_HEADER,
         )
-    if session or user:
-        return session or str(user)
+    if session:
+        return session
+    if user:  # often an e-mail address: what is written down tells people apart, and nobody's name
+        return f"user-{hmac.new(user_key, user.encode(errors='surrogatepass'), 'sha256').hexdigest()[:32]}"
     key = headers.get("authorization", "").removeprefix("Bearer ").strip()
     with suppress(UnicodeEncodeError):
         return f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}" if key else request_id

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from sentei.serving import wire
 from sentei.serving.access import KeyBook
+from sentei.serving.admission import BodyDesk
 from sentei.serving.answer import Delta, Progress, Question
 from sentei.serving.choices import interleave
 from sentei.serving.errors import RequestError
@@ -70,6 +71,8 @@ def build_api(gateway: Gateway, *, keys: KeyBook | None = None, cors_origins: Se
 
 
 def _add_openai_routes(api: FastAPI, gateway: Gateway) -> None:
+    desk = BodyDesk(gateway.limits.bodies)
+
     @api.get("/v1/models", **describe(answer=ModelList, errors=(401, 429)))
     @api.get("/v1/models/", include_in_schema=False)
     async def models() -> JSONResponse:
@@ -84,16 +87,17 @@ def _add_openai_routes(api: FastAPI, gateway: Gateway) -> None:
 
     @api.post("/v1/chat/completions", **describe(ChatRequest, answer=ChatCompletion, piece=ChatChunk))
     async def chat(request: Request) -> Any:
-        return await _answer(gateway, request, ChatRequest)
+        return await _answer(gateway, desk, request, kind=ChatRequest)
 
     @api.post("/v1/completions", **describe(CompletionRequest, answer=TextCompletion, piece=TextChunk))
     async def completions(request: Request) -> Any:
-        return await _answer(gateway, request, CompletionRequest)
+        return await _answer(gateway, desk, request, kind=CompletionRequest)
 
     @api.post("/tokenize", **describe(TokenizeRequest, answer=Tokens))
     async def tokenize(request: Request) -> JSONResponse:
-        body = await _read_body(request, gateway.limits.max_body_bytes)
-        return JSONResponse(await gateway.tokenize(parse_request(TokenizeRequest, body)))
+        async with desk.body(request, gateway.body_limit_bytes()) as body:
+            parsed = parse_request(TokenizeRequest, body)
+            return JSONResponse(await gateway.tokenize(parsed, num_bytes=len(body)))
 
 
 def _add_health_routes(api: FastAPI, gateway: Gateway) -> None:
@@ -109,11 +113,12 @@ def _add_health_routes(api: FastAPI, gateway: Gateway) -> None:
 
 
 async def _answer(
-    gateway: Gateway, http: Request, kind: type[ChatRequest] | type[CompletionRequest]
+    gateway: Gateway, desk: BodyDesk, http: Request, *, kind: type[ChatRequest] | type[CompletionRequest]
 ) -> JSONResponse | StreamingResponse:
-    body = await _read_body(http, gateway.limits.max_body_bytes)
-    request: GenerationRequest = parse_request(kind, body)
-    questions = await gateway.check(request, http.headers)
+    async with desk.body(http, gateway.body_limit_bytes()) as body:
+        request: GenerationRequest = parse_request(kind, body)
+        questions = await gateway.check(request, http.headers, num_bytes=len(body))
+    del body  # an answer takes long, and a prompt may be large
     begun = gateway.begin(questions)
     progresses = [progress for progress, _ in begun]
     deltas = interleave([answer for _, answer in begun])
@@ -179,24 +184,6 @@ def _headers(http: Request, question: Question, progress: Progress) -> dict[str,
     }
     # Ray's proxy gives every request an id and sends it back itself.
     return headers if REQUEST_HEADER in http.headers else {REQUEST_HEADER: question.request_id, **headers}
-
-
-async def _read_body(http: Request, limit_bytes: int) -> bytes:
-    """Read a body of limited size; raises RequestError as soon as it is too long."""
-    announced = http.headers.get("content-length", "0")
-    parts: list[bytes] = []
-    size = int(announced) if announced.isdigit() else 0
-    if size <= limit_bytes:
-        size = 0
-        async for part in http.stream():
-            size += len(part)
-            if size > limit_bytes:
-                break
-            parts.append(part)
-    if size > limit_bytes:
-        text = f"the body has more than {limit_bytes} bytes; send a shorter prompt"
-        raise RequestError(text, status=413, code="request_too_large")
-    return b"".join(parts)
 
 
 async def _answer_request_error(_: Request, error: Exception) -> JSONResponse:

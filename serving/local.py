@@ -1,6 +1,7 @@
 """The whole app on this machine, in a Ray of its own: `python -m sentei.serving.local --config FILE`.
 
-Prints one JSON line `{"url": ...}` when requests can be answered. It ends, and leaves
+Prints JSON lines `{"waiting": ...}` while it starts, which takes as long as a busy machine makes it take,
+and then one line `{"url": ...}` when requests can be answered, or `{"error": ...}`. It ends, and leaves
 nothing running, when standard input closes or on SIGTERM. All else goes to stderr.
 """
 
@@ -16,7 +17,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -25,11 +26,13 @@ import httpx
 import yaml
 from pydantic import Field, ValidationError
 
-from sentei.serving.errors import ConfigError
+from sentei.serving.errors import ConfigError, StartError
 from sentei.serving.settings import AppArgs
+from sentei.serving.startup import StartUp, cause_of, missing
 
 APP_NAME = "sentei"
-READY_TIMEOUT_S = {"builtin": 220.0, "vllm": 900.0}  # vLLM loads itself and compiles, once per variant
+READY_EVERY_S = 0.2
+READY_FAILURES = 3  # looks in a row at which Serve says that the app failed, before we believe it
 OBJECT_STORE_BYTES = 120 << 20  # requests and tokens are small; Ray's default is a third of the memory
 RAY_CPUS = 4  # logical: the fractions of all replicas fit also where the machine has fewer cores
 
@@ -60,10 +63,15 @@ def set_ray_environment() -> None:
     if os.environ["RAY_AUTH_MODE"] == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "sentei.serving.proxy:middlewares")
+    # Ray's own time-outs take a slow machine for a broken one: a proxy that needs 6 s to start is killed.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "600")
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
+    os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", "600")
 
 
 @contextmanager
-def running_app(options: LocalOptions) -> Iterator[str]:
+def running_app(options: LocalOptions, say: Callable[[str], None] = lambda _: None) -> Iterator[str]:
     """Run Ray and the app for the length of a `with` block; gives the app's address."""
     set_ray_environment()
     import ray
@@ -72,26 +80,67 @@ def running_app(options: LocalOptions) -> Iterator[str]:
     from sentei.serving.app import build
 
     port = options.port or _free_port(options.host)
+    app = build(options.app_args())  # what is wrong with the settings is said before anything starts
     folder = tempfile.mkdtemp(prefix="sentei-ray-")
+    start = StartUp(say)
+    failures = (ray.exceptions.RayError, RuntimeError, TimeoutError, ConnectionError)
     try:
-        ray.init(
-            address="local",
-            num_cpus=RAY_CPUS,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            _temp_dir=folder,
+        start.again("Ray", lambda: _start_ray(folder), catch=failures, undo=ray.shutdown)
+        http = {"host": options.host, "port": port}
+        # Where the proxy died, Serve's controller lives and starts another: a second call finds that one.
+        start.again(
+            "Serve's proxy",
+            lambda: serve.start(proxy_location="HeadOnly", http_options=http),
+            catch=failures,
         )
-        serve.start(proxy_location="HeadOnly", http_options={"host": options.host, "port": port})
-        serve.run(build(options.app_args()), name=APP_NAME, route_prefix="/")
-        url = f"http://{options.host}:{port}"
-        _wait_until_ready(url, READY_TIMEOUT_S[options.engine])
-        yield url
+        with start.waiting_for(lambda: missing(_deployments())):
+            _deploy(app)
+            _wait_until_ready(f"http://{options.host}:{port}")
+        yield f"http://{options.host}:{port}"
     finally:
         if ray.is_initialized():
             serve.shutdown()
             ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_ray(folder: str) -> None:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=RAY_CPUS,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        _temp_dir=folder,
+    )
+
+
+def _deploy(app: Any) -> None:
+    """Deploy the app; raises StartError that says what its parts died of."""
+    from ray import serve
+
+    try:
+        serve.run(app, name=APP_NAME, route_prefix="/")
+    except TimeoutError:
+        return  # deployed, and its proxy is slow: whoever waits for the first answer sees it come
+    except RuntimeError as error:
+        raise StartError(f"the app failed: {cause_of(_deployments()) or error}") from error
+
+
+def _deployments() -> dict[str, tuple[str, str]]:
+    """Return each part's status and message; none while Serve does not know the app or does not answer."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        app = serve.status().applications.get(APP_NAME)
+    except (RayError, RayServeException):
+        return {}
+    found = app.deployments if app is not None else {}
+    return {name: (part.status.value, part.message) for name, part in found.items()}
 
 
 def main() -> int:
@@ -102,7 +151,7 @@ def main() -> int:
     try:
         options = read_options(parser.parse_args().config)
         signal.signal(signal.SIGTERM, _leave)
-        with running_app(options) as url:
+        with running_app(options, lambda text: _say(out, {"waiting": text})) as url:
             _say(out, {"url": url})
             sys.stdin.read()
     except (KeyboardInterrupt, SystemExit):
@@ -135,19 +184,20 @@ def _free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_ready(url: str, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    last = ""
-    while time.monotonic() < deadline:
+def _wait_until_ready(url: str) -> None:
+    """Wait for the first answer of all variants; raises StartError when Serve gives the app up."""
+    num_failed = 0
+    while num_failed < READY_FAILURES:
         try:
             response = httpx.get(f"{url}/readyz", timeout=5, trust_env=False)
-            last = response.text
             if response.status_code == httpx.codes.OK and all(response.json()["variants"].values()):
                 return
-        except httpx.HTTPError as error:
-            last = str(error)
-        time.sleep(0.2)
-    raise ConfigError(f"the app at {url} is not ready after {timeout_s:g} s: {last[:300]}")
+        except (httpx.HTTPError, ValueError):
+            pass  # a proxy that is not up yet, or not ours yet
+        has_failed = any(status == "DEPLOY_FAILED" for status, _ in _deployments().values())
+        num_failed = num_failed + 1 if has_failed else 0
+        time.sleep(READY_EVERY_S)
+    raise StartError(f"the app failed: {cause_of(_deployments())}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ KEYED_PATHS = ("/v1/", "/tokenize")
 
 def error_response(error: RequestError) -> JSONResponse:
     """Return an error as OpenAI clients read it."""
-    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    headers = dict(error.headers)
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(error.retry_after_s)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)

@@ -15,11 +15,24 @@ class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class BodyLimits(_Options):
+    """How bodies may come in; each ingress counts its own."""
+
+    pause_s: float = Field(default=5.0, gt=0, description="longest wait for the next bytes of a body")
+    total_s: float = Field(default=30.0, gt=0, description="longest time for a whole body")
+    young_s: float = Field(default=1.0, ge=0, description="a younger body is not given up for another")
+    max_per_client: int = Field(default=64, ge=1, description="bodies of one address that are not whole yet")
+    max_reading: int = Field(default=256, ge=1, description="bodies of all that are not whole yet")
+    max_bytes: int = Field(default=64 << 20, ge=1024, description="bytes of all bodies together")
+
+
 class Limits(_Options):
     """What the ingress accepts, and how long it waits."""
 
+    bodies: BodyLimits = BodyLimits()
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
     max_concurrent: int = Field(default=64, ge=1, description="answers in flight; more get a 429")
+    tokenizer_threads: int = Field(default=1, ge=1, description="prompts that are turned into ids at once")
     default_max_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -96,6 +109,9 @@ class AppArgs(EngineOptions):
     """Arguments of `sentei.serving.app:build`; also what a file for `sentei.serving.local` may hold."""
 
     model_name: str | None = Field(default=None, description="the users' model name [default: the model]")
+    ingress_replicas: int = Field(
+        default=1, ge=1, description="with two, the end of one cuts only the answers that pass through it"
+    )
     dense_replicas: int = Field(default=1, ge=1)
     sparse_replicas: int = Field(default=1, ge=1)
     replica_cpus: float = Field(default=0.4, gt=0)

@@ -40,8 +40,13 @@ class FakeTokenizer:
     """One token per byte, shifted by one so that 0 stays free for the end."""
 
     chat_template: str | None = None
+    num_encoded = 0  # characters, of all texts so far
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(byte): byte + 1 for byte in range(128)}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        self.num_encoded += len(text)
         return [byte + 1 for byte in text.encode()]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:

@@ -27,6 +27,7 @@ from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
 SCORER_FILE, LADDER_FILE, MANIFEST_FILE = "scorer.safetensors", "ladder.json", "manifest.json"
 LOW_RANK_FILE = "low_rank.safetensors"
 FORMAT = 1
+PRIVATE = 0o600
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,13 +298,22 @@ def _parse_json(content: bytes, path: Path) -> dict[str, Any]:
     return data
 
 
+def _make_private(path: Path) -> None:
+    """Let the file be there, readable by its owner alone, before anything is in it."""
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, PRIVATE))
+
+
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     scratch = path.with_name(f".{path.name}")
+    _make_private(scratch)
     save_file(dict(tensors), scratch)
+    scratch.chmod(PRIVATE)  # the library may write a file of its own and move it there
     os.replace(scratch, path)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     scratch = path.with_name(f".{path.name}")
+    _make_private(scratch)
     scratch.write_text(json.dumps(data, indent=1, sort_keys=True), encoding="utf-8")
     os.replace(scratch, path)

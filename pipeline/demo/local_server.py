@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import yaml
 
-READY_TIMEOUT_S = 960.0  # the app gives up before, and says why
+READY_TIMEOUT_S = 1800.0  # a busy machine may take long; the app itself ends when it cannot start
 STOP_TIMEOUT_S = 40.0
 MODULE = "sentei.serving.local"  # run as a program: nobody imports serving
 
@@ -87,6 +87,7 @@ class LocalServer:
 
     def _wait_for_url(self) -> str:
         deadline = time.monotonic() + READY_TIMEOUT_S
+        last = "its first word"
         while time.monotonic() < deadline:
             try:
                 answer = self._answers.get(timeout=0.2)
@@ -98,7 +99,10 @@ class LocalServer:
                 raise ServerError(f"the app refused: {answer['error']}")
             if "url" in answer:
                 return str(answer["url"])
-        raise ServerError(f"no address from the app within {READY_TIMEOUT_S:.0f} s: {self._log_tail()}")
+            last = str(answer.get("waiting", last))
+        raise ServerError(
+            f"no address from the app within {READY_TIMEOUT_S:.0f} s; last: {last}; {self._log_tail()}"
+        )
 
     def _log_tail(self) -> str:
         lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()

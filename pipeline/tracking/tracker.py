@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from sentei.monitors.database import make_private
+
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "true",  # MLflow takes only the word "true"
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -91,6 +93,9 @@ class Tracker(Protocol):
         """Mark the run as ended."""
 
 
+SQLITE = "sqlite:///"
+
+
 class MlflowTracker:
     """Tracker on MLflow; the address is always explicit, because MLflow's default depends on the folder."""
 
@@ -99,6 +104,8 @@ class MlflowTracker:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.tracking_uri = tracking_uri
+        if tracking_uri.startswith(SQLITE):
+            make_private(Path(tracking_uri.removeprefix(SQLITE)))
         self._artifact_root = artifact_root
         self._experiment_ids: dict[str, str] = {}
         self._client: Any = None

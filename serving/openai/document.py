@@ -19,6 +19,7 @@ ERRORS = {
     403: "the role does not cover it, or the app does not allow it",
     404: "no such thing",
     409: "not now",
+    408: "the body did not come in time",
     413: "the body is too long",
     429: "too many requests; `retry-after` says when to come back",
     503: "nobody can answer now",
@@ -40,6 +41,7 @@ def describe(
     if piece is not None:
         responses[200]["content"] = {"text/event-stream": {"schema": _event_schema(piece)}}
         parts |= _parts(piece, "serialization")
+    errors = errors if body is None else sorted({*errors, 408})
     responses |= {status: {"model": ErrorBody, "description": ERRORS[status]} for status in errors}
     if body is not None:
         content = {"application/json": {"schema": {"$ref": REF.format(model=body.__name__)}}}

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from sentei.serving.errors import RequestError
 from sentei.serving.openai.messages import AssistantMessage, Message, SystemMessage, Tool, ToolMessage
 from sentei.serving.ports import Tokenizer
+from sentei.serving.text.bounded import encode_bounded
 
 
 def template_of(tokenizer: Tokenizer) -> str:
@@ -41,10 +42,17 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence
     return rendered
 
 
-def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+def chat_ids(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] = (), *, context_tokens: int
+) -> list[int]:
     """Return the ids of a conversation; a model without chat template gets the plain texts, one per line."""
-    text = chat_text(tokenizer, messages, tools)
-    return tokenizer.encode(text, add_special_tokens=not template_of(tokenizer))
+    return encode_bounded(
+        tokenizer,
+        chat_text(tokenizer, messages, tools),
+        context_tokens=context_tokens,
+        param="messages",
+        add_special_tokens=not template_of(tokenizer),
+    )
 
 
 def knows_tools(template: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sentei.serving.errors import RequestError
 from sentei.serving.openai.requests import ChatRequest, GenerationRequest, TokenizeRequest
 from sentei.serving.ports import ModelCard, Tokenizer
+from sentei.serving.text.bounded import encode_bounded
 from sentei.serving.text.chat import chat_ids
 from sentei.serving.text.tools import ToolUse
 
@@ -14,10 +15,12 @@ def prompt_ids(
 ) -> tuple[int, ...]:
     """Return a request's prompt as ids; raises RequestError for ids that the model does not have."""
     if isinstance(request, ChatRequest):
-        return _known(chat_ids(tokenizer, request.messages, use.shown), tokenizer, card, param="messages")
+        ids = chat_ids(tokenizer, request.messages, use.shown, context_tokens=card.max_context_tokens)
+        return _known(ids, tokenizer, card, param="messages")
     prompt = request.single_prompt()
     if isinstance(prompt, str):
-        return _known(tokenizer.encode(prompt), tokenizer, card, param="prompt")
+        ids = encode_bounded(tokenizer, prompt, context_tokens=card.max_context_tokens, param="prompt")
+        return _known(ids, tokenizer, card, param="prompt")
     if wrong := [i for i in prompt if not 0 <= i < card.vocab_size]:
         raise RequestError(
             f"prompt has token id {wrong[0]!s:.40}; ids of this model are 0 to {card.vocab_size - 1}",
@@ -31,10 +34,18 @@ def tokenize(request: TokenizeRequest, tokenizer: Tokenizer, card: ModelCard) ->
     """Return the ids of a text or of a conversation, as a generation would get them."""
     request.check_one()
     if request.messages is not None:
-        ids = chat_ids(tokenizer, request.messages, request.tools or ())
+        ids = chat_ids(
+            tokenizer, request.messages, request.tools or (), context_tokens=card.max_context_tokens
+        )
         return _known(ids, tokenizer, card, param="messages")
     is_whole = request.add_special_tokens is not False
-    ids = tokenizer.encode(request.prompt or "", add_special_tokens=is_whole)
+    ids = encode_bounded(
+        tokenizer,
+        request.prompt or "",
+        context_tokens=card.max_context_tokens,
+        param="prompt",
+        add_special_tokens=is_whole,
+    )
     return _known(ids, tokenizer, card, param="prompt")
 
 

@@ -39,6 +39,7 @@ def test_an_adapter_survives_the_disk(tmp_path: Path) -> None:
     assert replace(loaded.manifest, files={}) == adapter.manifest
     torch.testing.assert_close(loaded.scorers[1].query_map, adapter.scorers[1].query_map)
     assert {path.name for path in tmp_path.iterdir()} == {SCORER_FILE, LADDER_FILE, MANIFEST_FILE}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
 
 
 @pytest.mark.parametrize("other", [make_gemma, lambda: make_llama(seed=1)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ class World:
     desk: FakeDesk = field(default_factory=FakeDesk)
     clock: FakeClock = field(default_factory=FakeClock)
     limits: Limits = LIMITS
+    user_key: bytes | None = None
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[httpx.AsyncClient]:
@@ -56,6 +58,7 @@ class World:
             limits=self.limits,
             desk=self.desk,
             clock=self.clock,
+            user_key=self.user_key,
         )
         api = build_api(self.gateway)
         async with api.router.lifespan_context(api):
@@ -372,7 +375,8 @@ async def test_session_header_decides_stickiness_and_the_unit() -> None:
         await client.post(url, json=chat())
 
     units = [record.session_id for record in world.store.requests]
-    assert units[:2] == ["s1", "ann"]
+    assert units[0] == "s1"
+    assert re.fullmatch(r"user-[0-9a-f]{32}", units[1])
     assert units[2].startswith("key-")
     assert "k" not in units[2].removeprefix("key-")
     assert units[3] == world.store.requests[3].request_id

@@ -18,6 +18,7 @@ from sentei.monitors.store import Store
 from sentei.serving.access import Operator, OperatorBook, Role
 from sentei.serving.admin import add_admin_routes
 from sentei.serving.controller import Controller
+from sentei.serving.errors import VariantError
 from sentei.serving.gateway import Gateway
 from sentei.serving.ingress import build_api
 from sentei.serving.settings import Limits
@@ -247,6 +248,32 @@ async def test_faults_only_where_allowed(tmp_path: Path, allow_faults: bool) -> 
 
     assert response.status_code == (200 if allow_faults else 403)
     assert office.sparse.fault == (fault if allow_faults else None)
+
+
+@pytest.mark.parametrize("fault", [{"kind": "nope"}, {"past_tokens": -1}, {"colour": "red"}])
+async def test_impossible_fault_is_refused_in_our_words(tmp_path: Path, fault: dict[str, Any]) -> None:
+    """What no scorer knows never reaches a replica, so no answer shows what Ray says of it."""
+    async with open_office(tmp_path, allow_faults=True) as office:
+        response = await office.client.put("/admin/v1/fault", json={"fault": fault})
+
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "fault")
+    assert "its fields are kind and past_tokens" in error["message"]
+    assert office.sparse.fault is None
+
+
+async def test_fault_that_a_replica_did_not_take_shows_nothing_of_ray(tmp_path: Path) -> None:
+    """The log has the paths and process ids; the caller learns that it did not work."""
+    async with open_office(tmp_path, allow_faults=True) as office:
+
+        async def die(fault: Any) -> None:
+            raise VariantError("sparse", "crash", "ray::Replica (pid=7, ip=10.0.0.1) /usr/lib/x.py")
+
+        office.sparse.plant = die  # type: ignore[method-assign]
+        response = await office.client.put("/admin/v1/fault", json={"fault": {"past_tokens": 8}})
+
+    assert response.status_code == 503
+    assert "pid" not in response.text
 
 
 async def test_status_page_names_workers_that_are_away(tmp_path: Path) -> None:

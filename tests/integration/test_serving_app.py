@@ -89,3 +89,28 @@ def test_ray_errors_get_our_names() -> None:
     assert (died.reason, nan.reason, other.reason) == ("crash", "nan_logits", "error")
     assert swapped.reason == "artifact"
     assert isinstance(busy, EngineBusyError)
+
+
+def test_ingress_runs_as_often_as_the_settings_say() -> None:
+    """One ingress is no service while it restarts: the file that we ship has two."""
+    from sentei.serving.app import build
+
+    found = [build(AppArgs(ingress_replicas=n))._bound_deployment.num_replicas for n in (1, 3)]
+    path = Path(__file__).parents[2] / "infra" / "serve.yaml"
+    (application,) = yaml.safe_load(path.read_text(encoding="utf-8"))["applications"]
+
+    assert found == [1, 3]
+    assert application["args"]["ingress_replicas"] == 2
+
+
+def test_all_ingresses_say_the_same_of_the_model(tmp_path: Path) -> None:
+    """When a model was first served is the store's to know, not the process's that is asked."""
+    from sentei.monitors.store import Store
+    from sentei.serving.deployments import CREATED, _created_s
+
+    with Store.open(f"sqlite:///{tmp_path / 'state.db'}") as store:
+        found = {_created_s(store) for _ in range(2)}
+        store.save_value(CREATED, "7")
+        later = _created_s(store)
+
+    assert (len(found), later) == (1, 7)

@@ -1,0 +1,309 @@
+"""Callers that send half of a body, or too much of one: who else has to wait, and what is kept of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from sentei.monitors.store import Store
+from sentei.serving import admission
+from sentei.serving.access import read_user_key
+from sentei.serving.admission import MemoryReturn
+from sentei.serving.proxy import middlewares
+from sentei.serving.settings import BodyLimits
+from tests.fakes_serving import MODEL, FakeTokenizer
+from tests.integration.test_ingress import LIMITS, World, post_chat
+
+ASK = "/v1/completions"
+BODIES = BodyLimits(pause_s=0.2, total_s=0.5, young_s=0.0, max_per_client=4, max_reading=6, max_bytes=4096)
+
+
+def pressed(**fields: Any) -> World:
+    """An ingress with small limits on bodies."""
+    return World(limits=LIMITS.model_copy(update={"bodies": BODIES.model_copy(update=fields)}))
+
+
+def api_of(client: httpx.AsyncClient) -> FastAPI:
+    """The app behind a client of ours."""
+    transport = client._transport
+    assert isinstance(transport, httpx.ASGITransport)
+    assert isinstance(transport.app, FastAPI)
+    return transport.app
+
+
+class HalfSent:
+    """A request whose body never ends: `parts` come at once, or every `every_s`, and then nothing."""
+
+    def __init__(
+        self, api: FastAPI, *, who: str = "10.0.0.1", parts: Sequence[bytes] = (b"{",), every_s: float = 0.0
+    ) -> None:
+        self._parts, self._every_s = list(parts), every_s
+        self._sent: list[Any] = []
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST",
+            "path": ASK,
+            "raw_path": ASK.encode(),
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "client": (who, 1),
+            "server": ("test", 80),
+            "scheme": "http",
+            "root_path": "",
+        }
+        self.task = asyncio.create_task(api(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        await asyncio.sleep(self._every_s)
+        if not self._parts:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": self._parts.pop(0), "more_body": True}
+
+    async def _send(self, message: Any) -> None:
+        self._sent.append(message)
+
+    async def answer(self) -> tuple[int, str, str]:
+        """Status, error code and `connection` header of what came back in the end."""
+        await asyncio.wait_for(self.task, 5)
+        headers = dict(self._sent[0]["headers"])
+        code = json.loads(self._sent[1]["body"])["error"]["code"]
+        return self._sent[0]["status"], code, headers.get(b"connection", b"").decode()
+
+    async def end(self) -> None:
+        """Hang up."""
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+async def test_half_sent_body_is_given_up() -> None:
+    """A body that stops coming is a 408 after the pause, and its connection ends."""
+    async with pressed().run() as client:
+        found = await HalfSent(api_of(client)).answer()
+
+    assert found == (408, "request_timeout", "close")
+
+
+async def test_body_of_single_bytes_is_given_up() -> None:
+    """Bytes that drip in are no way to hold a slot for longer than a whole body may take."""
+    async with pressed().run() as client:
+        began_s = asyncio.get_running_loop().time()
+        found = await HalfSent(api_of(client), parts=[b"x"] * 100, every_s=0.05).answer()
+        took_s = asyncio.get_running_loop().time() - began_s
+
+    assert found == (408, "request_timeout", "close")
+    assert took_s < 2
+
+
+async def test_many_half_sent_bodies_let_a_whole_one_pass() -> None:
+    """Of one client no more bodies wait than it may have; a whole body is answered beside them, as before."""
+    async with pressed(pause_s=60, total_s=60).run() as client:
+        halves = [HalfSent(api_of(client), who="127.0.0.1") for _ in range(20)]
+        await asyncio.sleep(0.05)
+        num_open = sum(not half.task.done() for half in halves)
+        response = await asyncio.wait_for(post_chat(client), 2)
+        given_up = await halves[0].answer()
+        for half in halves:
+            await half.end()
+
+    assert num_open == 4
+    assert response.status_code == 200
+    assert given_up == (408, "request_timeout", "close")
+
+
+async def test_young_bodies_are_not_given_up_for_newer_ones() -> None:
+    """Where all bodies have only just begun, the newest is told to come back."""
+    async with pressed(young_s=60, pause_s=60, total_s=60).run() as client:
+        halves = [HalfSent(api_of(client)) for _ in range(5)]
+        found = await halves[4].answer()
+        for half in halves:
+            await half.end()
+
+    assert found == (429, "overloaded", "close")
+
+
+async def test_another_client_has_room_of_its_own() -> None:
+    """One address cannot take the places of all others."""
+    async with pressed(young_s=60, pause_s=60, total_s=60).run() as client:
+        halves = [HalfSent(api_of(client)) for _ in range(20)]
+        await asyncio.sleep(0.05)
+        response = await asyncio.wait_for(post_chat(client), 2)
+        for half in halves:
+            await half.end()
+
+    assert response.status_code == 200
+
+
+async def test_bytes_of_all_bodies_are_bounded() -> None:
+    """However few bodies they are in, bytes over the bound are refused, and those of refused ones freed."""
+    async with pressed(pause_s=60, total_s=60).run() as client:
+        halves = [HalfSent(api_of(client), parts=[b"x" * 1900]) for _ in range(3)]
+        found = await halves[2].answer()
+        for half in halves[:2]:
+            await half.end()
+        response = await asyncio.wait_for(post_chat(client), 2)
+
+    assert found == (429, "overloaded", "close")
+    assert response.status_code == 200
+
+
+async def test_announced_length_is_refused_before_the_body_is_read() -> None:
+    """A body that says it is too long costs nothing: no byte of it is waited for."""
+    async with pressed().run() as client:
+        body = json.dumps({"model": MODEL, "prompt": "x" * 4000})
+        response = await client.post(ASK, content=body, headers={"content-type": "application/json"})
+
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+
+
+def roomy() -> World:
+    """An ingress whose setting alone would let megabytes in; the model's context is 64 tokens."""
+    return World(limits=LIMITS.model_copy(update={"max_body_bytes": 64 << 20}))
+
+
+async def test_prompt_that_never_fits_is_refused_by_its_bytes() -> None:
+    """A body beyond all that a prompt of the context can need is refused unread, whatever the setting."""
+    world = roomy()
+    async with world.run() as client:
+        refused = await client.post(ASK, json={"model": MODEL, "prompt": "a " * 1_500_000})
+        encoded = tokenizer_of(world).num_encoded
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
+    assert encoded == 0
+
+
+async def test_prompt_that_never_fits_is_refused_by_its_beginning() -> None:
+    """Of a prompt that is too long, no more is turned into ids than shows it."""
+    world = roomy()
+    async with world.run() as client:
+        refused = await client.post(ASK, json={"model": MODEL, "prompt": "a " * 50_000})
+        encoded = tokenizer_of(world).num_encoded
+
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "prompt")
+    assert "100000 characters" in error["message"]
+    assert encoded == 256
+
+
+async def test_every_spelling_of_a_prompt_that_fits_is_let_in() -> None:
+    """The bound by bytes leaves room for the longest spelling in JSON, and for ids with spaces between."""
+    escaped = '{"model": "tiny", "max_tokens": 1, "prompt": "' + "\\u0041" * 60 + '"}'
+    ids = json.dumps({"model": MODEL, "max_tokens": 1, "prompt": [66] * 60}, indent=4)
+    async with roomy().run() as client:
+        found = [await client.post(ASK, content=body) for body in (escaped, ids)]
+
+    assert [response.status_code for response in found] == [200, 200]
+
+
+async def test_crowd_of_prompts_leaves_the_lease_alone() -> None:
+    """Prompts wait for the tokenizer in a line of their own: the routing table is read meanwhile."""
+    world = World(limits=LIMITS.model_copy(update={"max_concurrent": 4}))
+    gate = threading.Event()
+    async with world.run() as client:
+        tokenizer_of(world).encode = lambda text, **_: [1] * 20 if gate.wait(10) else []  # type: ignore[method-assign,assignment]
+        asked = [asyncio.create_task(post_chat(client)) for _ in range(40)]
+        await asyncio.sleep(0.1)
+        await asyncio.wait_for(world.gateway.read_routing_once(), 2)
+        gate.set()
+        statuses = sorted([(await task).status_code for task in asked])
+
+    assert statuses.count(429) >= 35
+    assert statuses[0] == 200
+
+
+async def test_short_prompts_do_not_wait_for_long_ones() -> None:
+    """Each has a line of its own before the tokenizer."""
+    world = roomy()
+    gate = threading.Event()
+    async with world.run() as client:
+        real = FakeTokenizer().encode
+        slow = lambda text, **_: real(text) if len(text) < 100 or gate.wait(10) else []  # noqa: E731
+        tokenizer_of(world).encode = slow  # type: ignore[method-assign,assignment]
+        long = [
+            asyncio.create_task(client.post(ASK, json={"model": MODEL, "prompt": "a " * 50_000}))
+            for _ in range(3)
+        ]
+        await asyncio.sleep(0.1)
+        response = await asyncio.wait_for(post_chat(client), 2)
+        gate.set()
+        statuses = [(await task).status_code for task in long]
+
+    assert (response.status_code, statuses) == (200, [400] * 3)
+
+
+def tokenizer_of(world: World) -> FakeTokenizer:
+    """The tokenizer that counts."""
+    assert isinstance(world.gateway.tokenizer, FakeTokenizer)
+    return world.gateway.tokenizer
+
+
+@pytest.mark.parametrize("header", ["x-session-id", "X_Request_Id", "traceparent"])
+async def test_header_that_is_no_text_is_refused_by_name(header: str) -> None:
+    """Serve's proxy reads some headers as UTF-8 and fails at others; ours answers before it."""
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("Serve would fail here")
+
+    (made,) = middlewares()
+    transport = httpx.ASGITransport(app=made.cls(inner, *made.args, **made.kwargs))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        response = await client.get("/", headers=[(header.encode(), b"\xff\xfe")])
+
+    error = response.json()["error"]
+    assert (response.status_code, error["param"].lower()) == (400, header.lower())
+
+
+async def test_user_is_kept_as_a_keyed_hash() -> None:
+    """Two ingresses with one key tell one user from another, and no record says who it is."""
+    worlds = [World(user_key=key) for key in (b"k1", b"k1", b"k2")]
+    for world in worlds:
+        async with world.run() as client:
+            await post_chat(client, user="ann@example.org")
+    units = [world.store.requests[0].session_id for world in worlds]
+
+    assert units[0] == units[1] != units[2]
+    assert units[0].startswith("user-")
+    assert not any("ann" in unit for unit in units)
+
+
+def test_key_of_users_is_made_once_and_private(tmp_path: Path) -> None:
+    """Whoever starts first makes it; all others read the same."""
+    found = {read_user_key(tmp_path) for _ in range(3)}
+
+    assert (len(found), len(found.pop())) == (1, 64)
+    assert [path.name for path in tmp_path.iterdir()] == ["user.key"]
+    assert (tmp_path / "user.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_database_is_its_owners_alone(tmp_path: Path) -> None:
+    """Records, and what SQLite keeps beside them, cannot be read by others."""
+    with Store.open(f"sqlite:///{tmp_path / 'state.db'}") as store:
+        store.save_value("a", "b")
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+
+    assert modes
+    assert set(modes.values()) == {0o600}
+
+
+async def test_memory_of_large_bodies_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crowd of large bodies is followed by one call to the allocator; small ones by none."""
+    monkeypatch.setattr(admission, "GIVE_BACK_AFTER_S", 0.05)
+    calls: list[int] = []
+    memory = MemoryReturn(calls.append)
+
+    memory.note(10)
+    await asyncio.sleep(0.1)
+    num_after_small = len(calls)
+    for _ in range(5):
+        memory.note(1 << 20)
+    await asyncio.sleep(0.2)
+
+    assert (num_after_small, len(calls)) == (0, 1)

@@ -25,15 +25,14 @@ from sentei.kernels.hf.models import (
     LayerInfo,
     ModelError,
     attention_modules,
-    rotary_table,
     thinnable_layers,
 )
 from sentei.kernels.hf.observe import AttendedRows, Selection, SelectionObserver
+from sentei.kernels.hf.rotary import RotaryReader
 from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.kernels.ops.attention import attend, dense_attend
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.scorer.faults import Fault
-from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import per_head_thresholds, score_blocks, select_blocks
 
@@ -67,7 +66,7 @@ class Retrofit:
         self._stats = RetrofitStats()
         self._pooled: WeakKeyDictionary[Any, dict[int, PooledCache]] = WeakKeyDictionary()
         self._cache: Any = None
-        self._table: RotaryTable | None = None
+        self._rotary = RotaryReader(model)
         self._name = f"sentei_{next(_serial)}"
         self._previous = model.config._attn_implementation  # type: ignore[union-attr]
         self._hooks: list[Any] = []
@@ -262,7 +261,8 @@ class Retrofit:
         block_q = self._ladder.query_block_tokens
         offset = key.shape[2] - query.shape[2]
         thresholds = self._thresholds[layer.index]
-        shares, starts = score_blocks(scorer, query, key, pooled, table=self._rotary(key), block_q=block_q)
+        table = self._rotary.table(key.shape[2], key.device)
+        shares, starts = score_blocks(scorer, query, key, pooled, table=table, block_q=block_q)
         if self.fault is not None:
             shares = self.fault.shift(shares, starts)
         mask = select_blocks(
@@ -287,14 +287,7 @@ class Retrofit:
         pooled = PooledCache(scorer)
         if self._cache is not None:
             pooled = self._pooled.setdefault(self._cache, {}).setdefault(layer.index, pooled)
-        return pooled.update(key, query.shape[2], self._rotary(key))
-
-    def _rotary(self, key: torch.Tensor) -> RotaryTable:
-        needed = key.shape[2]
-        if self._table is None or self._table.length < needed:
-            length = max(1024, 1 << (needed - 1).bit_length())
-            self._table = rotary_table(self.model, length, key.device)
-        return self._table
+        return pooled.update(key, query.shape[2], self._rotary.table(key.shape[2], key.device))
 
     def _read_thresholds(self) -> dict[int, Any]:
         if self._rung.is_dense:

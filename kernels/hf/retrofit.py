@@ -66,6 +66,7 @@ class Retrofit:
         self._stats = RetrofitStats()
         self._pooled: WeakKeyDictionary[Any, dict[int, PooledCache]] = WeakKeyDictionary()
         self._cache: Any = None
+        self._cached_keys: torch.Tensor | None = None
         self._rotary = RotaryReader(model)
         self._name = f"sentei_{next(_serial)}"
         self._previous = model.config._attn_implementation  # type: ignore[union-attr]
@@ -152,7 +153,7 @@ class Retrofit:
         AttentionInterface._global_mapping.pop(self._name, None)
         AttentionMaskInterface._global_mapping.pop(self._name, None)
         self._pooled.clear()
-        self._cache = None
+        self._cache = self._cached_keys = None
 
     def _install(self) -> None:
         AttentionInterface.register(self._name, self._attend)
@@ -161,13 +162,14 @@ class Retrofit:
             self._hooks.append(module.register_forward_pre_hook(self._note_cache, with_kwargs=True))
         self.model.set_attn_implementation(self._name)  # type: ignore[operator]
 
-    def _note_cache(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note_cache(self, module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if cache is not None and getattr(cache, "is_compileable", False) and not self._is_untouched():
             raise ModelError(
                 f"{type(cache).__name__} has buffers of fixed length; use a DynamicCache instead"
             )
         self._cache = cache
+        self._cached_keys = cached_keys(cache, module)
 
     def _is_untouched(self) -> bool:
         return self._rung.is_dense and self.base == "sdpa"
@@ -287,6 +289,7 @@ class Retrofit:
         pooled = PooledCache(scorer)
         if self._cache is not None:
             pooled = self._pooled.setdefault(self._cache, {}).setdefault(layer.index, pooled)
+            pooled.follow(self._cached_keys)
         return pooled.update(key, query.shape[2], self._rotary.table(key.shape[2], key.device))
 
     def _read_thresholds(self) -> dict[int, Any]:
@@ -318,6 +321,13 @@ def retrofit(
         yield handle
     finally:
         handle.close()
+
+
+def cached_keys(cache: Any, module: nn.Module) -> torch.Tensor | None:
+    """Return the keys that a KV cache holds for an attention module, or None where it holds none yet."""
+    layers, index = getattr(cache, "layers", ()), int(module.layer_idx)  # type: ignore[arg-type]
+    keys: torch.Tensor | None = getattr(layers[index], "keys", None) if index < len(layers) else None
+    return keys
 
 
 def check_padding(mask: torch.Tensor, q_length: int) -> None:

@@ -12,9 +12,9 @@ from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 class PooledCache:
     """Encoded pooled keys of one layer of one KV cache; only new full pools are ever computed.
 
-    Everything here is a function of the cached keys, so it can be rebuilt from them at any time. `follow` notices
-    whatever happened to a cache since: it compares the tensor itself and its version. Without it a crop, a swap
-    or a reordering is only seen where it changed the length or the last key.
+    Everything here is a function of the cached keys, so it can be rebuilt from them at any time. `follow`
+    notices whatever happened to a cache since: it compares the tensor itself and its version. Without it a
+    crop, a swap or a reordering is only seen where it changed the length or the last key.
     """
 
     def __init__(self, scorer: BlockScorer) -> None:
@@ -27,7 +27,7 @@ class PooledCache:
         self._version = 0
 
     def follow(self, keys: torch.Tensor | None) -> None:
-        """Start anew unless `keys`, the cache's own before it grows, is the tensor last taken in, unwritten since.
+        """Start anew unless `keys`, the cache's own before it grows, is what was last taken in, unwritten.
 
         A cache that hands out copies (offloaded, quantised) is pooled anew at each call: slower, never stale.
         """

@@ -1,4 +1,4 @@
-"""The side cache under caches that change their rows: what is chosen is what a cache made from scratch chooses."""
+"""The side cache under caches that change their rows: its choices are those of one made from scratch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -71,7 +71,7 @@ def swap_in_place(cache: Any) -> None:
 def test_swapped_rows_that_end_alike_are_noticed(
     make: Callable[[], Any], swap: Callable[[Any], None]
 ) -> None:
-    """After a swap of two rows with equal last tokens the next step is that of a cache filled in that order."""
+    """After a swap of two rows that end alike the next step is that of a cache filled in that order."""
     model, ids = make_sharp(make), rows_that_end_alike()
     step = ids[:, :1]
     cache, scratch = (DynamicCache(config=model.config) for _ in range(2))
@@ -89,7 +89,7 @@ def test_swapped_rows_that_end_alike_are_noticed(
 @pytest.mark.parametrize("make", [make_llama, make_gemma])
 @torch.no_grad()
 def test_beam_search_is_that_of_a_side_cache_made_from_scratch(make: Callable[[], Any]) -> None:
-    """Beams that swap rows at each step get the tokens and scores of pooled keys thrown away before each step."""
+    """Beams swap rows at each step; tokens and scores are those of pooled keys made anew at each step."""
     model = make_sharp(make)
     prompt = make_ids(80)
     search = {

@@ -8,12 +8,16 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from sentei.pipeline.home import safe_name
+from sentei.pipeline.tracking.moved import follow_home
 
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "true",  # MLflow takes only the word "true"
@@ -25,6 +29,7 @@ _ENVIRONMENT = {
 }
 EXPERIMENTS = {kind: f"sentei-{kind}" for kind in ("distill", "joint", "calibrate", "evaluate")}
 _KEY_TAG = "sentei.key"
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9_.:/@ +-]{1,250}")
 _PARENT_TAG = "mlflow.parentRunId"
 _MAX_METRICS_PER_CALL = 1000
 _MAX_PARAM_CHARS = 6000
@@ -92,7 +97,7 @@ class MlflowTracker:
         with self.answering() as client:
             experiment_id = self._experiment_id(client, experiment)
             found = client.search_runs(
-                [experiment_id], filter_string=f"tags.`{_KEY_TAG}` = '{spec.key}'", max_results=1
+                [experiment_id], filter_string=f"tags.`{_KEY_TAG}` = '{_safe_key(spec.key)}'", max_results=1
             )
             run_id = found[0].info.run_id if found else self._create_run(client, experiment_id, spec)
             self._log_params(client, run_id, spec.params or {})
@@ -146,6 +151,8 @@ class MlflowTracker:
                     for name in ("mlflow", "alembic", "urllib3.connectionpool"):
                         logging.getLogger(name).setLevel(logging.ERROR)
                     self._client = MlflowClient(tracking_uri=self.tracking_uri)
+                    if self._artifact_root is not None:
+                        follow_home(self.tracking_uri, self._artifact_root)
                 yield self._client
             except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -162,10 +169,12 @@ class MlflowTracker:
         return self._experiment_ids[name]
 
     def _artifact_location(self, name: str) -> str | None:
-        return None if self._artifact_root is None else (self._artifact_root / name).resolve().as_uri()
+        if self._artifact_root is None:
+            return None
+        return (self._artifact_root / safe_name(name)).resolve().as_uri()
 
     def _create_run(self, client: Any, experiment_id: str, spec: RunSpec) -> str:
-        tags = {**(spec.tags or {}), _KEY_TAG: spec.key}
+        tags = {**(spec.tags or {}), _KEY_TAG: _safe_key(spec.key)}
         if spec.parent_run_id:
             tags[_PARENT_TAG] = spec.parent_run_id
         run = client.create_run(
@@ -178,6 +187,11 @@ class MlflowTracker:
 
         if params:
             client.log_batch(run_id, params=[Param(k, v[:_MAX_PARAM_CHARS]) for k, v in params.items()])
+
+
+def _safe_key(key: str) -> str:
+    """Return a key as it can stand in MLflow's filters, which know no escape for a quote."""
+    return key if _PLAIN_KEY.fullmatch(key) else safe_name(key)
 
 
 @dataclass(frozen=True, slots=True)

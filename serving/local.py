@@ -48,9 +48,10 @@ class LocalOptions(AppArgs):
 def read_options(path: Path) -> LocalOptions:
     """Read a YAML file; raises ConfigError that names the option."""
     try:
-        return LocalOptions.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        options = LocalOptions.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     except (OSError, yaml.YAMLError, ValidationError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    return options.at(path.resolve().parent, Path.cwd())
 
 
 def set_ray_environment() -> None:

@@ -69,14 +69,14 @@ def read_text(path: Path) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        encoding = _detect(data)
-        if encoding is None:
+        detected = _detect(data)
+        if detected is None:
             raise FileError(
                 f"{path}: byte {error.start} is not UTF-8, and no other encoding was recognised; "
                 "convert the file to UTF-8"
             ) from error
-    logger.warning("%s is not UTF-8; it is read as %s, which was detected", path, encoding)
-    return _decode(path, data, encoding)
+    logger.warning("%s is not UTF-8; it is read as %s, which was detected", path, detected)
+    return _decode(path, data, detected)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, str]]:

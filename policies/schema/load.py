@@ -14,6 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from sentei.policies.schema.nodes import LimitedLoader
 from sentei.policies.schema.policy import Policy, Spec
 from sentei.policies.schema.rules import Path, dotted_path, find_faults, nearest
 
@@ -79,23 +80,12 @@ def policy_json_schema() -> dict[str, Any]:
     return Policy.model_json_schema(by_alias=True)
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which gives up on deep nesting before Python's stack does."""
+class _Loader(LimitedLoader):
+    """The limits of a policy."""
 
-    depth = 0
-    num_nodes = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        self.depth += 1
-        self.num_nodes += 1
-        if self.num_nodes > 2 * MAX_VALUES:  # keys are nodes too
-            problem = f"a policy has at most {MAX_VALUES} values"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.get_mark())
-        if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
-        node: yaml.Node | None = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+    max_depth = MAX_DEPTH
+    max_nodes = 2 * MAX_VALUES  # keys are nodes too
+    too_many = f"a policy has at most {MAX_VALUES} values"
 
 
 class _Reader:

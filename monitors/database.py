@@ -8,6 +8,7 @@ trying again, renewing a lease or publishing routes does not, so a restart leave
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -17,12 +18,16 @@ from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from sentei.monitors.errors import StoreError
-from sentei.monitors.tables import COUNTERS, METADATA, SCHEMA_VERSION
+from sentei.monitors.tables import ARRIVALS, COUNTERS, METADATA, REQUESTS, SCHEMA_VERSION
 
 BUSY_TIMEOUT_MS = 5_000
 WRITES = "writes"
 SCHEMA = "schema"
+AHEAD_S = 5.0  # clocks of one system may differ by this much; a later stamp is a wrong one
 _IS_WRITE = "sentei_is_write"
+
+
+_CLOCK = sa.select(sa.func.extract("epoch", sa.func.clock_timestamp()))
 
 
 class Database:
@@ -91,6 +96,12 @@ class Database:
         behind = (COUNTERS.c.name == WRITES) & (COUNTERS.c.value < number)
         connection.execute(sa.update(COUNTERS).where(behind).values(value=number))
 
+    def not_ahead(self, connection: Connection, at_s: float) -> float:
+        """Return a record's time, or the store's own time where it lies in the future."""
+        is_file = connection.dialect.name == "sqlite"
+        now_s = time.time() if is_file else float(connection.execute(_CLOCK).scalar_one())
+        return at_s if at_s <= now_s + AHEAD_S else now_s
+
     def last_number(self, connection: Connection) -> int:
         """Return the newest committed number: all rows up to it can be read."""
         return int(
@@ -115,7 +126,11 @@ class Database:
         with self._translate("create tables"), self._engine.connect() as connection:
             connection = connection.execution_options(**{_IS_WRITE: True})
             with connection.begin():
+                is_new = not sa.inspect(connection).has_table(ARRIVALS.name)
                 METADATA.create_all(connection)
+                _add_columns(connection)
+                if is_new:
+                    _copy_arrivals(connection)
                 rows = connection.execute(sa.select(COUNTERS.c.name, COUNTERS.c.value)).all()
                 found = {row.name: row.value for row in rows}
                 for name, value in ((WRITES, 0), (SCHEMA, SCHEMA_VERSION)):
@@ -127,6 +142,25 @@ class Database:
                 f"store {self.url} has schema version {version}, this Sentei reads {SCHEMA_VERSION}: "
                 "use the Sentei that wrote it, or point to a new database."
             )
+
+
+def _add_columns(connection: Connection) -> None:
+    """Give a store of an older Sentei the columns that came later; its rows have NULL there."""
+    inspector, prepare = sa.inspect(connection), connection.dialect.identifier_preparer
+    for table in METADATA.sorted_tables:
+        known = {column["name"] for column in inspector.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in known:
+                kind = column.type.compile(connection.dialect)
+                names = prepare.format_table(table), prepare.format_column(column)
+                connection.exec_driver_sql(f"ALTER TABLE {names[0]} ADD COLUMN {names[1]} {kind}")
+
+
+def _copy_arrivals(connection: Connection) -> None:
+    """Fill the table of arrivals from a store that counted sessions when they ended."""
+    names = [column.name for column in ARRIVALS.columns]
+    found = sa.select(*(REQUESTS.c[name] for name in names)).where(REQUESTS.c.is_arrival)
+    connection.execute(sa.insert(ARRIVALS).from_select(names, found))
 
 
 def _lock(connection: Connection) -> None:

@@ -3,8 +3,9 @@
 Each event carries the whole state that it left behind, so the fold over the log is its newest event, and no
 later version of the code has to repeat old arithmetic. Each append checks the writer's fencing token in the
 same transaction, so a controller without the lease cannot add to the history. The hash of the newest event is
-kept beside the log, so events cut off at the end are noticed too. A log can be exported as JSON lines, and
-imported into another store, where rollouts go on.
+kept beside the log, so events cut off at the end are noticed too: nothing is appended to, and no rollout goes
+on from, a log whose end is not what was written. A log can be exported as JSON lines, and imported into
+another store, where rollouts go on.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from sqlalchemy.engine import Connection, RowMapping
 
 from sentei.monitors.records import Revision, Rollout
 from sentei.monitors.store import Store
-from sentei.monitors.tables import EVENTS, VALUES
+from sentei.monitors.tables import EVENTS, ROLLOUTS, VALUES
 
 GENESIS = "0" * 64
 _HEAD = "events.head"
 _PAGE = 500
+_WAY_OUT = (
+    "Restore the database from a backup, or export the log and import it into an empty store "
+    "(docs/guides/records.md, A log that was changed); until then nothing is decided and traffic is dense."
+)
 
 
 class BrokenChainError(Exception):
@@ -63,10 +68,12 @@ class EventLog:
         token: int,
         at_s: float,
     ) -> Event:
-        """Add one event; raises StaleLeaseError, and writes nothing, if `token` is not the newest."""
+        """Add one event; writes nothing and raises StaleLeaseError if `token` is not the newest, or
+        BrokenChainError if the end of the log is not what was written.
+        """
         with self._store.write(f"event {kind!r}") as connection:
             self._store.check_fence(connection, token)
-            seq, prev_hash = _read_tail(connection)
+            seq, prev_hash = _check_tail(connection)
             row = {
                 "seq": seq + 1,
                 "rollout_id": rollout_id,
@@ -96,11 +103,8 @@ class EventLog:
 
     def latest(self, rollout_id: str) -> Event | None:
         """Return the newest event of a rollout, or None."""
-        query = (
-            sa.select(EVENTS).where(EVENTS.c.rollout_id == rollout_id).order_by(EVENTS.c.seq.desc()).limit(1)
-        )
         with self._store.read("newest event") as connection:
-            row = connection.execute(query).mappings().first()
+            row = connection.execute(_newest(rollout_id)).mappings().first()
         return _event(row) if row else None
 
     def latest_state(self, rollout_id: str) -> str | None:
@@ -108,20 +112,31 @@ class EventLog:
         event = self.latest(rollout_id)
         return event.state if event else None
 
+    def resume(self, rollout_id: str) -> Event | None:
+        """Return the event to go on from, or None before the first; raises BrokenChainError where it, or the
+        end of the log, is not what was written. It costs the same however long the log is.
+        """
+        with self._store.read("event to go on from") as connection:
+            tail_seq, _ = _check_tail(connection)
+            row = connection.execute(_newest(rollout_id)).mappings().first()
+            if row is None:
+                return None
+            _check_link(row, row["seq"], row["prev_hash"])
+            if row["seq"] < tail_seq:  # another rollout has gone on: its event must go on from this one
+                rest = sa.select(EVENTS).where(EVENTS.c.seq > row["seq"]).order_by(EVENTS.c.seq).limit(1)
+                following = connection.execute(rest).mappings().one()
+                _check_link(following, row["seq"] + 1, row["hash"])
+        return _event(row)
+
     def verify(self) -> int:
         """Check the whole chain and return its length; raises BrokenChainError at the first wrong event."""
         with self._store.read("events") as connection:
-            head = connection.execute(sa.select(VALUES.c.value).where(VALUES.c.name == _HEAD)).scalar()
             seq, prev_hash = 0, GENESIS
             while rows := _page(connection, None, seq):
                 for row in rows:
                     _check_link(row, seq + 1, prev_hash)
                     seq, prev_hash = row["seq"], row["hash"]
-        if head is not None and head != f"{seq}:{prev_hash}":
-            raise BrokenChainError(
-                f"event {seq + 1} is missing: the log ends at {seq}, but its head is {head.split(':')[0]}. "
-                "Restore the database from a backup; the events that are left are as they were written."
-            )
+            _check_head(connection, seq, prev_hash)
         return seq
 
     def export(self, path: Path) -> int:
@@ -146,7 +161,7 @@ class EventLog:
             _check_link(row, number, prev_hash)
             prev_hash = row["hash"]
         with self._store.write("imported events") as connection:
-            seq, last_hash = _read_tail(connection)
+            seq, last_hash = _check_tail(connection)
             if seq > len(rows) or (seq and rows[seq - 1]["hash"] != last_hash):
                 raise BrokenChainError(
                     f"the log of this store is not the beginning of {path.name}: "
@@ -158,6 +173,16 @@ class EventLog:
             if rows[seq:]:
                 _save_head(connection, f"{len(rows)}:{prev_hash}")
         return len(rows) - seq
+
+
+def newest_state(connection: Connection) -> tuple[str, str | None] | None:
+    """The newest rollout and the state that its newest event left, in a transaction; None without any."""
+    query = sa.select(ROLLOUTS.c.rollout_id).order_by(ROLLOUTS.c.seq.desc()).limit(1)
+    rollout_id = connection.execute(query).scalar()
+    if rollout_id is None:
+        return None
+    state = sa.select(EVENTS.c.state_json).where(EVENTS.c.rollout_id == rollout_id)
+    return str(rollout_id), connection.execute(state.order_by(EVENTS.c.seq.desc()).limit(1)).scalar()
 
 
 def _lines(path: Path) -> list[str]:
@@ -205,10 +230,34 @@ def _page(
     return list(connection.execute(query).mappings())
 
 
-def _read_tail(connection: Connection) -> tuple[int, str]:
-    query = sa.select(EVENTS.c.seq, EVENTS.c.hash).order_by(EVENTS.c.seq.desc()).limit(1)
-    row = connection.execute(query).first()
-    return (int(row.seq), str(row.hash)) if row else (0, GENESIS)
+def _newest(rollout_id: str) -> sa.Select[Any]:
+    return sa.select(EVENTS).where(EVENTS.c.rollout_id == rollout_id).order_by(EVENTS.c.seq.desc()).limit(1)
+
+
+def _tail(connection: Connection) -> RowMapping | None:
+    return connection.execute(sa.select(EVENTS).order_by(EVENTS.c.seq.desc()).limit(1)).mappings().first()
+
+
+def _check_tail(connection: Connection) -> tuple[int, str]:
+    """Number and hash of the newest event, which is what was written and what the kept head names."""
+    row = _tail(connection)
+    seq, tail_hash = (int(row["seq"]), str(row["hash"])) if row else (0, GENESIS)
+    _check_head(connection, seq, tail_hash)
+    if row is not None:
+        _check_link(row, seq, row["prev_hash"])
+    return seq, tail_hash
+
+
+def _check_head(connection: Connection, seq: int, tail_hash: str) -> None:
+    head = connection.execute(sa.select(VALUES.c.value).where(VALUES.c.name == _HEAD)).scalar()
+    if head == (f"{seq}:{tail_hash}" if seq else None):
+        return
+    kept = "unknown" if head is None else f"event {head.split(':')[0]}"
+    if head is not None and int(head.split(":")[0]) > seq:
+        raise BrokenChainError(
+            f"event {seq + 1} is missing: the log ends at {seq}, its head is {kept}. {_WAY_OUT}"
+        )
+    raise BrokenChainError(f"event {seq} is broken: it is not the head that was kept, {kept}. {_WAY_OUT}")
 
 
 def _save_head(connection: Connection, head: str) -> None:
@@ -226,10 +275,7 @@ def _check_link(row: RowMapping | dict[str, Any], seq: int, prev_hash: str) -> N
     elif row["hash"] != _hash(row):
         found = "its content was changed after it was written"
     if found:
-        raise BrokenChainError(
-            f"event {seq} is broken: {found}. Restore the database from a backup; "
-            "what stands before it is as it was written."
-        )
+        raise BrokenChainError(f"event {seq} is broken: {found}. {_WAY_OUT}")
 
 
 def _hash(row: dict[str, Any] | RowMapping) -> str:

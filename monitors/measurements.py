@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from sentei.monitors.database import Database
-from sentei.monitors.records import AuditScore, AuditStatus, DriftResult, RequestRecord
-from sentei.monitors.tables import ATTENTION, AUDITS, DRIFT, REQUESTS
+from sentei.monitors.records import Arrival, AuditScore, AuditStatus, DriftResult, Missing, RequestRecord
+from sentei.monitors.tables import ARRIVALS, ATTENTION, AUDITS, DRIFT, REQUESTS
 
 Row = Mapping[str, Any]
 
@@ -25,6 +25,7 @@ class Measurements(Database):
             if _has_row(connection, REQUESTS, record.request_id):
                 return False
             values = dataclasses.asdict(record)
+            values["at_s"] = self.not_ahead(connection, record.at_s)
             if attention := values.pop("attention"):
                 connection.execute(
                     sa.insert(ATTENTION).values(request_id=record.request_id, attention=attention)
@@ -38,6 +39,16 @@ class Measurements(Database):
                 _same(REQUESTS, record, "rollout_id", "session_id", "slice_id", "rung_id", "share"),
             )
             connection.execute(sa.insert(REQUESTS).values(seq=self.next_number(connection), **values))
+        return True
+
+    def add_arrival(self, arrival: Arrival) -> bool:
+        """Write a session's arrival in a slice; False if it was there already."""
+        with self.write(f"arrival of session in slice {arrival.slice_id!r}") as connection:
+            same = _same(ARRIVALS, arrival, "rollout_id", "session_id", "slice_id")
+            if _exists(connection, ARRIVALS, same):
+                return False
+            values = dataclasses.asdict(arrival) | {"at_s": self.not_ahead(connection, arrival.at_s)}
+            connection.execute(sa.insert(ARRIVALS).values(seq=self.next_number(connection), **values))
         return True
 
     def add_audit(self, score: AuditScore) -> bool:
@@ -106,7 +117,7 @@ class Measurements(Database):
         if score.status == AuditStatus.SCORED:
             earlier &= AUDITS.c.status == AuditStatus.SCORED.value
         is_unit = not _exists(connection, AUDITS, earlier)
-        values = dataclasses.asdict(score)
+        values = dataclasses.asdict(score) | {"at_s": self.not_ahead(connection, score.at_s)}
         connection.execute(
             sa.insert(AUDITS).values(seq=self.next_number(connection), is_unit=is_unit, **values)
         )
@@ -160,6 +171,10 @@ def _missing(request: Row, now_s: float) -> AuditScore:
         rung_id=request["rung_id"],
         variant_served=request["variant_served"],
         status=AuditStatus.MISSING.value,
+        prompt_tokens=request["prompt_tokens"],
+        share=request["share"],
+        audit_probability=request["audit_probability"] or 0.0,
+        reason=Missing.TIMEOUT.value,
     )
 
 

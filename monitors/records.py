@@ -14,6 +14,8 @@ class Outcome(StrEnum):
     FALLBACK_BEFORE = "fallback_before"
     FALLBACK_MID = "fallback_mid"
     CANCELLED = "cancelled"
+    REFUSED = "refused"  # no server could answer this request: the caller's own mistake
+    UNANSWERABLE = "unanswerable"  # dense fails on it, so it says nothing of the candidate
 
 
 class AuditStatus(StrEnum):
@@ -22,6 +24,18 @@ class AuditStatus(StrEnum):
     SCORED = "scored"
     MISSING = "missing"
     ERROR = "error"
+
+
+class Missing(StrEnum):
+    """Why a chosen request has no score."""
+
+    NO_TOKENS = "no_tokens"  # nothing was served: the user left, or nobody could answer
+    NO_AUDITOR = "no_auditor"  # none runs, or it did not answer
+    QUEUE_FULL = "queue_full"
+    EXPIRED = "expired"  # it waited too long for its replay to be news
+    ROLLOUT_ENDED = "rollout_ended"
+    STOPPED = "auditor_stopped"
+    TIMEOUT = "timeout"  # no score came, and nobody said why
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +59,24 @@ class RequestRecord:
     outcome: str  # a value of Outcome
     error: str = ""
     chosen_for_audit: bool = False
+    audit_probability: float = 0.0  # with which it was drawn for an audit, before it was served
     compute_s: float = 0.0  # model seconds spent on it, audits not included
     attention: str = ""  # JSON: what its attention kept, layer by layer; "" where nothing was thinned
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A session that came to a slice for the first time: written when it was assigned, not when answered.
+
+    Written at the end, the faster variant would be seen sooner, and a correct split would look skewed.
+    """
+
+    rollout_id: str
+    session_id: str
+    slice_id: str
+    at_s: float  # epoch seconds
+    share: float  # the intended candidate share when it was assigned
+    variant_assigned: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +101,12 @@ class AuditScore:
     dropped_mass_p99: float | None = None
     dense_compute_s: float = 0.0
     sparse_compute_s: float = 0.0
+    prompt_tokens: int = 0
+    share: float = 0.0  # the intended candidate share when the request was assigned
+    audit_probability: float = 0.0  # with which the request was drawn
+    span_start: int = 0  # served tokens before the replayed ones
+    reason: str = ""  # why there is no score: a value of Missing, or what failed
+    artifact: str = ""  # digest of what the sparse replica ran
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,4 +153,5 @@ class Revision:
     policy_text: str
 
 
+ARTIFACT = "artifact.sparse"  # the named value that says what the sparse replicas run
 FAILED_OUTCOMES = frozenset({Outcome.FAILED, Outcome.FALLBACK_BEFORE, Outcome.FALLBACK_MID})

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from sentei.monitors.health import read_health, read_newest_at, read_traffic
+from sentei.monitors.health import read_health, read_newest_at, read_traffic, read_unscored_since
 from sentei.monitors.records import FAILED_OUTCOMES, AuditStatus
 from sentei.monitors.store import Store
-from sentei.monitors.tables import AUDITS, COMMANDS, DRIFT, REQUESTS
+from sentei.monitors.tables import COMMANDS, DRIFT
+from sentei.monitors.units import SignalQuery, Units, last_arrival, read_lengths, read_units
 from sentei.policies.signals import Command, DriftSignal, Observation, Signals
+
+__all__ = ["AUDIT_VALUES", "SERVE_VALUES", "SignalQuery", "read_signals"]
 
 Row = Mapping[str, Any]
 
@@ -56,18 +58,6 @@ SERVE_VALUES: Mapping[str, Callable[[Row], float | None]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class SignalQuery:
-    """What to read for one rollout; made from the policy by whoever runs it."""
-
-    rollout_id: str
-    value_names: frozenset[str]
-    health_window_s: float
-    audit_limit_s: float  # a chosen request without a score after this time is a missing one
-    replicas: Mapping[str, int] = field(default_factory=dict)  # ready replicas by variant
-    num_numbers: int = 5_000  # how far one read may move the cursor: bounds the time of a tick
-
-
 def read_signals(
     store: Store, query: SignalQuery, *, cursor: int, command_cursor: int = 0, now_s: float
 ) -> Signals:
@@ -76,8 +66,11 @@ def read_signals(
     with store.read("signals") as connection:
         newest = store.last_number(connection)
         upto = min(newest, cursor + query.num_numbers)
+        units = read_units(connection, query, after=cursor, upto=upto)
+        if upto == newest:  # move only past rows that say something: a quiet tick leaves the state as it is
+            upto = max(cursor, last_arrival(connection, query.rollout_id, cursor, upto), *units.numbers)
         return Signals(
-            observations=_read_observations(connection, query, cursor, upto),
+            observations=_observations(query, units),
             health=read_health(
                 connection,
                 query.rollout_id,
@@ -88,50 +81,27 @@ def read_signals(
             drift=_read_newest_drift(connection, query.rollout_id),
             traffic=read_traffic(connection, query.rollout_id, after=cursor, upto=upto),
             commands=_read_commands(connection, query.rollout_id, command_cursor),
-            cursor=_next_cursor(connection, query.rollout_id, cursor, upto=upto, is_newest=upto == newest),
-            newest_data_at_s=read_newest_at(connection, query.rollout_id),
+            cursor=upto,
+            newest_data_at_s=read_newest_at(connection, query.rollout_id, now_s=now_s),
+            unscored_since_s=read_unscored_since(connection, query.rollout_id, since_s=query.since_s),
+            lengths=read_lengths(connection, query, units.borders, after=cursor, upto=upto),
+            artifact=query.artifact,
         )
 
 
-def _next_cursor(connection: Connection, rollout_id: str, after: int, *, upto: int, is_newest: bool) -> int:
-    """Move only past rows that say something, so that a quiet tick leaves the state as it is."""
-    if not is_newest:
-        return upto
-    newest = after
-    for table, says_something in (
-        (AUDITS, AUDITS.c.is_unit),
-        (REQUESTS, REQUESTS.c.is_unit | REQUESTS.c.is_arrival),
-    ):
-        query = sa.select(sa.func.max(table.c.seq)).where(
-            table.c.rollout_id == rollout_id, says_something, table.c.seq > after, table.c.seq <= upto
-        )
-        newest = max(newest, connection.execute(query).scalar() or 0)
-    return newest
-
-
-def _read_observations(
-    connection: Connection, query: SignalQuery, after: int, upto: int
-) -> tuple[Observation, ...]:
+def _observations(query: SignalQuery, units: Units) -> tuple[Observation, ...]:
     audit_names = sorted(query.value_names & AUDIT_VALUES.keys())
     serve_names = sorted(query.value_names & SERVE_VALUES.keys())
     found: list[Observation] = []
-    for row in _unit_rows(connection, AUDITS, query.rollout_id, after, upto):
-        found += (_audit_observation(row, name) for name in audit_names)
-    for row in _unit_rows(connection, REQUESTS, query.rollout_id, after, upto):
+    for row in units.audits:
+        half = units.half(row)
+        found += (_audit_observation(row, name, half) for name in audit_names)
+    for row in units.requests:
         found += (o for name in serve_names if (o := _serve_observation(row, name)) is not None)
     return tuple(sorted(found, key=lambda observation: (observation.seq, observation.value_name)))
 
 
-def _unit_rows(
-    connection: Connection, table: sa.Table, rollout_id: str, after: int, upto: int
-) -> Iterator[Row]:
-    query = sa.select(table).where(
-        table.c.rollout_id == rollout_id, table.c.is_unit, table.c.seq > after, table.c.seq <= upto
-    )
-    yield from (dict(row) for row in connection.execute(query).mappings())
-
-
-def _audit_observation(row: Row, name: str) -> Observation:
+def _audit_observation(row: Row, name: str, half: str) -> Observation:
     value, floor = AUDIT_VALUES[name](row)
     return Observation(
         seq=row["seq"],
@@ -145,6 +115,9 @@ def _audit_observation(row: Row, name: str) -> Observation:
         value=math.nan if value is None else value,
         floor=floor,
         missing=row["status"] == AuditStatus.MISSING,
+        share=row["share"],
+        half=half,
+        reason=row.get("reason") or "",
     )
 
 
@@ -161,6 +134,7 @@ def _serve_observation(row: Row, name: str) -> Observation | None:
         variant=row["variant_assigned"],
         at_s=row["at_s"],
         value=value,
+        share=row["share"],
     )
 
 

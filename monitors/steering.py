@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,13 +18,22 @@ from sentei.policies.signals import RoutingTable, SliceRoute
 
 CONTROLLER = "controller"
 ROUTES = "routes"
+STOP = "stop."  # + rollout id: the number of the command that stopped it
 
 
 class Steering(Database):
-    """Only the holder of the controller's lease may publish routes and append events."""
+    """Only the holder of the controller's lease may publish routes and append events; anybody may stop."""
 
-    def add_command(self, rollout_id: str, kind: str, *, by: str, reason: str = "", at_s: float) -> int:
-        """Put an operator's command into the inbox and return its number."""
+    _foreign_lease: tuple[tuple[int, float], float] | None = None  # as last seen, and since when
+
+    def add_command(
+        self, rollout_id: str, kind: str, *, by: str, reason: str = "", at_s: float, stops: bool = False
+    ) -> int:
+        """Put an operator's command into the inbox and return its number.
+
+        One that `stops` makes the routing table dense for whoever reads it, from this transaction on and
+        whoever holds the lease; a retry ends that.
+        """
         with self.write(f"command {kind!r}") as connection:
             seq = self.next_number(connection)
             row = {
@@ -35,6 +45,10 @@ class Steering(Database):
                 "reason": reason,
             }
             connection.execute(sa.insert(COMMANDS).values(**row))
+            if stops:
+                _upsert(connection, VALUES, f"{STOP}{rollout_id}", {"value": str(seq)})
+            elif kind == "retry":
+                connection.execute(sa.delete(VALUES).where(VALUES.c.name == f"{STOP}{rollout_id}"))
         return seq
 
     def publish_routing(self, table: RoutingTable, *, token: int, now_s: float) -> int:
@@ -59,25 +73,51 @@ class Steering(Database):
         return renewals
 
     def read_routing(self) -> tuple[RoutingTable, int] | None:
-        """Return the routing table and how often its lease was renewed; None before the first one."""
-        query = sa.select(ROUTING.c.table_json, ROUTING.c.renewals).where(ROUTING.c.name == ROUTES)
+        """Return the routing table and how often its lease was renewed; None before the first one.
+
+        Where an operator stopped the rollout it is dense, whatever a controller published since.
+        """
+        stop = sa.literal(STOP) + ROUTING.c.rollout_id
+        query = (
+            sa.select(ROUTING.c.table_json, ROUTING.c.renewals, VALUES.c.value.label("stop"))
+            .outerjoin(VALUES, VALUES.c.name == stop)
+            .where(ROUTING.c.name == ROUTES)
+        )
         with self.read("routing table") as connection:
             row = connection.execute(query).first()
-        return (_table_from_json(row.table_json), int(row.renewals)) if row else None
+        if row is None:
+            return None
+        table = _table_from_json(row.table_json)
+        return table if row.stop is None else _all_dense(table), int(row.renewals)
 
-    def acquire_lease(self, owner: str, *, ttl_s: float, now_s: float) -> int | None:
-        """Take or renew the lease; returns the fencing token, or None while another owner holds it."""
+    def acquire_lease(
+        self, owner: str, *, ttl_s: float, now_s: float, monotonic_s: float | None = None
+    ) -> int | None:
+        """Take or renew the lease; returns the fencing token, or None while another owner holds it.
+
+        A lease that was not renewed for `ttl_s` of our own monotonic time is over, whatever wall clocks say:
+        one that stepped back would keep a dead owner's lease for as long as it stepped.
+        """
+        at_s = time.monotonic() if monotonic_s is None else monotonic_s
         with self.write("lease") as connection:
             found = (
                 connection.execute(sa.select(LEASES).where(LEASES.c.name == CONTROLLER)).mappings().first()
             )
             is_mine = found is not None and found["owner"] == owner
-            if found is not None and not is_mine and found["expires_at_s"] > now_s:
+            is_held = found is not None and not is_mine and found["expires_at_s"] > now_s
+            if is_held and not self._is_unrenewed(found, ttl_s, at_s):
                 return None
             token = (int(found["token"]) if found else 0) + (0 if is_mine else 1)
             row = {"owner": owner, "token": token, "expires_at_s": now_s + ttl_s}
             _upsert(connection, LEASES, CONTROLLER, row)
         return token
+
+    def _is_unrenewed(self, lease: Any, ttl_s: float, at_s: float) -> bool:
+        """Whether another owner's lease looks as it did `ttl_s` ago; remembers it if it looks new."""
+        seen = (lease["token"], lease["expires_at_s"])
+        if self._foreign_lease is None or self._foreign_lease[0] != seen:
+            self._foreign_lease = (seen, at_s)
+        return at_s - self._foreign_lease[1] >= ttl_s
 
     def check_fence(self, connection: Connection, token: int) -> None:
         """Raise StaleLeaseError inside a write transaction if `token` is not the newest of the lease."""
@@ -100,6 +140,11 @@ class Steering(Database):
             if found is None:
                 self.insert_rollout(connection, rollout)
         return found is None
+
+    def has_rollout(self, connection: Connection, rollout_id: str) -> bool:
+        """Say inside a transaction whether a rollout of that id was written."""
+        query = sa.select(ROLLOUTS.c.seq).where(ROLLOUTS.c.rollout_id == rollout_id)
+        return connection.execute(query).first() is not None
 
     def insert_rollout(self, connection: Connection, rollout: Rollout) -> None:
         """Write a new rollout inside a write transaction."""
@@ -169,6 +214,16 @@ def _rollout(row: Any) -> Rollout:
         policy_text=row["policy_text"],
         created_at_s=row["created_at_s"],
         about=json.loads(row["about_json"]),
+    )
+
+
+def _all_dense(table: RoutingTable) -> RoutingTable:
+    return dataclasses.replace(
+        table,
+        routes=tuple(
+            dataclasses.replace(route, share=0.0, rung_id="dense", audit_share=0.0, audit_share_sparse=0.0)
+            for route in table.routes
+        ),
     )
 
 

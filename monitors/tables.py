@@ -36,13 +36,28 @@ REQUESTS = sa.Table(
     sa.Column("error", sa.Text, nullable=False),
     sa.Column("chosen_for_audit", sa.Boolean, nullable=False),
     sa.Column("compute_s", sa.Double, nullable=False),
-    # First request of its session in this slice: the unit of the sample-ratio test.
+    sa.Column("audit_probability", sa.Double),  # NULL: written before it was recorded
+    # First request of its session in this slice.
     sa.Column("is_arrival", sa.Boolean, nullable=False),
     # First request of its session in this slice, rung and share: the unit of serve.* evidence.
     sa.Column("is_unit", sa.Boolean, nullable=False),
     sa.Index("requests_by_seq", "rollout_id", "seq"),
     sa.Index("requests_by_time", "rollout_id", "at_s"),
     sa.Index("requests_by_session", "rollout_id", "session_id"),
+)
+
+# Sessions as they were assigned: the units of the sample-ratio test, each once per slice.
+ARRIVALS = sa.Table(
+    "arrivals",
+    METADATA,
+    sa.Column("rollout_id", sa.String(128), primary_key=True),
+    sa.Column("session_id", sa.Text, primary_key=True),
+    sa.Column("slice_id", sa.String(64), primary_key=True),
+    sa.Column("seq", sa.BigInteger, nullable=False, unique=True),
+    sa.Column("at_s", sa.Double, nullable=False),
+    sa.Column("share", sa.Double, nullable=False),
+    sa.Column("variant_assigned", sa.String(16), nullable=False),
+    sa.Index("arrivals_by_seq", "rollout_id", "seq"),
 )
 
 # A table beside REQUESTS, not a column, so that stores of this schema version that exist go on.
@@ -75,6 +90,13 @@ AUDITS = sa.Table(
     sa.Column("dense_compute_s", sa.Double, nullable=False),
     sa.Column("sparse_compute_s", sa.Double, nullable=False),
     sa.Column("status", sa.String(16), nullable=False),
+    # NULL in what follows: written before it was recorded.
+    sa.Column("prompt_tokens", sa.Integer),
+    sa.Column("share", sa.Double),
+    sa.Column("audit_probability", sa.Double),
+    sa.Column("span_start", sa.Integer),
+    sa.Column("reason", sa.Text),
+    sa.Column("artifact", sa.String(64)),
     # First score of its session in this slice and rung; a missing one counts until a score arrives.
     sa.Column("is_unit", sa.Boolean, nullable=False),
     sa.Index("audits_by_seq", "rollout_id", "seq"),

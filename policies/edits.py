@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from sentei.policies.evidence import BetaBinomial, Betting
-from sentei.policies.intake import new_cell, scaled_bound
+from sentei.policies.intake import new_cell, scaled_bound, start_phase
 from sentei.policies.machine import Event, next_phase
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Benefit, Guardrail
@@ -64,6 +64,7 @@ SAFER: Mapping[str, Direction] = {
     "spec.stages[*].share": LOWER,
     "spec.stages[*].rung": MILDER,
     "spec.stages[*].audit": HIGHER,
+    "spec.stages[*].need": Direction("may only be taken out", lambda _old, new: new is None),
     "spec.stages[*].hold_min": HIGHER,
     "spec.stages[*].max": EARLIER,
     "spec.stages[*].bake": LATER,
@@ -165,22 +166,21 @@ def edited_state(old: Policy, new: Policy, state: RolloutState, now_s: float) ->
         policy_digest=new.digest,
         former_digests=(*state.former_digests, state.policy_digest),
         slices=tuple(item for item in state.slices if item.slice_id in routed),
-        cells=tuple(_carry_cells(old, new, state, is_restarted=is_restarted)),
+        cells=tuple(_carry_cells(old, new, state)),
         drift=_tracks(new, state),
     )
     if stage.approval != before.approval:
         state = replace(state, is_approved=False, approved_by=None)
-    return _restart_stage(state, now_s) if is_restarted else state
+    return _restart_stage(new, state, now_s) if is_restarted else state
 
 
-def _restart_stage(state: RolloutState, now_s: float) -> RolloutState:
+def _restart_stage(new: Policy, state: RolloutState, now_s: float) -> RolloutState:
     return replace(
-        state,
+        start_phase(new, state),
         stage_entered_s=now_s,
         paused_at_s=None if state.paused_at_s is None else now_s,
         is_approved=False,
         approved_by=None,
-        slices=tuple(replace(item, served_units=0) for item in state.slices),
     )
 
 
@@ -189,7 +189,7 @@ def _tracks(new: Policy, state: RolloutState) -> tuple[DriftTrack, ...]:
     return tuple(known.get(item.id, DriftTrack(item.id)) for item in new.spec.signals)
 
 
-def _carry_cells(old: Policy, new: Policy, state: RolloutState, *, is_restarted: bool) -> Iterator[Cell]:
+def _carry_cells(old: Policy, new: Policy, state: RolloutState) -> Iterator[Cell]:
     gates: dict[str, Guardrail | Benefit] = {
         **{item.id: item for item in new.spec.guardrails.items},
         **{item.id: item for item in new.spec.benefit},
@@ -201,16 +201,15 @@ def _carry_cells(old: Policy, new: Policy, state: RolloutState, *, is_restarted:
     routed = {ALL_SLICES, *(item.id for item in new.routed_slices)}
     for cell in state.cells:
         gate = gates[cell.guardrail_id]
-        is_operational = isinstance(gate, Guardrail) and gate.metric.family == "operational"
-        if cell.slice_id not in routed or (is_restarted and is_operational):
+        if cell.slice_id not in routed:
             continue
         is_same = scaled_bound(old, former[cell.guardrail_id]) == scaled_bound(new, gate)
-        yield cell if is_same else _retarget(new, gate, cell)
+        yield cell if is_same else _retarget(new, gate, cell, state.try_number)
 
 
-def _retarget(new: Policy, gate: Guardrail | Benefit, cell: Cell) -> Cell:
+def _retarget(new: Policy, gate: Guardrail | Benefit, cell: Cell, try_number: int) -> Cell:
     """Evidence of harm goes on under the tighter bound; proof of safety starts afresh."""
-    fresh = new_cell(new, gate, cell.slice_id, cell.rung_id)
+    fresh = new_cell(new, gate, cell.slice_id, cell.rung_id, arm=cell.arm, try_number=try_number)
     harm = cell.harm
     if isinstance(harm, Betting) and isinstance(fresh.harm, Betting):
         harm = replace(harm, bound=fresh.harm.bound)
@@ -219,7 +218,7 @@ def _retarget(new: Policy, gate: Guardrail | Benefit, cell: Cell) -> Cell:
     watch = (
         None if cell.watch is None or fresh.watch is None else replace(cell.watch, bound=fresh.watch.bound)
     )
-    return replace(cell, harm=harm, safe=fresh.safe, watch=watch)
+    return replace(cell, harm=harm, safe=fresh.safe, watch=watch, interval=fresh.interval)
 
 
 def _comparable(policy: Policy, ladder_of: Policy) -> dict[str, Any]:

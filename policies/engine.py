@@ -16,6 +16,7 @@ from sentei.policies.machine import Phase
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import RoutingTable, Signals, SliceRoute
 from sentei.policies.state import (
+    ARTIFACT,
     DriftTrack,
     PolicyStateError,
     Quarantined,
@@ -34,6 +35,7 @@ from sentei.policies.steps.gates import (
     grow,
 )
 from sentei.policies.steps.guards import (
+    check_artifact,
     check_breaker,
     check_data,
     check_harm,
@@ -62,6 +64,7 @@ STEPS = (
     observe,  # not a decision: new units become evidence, evidence becomes verdicts
     check_dense,  # not one either: whether dense could take the traffic that the others may send it
     handle_commands,  # 1 manual abort, and the other orders
+    check_artifact,  # whether it is what was proven
     check_breaker,  # 2
     check_harm,  # 3
     check_srm,  # 4
@@ -77,7 +80,7 @@ STEPS = (
 
 
 class QuarantineError(ValueError):
-    """This policy digest failed at this rung before; it cannot start again by itself."""
+    """This artifact, or this policy, failed at this rung before; it cannot start again by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +95,24 @@ class Decision:
 
 
 def initial_state(
-    policy: Policy, rollout_id: str, now_s: float, *, quarantine: tuple[Quarantined, ...] = ()
+    policy: Policy,
+    rollout_id: str,
+    now_s: float,
+    *,
+    quarantine: tuple[Quarantined, ...] = (),
+    artifact: str = "",
+    former_tries: int = 0,
 ) -> RolloutState:
-    """A new rollout in its first stage; QuarantineError if this digest failed at one of its rungs."""
+    """A new rollout in its first stage; QuarantineError if its artifact or policy failed at one of its rungs.
+
+    `former_tries` are those of the same artifact in older rollouts: all of them share alpha_total.
+    """
     for stage in policy.spec.stages:
+        if artifact and Quarantined(f"{ARTIFACT}{artifact}", stage.rung) in quarantine:
+            raise QuarantineError(
+                f'artifact {artifact[:12]} was rolled back at rung "{stage.rung}" before; change the adapter '
+                "(another policy lifts no quarantine), retry the old rollout, or release it"
+            )
         if Quarantined(policy.digest, stage.rung) in quarantine:
             raise QuarantineError(
                 f'policy "{policy.metadata.name}" was rolled back at rung "{stage.rung}" before; '
@@ -112,6 +129,8 @@ def initial_state(
         slices=tuple(SliceState(item.id) for item in policy.routed_slices),
         drift=tuple(DriftTrack(item.id) for item in policy.spec.signals),
         quarantine=quarantine,
+        artifact=artifact,
+        former_tries=former_tries,
     )
 
 
@@ -144,6 +163,7 @@ def routing(policy: Policy, state: RolloutState) -> RoutingTable:
     for item in policy.spec.slices.buckets:
         rung = "dense" if item.is_pinned or is_off else effective_rung(policy, state, item.id)
         is_dense = rung == "dense"
+        odds = (0.0, 0.0) if is_dense else policy.audit_odds(stage)
         routes.append(
             SliceRoute(
                 slice_id=item.id,
@@ -151,7 +171,8 @@ def routing(policy: Policy, state: RolloutState) -> RoutingTable:
                 max_tokens=item.range[1],
                 share=0.0 if is_dense or policy.spec.mode == "advise" else stage.share,
                 rung_id=rung,
-                audit_share=0.0 if is_dense else policy.audit_share(stage),
+                audit_share=odds[0],
+                audit_share_sparse=odds[1],
             )
         )
     return RoutingTable(
@@ -160,9 +181,11 @@ def routing(policy: Policy, state: RolloutState) -> RoutingTable:
         salt=policy.spec.assignment.salt,
         lease_s=policy.spec.data.monitor_lease,
         routes=tuple(routes),
+        artifact=state.artifact,
     )
 
 
 def with_version(old: RoutingTable, new: RoutingTable, state: RolloutState) -> RolloutState:
     """The state with the next version of the routing table if any route has changed."""
-    return state if new.routes == old.routes else replace(state, version=old.version + 1)
+    is_same = (new.routes, new.artifact) == (old.routes, old.artifact)
+    return state if is_same else replace(state, version=old.version + 1)

@@ -1,17 +1,18 @@
-"""Observations to evidence: clean a value, scale it to [0, 1], feed it to its guardrail and slice.
+"""Observations to evidence: clean a value, scale it to [0, 1], feed it to its guardrail, slice and arm.
 
-Quality belongs to (rung, slice) and is collected from shadow on (F15); operational values count from the
-moment a stage began. A value that is not a number, or out of its metric's range, is a missing audit: the
-worst case for promotion, left out for rollback (F12). It is never read as zero.
+Harm of quality belongs to (rung, slice) and is collected from shadow on; safety is proven by the units of
+the present phase alone, and operational values count from the moment a stage began (F15). Units that sparse
+served are a second arm of quality, with evidence of its own (F16). A value that is not a number, or out of
+its metric's range, is a missing audit: the worst case for promotion, left out for rollback (F12). It is never
+read as zero.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from sentei.policies.budget import harm_alpha
 from sentei.policies.evidence import (
     PAIRED_CUT,
     RATIO_TILTS,
@@ -24,16 +25,19 @@ from sentei.policies.evidence import (
     paired_bound,
     paired_excess,
 )
+from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.metrics import METRICS, Metric
 from sentei.policies.schema.policy import Policy
-from sentei.policies.schema.sections import Benefit, Guardrail
-from sentei.policies.signals import Observation, SliceTraffic
-from sentei.policies.state import ALL_SLICES, Cell, RolloutState
+from sentei.policies.schema.sections import Benefit, Guardrail, Stage
+from sentei.policies.signals import Observation, SliceLengths, SliceTraffic
+from sentei.policies.state import ALL, ALL_SLICES, SERVED, Cell, CellKey, Recent, RolloutState, SliceState
 
 RATIO_CAP = 2.0  # of audit.compute_ratio: twice dense is as bad as it gets
 _ROUNDING = 1e-6  # how far outside its range a value may lie by rounding alone
 
-Cells = dict[tuple[str, str, str], Cell]
+RECENT_PARTS = 6  # of the window in which missing audits count
+
+Cells = dict[CellKey, Cell]
 
 
 def fold_observations(
@@ -41,22 +45,81 @@ def fold_observations(
 ) -> RolloutState:
     """All units above the state's cursor, fed to their cells; the cursor itself is moved by the caller."""
     cells: Cells = {cell.key: cell for cell in state.cells}
-    served = {item.slice_id: item.served_units for item in state.slices}
-    stage = policy.stage(state.stage_id)
+    slices = {item.slice_id: item for item in state.slices}
     by_value = policy.gates_by_value
     first_quality = next((name for name in by_value if METRICS[name].family == "quality"), None)
     for item in observations:
-        if item.seq <= state.cursor or item.slice_id not in served:
+        if item.seq <= state.cursor or item.slice_id not in slices:
             continue
+        if item.share is None:  # a record of before shares were read
+            item = replace(item, share=policy.stage(state.stage_id).share)
         for gate in by_value.get(item.value_name, ()):
-            key = _key(policy, state, gate, item, stage.share)
-            if key is not None:
-                cell = cells.get(key) or new_cell(policy, gate, key[1], key[2])
-                cells[key] = _feed(policy, gate, cell, item, stage.share)
-        if item.value_name == first_quality and item.variant == "sparse" and not item.missing:
-            served[item.slice_id] += int(item.at_s >= state.stage_entered_s)
-    slices = tuple(replace(item, served_units=served[item.slice_id]) for item in state.slices)
-    return replace(state, slices=slices, cells=tuple(cells[key] for key in sorted(cells)))
+            for key in _keys(policy, state, gate, item):
+                cell = cells.get(key) or new_cell(
+                    policy, gate, key[1], key[2], arm=key[3], try_number=state.try_number
+                )
+                cells[key] = _feed(policy, gate, cell, item, is_present=item.at_s >= state.since_s)
+        if item.value_name == first_quality and not item.missing and item.at_s >= state.since_s:
+            slices[item.slice_id] = _count(policy, state, slices[item.slice_id], item)
+    return replace(state, slices=tuple(slices.values()), cells=tuple(cells[key] for key in sorted(cells)))
+
+
+def fold_lengths(state: RolloutState, lengths: Iterable[SliceLengths]) -> RolloutState:
+    """Served requests of either half of each slice: how much of the proof must come from the upper one."""
+    found = {item.slice_id: item for item in lengths}
+    slices = tuple(
+        replace(
+            item,
+            requests=item.requests + found[item.slice_id].requests,
+            upper_requests=item.upper_requests + found[item.slice_id].upper,
+        )
+        if item.slice_id in found
+        else item
+        for item in state.slices
+    )
+    return replace(state, slices=slices)
+
+
+def deciding_arm(policy: Policy, stage: Stage, need: str) -> str:
+    """Whose units must be safe: those that sparse served, wherever it serves and proof is asked (F16)."""
+    is_served = stage.share > 0 and policy.spec.mode == "enforce" and need == "all_safe"
+    return SERVED if is_served else ALL
+
+
+def start_phase(policy: Policy, state: RolloutState, *, is_stage: bool = True) -> RolloutState:
+    """The state as a phase begins: quality is proven afresh, its harm goes on (F15).
+
+    A new stage also starts the evidence of what depends on the share, and its counts, afresh.
+    """
+    gates = {item.id: item for item in policy.spec.guardrails.items}
+    cells: list[Cell] = []
+    for cell in state.cells:
+        gate = gates.get(cell.guardrail_id)
+        if gate is None or gate.metric.family == "assignment":
+            cells.append(cell)
+        elif gate.metric.family == "quality":
+            fresh = new_cell(
+                policy, gate, cell.slice_id, cell.rung_id, arm=cell.arm, try_number=state.try_number
+            )
+            cells.append(replace(cell, safe=fresh.safe, interval=fresh.interval))
+        elif not is_stage:
+            cells.append(cell)
+    slices = tuple(
+        replace(item, served_units=0, upper_units=0, requests=0, upper_requests=0) for item in state.slices
+    )
+    return replace(state, cells=tuple(cells), slices=slices)
+
+
+def _count(policy: Policy, state: RolloutState, own: SliceState, item: Observation) -> SliceState:
+    """One more unit of this phase: was it served by sparse, and is it one of the proof's upper half?"""
+    stage = policy.stage(state.stage_id)
+    is_served = item.variant == "sparse"
+    is_proof = is_served or deciding_arm(policy, stage, policy.need(stage)) == ALL
+    return replace(
+        own,
+        served_units=own.served_units + int(is_served),
+        upper_units=own.upper_units + int(is_proof and item.half == "upper"),
+    )
 
 
 def fold_traffic(policy: Policy, state: RolloutState, traffic: Iterable[SliceTraffic]) -> RolloutState:
@@ -69,7 +132,7 @@ def fold_traffic(policy: Policy, state: RolloutState, traffic: Iterable[SliceTra
             if item.slice_id not in routed or item.total <= 0:
                 continue
             slice_id = ALL_SLICES if gate.per == "all" else item.slice_id
-            cell = cells.get((gate.id, slice_id, "")) or new_cell(policy, gate, slice_id, "")
+            cell = cells.get((gate.id, slice_id, "", ALL)) or new_cell(policy, gate, slice_id, "")
             assert isinstance(cell.harm, Split)
             harm = cell.harm.update(item.candidate, item.total, item.share)
             cells[cell.key] = replace(
@@ -81,7 +144,15 @@ def fold_traffic(policy: Policy, state: RolloutState, traffic: Iterable[SliceTra
     return replace(state, cells=tuple(cells[key] for key in sorted(cells)))
 
 
-def new_cell(policy: Policy, gate: Guardrail | Benefit, slice_id: str, rung_id: str) -> Cell:
+def new_cell(
+    policy: Policy,
+    gate: Guardrail | Benefit,
+    slice_id: str,
+    rung_id: str,
+    *,
+    arm: str = ALL,
+    try_number: int = 1,
+) -> Cell:
     """A cell without units; its bets are tuned to the error it may make."""
     bound = scaled_bound(policy, gate)
     if isinstance(gate, Benefit):
@@ -95,7 +166,7 @@ def new_cell(policy: Policy, gate: Guardrail | Benefit, slice_id: str, rung_id: 
         harm, proof = BetaBinomial(bound, "harm"), BetaBinomial(bound, "safe")
         return Cell(gate.id, slice_id, rung_id, harm, proof, Detector(bound), Interval())
     cut = PAIRED_CUT if gate.test == "betting_paired" else 0.5
-    alpha, total = harm_alpha(policy, gate), policy.spec.guardrails.alpha_total
+    alpha, total = harm_alpha(policy, gate, try_number), try_alpha(policy, try_number)
     return Cell(
         gate.id,
         slice_id,
@@ -104,6 +175,7 @@ def new_cell(policy: Policy, gate: Guardrail | Benefit, slice_id: str, rung_id: 
         Betting(bound, "safe", total, cut),
         Detector(bound, cut),
         Interval(),
+        arm=arm,
     )
 
 
@@ -122,7 +194,9 @@ def scaled_bound(policy: Policy, gate: Guardrail | Benefit) -> float:
 
 def own_mean(policy: Policy, gate: Guardrail, cell: Cell | None) -> float | None:
     """The mean in the metric's own unit (for a paired gate: the mean excess over the floor)."""
-    mean = cell.harm.mean if cell else None
+    if cell is None:
+        return None
+    mean = cell.harm.mean if cell.interval is None else cell.interval.mean
     if mean is None or gate.bound is None or gate.test == "event_split":
         return mean
     return _to_own(policy, gate, mean)
@@ -156,37 +230,68 @@ def _scale(policy: Policy, gate: Guardrail | Benefit) -> float:
     return 1.0
 
 
-def _key(
-    policy: Policy, state: RolloutState, gate: Guardrail | Benefit, item: Observation, share: float
-) -> tuple[str, str, str] | None:
-    """The cell that this unit belongs to; None if it says nothing to this gate now."""
+def _keys(
+    policy: Policy, state: RolloutState, gate: Guardrail | Benefit, item: Observation
+) -> Iterator[CellKey]:
+    """The cells that this unit belongs to; none if it says nothing to this gate now."""
     if isinstance(gate, Benefit) or gate.metric.family == "quality":
-        return (gate.id, item.slice_id, item.rung_id) if item.rung_id in policy.rung_ids else None
+        if item.rung_id in policy.rung_ids:
+            yield (gate.id, item.slice_id, item.rung_id, ALL)
+            if isinstance(gate, Guardrail) and item.variant == "sparse" and policy.spec.mode == "enforce":
+                yield (gate.id, item.slice_id, item.rung_id, SERVED)
+        return
+    share = policy.stage(state.stage_id).share
     is_old = item.at_s < state.stage_entered_s
-    if is_old or share == 0 or state.slice_state(item.slice_id).is_dense:
-        return None
-    if item.variant != "sparse" and gate.test != "event_split":
-        return None
-    return (gate.id, ALL_SLICES if gate.per == "all" else item.slice_id, "")
+    if is_old or share == 0 or item.share == 0 or state.slice_state(item.slice_id).is_dense:
+        return
+    if item.variant == "sparse" or gate.test == "event_split":
+        yield (gate.id, ALL_SLICES if gate.per == "all" else item.slice_id, "", ALL)
 
 
-def _feed(policy: Policy, gate: Guardrail | Benefit, cell: Cell, item: Observation, share: float) -> Cell:
+def _feed(
+    policy: Policy, gate: Guardrail | Benefit, cell: Cell, item: Observation, *, is_present: bool
+) -> Cell:
+    """One unit more; only a unit of the present phase says anything of safety."""
     value = None if item.missing else _clean(policy, gate, item)
     if isinstance(gate, Guardrail) and gate.test == "event_split":
-        return _feed_arms(gate, cell, value, item.variant == "sparse", share)
+        assert item.share is not None  # filled in by fold_observations
+        return _feed_arms(gate, cell, value, item.variant == "sparse", item.share)
+    if isinstance(gate, Guardrail) and gate.metric.family == "quality":
+        cell = replace(cell, recent=_note_recent(policy, cell.recent, item, is_missing=value is None))
     harm, safe, watch = cell.harm, cell.safe, cell.watch
     assert not isinstance(harm, Split)
     assert not isinstance(safe, Split)
+    proof = safe if is_present else None
     if value is None:
-        worst = None if safe is None else safe.update(1.0)
+        worst = safe if proof is None else proof.update(1.0)
         return replace(cell, safe=worst, missing=cell.missing + 1)
     return replace(
         cell,
         harm=harm.update(value),
-        safe=None if safe is None else safe.update(value),
+        safe=safe if proof is None else proof.update(value),
         watch=None if watch is None else watch.update(value),
-        interval=None if cell.interval is None else cell.interval.update(value),
+        interval=cell.interval.update(value) if cell.interval is not None and is_present else cell.interval,
     )
+
+
+def recent_number(policy: Policy, at_s: float) -> int:
+    """Which part of the window of missing audits a moment lies in, counted since the epoch."""
+    return math.floor(at_s / (policy.spec.audit.missing.window / RECENT_PARTS))
+
+
+def _note_recent(
+    policy: Policy, recent: tuple[Recent, ...], item: Observation, *, is_missing: bool
+) -> tuple[Recent, ...]:
+    """One more chosen audit in its part of the window; parts that are too old to count go."""
+    number = recent_number(policy, item.at_s)
+    parts = {part.number: part for part in recent}
+    part = parts.get(number) or Recent(number)
+    reasons = dict(part.reasons)
+    if is_missing:
+        word = item.reason or ("not scored" if item.missing else "no number")
+        reasons[word] = reasons.get(word, 0) + 1
+    parts[number] = Recent(number, part.chosen + 1, tuple(sorted(reasons.items())))
+    return tuple(parts[key] for key in sorted(parts))[-RECENT_PARTS:]
 
 
 def _feed_arms(gate: Guardrail, cell: Cell, value: float | None, is_candidate: bool, share: float) -> Cell:

@@ -1,19 +1,22 @@
 """One guardrail, one slice and its evidence to one verdict with both numbers.
 
-The error budget (F10): rollback is any-of, so every guardrail x slice, and every time its evidence starts
-afresh (a new rung for quality, a new stage for operational values), gets its own part of `alpha_total`:
-over a whole rollout a healthy candidate is rolled back with probability at most alpha_total. Promotion is
-all-of, so each proof of safety is tested at the full alpha_total.
+The error budget (F10): rollback is any-of, so every guardrail x slice x arm, and every time its evidence of
+harm starts afresh (a new rung for quality, a new stage for operational values), gets its own part of what
+the try may spend: over all tries a healthy candidate is rolled back with probability at most alpha_total.
+Promotion is all-of, so each proof of safety is tested at the whole of what the try may spend.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
-from sentei.policies.budget import harm_alpha
 from sentei.policies.evidence import Split, log_threshold
+from sentei.policies.intake import own_mean, own_range
+from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Guardrail
+from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Verdict
 from sentei.policies.state import Cell
 
@@ -60,47 +63,49 @@ def own_bound(policy: Policy, guardrail: Guardrail) -> float:
     return next(v for v in (bound.max, bound.excess_over_floor, bound.ratio) if v is not None)
 
 
-def judge(
-    policy: Policy,
-    guardrail: Guardrail,
-    cell: Cell | None,
-    *,
-    slice_id: str,
-    rung_id: str,
-    share: float,
-    is_stale: bool = False,
-    own_mean: float | None = None,
-    own_range: tuple[float, float] | None = None,
-) -> GuardrailReport:
+@dataclass(frozen=True, slots=True)
+class View:
+    """Where and when a guardrail is judged."""
+
+    slice_id: str  # "*" for a guardrail over all slices
+    rung_id: str
+    share: float  # of the sessions that sparse really serves
+    need: str
+    try_number: int = 1
+    is_stale: bool = False
+    recent_from: int = 0  # the oldest part of the window in which missing audits count
+
+
+def judge(policy: Policy, guardrail: Guardrail, cell: Cell | None, view: View) -> GuardrailReport:
     """Map the evidence to one verdict; harm beats error beats staleness beats safety."""
-    alpha = harm_alpha(policy, guardrail)
-    threshold, threshold_safe = log_threshold(alpha), log_threshold(policy.spec.guardrails.alpha_total)
-    verdict, why = _weigh(policy, guardrail, cell, threshold, threshold_safe)
-    if is_stale and verdict in (Verdict.SAFE, Verdict.UNDECIDED):
+    threshold = log_threshold(harm_alpha(policy, guardrail, view.try_number))
+    threshold_safe = log_threshold(try_alpha(policy, view.try_number))
+    mean, limits = own_mean(policy, guardrail, cell), own_range(policy, guardrail, cell)
+    verdict, why = _weigh(policy, guardrail, cell, Limits(threshold, threshold_safe, view.recent_from))
+    if view.is_stale and verdict in (Verdict.SAFE, Verdict.UNDECIDED):
         verdict, why = Verdict.STALE, "no news, so the past does not count"
-    family = guardrail.metric.family
     bound = own_bound(policy, guardrail)
-    units = _num_units(cell)
+    units = _num_units(cell, view.need)
     return GuardrailReport(
         id=guardrail.id,
-        slice_id=slice_id,
-        rung_id=rung_id,
+        slice_id=view.slice_id,
+        rung_id=view.rung_id,
         verdict=verdict,
-        reason=_explain(guardrail, own_mean, bound, units, why),
+        reason=_explain(guardrail, mean, bound, units, why),
         log_e_harm=cell.harm.log_e_max if cell else 0.0,
         log_e_safe=cell.safe.log_e_max if cell and cell.safe else 0.0,
         log_e_watch=cell.watch.log_e_max if cell and cell.watch else 0.0,
         units=units,
         missing=cell.missing if cell else 0,
-        mean=own_mean,
-        low=own_range[0] if own_range else None,
-        high=own_range[1] if own_range else None,
+        mean=mean,
+        low=limits[0] if limits else None,
+        high=limits[1] if limits else None,
         bound=bound,
         threshold=threshold,
         threshold_safe=threshold_safe,
         action=guardrail.action,
-        need="no_harm" if family == "assignment" else (guardrail.advance or policy.spec.advance.need),
-        is_required=family == "quality" or share > 0,
+        need=view.need,
+        is_required=guardrail.metric.family == "quality" or view.share > 0,
     )
 
 
@@ -110,15 +115,26 @@ def is_benefit_disproved(policy: Policy, cell: Cell | None) -> bool:
     return cell is not None and cell.harm.log_e_max >= log_threshold(alpha)
 
 
-def _num_units(cell: Cell | None) -> int:
+def _num_units(cell: Cell | None, need: str) -> int:
+    """Of proof the units of this phase; where only harm must be absent, all that could have shown it."""
     if cell is None:
         return 0
-    return cell.candidate_units + cell.control_units if isinstance(cell.harm, Split) else cell.units
+    if isinstance(cell.harm, Split):
+        return cell.candidate_units + cell.control_units
+    return cell.phase_units if need == "all_safe" else cell.units
 
 
-def _weigh(
-    policy: Policy, guardrail: Guardrail, cell: Cell | None, threshold: float, threshold_safe: float
-) -> tuple[Verdict, str]:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the log evidence is held against, and since when missing audits count."""
+
+    harm: float
+    safe: float
+    recent_from: int
+
+
+def _weigh(policy: Policy, guardrail: Guardrail, cell: Cell | None, limits: Limits) -> tuple[Verdict, str]:
+    threshold, threshold_safe = limits.harm, limits.safe
     if cell is None or (cell.units == 0 and cell.missing == 0 and cell.candidate_units == 0):
         return Verdict.NO_DATA, "nothing observed"
     is_assignment = guardrail.metric.family == "assignment"
@@ -134,11 +150,8 @@ def _weigh(
         watch, limit = cell.watch.log_e_max, log_threshold(1 / policy.spec.guardrails.detector_arl)
         if watch >= limit:
             return Verdict.HARM, f"change detected, log e-CUSUM {watch:.2f} over {limit:.2f}"
-    chosen = cell.units + cell.missing
-    if cell.missing and guardrail.metric.family == "quality" and chosen >= MIN_MISSING:
-        share, limit = cell.missing / chosen, policy.spec.audit.missing.max_share
-        if share > limit:
-            return Verdict.ERROR, f"{cell.missing} of {chosen} audits missing, {share:.1%} over {limit:.1%}"
+    if fault := _find_missing(policy, cell, limits.recent_from):
+        return Verdict.ERROR, fault
     if cell.units == 0 and guardrail.test != "event_split":
         return Verdict.NO_DATA, f"{cell.missing} audits missing, none scored"
     safe = cell.safe.log_e_max if cell.safe else 0.0
@@ -150,6 +163,21 @@ def _weigh(
         Verdict.UNDECIDED,
         f"log e safe {safe:.2f} of {threshold_safe:.2f}, harm {harm:.2f} of {threshold:.2f}",
     )
+
+
+def _find_missing(policy: Policy, cell: Cell, recent_from: int) -> str | None:
+    """Whether too many of the audits that were chosen lately have no score, and why they have none."""
+    parts = [part for part in cell.recent if part.number >= recent_from]
+    chosen, missing = sum(part.chosen for part in parts), sum(part.missing for part in parts)
+    rule = policy.spec.audit.missing
+    if chosen < MIN_MISSING or missing / chosen <= rule.max_share:
+        return None
+    reasons: Counter[str] = Counter()
+    for part in parts:
+        reasons.update(dict(part.reasons))
+    why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+    share = f"{missing / chosen:.1%} over {rule.max_share:.1%} in {format_duration(rule.window)}"
+    return f"{missing} of {chosen} audits missing, {share} ({why})"
 
 
 def _explain(guardrail: Guardrail, mean: float | None, bound: float, units: int, why: str) -> str:

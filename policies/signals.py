@@ -26,8 +26,8 @@ class Verdict(StrEnum):
 class Observation:
     """One measured value of one statistical unit, read from the store in the order of `seq`.
 
-    The unit is the session: each comes once per value, slice and rung (serve.*: also per share), or the error
-    bounds of the evidence do not hold. serve.* comes from both arms.
+    The unit is one session in one half of a slice, at one rung, within one period of the present phase: each
+    comes once, or the error bounds of the evidence do not hold. serve.* comes from both arms.
     """
 
     seq: int  # id in the store, strictly growing: the cursor of a rollout points at it
@@ -44,6 +44,9 @@ class Observation:
     missing: bool = (
         False  # chosen for audit but never scored: worst case for promotion, left out for rollback
     )
+    share: float | None = None  # the candidate's intended share when the request was assigned, as recorded
+    half: str = ""  # "lower" or "upper" half of its slice by prompt length; "": not known
+    reason: str = ""  # of a missing audit: why it has no score
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,15 @@ class SliceTraffic:
 
 
 @dataclass(frozen=True, slots=True)
+class SliceLengths:
+    """How many requests of one slice were served since the cursor, and how many of them in its upper half."""
+
+    slice_id: str
+    requests: int
+    upper: int
+
+
+@dataclass(frozen=True, slots=True)
 class Command:
     """An operator's order, read from the store's inbox: pause, resume, promote, abort, approve, retry."""
 
@@ -103,6 +115,9 @@ class Signals:
     commands: tuple[Command, ...] = ()
     cursor: int = 0  # highest Observation.seq that this tick has read
     newest_data_at_s: float | None = None  # when the newest record or score was written
+    unscored_since_s: float | None = None  # since when audits are due and none was scored; None: none waits
+    lengths: tuple[SliceLengths, ...] = ()
+    artifact: str = ""  # digest of what the sparse replicas run; "": nobody said
     has_lease: bool = True  # this controller holds the fencing lease
     read_error: str | None = None  # the store could not be read: data is unknown, not zero
 
@@ -116,7 +131,8 @@ class SliceRoute:
     max_tokens: int  # exclusive
     share: float
     rung_id: str  # "dense" where the slice is pinned or has fallen back
-    audit_share: float
+    audit_share: float  # probability that a request served by dense is audited
+    audit_share_sparse: float = 0.0  # and one served by sparse
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +144,4 @@ class RoutingTable:
     salt: str
     lease_s: float
     routes: tuple[SliceRoute, ...]
+    artifact: str = ""  # digest of what was proven: a sparse replica that runs another gets nobody

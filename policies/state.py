@@ -12,9 +12,13 @@ from typing import Any
 
 from sentei.policies.evidence import BetaBinomial, Betting, Detector, Evidence, Interval, Split
 
-SCHEMA = 3
-READABLE = (1, 2, SCHEMA)  # 1 had no interval; 2 had quarantine as "digest+rung", and no owed_reason
+SCHEMA = 4
+# 1 had no interval; 2 had quarantine as "digest+rung", and no owed_reason; 3 had no arms and no artifact.
+READABLE = (1, 2, 3, SCHEMA)
 ALL_SLICES = "*"
+ARTIFACT = "artifact:"
+CellKey = tuple[str, str, str, str]
+ALL, SERVED = "all", "served"  # arms of quality: every audited unit, and those that sparse served
 
 
 class PolicyStateError(ValueError):
@@ -30,12 +34,32 @@ class SliceState:
     is_dense: bool = False
     owes_dense: bool = False  # it must go dense as soon as dense is up again
     by: str | None = None  # the guardrail that made it fall back
-    served_units: int = 0  # audited sessions served by sparse in this stage
+    served_units: int = 0  # audited units served by sparse in this stage
+    upper_units: int = 0  # units of this stage's proof that are in the upper half of the slice
+    requests: int = 0  # served in this stage, of any length
+    upper_requests: int = 0  # and of the upper half
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """The audits of one part of the window in which missing ones count."""
+
+    number: int  # of the part, since the epoch
+    chosen: int = 0
+    reasons: tuple[tuple[str, int], ...] = ()  # why audits are missing, and how many
+
+    @property
+    def missing(self) -> int:
+        """How many of the chosen have no usable score."""
+        return sum(count for _, count in self.reasons)
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """All evidence of one guardrail in one slice at one rung ("" where the rung does not matter)."""
+    """All evidence of one guardrail in one slice at one rung ("" where the rung does not matter) and arm.
+
+    Of quality, `safe` and `interval` are of the present phase, all else of the whole try (F15).
+    """
 
     guardrail_id: str
     slice_id: str
@@ -47,16 +71,23 @@ class Cell:
     missing: int = 0  # chosen for audit, never scored, or scored with a value that is no number
     candidate_units: int = 0  # of comparisons of two arms: units of the sparse arm
     control_units: int = 0  # and of the dense arm
+    arm: str = ALL
+    recent: tuple[Recent, ...] = ()  # of audits, oldest first
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        """Guardrail, slice, rung."""
-        return (self.guardrail_id, self.slice_id, self.rung_id)
+    def key(self) -> CellKey:
+        """Guardrail, slice, rung, arm."""
+        return (self.guardrail_id, self.slice_id, self.rung_id, self.arm)
 
     @property
     def units(self) -> int:
         """Units that were measured."""
         return self.harm.units
+
+    @property
+    def phase_units(self) -> int:
+        """Units that were measured since the evidence of safety started."""
+        return self.harm.units if self.interval is None else self.interval.units
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +103,9 @@ class DriftTrack:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Quarantined:
-    """A policy that failed at one rung: it cannot start there again by itself."""
+    """What failed at one rung: it cannot start there again by itself."""
 
-    digest: str
+    digest: str  # of the artifact, after ARTIFACT; of the policy where no artifact was known
     rung_id: str
 
 
@@ -99,10 +130,13 @@ class RolloutState:
     is_approved: bool = False
     approved_by: str | None = None
     retries: int = 0
+    former_tries: int = 0  # of the same artifact, in rollouts before this one
+    artifact: str = ""  # digest of what is proven; "": not known yet
     cursor: int = 0
     command_seq: int = 0
     sparse_down_since_s: float | None = None
     dense_down_since_s: float | None = None
+    is_blind: bool = False  # promoted, and silence was said
     waits_for: str | None = None  # a value of machine.Wait while it is running and does not grow
     revision: int = 0  # the newest edit of the policy that was looked at
     former_digests: tuple[str, ...] = ()  # of the policies before their edits
@@ -110,6 +144,23 @@ class RolloutState:
     cells: tuple[Cell, ...] = ()
     drift: tuple[DriftTrack, ...] = ()
     quarantine: tuple[Quarantined, ...] = ()
+
+    @property
+    def since_s(self) -> float:
+        """When the present phase began: its evidence of safety counts from here (F15).
+
+        A first stage has all that the rollout has, also what was written before its first tick.
+        """
+        if self.stage_entered_s == self.started_s:
+            return 0.0
+        if self.phase == "promoted" and self.ended_s is not None:
+            return self.ended_s
+        return self.stage_entered_s
+
+    @property
+    def try_number(self) -> int:
+        """Which try of this artifact it is, from 1."""
+        return self.former_tries + self.retries + 1
 
     def slice_state(self, slice_id: str) -> SliceState:
         """The state of one slice; KeyError if the rollout has none of that id."""
@@ -123,9 +174,9 @@ class RolloutState:
         slices = tuple(changed if item.slice_id == changed.slice_id else item for item in self.slices)
         return replace(self, slices=slices)
 
-    def cell(self, guardrail_id: str, slice_id: str, rung_id: str) -> Cell | None:
+    def cell(self, guardrail_id: str, slice_id: str, rung_id: str, arm: str = ALL) -> Cell | None:
         """The evidence of that key, or None before its first unit."""
-        key = (guardrail_id, slice_id, rung_id)
+        key = (guardrail_id, slice_id, rung_id, arm)
         return next((cell for cell in self.cells if cell.key == key), None)
 
 
@@ -161,14 +212,19 @@ def state_from_json(data: bytes | str) -> RolloutState:
 
 
 def _upgrade(document: dict[str, Any]) -> None:
-    """Bring a state of an older schema to this one."""
-    pairs = (item.split("+", 1) for item in document.get("quarantine", ()))
-    document["quarantine"] = [{"digest": digest, "rung_id": rung_id} for digest, rung_id in pairs]
+    """Bring a state of an older schema to this one: what it proved was of its phase, in one arm."""
+    kept = document.get("quarantine", ())
+    document["quarantine"] = [_split_pair(item) if isinstance(item, str) else item for item in kept]
     document.setdefault("former_digests", [])
     if document["phase"] == "sheltered":
-        document["owed_reason"] = document["reason"]
+        document.setdefault("owed_reason", document["reason"])
     if document.get("waits_for") == "control":
         document["waits_for"] = "dense"
+
+
+def _split_pair(text: str) -> dict[str, str]:
+    digest, rung_id = text.split("+", 1)
+    return {"digest": digest, "rung_id": rung_id}
 
 
 def _pack_cell(cell: Cell) -> dict[str, Any]:
@@ -186,4 +242,8 @@ def _unpack_cell(packed: dict[str, Any]) -> Cell:
                 key: tuple(value) if isinstance(value, list) else value for key, value in packed[name].items()
             }
             packed[name] = _EVIDENCE[fields.pop("kind")](**fields)
+    packed["recent"] = tuple(
+        Recent(item["number"], item["chosen"], tuple((word, count) for word, count in item["reasons"]))
+        for item in packed.get("recent", ())
+    )
     return Cell(**packed)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -18,8 +19,10 @@ from sentei.monitors.store import Store
 from sentei.pipeline.plain import to_plain
 from sentei.pipeline.rollout.revisions import PolicyBook
 from sentei.pipeline.rollout.runner import EVIDENCE, RolloutError, read_look, read_quarantine, start_rollout
+from sentei.pipeline.rollout.succession import StartRefusedError
 from sentei.policies.edits import EditError, check_edit
 from sentei.policies.engine import QuarantineError
+from sentei.policies.machine import Phase
 from sentei.policies.schema.load import PolicyError, load_policy
 from sentei.serving.access import Operator, OperatorBook, Role
 from sentei.serving.errors import RequestError, ServingError
@@ -32,6 +35,7 @@ APPROVALS = ("promote", "approve")
 ERRORS = (400, 401, 403, 404, 409, 413, 429, 503)
 MAX_BODY_BYTES = 1 << 20
 MAX_EVENTS = 500
+AT_TICK = "at the controller's next tick"
 STATUS_TIMEOUT_S = 3.0
 
 StatusCall = Callable[[], Awaitable[Any]]
@@ -44,6 +48,7 @@ class StartBody(BaseModel):
     policy: str
     source: str = "policy.yaml"
     release_quarantine: bool = False  # start a policy that was rolled back before
+    replace: bool = False  # follow a promoted rollout: its share ends
     rollout_id: str | None = Field(default=None, pattern=ROLLOUT_ID)
 
 
@@ -82,24 +87,9 @@ def add_admin_routes(
     now_s: Callable[[], float] = time.time,
 ) -> None:
     """Add `/admin/v1` to the app."""
-
     book = operators or OperatorBook.read(None)
-
-    async def look(request: Request) -> None:
-        request.state.operator = _operator(book, request, Role.LOOK)
-
-    async def operate(request: Request) -> None:
-        request.state.operator = _operator(book, request, Role.OPERATE)
-
-    router = APIRouter(prefix="/admin/v1", dependencies=[Depends(look)])
+    router = APIRouter(prefix="/admin/v1", dependencies=[_needs(book, Role.LOOK)])
     desk = RolloutDesk(gateway, store, about or {}, now_s)
-
-    @router.post(
-        "/rollouts", status_code=201, dependencies=[Depends(operate)], **describe(StartBody, errors=ERRORS)
-    )
-    async def start(request: Request) -> Any:
-        body = parse_request(StartBody, await _body(request))
-        return await asyncio.to_thread(desk.start, body)
 
     @router.get("/rollouts", **describe(errors=(401, 403, 404, 429)))
     async def rollouts() -> Any:
@@ -108,23 +98,6 @@ def add_admin_routes(
     @router.get("/rollouts/{rollout_id}", **describe(errors=(401, 403, 404, 429)))
     async def rollout(rollout_id: str) -> Any:
         return await asyncio.to_thread(desk.status, rollout_id)
-
-    @router.post("/rollouts/{rollout_id}/commands", status_code=202, **describe(CommandBody, errors=ERRORS))
-    async def command(rollout_id: str, request: Request) -> Any:
-        body = parse_request(CommandBody, await _body(request))
-        needed = Role.APPROVE if body.kind in APPROVALS else Role.OPERATE
-        who = _operator(book, request, needed)
-        return await asyncio.to_thread(desk.command, rollout_id, body, who.name)
-
-    @router.post(
-        "/rollouts/{rollout_id}/policy",
-        status_code=202,
-        dependencies=[Depends(operate)],
-        **describe(EditBody, errors=ERRORS),
-    )
-    async def edit(rollout_id: str, request: Request) -> Any:
-        body = parse_request(EditBody, await _body(request))
-        return await asyncio.to_thread(desk.edit, rollout_id, body, request.state.operator.name)
 
     @router.get("/requests/{request_id:path}", **describe(errors=(401, 403, 404, 429)))
     async def request_record(request_id: str) -> Any:
@@ -140,8 +113,48 @@ def add_admin_routes(
         answers = await asyncio.gather(*(_ask(call) for call in calls.values()))
         return {**gateway.readiness(), "workers": dict(zip(calls, answers, strict=True))}
 
-    _add_fault_route(router, gateway, allow_faults, Depends(operate))
+    _add_order_routes(router, gateway, desk, book=book)
+    _add_fault_route(router, gateway, allow_faults, _needs(book, Role.OPERATE))
     api.include_router(router)
+
+
+def _add_order_routes(router: APIRouter, gateway: Gateway, desk: RolloutDesk, *, book: OperatorBook) -> None:
+    operate = _needs(book, Role.OPERATE)
+
+    @router.post("/rollouts", status_code=201, dependencies=[operate], **describe(StartBody, errors=ERRORS))
+    async def start(request: Request) -> Any:
+        body = parse_request(StartBody, await _body(request))
+        return await asyncio.to_thread(desk.start, body, request.state.operator.name)
+
+    @router.post("/rollouts/{rollout_id}/commands", status_code=202, **describe(CommandBody, errors=ERRORS))
+    async def command(rollout_id: str, request: Request) -> Any:
+        body = parse_request(CommandBody, await _body(request))
+        needed = Role.APPROVE if body.kind in APPROVALS else Role.OPERATE
+        who = _operator(book, request, needed)
+        answer = await asyncio.to_thread(desk.command, rollout_id, body, who.name)
+        if body.kind == "abort":
+            await gateway.read_routing_once()
+            gateway.lease.release(rollout_id)  # the store stops it from here on
+        return answer
+
+    @router.post(
+        "/rollouts/{rollout_id}/policy",
+        status_code=202,
+        dependencies=[operate],
+        **describe(EditBody, errors=ERRORS),
+    )
+    async def edit(rollout_id: str, request: Request) -> Any:
+        body = parse_request(EditBody, await _body(request))
+        return await asyncio.to_thread(desk.edit, rollout_id, body, request.state.operator.name)
+
+
+def _needs(book: OperatorBook, role: Role) -> Any:
+    """Return the dependency that lets a route's caller in, and tells the route who it is."""
+
+    async def let_in(request: Request) -> None:
+        request.state.operator = _operator(book, request, role)
+
+    return Depends(let_in)
 
 
 def _operator(book: OperatorBook, request: Request, needed: Role) -> Operator:
@@ -175,23 +188,26 @@ class RolloutDesk:
         self._about = about
         self._now_s = now_s
 
-    def start(self, body: StartBody) -> dict[str, Any]:
+    def start(self, body: StartBody, by: str) -> dict[str, Any]:
         """Check a policy against what runs here and write the rollout down; the controller takes it up."""
         try:
             policy = load_policy(body.policy, body.source)
         except PolicyError as error:
             raise RequestError(str(error), code="invalid_policy", param="policy") from error
         self._check_rungs([rung.id for rung in policy.spec.ladder])
-        self._check_none_runs()
         try:
             rollout = start_rollout(
                 self._store,
                 body.policy,
                 now_s=self._now_s(),
-                about=self._about,
+                about={**self._about, "started_by": by},
                 rollout_id=body.rollout_id,
                 releases_quarantine=body.release_quarantine,
+                replaces=body.replace,
             )
+        except StartRefusedError as error:
+            code = "rollout_promoted" if error.can_replace else "rollout_running"
+            raise RequestError(str(error), status=409, code=code) from error
         except QuarantineError as error:
             text = f"{error}; send release_quarantine=true to try it again"
             raise RequestError(text, status=409, code="quarantined", param="policy") from error
@@ -225,14 +241,40 @@ class RolloutDesk:
         }
 
     def command(self, rollout_id: str, body: CommandBody, by: str) -> dict[str, Any]:
-        """Put an order into the inbox; it acts at the controller's next tick."""
-        self._find(rollout_id)
-        seq = self._store.add_command(rollout_id, body.kind, by=by, reason=body.reason, at_s=self._now_s())
-        return {"rollout_id": rollout_id, "seq": seq, "kind": body.kind}
+        """Put an order into the inbox, and say when it acts; an abort stops traffic at once."""
+        acts = AT_TICK
+        if is_stop := body.kind == "abort":
+            is_stop, acts = self._stop_here(rollout_id)
+        try:
+            self._find(rollout_id)
+            self._check_is_newest(rollout_id)
+            seq = self._store.add_command(
+                rollout_id, body.kind, by=by, reason=body.reason, at_s=self._now_s(), stops=is_stop
+            )
+        except RequestError:
+            self._gateway.lease.release(rollout_id)
+            raise
+        except StoreError as error:
+            text = f"the store did not take the order, so give it again ({error})"
+            if is_stop:
+                text = f"this ingress serves dense from now on, others until their lease runs out; {text}"
+            raise RequestError(text, status=503, code="store_away", retry_after_s=1) from error
+        return {"rollout_id": rollout_id, "seq": seq, "kind": body.kind, "acts": acts}
+
+    def _stop_here(self, rollout_id: str) -> tuple[bool, str]:
+        """Stop a rollout in this ingress, and say when the others follow; not while dense is down."""
+        with suppress(StoreError):  # an operator's stop does not wait for a store
+            text = self._log.latest_state(rollout_id)
+            state = json.loads(text) if text is not None else {}
+            if state.get("dense_down_since_s") is not None and state["phase"] != Phase.SHELTERED:
+                return False, "dense is down: sparse stays until dense is back; abort again to insist"
+        self._gateway.lease.stop(rollout_id)
+        return True, f"at once: every ingress serves dense within {self._gateway.limits.poll_every_s:g} s"
 
     def edit(self, rollout_id: str, body: EditBody, by: str) -> dict[str, Any]:
         """Put a safer policy into the inbox of a running rollout; what is not safer is refused by field."""
         self._find(rollout_id)
+        self._check_is_newest(rollout_id)
         event = self._log.latest(rollout_id)
         if event is None:
             text = f"rollout {rollout_id!r} has not begun; edit it after the controller's first tick"
@@ -291,12 +333,12 @@ class RolloutDesk:
             text = f"ladder has rung {missing[0]!r}; the adapter has {', '.join(card.rung_ids)}"
             raise RequestError(text, code="unknown_rung", param="policy")
 
-    def _check_none_runs(self) -> None:
-        rollouts = self._store.read_rollouts()
-        newest = self._summary(rollouts[-1]) if rollouts else None
-        if newest is not None and newest["outcome"] is None:
-            text = f"rollout {newest['rollout_id']!r} is {newest['phase']}; abort it first"
-            raise RequestError(text, status=409, code="rollout_running")
+    def _check_is_newest(self, rollout_id: str) -> None:
+        """The controller runs the newest rollout only: what is said to another is never obeyed."""
+        newest = self._store.read_rollouts()[-1].rollout_id
+        if newest != rollout_id:
+            text = f"rollout {rollout_id!r} is over: rollout {newest!r} was started after it"
+            raise RequestError(text, status=409, code="rollout_over", param="rollout_id")
 
     def _summary(self, rollout: Rollout) -> dict[str, Any]:
         book, event = PolicyBook(self._store), self._log.latest(rollout.rollout_id)

@@ -29,10 +29,12 @@ from sentei.serving.errors import (
 from sentei.serving.ports import Tokenizer, Variant
 from sentei.serving.router import DENSE, SPARSE, Assignment, Breaker
 from sentei.serving.settings import Limits
-from sentei.serving.text import Detokenizer, StopScanner, ToolCall
-from sentei.serving.tools import NO_TOOLS, ToolUse
+from sentei.serving.text.pieces import Detokenizer, StopScanner, ToolCall
+from sentei.serving.text.tools import NO_TOOLS, ToolUse
 
 log = logging.getLogger(__name__)
+
+REQUESTS_OWN = frozenset({"nan_logits", "error", "empty"})  # failures of dense that come with the request
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,8 @@ class Answerer:
                 self._note_failure(error, question, progress)
                 is_worth_another = i_try == 0 and (name == SPARSE or error.reason == "crash")
                 if not is_worth_another:
+                    if name == DENSE and error.reason in REQUESTS_OWN:
+                        progress.outcome = Outcome.UNANSWERABLE
                     raise RequestError(
                         f"no variant could answer ({error.reason}); try again", status=503, code="overloaded"
                     ) from error
@@ -153,7 +157,7 @@ class Answerer:
     def _note_failure(self, error: VariantError, question: Question, progress: Progress) -> None:
         log.warning("request %s after %d tokens: %s", question.request_id, len(progress.ids), error)
         if error.variant == SPARSE:
-            self._breaker.record(is_ok=False, now_s=time.monotonic())
+            self._breaker.record(is_ok=False, unit=question.unit, now_s=time.monotonic())
         progress.note_failure(error)
 
     async def _try(
@@ -177,7 +181,7 @@ class Answerer:
                 if chunk.attention is not None:
                     progress.attention = chunk.attention.to_dict(self._limits.attention_record_bytes)
                 if name == SPARSE and chunk.finish_reason is not None:
-                    self._breaker.record(is_ok=True, now_s=time.monotonic())
+                    self._breaker.record(is_ok=True, unit=question.unit, now_s=time.monotonic())
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
@@ -218,5 +222,6 @@ def _engine_request(question: Question, progress: Progress) -> EngineRequest:
         rung_id=progress.rung_id,
         sampling=question.sampling,
         stop_ids=question.stop_ids,
+        artifact=question.assignment.artifact if progress.variant == SPARSE else "",
     )
     return replace(request, sent_ids=tuple(progress.ids))

@@ -1,7 +1,9 @@
 """Replays audited answers through dense (twice) and sparse (once) and writes the paired scores.
 
 The queue is bounded and few replays run at a time, because users come first; engines run them when nobody
-waits for an answer. What is refused or fails is written as missing or as an error, never left out.
+waits for an answer. The ingress draws no more than can be replayed in time (`draw.AuditBudget`); what waits
+too long all the same is given up, so that replays are of news. What is refused, given up or fails is written
+as missing or as an error with its reason, never left out.
 """
 
 from __future__ import annotations
@@ -10,21 +12,32 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from sentei.monitors.audit import KL_CAP_NATS, TokenScores, score_audit
 from sentei.monitors.errors import AuditError
-from sentei.monitors.records import AuditScore, AuditStatus
+from sentei.monitors.records import AuditScore, AuditStatus, Missing
+from sentei.serving.clock import SteadyClock
 from sentei.serving.engine.request import DENSE_RUNG, ScoreRequest, ScoreResult
 from sentei.serving.errors import EngineError, VariantError
-from sentei.serving.ports import AuditJob, Variant
+from sentei.serving.ports import AuditJob, AuditLoad, Variant
 from sentei.serving.router import DENSE, SPARSE
 from sentei.serving.writer import RecordWriter
 
 log = logging.getLogger(__name__)
 
 REPLAY_TIMEOUT_S = 180.0
+MAX_WAIT_S = 45.0  # older jobs are given up: the controller counts them as missing after a minute
+NUM_RECENT_JOBS = 5  # whose mean says how long the next one takes
+MAX_REASON_CHARS = 200
+FIRST_JOB_S = 1.0  # what a job is taken to need before one was done
 AGAIN_CHUNK_TOKENS = 200  # not a multiple of any block size, so the second dense replay adds up differently
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    job: AuditJob
+    since_s: float  # on a monotonic clock
 
 
 class Auditor:
@@ -38,14 +51,18 @@ class Auditor:
         max_queued: int = 256,
         concurrency: int = 1,
         kl_cap_nats: Callable[[str], float] = lambda _: KL_CAP_NATS,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._kl_cap_nats = kl_cap_nats  # by rollout id: the policy says it
         self._variants = variants
         self._writer = writer
-        self._queue: asyncio.Queue[AuditJob] = asyncio.Queue(max_queued)
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(max_queued)
         self._concurrency = concurrency
-        self._clock = clock
+        self._clock = clock or SteadyClock()
+        self._monotonic = monotonic
+        self._job_s = FIRST_JOB_S  # mean of the newest jobs
+        self._running = 0
         self._workers: list[asyncio.Task[None]] = []
         self._rollout_ids: dict[str, None] = {}  # in the order in which they were first seen
 
@@ -59,28 +76,25 @@ class Auditor:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
         while not self._queue.empty():
-            self._writer.put(self._queue.get_nowait().score(AuditStatus.MISSING, self._clock()))
+            self._miss(self._queue.get_nowait().job, Missing.STOPPED)
 
-    async def submit(self, job: AuditJob) -> bool:
-        """Queue a job; False when the queue is full. A new rollout's first job ends the old one's audits."""
+    async def submit(self, job: AuditJob) -> Missing | None:
+        """Queue a job; QUEUE_FULL if it cannot. A new rollout's first job ends the old one's audits."""
         self._rollout_ids.setdefault(job.rollout_id)
         try:
-            self._queue.put_nowait(job)
+            self._queue.put_nowait(_Waiting(job, self._monotonic()))
         except asyncio.QueueFull:
-            return False
-        return True
+            return Missing.QUEUE_FULL
+        return None
 
-    @property
-    def waiting(self) -> int:
-        """Jobs that wait."""
-        return self._queue.qsize()
+    def load(self) -> AuditLoad:
+        """Say how much is to be done, and how fast that goes."""
+        return AuditLoad(self._queue.qsize() + self._running, self._concurrency / self._job_s)
 
     async def audit(self, job: AuditJob) -> AuditScore:
         """Replay one answer and score it; failures become the score's status."""
         try:
-            dense = await self._replay(DENSE, job, "dense")
-            again = await self._replay(DENSE, job, "again")
-            sparse = await self._replay(SPARSE, job, "sparse")
+            dense, again, sparse = await self._replay_all(job)
             numbers = score_audit(
                 job.served_ids,
                 _token_scores(dense),
@@ -91,39 +105,64 @@ class Auditor:
             )
         except (EngineError, VariantError, AuditError) as error:
             log.warning("audit of request %s failed: %s", job.request_id, error)
-            return job.score(AuditStatus.ERROR, self._clock())
+            return job.score(AuditStatus.ERROR, self._clock(), reason=str(error)[:MAX_REASON_CHARS])
         return job.score(
             AuditStatus.SCORED,
             self._clock(),
             dense_compute_s=dense.compute_s,
             sparse_compute_s=sparse.compute_s,
+            artifact=sparse.artifact,
             **asdict(numbers),
         )
 
     async def _work(self) -> None:
         while True:
-            job = await self._queue.get()
+            waiting = await self._queue.get()
+            job, began_s = waiting.job, self._monotonic()
             if job.rollout_id != next(reversed(self._rollout_ids)):  # nobody decides by its score any more
-                self._writer.put(job.score(AuditStatus.MISSING, self._clock()))
+                self._miss(job, Missing.ROLLOUT_ENDED)
                 continue
+            if began_s - waiting.since_s > MAX_WAIT_S:
+                self._miss(job, Missing.EXPIRED)
+                continue
+            self._running += 1
             try:
                 self._writer.put(await self.audit(job))
             except asyncio.CancelledError:
-                self._writer.put(job.score(AuditStatus.MISSING, self._clock()))
+                self._miss(job, Missing.STOPPED)
                 raise
-            except Exception:  # like the request handler: one job's surprise must not end the worker
+            except Exception as error:  # like the request handler: one job's surprise must not end the worker
                 log.exception("audit of request %s broke", job.request_id)
-                self._writer.put(job.score(AuditStatus.ERROR, self._clock()))
+                self._writer.put(job.score(AuditStatus.ERROR, self._clock(), reason=type(error).__name__))
+            finally:
+                self._running -= 1
+                self._job_s += (self._monotonic() - began_s - self._job_s) / NUM_RECENT_JOBS
+
+    def _miss(self, job: AuditJob, reason: Missing) -> None:
+        self._writer.put(job.score(AuditStatus.MISSING, self._clock(), reason=reason.value))
+
+    async def _replay_all(self, job: AuditJob) -> tuple[ScoreResult, ScoreResult, ScoreResult]:
+        """Replay through dense twice and sparse once, side by side; the first failure ends the others."""
+        names = ((DENSE, "dense"), (DENSE, "again"), (SPARSE, "sparse"))
+        tasks = [asyncio.create_task(self._replay(variant, job, name)) for variant, name in names]
+        try:
+            dense, again, sparse = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return dense, again, sparse
 
     async def _replay(self, variant: str, job: AuditJob, name: str) -> ScoreResult:
-        """Teacher-force one answer, fed as it was served: the prompt, then token by token."""
+        """Teacher-force the span, fed as it was served: what came before it, then token by token."""
+        before = (*job.prompt_ids, *job.earlier_ids)
         request = ScoreRequest(
             request_id=f"{job.request_id}/{name}",
-            ids=(*job.prompt_ids, *job.served_ids),
-            num_prompt=len(job.prompt_ids),
+            ids=(*before, *job.served_ids),
+            num_prompt=len(before),
             rung_id=job.rung_id if variant == SPARSE else DENSE_RUNG,
             prompt_chunk_tokens=AGAIN_CHUNK_TOKENS if name == "again" else None,
             served_chunk_tokens=None if name == "again" else 1,
+            artifact=job.artifact if variant == SPARSE else "",
         )
         try:
             # Not wait_for: in Python 3.11 it swallows a cancellation that meets the result, and stop() hangs.

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from sentei.serving.answer import Delta
 from sentei.serving.engine.request import FinishReason
-from sentei.serving.tools import CallReader
+from sentei.serving.text.tools import CallReader
 
 MAX_AHEAD = 16  # pieces that wait for a slow reader, all answers together
 

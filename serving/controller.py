@@ -10,16 +10,19 @@ import asyncio
 import logging
 import os
 import socket
-import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
+from sentei.monitors.events import EventLog
+from sentei.monitors.records import ARTIFACT
 from sentei.monitors.store import Store
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions
+from sentei.serving.clock import SteadyClock
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +44,15 @@ class Controller:
         mirror: Mirror | None,
         reports: Path,
         replicas: Callable[[], Mapping[str, int]] | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._options = RunnerOptions(owner) if replicas is None else RunnerOptions(owner, replicas)
+        options = RunnerOptions(owner, artifact=lambda: store.read_value(ARTIFACT) or "")
+        self._options = options if replicas is None else replace(options, replicas=replicas)
         self._store = store
         self._mirror = mirror
         self._reports = reports
-        self._clock = clock
+        self._clock = clock or SteadyClock()
         self._runner: RolloutRunner | None = None
         self._scheduler: Any = None
         self.num_ticks = 0
@@ -109,6 +113,9 @@ class Controller:
         newest = rollouts[-1]
         if self._runner is None or self._runner.rollout.rollout_id != newest.rollout_id:
             self._runner = RolloutRunner.open(self._store, newest.rollout_id, self._options)
+            event = EventLog(self._store).latest(newest.rollout_id)
+            if event is not None and isinstance(self._clock, SteadyClock):
+                self._clock.not_before(event.at_s)
             log.info("took up rollout %s", newest.rollout_id)
         return self._runner
 

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from sentei.monitors.audit import KL_CAP_NATS
+from sentei.monitors.records import Missing
 from sentei.monitors.store import Store
 from sentei.pipeline.home import sentei_home
 from sentei.pipeline.models import load_tokenizer
@@ -23,7 +24,7 @@ from sentei.serving.controller import Controller, Mirror
 from sentei.serving.gateway import Gateway
 from sentei.serving.handles import RayAuditDesk, RayVariant, count_running_replicas
 from sentei.serving.ingress import build_api
-from sentei.serving.ports import AuditJob, Variant
+from sentei.serving.ports import AuditJob, AuditLoad, Variant
 from sentei.serving.router import DENSE, SPARSE
 from sentei.serving.settings import AppArgs
 from sentei.serving.writer import RecordWriter
@@ -107,7 +108,7 @@ class AuditorServer:
         )
         self._has_started = False
 
-    async def submit(self, job: AuditJob) -> bool:
+    async def submit(self, job: AuditJob) -> Missing | None:
         """Queue a job; the workers start with the first one, on the loop that Serve runs."""
         if not self._has_started:
             self._has_started = True
@@ -115,11 +116,15 @@ class AuditorServer:
             self._auditor.start()
         return await self._auditor.submit(job)
 
+    async def load(self) -> AuditLoad:
+        """Say how busy it is."""
+        return self._auditor.load()
+
     async def status(self) -> dict[str, Any]:
         """Say how much waits."""
         return {
             "pid": os.getpid(),
-            "waiting": self._auditor.waiting,
+            "waiting": self._auditor.load().waiting,
             "written": self._writer.written,
             "dropped": self._writer.dropped,
         }

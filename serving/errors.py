@@ -6,6 +6,7 @@ ServingError
 │   ├── EngineBusyError        its queue is full
 │   ├── EngineRefusedError     the request can never fit this engine
 │   ├── GrammarError           the grammar that the caller sent cannot be followed: the caller's fault
+│   ├── WrongArtifactError     another model, adapter, ladder or engine was asked for than runs here
 │   └── BadLogitsError         the model gave NaN or infinite logits
 ├── VariantError     a whole variant failed this request (crash, timeout, bad logits, empty answer)
 └── ConfigError       the app was configured with something that cannot work
@@ -48,6 +49,10 @@ class EngineBusyError(EngineError):
 
 class EngineRefusedError(EngineError):
     """The request can never fit this engine."""
+
+
+class WrongArtifactError(EngineError):
+    """What was proven is not what runs here, so nothing of it may be served or counted."""
 
 
 class GrammarError(EngineError):

@@ -13,20 +13,24 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
 
-from sentei.monitors.records import AuditStatus, Outcome, RequestRecord
+from sentei.monitors.errors import MonitorError
+from sentei.monitors.records import ARTIFACT, Arrival, AuditStatus, Missing, Outcome, RequestRecord
+from sentei.policies.signals import RoutingTable
 from sentei.serving.answer import Answerer, Delta, Progress, Question
-from sentei.serving.chat import template_of
 from sentei.serving.choices import read_calls
+from sentei.serving.clock import SteadyClock
+from sentei.serving.draw import AuditBudget, AuditDraws, draw_audit
 from sentei.serving.engine.attention_use import to_json
 from sentei.serving.errors import RequestError, ServingError
 from sentei.serving.openai.requests import ChatRequest, GenerationRequest, TokenizeRequest, sampling_of
 from sentei.serving.ports import AuditDesk, AuditJob, ModelCard, RecordStore, Tokenizer, Variant
-from sentei.serving.prompts import check_biases, check_ending, prompt_ids, room_for_answer, tokenize
-from sentei.serving.router import DENSE, SPARSE, Assignment, Breaker, Lease, SeenUnits, assign
-from sentei.serving.schemas import SchemaChecker
+from sentei.serving.router import DENSE, NO_SLICE, SPARSE, Assignment, Breaker, Lease, SeenUnits, assign
 from sentei.serving.settings import Limits
-from sentei.serving.text import TokenTexts
-from sentei.serving.tools import NO_TOOLS, ToolUse, tool_use
+from sentei.serving.text.chat import template_of
+from sentei.serving.text.pieces import TokenTexts
+from sentei.serving.text.prompts import check_biases, check_ending, prompt_ids, room_for_answer, tokenize
+from sentei.serving.text.schemas import SchemaChecker
+from sentei.serving.text.tools import NO_TOOLS, ToolUse, tool_use
 from sentei.serving.writer import RecordWriter
 
 log = logging.getLogger(__name__)
@@ -34,6 +38,8 @@ log = logging.getLogger(__name__)
 SESSION_HEADER, REQUEST_HEADER = "x-session-id", "x-request-id"
 MAX_SESSION_CHARS, MAX_REQUEST_ID_CHARS = 256, 128
 DESCRIBE_RETRY_S = 1.0
+DESCRIBE_AGAIN_S = 5.0  # a replica that was replaced may run something else
+DESK_EVERY_S = 0.5
 
 
 class Gateway:
@@ -64,6 +70,8 @@ class Gateway:
         self._store = store
         self._desk = desk
         self._clock = clock
+        self._now_s = SteadyClock()
+        self._draws, self._budget = AuditDraws(), AuditBudget(wait_s=limits.audit_wait_s)
         self._answerer = Answerer(variants, limits, Breaker())
         self._seen, self._seen_ids = SeenUnits(), SeenUnits()
         self._schemas = SchemaChecker()
@@ -75,6 +83,8 @@ class Gateway:
         """Begin to poll the routing table, to ask the variants who they are, and to write records."""
         self.writer.start()
         self._loops = [asyncio.create_task(self._poll())]
+        if self._desk is not None:
+            self._loops.append(asyncio.create_task(self._watch(self._desk)))
         self._loops += [asyncio.create_task(self._introduce(name)) for name in self.variants]
 
     async def stop(self) -> None:
@@ -94,6 +104,7 @@ class Gateway:
             "note": self.note,
             "variants": {name: name in self.cards for name in self.variants},
             "lease_is_fresh": self.lease.is_fresh(self._clock()),
+            "artifact": {"runs": self._artifact(), "bound": self.lease.artifact()},
             "records": {
                 "written": self.writer.written,
                 "waiting": self.writer.waiting,
@@ -109,8 +120,11 @@ class Gateway:
             self.lease.observe(*found, now_s)
 
     async def introduce_once(self, name: str) -> None:
-        """Ask one variant who it is."""
-        self.cards[name] = await self.variants[name].describe()
+        """Ask one variant who it is; what sparse runs is written down for the controller."""
+        before = self.cards.get(name)
+        card = self.cards[name] = await self.variants[name].describe()
+        if name == SPARSE and (before is None or before.artifact != card.artifact):
+            await asyncio.to_thread(self._store.save_value, ARTIFACT, card.artifact)
 
     async def check(self, request: GenerationRequest, headers: Mapping[str, str]) -> tuple[Question, ...]:
         """Turn a parsed request into its questions, one for each wanted answer; raises RequestError.
@@ -176,7 +190,7 @@ class Gateway:
             first,
             request_id=self._request_id(f"{first.request_id}.{index}"),
             sampling=replace(first.sampling, seed=first.sampling.seed + index),
-            assignment=replace(first.assignment, is_audited=False),
+            assignment=replace(first.assignment, is_audited=False, audit_probability=0.0),
         )
 
     async def _run(self, question: Question, progress: Progress) -> AsyncGenerator[Delta, None]:
@@ -194,7 +208,8 @@ class Gateway:
         except RequestError as error:
             # A request that nobody could answer says nothing of the variant that was asked.
             is_callers = error.status < 500 and error.status != 429
-            progress.outcome = Outcome.CANCELLED if is_callers else Outcome.FAILED
+            if progress.outcome is not Outcome.UNANSWERABLE:
+                progress.outcome = Outcome.REFUSED if is_callers else Outcome.FAILED
             progress.error = progress.error or error.message
             raise
         except Exception as error:  # the request handler: log, count as failed, answer with an error
@@ -206,21 +221,25 @@ class Gateway:
             self._write_down(question, progress)
 
     def _write_down(self, question: Question, progress: Progress) -> None:
-        self.writer.put(_record(question, progress, total_ms=(time.monotonic() - progress.began_s) * 1e3))
+        total_ms = (time.monotonic() - progress.began_s) * 1e3
+        self.writer.put(_record(question, progress, at_s=self._now_s(), total_ms=total_ms))
         if not question.assignment.is_audited:
             return
         job = _audit_job(question, progress, self.limits.audit_max_tokens)
         if self._desk is None or not job.served_ids:
-            self.writer.put(job.score(AuditStatus.MISSING, time.time()))
+            self._miss(job, Missing.NO_TOKENS if self._desk is not None else Missing.NO_AUDITOR)
             return
         task = asyncio.get_running_loop().create_task(self._submit_audit(self._desk, job))
         self._audits.add(task)
         task.add_done_callback(self._audits.discard)
 
     async def _submit_audit(self, desk: AuditDesk, job: AuditJob) -> None:
-        if not await desk.submit(job):
-            log.warning("audit of request %s was not taken", job.request_id)
-            self.writer.put(job.score(AuditStatus.MISSING, time.time()))
+        if (refusal := await desk.submit(job)) is not None:
+            log.warning("audit of request %s was not taken: %s", job.request_id, refusal)
+            self._miss(job, refusal)
+
+    def _miss(self, job: AuditJob, reason: Missing) -> None:
+        self.writer.put(job.score(AuditStatus.MISSING, self._now_s(), reason=reason.value))
 
     def _request_id(self, wanted: str) -> str:
         """Keep the caller's (or the proxy's) request id if it is usable and new: records are kept by it."""
@@ -228,13 +247,21 @@ class Gateway:
         return wanted if is_usable and self._seen_ids.add(wanted) else f"req-{uuid.uuid4().hex}"
 
     def _assign(self, prompt_tokens: int, unit: str) -> Assignment:
-        table = self.lease.table(self._clock()) if SPARSE in self.variants else None
-        assigned = assign(table, prompt_tokens=prompt_tokens, unit=unit)
-        if not assigned.is_audited:
-            return assigned
-        # One audit per session, slice and rung: the session is the statistical unit.
-        is_new = self._seen.add((assigned.rollout_id, assigned.slice_id, assigned.rung_id, unit))
-        return assigned if is_new else replace(assigned, is_audited=False)
+        now_s = self._clock()
+        assigned = assign(self._obeyed(now_s), prompt_tokens=prompt_tokens, unit=unit)
+        is_of_rollout = bool(assigned.rollout_id) and assigned.slice_id != NO_SLICE
+        if is_of_rollout and self._seen.add((assigned.rollout_id, assigned.slice_id, unit)):
+            self.writer.put(_arrival(assigned, unit, at_s=self._now_s()))
+        return draw_audit(assigned, unit, draws=self._draws, budget=self._budget, now_s=now_s)
+
+    def _obeyed(self, now_s: float) -> RoutingTable | None:
+        """Return the table, unless its lease ran out or sparse runs something else than what was proven."""
+        table = self.lease.table(now_s) if SPARSE in self.variants else None
+        return None if table is None or (table.artifact and table.artifact != self._artifact()) else table
+
+    def _artifact(self) -> str:
+        card = self.cards.get(SPARSE)
+        return card.artifact if card is not None else ""
 
     def _card(self, model: str) -> ModelCard:
         if model != self.model_name:
@@ -258,13 +285,22 @@ class Gateway:
                 log.warning("routing table could not be read: %s", error)
             await asyncio.sleep(self.limits.poll_every_s)
 
+    async def _watch(self, desk: AuditDesk) -> None:
+        while True:
+            load = await desk.load()
+            self._budget.observe(load, self._clock())
+            await asyncio.sleep(DESK_EVERY_S)
+
     async def _introduce(self, name: str) -> None:
-        while name not in self.cards:
+        while True:
             try:
                 await self.introduce_once(name)
-            except ServingError as error:
-                log.info("variant %s is not up yet: %s", name, error)
-                await asyncio.sleep(DESCRIBE_RETRY_S)
+            except (ServingError, MonitorError) as error:
+                log.info("variant %s does not say what it runs: %s", name, error)
+            is_known = name in self.cards
+            if is_known and name == DENSE:
+                return
+            await asyncio.sleep(DESCRIBE_AGAIN_S if is_known else DESCRIBE_RETRY_S)
 
 
 def session_unit(headers: Mapping[str, str], user: str | None, request_id: str) -> str:
@@ -286,13 +322,17 @@ def session_unit(headers: Mapping[str, str], user: str | None, request_id: str) 
     return request_id
 
 
-def _record(question: Question, progress: Progress, *, total_ms: float) -> RequestRecord:
+def _arrival(assigned: Assignment, unit: str, *, at_s: float) -> Arrival:
+    return Arrival(assigned.rollout_id, unit, assigned.slice_id, at_s, assigned.share, assigned.variant)
+
+
+def _record(question: Question, progress: Progress, *, at_s: float, total_ms: float) -> RequestRecord:
     assigned = question.assignment
     return RequestRecord(
         request_id=question.request_id,
         session_id=question.unit,
         rollout_id=assigned.rollout_id,
-        at_s=time.time(),
+        at_s=at_s,
         slice_id=assigned.slice_id,
         variant_assigned=assigned.variant,
         variant_served=progress.variant,
@@ -306,6 +346,7 @@ def _record(question: Question, progress: Progress, *, total_ms: float) -> Reque
         outcome=progress.outcome,
         error=progress.error[:500],
         chosen_for_audit=assigned.is_audited,
+        audit_probability=assigned.audit_probability,
         compute_s=progress.compute_s,
         attention=to_json(progress.attention),
     )
@@ -313,6 +354,7 @@ def _record(question: Question, progress: Progress, *, total_ms: float) -> Reque
 
 def _audit_job(question: Question, progress: Progress, max_tokens: int) -> AuditJob:
     assigned = question.assignment
+    start = int(assigned.span_place * (max(0, len(progress.ids) - max_tokens) + 1))
     return AuditJob(
         request_id=question.request_id,
         session_id=question.unit,
@@ -321,5 +363,9 @@ def _audit_job(question: Question, progress: Progress, max_tokens: int) -> Audit
         rung_id=assigned.rung_id,
         variant_served=progress.variant,
         prompt_ids=question.prompt_ids,
-        served_ids=tuple(progress.ids[:max_tokens]),
+        served_ids=tuple(progress.ids[start : start + max_tokens]),
+        earlier_ids=tuple(progress.ids[:start]),
+        share=assigned.share,
+        probability=assigned.audit_probability,
+        artifact=assigned.artifact,
     )

@@ -11,6 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from sentei.monitors.records import Missing
 from sentei.serving.engine.request import EngineRequest, ScoreRequest, ScoreResult, TokenChunk
 from sentei.serving.errors import (
     BadLogitsError,
@@ -18,8 +19,9 @@ from sentei.serving.errors import (
     EngineRefusedError,
     GrammarError,
     VariantError,
+    WrongArtifactError,
 )
-from sentei.serving.ports import AuditJob, ModelCard
+from sentei.serving.ports import AuditJob, AuditLoad, ModelCard
 
 CONTROL_TIMEOUT_S = 30.0
 SUBMIT_TIMEOUT_S = 5.0
@@ -32,6 +34,8 @@ def translate(variant: str, error: Exception) -> Exception:
         return cause
     if isinstance(cause, BackPressureError):
         return EngineBusyError(f"variant {variant!r} has a full queue; retry later")
+    if isinstance(cause, WrongArtifactError):
+        return VariantError(variant, "artifact", str(cause))
     if isinstance(cause, BadLogitsError):
         return VariantError(variant, "nan_logits", str(cause))
     reason = "error" if isinstance(error, RayTaskError) else "crash"
@@ -92,13 +96,23 @@ class RayAuditDesk:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
-    async def submit(self, job: AuditJob) -> bool:
-        """Hand over a job; False if the auditor is away or full."""
+    async def submit(self, job: AuditJob) -> Missing | None:
+        """Hand over a job; NO_AUDITOR if none answers."""
         try:
-            is_taken: bool = await asyncio.wait_for(self._handle.submit.remote(job), SUBMIT_TIMEOUT_S)
+            refusal: Missing | None = await asyncio.wait_for(
+                self._handle.submit.remote(job), SUBMIT_TIMEOUT_S
+            )
         except (TimeoutError, RayError, RayServeException):
-            return False
-        return is_taken
+            return Missing.NO_AUDITOR
+        return refusal
+
+    async def load(self) -> AuditLoad | None:
+        """Ask how busy the auditor is; None if it does not answer."""
+        try:
+            load: AuditLoad = await asyncio.wait_for(self._handle.load.remote(), SUBMIT_TIMEOUT_S)
+        except (TimeoutError, RayError, RayServeException):
+            return None
+        return load
 
 
 def count_running_replicas(app_name: str) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,17 @@ def attach_retrofit(model: Any, options: VariantOptions) -> Any:
             "variant 'sparse' has no adapter; give `adapter`, a folder made by `sentei distill`"
         )
     return attach(model, adapter, base=options.attention)
+
+
+def artifact_digest(adapter_digest: str, numerics: str, model: Any) -> str:
+    """Return what a sparse replica runs as one digest: model, adapter and ladder, engine and precision.
+
+    `numerics` is the engine's name and the version of what it computes, not of its release.
+    """
+    if not adapter_digest:
+        return ""
+    parts = (adapter_digest, numerics, str(model.dtype).removeprefix("torch."))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def make_fault(fault: dict[str, Any] | None) -> Any:

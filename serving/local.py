@@ -29,7 +29,7 @@ from sentei.serving.errors import ConfigError
 from sentei.serving.settings import AppArgs
 
 APP_NAME = "sentei"
-READY_TIMEOUT_S = 220.0
+READY_TIMEOUT_S = {"builtin": 220.0, "vllm": 900.0}  # vLLM loads itself and compiles, once per variant
 OBJECT_STORE_BYTES = 120 << 20  # requests and tokens are small; Ray's default is a third of the memory
 RAY_CPUS = 4  # logical: the fractions of all replicas fit also where the machine has fewer cores
 
@@ -86,7 +86,7 @@ def running_app(options: LocalOptions) -> Iterator[str]:
         serve.start(proxy_location="HeadOnly", http_options={"host": options.host, "port": port})
         serve.run(build(options.app_args()), name=APP_NAME, route_prefix="/")
         url = f"http://{options.host}:{port}"
-        _wait_until_ready(url)
+        _wait_until_ready(url, READY_TIMEOUT_S[options.engine])
         yield url
     finally:
         if ray.is_initialized():
@@ -136,8 +136,8 @@ def _free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_ready(url: str) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
+def _wait_until_ready(url: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
     last = ""
     while time.monotonic() < deadline:
         try:
@@ -148,7 +148,7 @@ def _wait_until_ready(url: str) -> None:
         except httpx.HTTPError as error:
             last = str(error)
         time.sleep(0.2)
-    raise ConfigError(f"the app at {url} is not ready after {READY_TIMEOUT_S:g} s: {last[:300]}")
+    raise ConfigError(f"the app at {url} is not ready after {timeout_s:g} s: {last[:300]}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sentei.monitors.records import AuditScore, AuditStatus, RequestRecord
+from sentei.monitors.records import Arrival, AuditScore, AuditStatus, Missing, RequestRecord
 from sentei.policies.signals import RoutingTable
 from sentei.serving.engine.request import (
     NEUTRAL,
@@ -30,13 +30,22 @@ class ModelCard:
     eos_ids: tuple[int, ...]
     rung_ids: tuple[str, ...]
     pid: int
+    artifact: str = ""  # digest of model, adapter, ladder and engine; "" of dense
     fault: dict[str, Any] | None = None
     sampling: Sampling = NEUTRAL  # of a request that says nothing: the model's generation_config
 
 
 @dataclass(frozen=True, slots=True)
+class AuditLoad:
+    """How busy the auditor is."""
+
+    waiting: int  # jobs that it took and has not done
+    jobs_per_s: float  # that it does, by what its newest ones took
+
+
+@dataclass(frozen=True, slots=True)
 class AuditJob:
-    """An answer to be replayed: what was asked, what was served, and how it was assigned."""
+    """A span of an answer to be replayed: what was asked, what was served, and how it was assigned."""
 
     request_id: str
     session_id: str
@@ -45,7 +54,11 @@ class AuditJob:
     rung_id: str
     variant_served: str
     prompt_ids: tuple[int, ...]
-    served_ids: tuple[int, ...]
+    served_ids: tuple[int, ...]  # of the span alone
+    earlier_ids: tuple[int, ...] = ()  # served before the span
+    share: float = 0.0
+    probability: float = 0.0  # with which the request was drawn
+    artifact: str = ""  # digest of what the sparse replica must run; "": any
 
     def score(self, status: AuditStatus, at_s: float, **numbers: Any) -> AuditScore:
         """Return this answer's score; without numbers where it could not be scored."""
@@ -58,6 +71,10 @@ class AuditJob:
             rung_id=self.rung_id,
             variant_served=self.variant_served,
             status=status,
+            prompt_tokens=len(self.prompt_ids),
+            share=self.share,
+            audit_probability=self.probability,
+            span_start=len(self.earlier_ids),
             **numbers,
         )
 
@@ -83,8 +100,11 @@ class Variant(Protocol):
 class AuditDesk(Protocol):
     """Takes audit jobs."""
 
-    async def submit(self, job: AuditJob) -> bool:
-        """Queue a job; False if it was not taken."""
+    async def submit(self, job: AuditJob) -> Missing | None:
+        """Queue a job; why not, if it was not taken."""
+
+    async def load(self) -> AuditLoad | None:
+        """Say how busy the auditor is; None if it did not answer."""
 
 
 class RecordStore(Protocol):
@@ -93,11 +113,17 @@ class RecordStore(Protocol):
     def add_request(self, record: RequestRecord) -> bool:
         """Write one request."""
 
+    def add_arrival(self, arrival: Arrival) -> bool:
+        """Write a session's arrival in a slice."""
+
     def add_audit(self, score: AuditScore) -> bool:
         """Write one audit score."""
 
     def read_routing(self) -> tuple[RoutingTable, int] | None:
         """Read the routing table and its renewals."""
+
+    def save_value(self, name: str, value: str) -> None:
+        """Set a named value."""
 
 
 class Tokenizer(Protocol):

@@ -1,7 +1,7 @@
 """Who answers a request. Pure: no clock but the one that is passed in, no I/O, no framework.
 
-slice by prompt tokens -> nested sticky hash of the session -> variant and rung; and, by a second hash that is
-independent of the first, whether the answer will be audited. All is decided before anything is served.
+slice by prompt tokens -> nested sticky hash of the session -> variant, rung, and the probability with which
+the answer will be audited (`draw` draws). All is decided before anything is served.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ class Assignment:
     slice_id: str = NO_SLICE
     rollout_id: str = ""
     share: float = 0.0
+    audit_probability: float = 0.0
     is_audited: bool = False
+    span_place: float = 0.0  # of the audited span in its answer: from 0 for its first place to below 1
+    artifact: str = ""  # digest of what a sparse replica must run; "": any
     reason: str = ""
 
     @property
@@ -48,21 +51,22 @@ def find_route(table: RoutingTable, prompt_tokens: int) -> SliceRoute | None:
 
 
 def assign(table: RoutingTable | None, *, prompt_tokens: int, unit: str) -> Assignment:
-    """Decide variant, rung and audit for one request; without a table that can be trusted, dense."""
+    """Decide variant and rung for one request; without a table that can be trusted, dense."""
     if table is None:
         return Assignment(DENSE, DENSE_RUNG, reason="no_lease")
     route = find_route(table, prompt_tokens)
     if route is None:
         return Assignment(DENSE, DENSE_RUNG, rollout_id=table.rollout_id, reason="no_slice")
     is_candidate = route.rung_id != DENSE_RUNG and position(unit, table.salt) < route.share
-    is_audited = route.rung_id != DENSE_RUNG and position(unit, table.salt, "audit") < route.audit_share
+    audit_share = route.audit_share_sparse if is_candidate else route.audit_share
     return Assignment(
         variant=SPARSE if is_candidate else DENSE,
         rung_id=route.rung_id,
         slice_id=route.slice_id,
         rollout_id=table.rollout_id,
         share=route.share,
-        is_audited=is_audited,
+        audit_probability=audit_share if route.rung_id != DENSE_RUNG else 0.0,
+        artifact=table.artifact,
         reason="candidate" if is_candidate else "control",
     )
 
@@ -78,6 +82,15 @@ class Lease:
         self._table: RoutingTable | None = None
         self._renewals: int | None = None
         self._renewed_at_s: float | None = None
+        self._stopped: set[str] = set()
+
+    def stop(self, rollout_id: str) -> None:
+        """Obey no table of this rollout any more, whatever the store says."""
+        self._stopped.add(rollout_id)
+
+    def release(self, rollout_id: str) -> None:
+        """Let the store say again what becomes of a rollout."""
+        self._stopped.discard(rollout_id)
 
     def observe(self, table: RoutingTable, renewals: int, now_s: float) -> None:
         """Take in what the store says, read at `now_s` on a monotonic clock."""
@@ -88,8 +101,13 @@ class Lease:
         self._table, self._renewals = table, renewals
 
     def table(self, now_s: float) -> RoutingTable | None:
-        """Return the table while its lease lasts, else None."""
-        return self._table if self.is_fresh(now_s) else None
+        """Return the table while its lease lasts and nobody stopped its rollout here, else None."""
+        is_stopped = self._table is not None and self._table.rollout_id in self._stopped
+        return self._table if self.is_fresh(now_s) and not is_stopped else None
+
+    def artifact(self) -> str:
+        """Return the digest of what the newest table is bound to, fresh or not; "" if to nothing."""
+        return "" if self._table is None else self._table.artifact
 
     def is_fresh(self, now_s: float) -> bool:
         """Whether the controller renewed the lease within the time that the table itself allows."""
@@ -103,28 +121,36 @@ class Lease:
 class Breaker:
     """Spares users the wait for a variant that has just failed several times in a row.
 
+    One session's failures alone never open it: they may be the session's own.
     Skipped requests still count against the candidate; the rollback itself is the policy's business.
     """
 
     def __init__(self, *, max_failures: int = 3, open_s: float = 5.0) -> None:
         self._max_failures = max_failures
         self._open_s = open_s
-        self._failures = 0
+        self._failures: dict[str, int] = {}  # since the last success: of each unit, never enough to trip
         self._opened_at_s = 0.0
 
     def is_open(self, now_s: float) -> bool:
         """Whether requests should skip the variant; after `open_s` one more try is let through."""
-        return self._failures >= self._max_failures and now_s - self._opened_at_s < self._open_s
+        return self._is_tripped() and now_s - self._opened_at_s < self._open_s
 
-    def record(self, *, is_ok: bool, now_s: float) -> None:
-        """Take in how one try ended."""
-        self._failures = 0 if is_ok else self._failures + 1
-        if self._failures >= self._max_failures:
+    def record(self, *, is_ok: bool, unit: str, now_s: float) -> None:
+        """Take in how one try of a unit ended."""
+        if is_ok:
+            self._failures.clear()
+            return
+        if not self._is_tripped():
+            self._failures[unit] = min(self._failures.get(unit, 0) + 1, self._max_failures - 1)
+        if self._is_tripped():
             self._opened_at_s = now_s
+
+    def _is_tripped(self) -> bool:
+        return sum(self._failures.values()) >= self._max_failures
 
 
 class SeenUnits:
-    """Remembers the newest units, so that a session is audited once per rollout, slice and rung."""
+    """Remembers the newest units, so that each is taken for new once."""
 
     def __init__(self, max_units: int = 50_000) -> None:
         self._max_units = max_units

@@ -31,16 +31,41 @@ class Limits(_Options):
     token_timeout_s: float = Field(default=30.0, gt=0, description="longest pause inside a stream")
     poll_every_s: float = Field(default=0.25, gt=0, description="how often the routing table is read")
     max_unwritten_records: int = Field(default=10_000, ge=1)
-    audit_max_tokens: int = Field(default=64, ge=1, description="served tokens that are replayed")
+    audit_max_tokens: int = Field(default=64, ge=1, description="successive served tokens that are replayed")
+    audit_wait_s: float = Field(
+        default=10.0, gt=0, description="no audit is drawn that would wait longer for its replay"
+    )
     attention_record_bytes: int = Field(
         default=2048, ge=0, description="what a request's attention kept: layers are left out beyond; 0: none"
     )
+
+
+class VllmOptions(_Options):
+    """What a variant on the vLLM engine may be told; everything else of vLLM's goes through `extra_args`."""
+
+    max_running: int = Field(default=16, ge=1, description="requests in one batch")
+    step_tokens: int = Field(default=2048, ge=128, description="tokens that one step computes at most")
+    kv_cache_mib: int = Field(
+        default=1024,
+        ge=64,
+        description="keys and values; the scorer's features come on top (the guide says how much)",
+    )
+    prefix_cache: bool = Field(default=True, description="requests of one rung share what they begin with")
+    compile: bool = Field(
+        default=True, description="let vLLM compile the model: a minute at start, faster after"
+    )
+    tensor_parallel: int = Field(default=1, ge=1)
+    extra_args: dict[str, Any] = Field(default={}, description="arguments of vLLM's engine, as they are")
 
 
 class EngineOptions(_Options):
     """How a model is run, whatever its variant."""
 
     model: str = "pocket"
+    engine: Literal["builtin", "vllm"] = Field(
+        default="builtin", description="builtin: one request at a time, for demo and tests; vllm: an extra"
+    )
+    vllm: VllmOptions = VllmOptions()
     adapter: str | None = Field(
         default=None, description="folder [default: the one adapter of the model at home]"
     )

@@ -12,7 +12,7 @@ from sentei.serving.answer import Delta, Progress
 from sentei.serving.engine.request import TokenLogprob
 from sentei.serving.errors import RequestError
 from sentei.serving.openai.fields import error_body
-from sentei.serving.text import TokenTexts, ToolCall
+from sentei.serving.text.pieces import TokenTexts, ToolCall
 
 DONE = "data: [DONE]\n\n"
 _MISSING_LOGPROB = -9999.0  # OpenAI's value for a token outside the listed ones

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 
 from sentei.monitors.errors import MonitorError
-from sentei.monitors.records import AuditScore, RequestRecord
+from sentei.monitors.records import Arrival, AuditScore, RequestRecord
 from sentei.serving.ports import RecordStore
 
 log = logging.getLogger(__name__)
 
 RETRY_S = (0.1, 0.5, 2.0)
-Record = RequestRecord | AuditScore
+Record = RequestRecord | AuditScore | Arrival
 
 
 class RecordWriter:
@@ -64,10 +64,7 @@ class RecordWriter:
         """Write one record now, with a few tries; a writer may try again because records are written once."""
         for pause_s in (*RETRY_S, None):
             try:
-                if isinstance(record, RequestRecord):
-                    self._store.add_request(record)
-                else:
-                    self._store.add_audit(record)
+                self._add(record)
             except MonitorError as error:
                 if pause_s is None:
                     self._drop(record, str(error))
@@ -77,6 +74,16 @@ class RecordWriter:
                 self.written += 1
                 return
 
+    def _add(self, record: Record) -> None:
+        match record:
+            case RequestRecord():
+                self._store.add_request(record)
+            case Arrival():
+                self._store.add_arrival(record)
+            case AuditScore():
+                self._store.add_audit(record)
+
     def _drop(self, record: Record, reason: str) -> None:
         self.dropped += 1
-        log.error("record of request %s lost (%d so far): %s", record.request_id, self.dropped, reason)
+        whose = "a new session" if isinstance(record, Arrival) else f"request {record.request_id}"
+        log.error("record of %s lost (%d so far): %s", whose, self.dropped, reason)

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 from sentei.monitors.errors import StoreError
-from sentei.monitors.records import AuditScore, RequestRecord
+from sentei.monitors.records import Arrival, AuditScore, RequestRecord
 from sentei.monitors.store import Store
 from sentei.pipeline.tracking.tracker import MetricPoint, RunSpec, TrackingError
 
@@ -67,6 +67,19 @@ def make_request(i: int, **changes: Any) -> RequestRecord:
         "compute_s": 1.5,
     }
     return RequestRecord(**{**values, **changes})
+
+
+def make_arrival(i: int, **changes: Any) -> Arrival:
+    """The arrival of session `s<i>`; by default sparse gets it."""
+    values: dict[str, Any] = {
+        "rollout_id": ROLLOUT,
+        "session_id": f"s{i}",
+        "slice_id": "long",
+        "at_s": 1000.0 + i,
+        "share": 0.25,
+        "variant_assigned": "sparse",
+    }
+    return Arrival(**{**values, **changes})
 
 
 def make_audit(i: int, **changes: Any) -> AuditScore:

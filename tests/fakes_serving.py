@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sentei.monitors.errors import StoreError
-from sentei.monitors.records import AuditScore, RequestRecord
+from sentei.monitors.records import Arrival, AuditScore, Missing, RequestRecord
 from sentei.policies.signals import RoutingTable, SliceRoute
 from sentei.serving.engine.attention_use import AttentionUse
 from sentei.serving.engine.request import (
@@ -20,7 +20,7 @@ from sentei.serving.engine.request import (
     TokenLogprob,
 )
 from sentei.serving.errors import VariantError
-from sentei.serving.ports import AuditJob, ModelCard
+from sentei.serving.ports import AuditJob, AuditLoad, ModelCard
 
 EOS_ID = 0
 MODEL = "tiny"
@@ -60,6 +60,7 @@ class FakeVariant:
     fail_after: int | None = None
     failure: Exception | None = None
     context_tokens: int = 64
+    artifact: str = ""
     rung_ids: tuple[str, ...] = ("dense", "mild", "medium", "bold")
     requests: list[EngineRequest] = field(default_factory=list)
     scored: list[ScoreRequest] = field(default_factory=list)
@@ -108,6 +109,7 @@ class FakeVariant:
             eos_ids=(EOS_ID,),
             rung_ids=self.rung_ids,
             pid=1,
+            artifact=self.artifact,
             fault=self.fault,
         )
 
@@ -136,6 +138,8 @@ class FakeStore:
     routing: tuple[RoutingTable, int] | None = None
     requests: list[RequestRecord] = field(default_factory=list)
     audits: list[AuditScore] = field(default_factory=list)
+    arrivals: list[Arrival] = field(default_factory=list)
+    values: dict[str, str] = field(default_factory=dict)
     failures_left: int = 0
 
     def _maybe_fail(self) -> None:
@@ -153,6 +157,15 @@ class FakeStore:
         self.audits.append(score)
         return True
 
+    def add_arrival(self, arrival: Arrival) -> bool:
+        self._maybe_fail()
+        self.arrivals.append(arrival)
+        return True
+
+    def save_value(self, name: str, value: str) -> None:
+        self._maybe_fail()
+        self.values[name] = value
+
     def read_routing(self) -> tuple[RoutingTable, int] | None:
         self._maybe_fail()
         return self.routing
@@ -164,11 +177,15 @@ class FakeDesk:
 
     is_open: bool = True
     jobs: list[AuditJob] = field(default_factory=list)
+    busy: AuditLoad | None = None
 
-    async def submit(self, job: AuditJob) -> bool:
+    async def submit(self, job: AuditJob) -> Missing | None:
         if self.is_open:
             self.jobs.append(job)
-        return self.is_open
+        return None if self.is_open else Missing.QUEUE_FULL
+
+    async def load(self) -> AuditLoad | None:
+        return self.busy
 
 
 class FakeRunner:
@@ -208,6 +225,7 @@ def make_table(
     *,
     share: float = 1.0,
     audit_share: float = 0.0,
+    artifact: str = "",
     rung_id: str = "medium",
     lease_s: float = 5.0,
     version: int = 1,
@@ -215,6 +233,6 @@ def make_table(
     """A table of two slices: short prompts (under 8 tokens) stay dense, long ones go by `share`."""
     routes = (
         SliceRoute("short", 0, 8, 0.0, "dense", 0.0),
-        SliceRoute("long", 8, 1 << 20, share, rung_id, audit_share),
+        SliceRoute("long", 8, 1 << 20, share, rung_id, audit_share, audit_share),
     )
-    return RoutingTable("r1", version, "salt", lease_s, routes)
+    return RoutingTable("r1", version, "salt", lease_s, routes, artifact)

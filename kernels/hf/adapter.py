@@ -1,8 +1,10 @@
 """An adapter on disk: scorer.safetensors, ladder.json and manifest.json, bound to one base model.
 
-Low-rank weights, where there are any, lie beside them in low_rank.safetensors.
+Low-rank weights, where there are any, lie beside them in low_rank.safetensors. The manifest seals the other
+files by their hashes: what was calibrated and proven is what is loaded, or nothing is.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 
 from sentei.kernels.hf.ladder import Ladder, dense_ladder, ladder_from_dict
@@ -38,6 +40,7 @@ class Manifest:
     figures: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     low_rank: LowRankInfo | None = None
+    files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of each file beside the manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,20 @@ class Adapter:
                     f"query_block_tokens is {rows}, but layer {index} has blocks of {shape.block_tokens}; "
                     f"give a divisor of that, at least {BLOCK_MIN}: sentei calibrate --query-block"
                 )
+            if rows % shape.query_pool:
+                raise AdapterError(
+                    f"query_block_tokens is {rows}, but layer {index} scores {shape.query_pool} queries as "
+                    "one; give a multiple of that: sentei calibrate --query-block"
+                )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the base model and of the files in the folder; "" of what was never saved."""
+        if not self.manifest.files:
+            return ""
+        base = self.manifest.base
+        parts = [base.weights_sha256, base.config_sha256, *sorted(self.manifest.files.items())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def with_ladder(self, ladder: Ladder) -> "Adapter":
         """Return the same scorers under another ladder."""
@@ -78,6 +95,7 @@ def new_adapter(
     pool_tokens: int = 16,
     block_tokens: int = 64,
     form: Form = "residual",
+    query_pool: int = 1,
     seed: int = 0,
 ) -> Adapter:
     """Return an adapter whose scorers have learned nothing yet; its ladder has `dense` only."""
@@ -85,7 +103,14 @@ def new_adapter(
     scorers: dict[int, BlockScorer] = {}
     for layer in thinnable_layers(model):
         shapes[layer.index] = ScorerShape(
-            layer.query_heads, layer.kv_heads, layer.head_dim, rank, pool_tokens, block_tokens, form
+            layer.query_heads,
+            layer.kv_heads,
+            layer.head_dim,
+            rank,
+            pool_tokens,
+            block_tokens,
+            form,
+            query_pool,
         )
         scorers[layer.index] = BlockScorer(shapes[layer.index], layer.scale, seed=seed + layer.index)
         scorers[layer.index].eval()
@@ -106,38 +131,59 @@ def save_adapter(adapter: Adapter, folder: Path) -> Adapter:
         _write_tensors(folder / LOW_RANK_FILE, adapter.low_rank.tensors())
     else:
         (folder / LOW_RANK_FILE).unlink(missing_ok=True)
-    save_ladder(adapter.ladder, folder)
-    manifest = asdict(adapter.manifest) | {
+    _write_json(folder / LADDER_FILE, adapter.ladder.to_dict())
+    sealed = replace(adapter.manifest, files=_hash_files(folder))
+    manifest = asdict(sealed) | {
         "format": FORMAT,
         "scales": {index: scorer.scale for index, scorer in adapter.scorers.items()},
     }
     _write_json(folder / MANIFEST_FILE, manifest)
-    return replace(adapter, folder=folder)
+    return replace(adapter, manifest=sealed, folder=folder)
 
 
 def save_ladder(ladder: Ladder, folder: Path) -> None:
-    """Write ladder.json, whole or not at all."""
+    """Write ladder.json, whole or not at all, and seal it."""
     _write_json(folder / LADDER_FILE, ladder.to_dict())
+    seal_adapter(folder)
+
+
+def seal_adapter(folder: Path) -> Mapping[str, str]:
+    """Write the hashes of a folder's files into its manifest: from now on these and no others are loaded."""
+    manifest = _read_json(folder / MANIFEST_FILE)
+    for name in (SCORER_FILE, LADDER_FILE):
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder} has no {name}; distill again")
+    files = _hash_files(folder)
+    _write_json(folder / MANIFEST_FILE, manifest | {"files": files})
+    return files
 
 
 def load_adapter(path: str | Path, model: nn.Module) -> Adapter:
     """Read an adapter for this model; an adapter of another model is refused by name."""
     folder = Path(path)
+    manifest = _manifest_from_dict(_read_json(folder / MANIFEST_FILE), folder)
+    _check_base(manifest.base, fingerprint(model, manifest.base.name), folder, model)
+    adapter = read_adapter(folder, next(model.parameters()).device)
+    return replace(adapter, low_rank=_load_low_rank(manifest, folder, model))
+
+
+def read_adapter(path: str | Path, device: torch.device | str = "cpu") -> Adapter:
+    """Read scorers and ladder alone, for a process in which another library holds the model.
+
+    Whoever starts that process checks with `load_adapter` that adapter and model belong together.
+    """
+    folder = Path(path)
     data = _read_json(folder / MANIFEST_FILE)
     manifest = _manifest_from_dict(data, folder)
-    _check_base(manifest.base, fingerprint(model, manifest.base.name), folder, model)
-    if not (folder / SCORER_FILE).is_file():
-        raise AdapterError(f"{folder} has no {SCORER_FILE}; distill again")
-    weights = load_file(folder / SCORER_FILE)
-    device = next(model.parameters()).device
+    weights = load(_read_sealed(folder, SCORER_FILE, manifest))
     scorers = {
         index: _load_scorer(index, shape, float(data["scales"][str(index)]), weights, folder).to(device)
         for index, shape in manifest.shapes.items()
     }
     # Ladders of before 2026-11-26 do not name their query blocks: they were as long as key blocks.
-    named = {"query_block_tokens": _block_tokens(manifest)} | _read_json(folder / LADDER_FILE)
-    ladder = ladder_from_dict(named)
-    return Adapter(manifest, scorers, ladder, folder, _load_low_rank(manifest.low_rank, folder, model))
+    ladder_json = _parse_json(_read_sealed(folder, LADDER_FILE, manifest), folder / LADDER_FILE)
+    named = {"query_block_tokens": _block_tokens(manifest)} | ladder_json
+    return Adapter(manifest, scorers, ladder_from_dict(named), folder)
 
 
 def _block_tokens(manifest: Manifest) -> int:
@@ -164,15 +210,16 @@ def _load_scorer(
     return scorer.eval()
 
 
-def _load_low_rank(info: LowRankInfo | None, folder: Path, model: nn.Module) -> LowRank | None:
-    if info is None:
+def _load_low_rank(manifest: Manifest, folder: Path, model: nn.Module) -> LowRank | None:
+    if manifest.low_rank is None:
         return None
     path = folder / LOW_RANK_FILE
     if not path.is_file():
         raise AdapterError(
             f"{folder} has no {path.name}, which its manifest names; train it again: sentei distill --joint"
         )
-    return low_rank_from_tensors(info, load_file(path), model, str(path))
+    tensors = load(_read_sealed(folder, LOW_RANK_FILE, manifest))
+    return low_rank_from_tensors(manifest.low_rank, tensors, model, str(path))
 
 
 def _check_base(own: Fingerprint, other: Fingerprint, folder: Path, model: nn.Module) -> None:
@@ -200,17 +247,52 @@ def _manifest_from_dict(data: Mapping[str, Any], folder: Path) -> Manifest:
             figures=data["figures"],
             versions=data["versions"],
             low_rank=info_from_dict(data["low_rank"]) if data.get("low_rank") is not None else None,
+            files=data.get("files", {}),
         )
     except (KeyError, TypeError) as error:
         raise AdapterError(f"{folder / MANIFEST_FILE} is broken ({error!r}); distill again") from error
 
 
+def _hash_files(folder: Path) -> dict[str, str]:
+    names = (SCORER_FILE, LADDER_FILE, LOW_RANK_FILE)
+    return {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in names
+        if (folder / name).is_file()
+    }
+
+
+def _read_sealed(folder: Path, name: str, manifest: Manifest) -> bytes:
+    """Return a file's bytes if they are those that the manifest names."""
+    path = folder / name
+    if not path.is_file():
+        raise AdapterError(f"{folder} has no {name}; distill again")
+    if not manifest.files:
+        raise AdapterError(
+            f"adapter {folder} is not sealed: its manifest has no hashes of its files, so nobody can tell "
+            f"whether they are what was calibrated; if you trust them: sentei seal {folder}"
+        )
+    content, sealed = path.read_bytes(), manifest.files.get(name, "none")
+    if (found := hashlib.sha256(content).hexdigest()) != sealed:
+        raise AdapterError(
+            f"{path} is not the file that was sealed (hash {found[:12]}, manifest {sealed[:12]}): "
+            f"restore it; or, if the change was meant, run `sentei seal {folder}` and start a new rollout"
+        )
+    return content
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise AdapterError(f"{path.parent} is no adapter: it has no {path.name}") from error
-    except json.JSONDecodeError as error:
+    return _parse_json(content, path)
+
+
+def _parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(content)
+    except ValueError as error:  # not JSON, or not UTF-8
         raise AdapterError(f"{path} is not JSON ({error}); restore or rebuild the adapter") from error
     return data
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sentei.pipeline.cli.output import ExitCode, Output
+from sentei.pipeline.cli.policy_file import read_policy_file
 from sentei.pipeline.cli.simulate import run_simulate
 from sentei.pipeline.reports.policy_page import said, save_explanation
 from sentei.policies.review.advice import Advice, find_advice, readable
@@ -43,7 +44,7 @@ def lint(
 ) -> None:
     """Check a policy file: every error in one run; else its duration, needs, and what can never happen."""
     output = Output(as_json=as_json)
-    text = policy.read_text(encoding="utf-8")
+    text = read_policy_file(policy)
     try:
         loaded = load_policy(text, source=str(policy))
     except PolicyError as error:
@@ -86,7 +87,7 @@ def explain(
 ) -> None:
     """Say in sentences what a policy does, and draw its stages over time on a page."""
     output = Output(as_json=as_json)
-    loaded = load_policy(policy.read_text(encoding="utf-8"), source=str(policy))
+    loaded = load_policy(read_policy_file(policy), source=str(policy))
     expected = Expected(sessions_per_hour, _mix(loaded, mix))
     stages = forecast(loaded, expected)
     sentences = explained(loaded, stages)
@@ -118,7 +119,7 @@ def replay_rollout(
     from sentei.pipeline.rollout.replay import replay, to_difference
 
     output = Output(as_json=as_json)
-    loaded = load_policy(policy.read_text(encoding="utf-8"), source=str(policy))
+    loaded = load_policy(read_policy_file(policy), source=str(policy))
     with Store.open(store or sentei_home().create().store_url) as opened:
         rollouts = opened.read_rollouts()
         if rollout_id is None and not rollouts:

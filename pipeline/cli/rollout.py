@@ -10,6 +10,7 @@ import typer
 from rich.live import Live
 
 from sentei.pipeline.cli.output import ExitCode, Output
+from sentei.pipeline.cli.policy_file import read_policy_file
 from sentei.pipeline.cli.view import history_table, rollout_panel, rollouts_table
 from sentei.pipeline.rollout.client import AdminClient
 
@@ -22,7 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 RolloutId = Annotated[str | None, typer.Argument(help="The rollout; the newest if left out.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why: kept in the event log.")]
 
-OUTCOMES = ("promoted", "rolled_back")
+OUTCOMES = ("promoted", "rolled_back", "replaced")
 
 
 @app.command()
@@ -31,13 +32,16 @@ def start(
     release: Annotated[
         bool, typer.Option("--release-quarantine", help="Start a policy that was rolled back before.")
     ] = False,
+    replaces: Annotated[
+        bool, typer.Option("--replace", help="Follow a promoted rollout: its share of sparse ends at once.")
+    ] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Start a rollout."""
     output = Output(as_json=as_json)
-    text = policy.read_text(encoding="utf-8")
-    answer = AdminClient(url).start_rollout(text, str(policy), release_quarantine=release)
+    text = read_policy_file(policy)
+    answer = AdminClient(url).start_rollout(text, str(policy), release_quarantine=release, replace=replaces)
     output.say(f"started [bold]{answer['rollout_id']}[/]: watch it with `sentei rollout watch`")
     output.emit(answer)
 
@@ -67,7 +71,7 @@ def watch(
     url: Url = None,
     every_s: Annotated[float, typer.Option(help="Seconds between looks.")] = 1.0,
 ) -> None:
-    """Follow a rollout until it is promoted or rolled back; the exit code says which (0 or 1)."""
+    """Follow a rollout until it is promoted (exit code 0), rolled back or replaced (1)."""
     client = AdminClient(url)
     chosen = _newest(client, rollout_id)
     found: dict[str, Any] = client.rollout(chosen)
@@ -100,7 +104,7 @@ def edit(
     output = Output(as_json=as_json)
     client = AdminClient(url)
     chosen = _newest(client, rollout_id)
-    text = policy.read_text(encoding="utf-8")
+    text = read_policy_file(policy)
     answer = client.edit_policy(chosen, text, str(policy))
     output.say(f"edit sent to [bold]{chosen}[/], it acts at the next tick:")
     for change in answer["changes"]:
@@ -116,7 +120,7 @@ def _command(kind: str, help_text: str) -> None:
         client = AdminClient(url)
         chosen = _newest(client, rollout_id)
         answer = client.command(chosen, kind, reason=reason)
-        output.say(f"{kind} sent to [bold]{chosen}[/]: it acts at the next tick")
+        output.say(f"{kind} sent to [bold]{chosen}[/]: it acts {answer['acts']}")
         output.emit(answer)
 
     app.command(kind, help=help_text)(send)

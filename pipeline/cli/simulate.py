@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from sentei.pipeline.cli.output import ExitCode, Output
+from sentei.pipeline.cli.policy_file import read_policy_file
 from sentei.pipeline.rollout.simulate import Simulation, simulate
 from sentei.policies.schema.load import load_policy
 from sentei.policies.schema.policy import Policy
@@ -63,7 +64,7 @@ def run_simulate(
 ) -> None:
     """Simulate a policy: false rollback, false promotion, delay and exposure, beside threshold rules."""
     output = Output(as_json=as_json)
-    text = (policy or YARDSTICK).read_text(encoding="utf-8")
+    text = read_policy_file(policy or YARDSTICK)
     loaded = load_policy(text, str(policy or YARDSTICK))
     own = own_scenario(
         effect or [],

@@ -45,6 +45,7 @@ class DemoSize:
     attention: str
     max_rollout_s: float
     threads: int = 1
+    engine: str = "builtin"
     policy_changes: Mapping[str, Any] | None = None  # dotted path -> value, over policies/examples/demo.yaml
 
 
@@ -157,6 +158,7 @@ def serve_config(bench: Workbench, size: DemoSize) -> dict[str, Any]:
         "adapter": str(bench.adapter_dir),
         "attention": size.attention,
         "threads": size.threads,
+        "engine": size.engine,
         "store_url": bench.home.store_url,
         "mlflow_uri": bench.home.mlflow_uri,
         "mirror_every_s": 5.0,
@@ -191,7 +193,6 @@ def _run_story(
     seed: int,
     watch: Watch,
 ) -> StoryEnd:
-    admin.plant_fault(story.fault)
     _, held_out = split_documents(bench.corpus)
     prefix = f"{story.name}-{int(time.time())}"
     prompts = prompt_mix(bench.loaded.tokenizer, held_out, options=size.mix, seed=seed, prefix=prefix)
@@ -201,8 +202,13 @@ def _run_story(
         time.sleep(LEAD_S)
         started = time.monotonic()
         policy = demo_policy(f"demo-{story.name}", size)
-        # An earlier demo in the same home has left the second story's policy in quarantine.
-        rollout_id = admin.start_rollout(policy, "demo.yaml", release_quarantine=True)["rollout_id"]
+        # An earlier demo in the same home has left the second story's policy in quarantine, and the first
+        # story is promoted when the second one begins. The fault comes after the start, not before: what the
+        # first story's sessions meet belongs to the first story.
+        rollout_id = admin.start_rollout(policy, "demo.yaml", release_quarantine=True, replace=True)[
+            "rollout_id"
+        ]
+        admin.plant_fault(story.fault)
         found = admin.rollout(rollout_id)
         while found["outcome"] not in OUTCOMES and time.monotonic() - started < size.max_rollout_s:
             time.sleep(POLL_S)

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import yaml
 
-READY_TIMEOUT_S = 240.0
+READY_TIMEOUT_S = 960.0  # the app gives up before, and says why
 STOP_TIMEOUT_S = 40.0
 MODULE = "sentei.serving.local"  # run as a program: nobody imports serving
 

@@ -31,6 +31,7 @@ from sentei.pipeline.reports.share_chart import draw_share
 from sentei.pipeline.reports.wording import headline, need_words, outcome_words
 from sentei.pipeline.rollout.revisions import PolicyBook
 from sentei.pipeline.rollout.runner import EVIDENCE, HOLD
+from sentei.pipeline.rollout.succession import REPLACED
 from sentei.policies.engine import routing
 from sentei.policies.schema.policy import Policy
 from sentei.policies.state import RolloutState, state_from_json
@@ -118,7 +119,7 @@ def build_report(
     states = [state_from_json(event.state) for event in events]
     last = states[-1]
     policy = book.find(rollout_id, last.policy_digest)
-    shares = [_share(book.find(rollout_id, state.policy_digest), state) for state in states]
+    shares = [routed_share(book.find(rollout_id, state.policy_digest), state) for state in states]
     requests, audits = store.read_requests(rollout_id), store.read_audits(rollout_id)
     drift = [result for _, result in store.read_drift(rollout_id)]
     if upto_event is not None:
@@ -182,8 +183,9 @@ def save_report(report: Report, folder: Path) -> tuple[Path, Path]:
     return html_path, json_path
 
 
-def _share(policy: Policy, state: RolloutState) -> float:
-    return max(route.share for route in routing(policy, state).routes)
+def routed_share(policy: Policy, state: RolloutState) -> float:
+    """Return the largest candidate share of any slice in this state; none once another rollout took over."""
+    return 0.0 if state.outcome == REPLACED else max(route.share for route in routing(policy, state).routes)
 
 
 def _verdicts(policy: Policy, events: Sequence[Event]) -> tuple[Mapping[str, Any], ...]:
@@ -214,7 +216,7 @@ def _routes(policy: Policy, state: RolloutState) -> tuple[RouteEntry, ...]:
         RouteEntry(
             slice_id=route.slice_id,
             tokens=f"{route.min_tokens:,} to {route.max_tokens:,}",
-            share=route.share,
+            share=0.0 if state.outcome == REPLACED else route.share,
             rung_id=route.rung_id,
             fell_back_by=fallen.get(route.slice_id, ""),
         )

@@ -11,6 +11,7 @@ from sentei.pipeline.reports.figures import Savings
 OUTCOMES = {
     "promoted": "Promoted",
     "rolled_back": "Rolled back to dense",
+    "replaced": "Replaced by a newer rollout",
     "running": "Still running",
     "paused": "Paused",
 }
@@ -37,6 +38,8 @@ def headline(outcome: str, share: float, saved: Savings) -> str:
         return f"Sparse attention passed every gate and serves {share:.0%} of the routed sessions{gain}."
     if outcome == "rolled_back":
         return "Sparse attention broke a guardrail; every request is answered by dense attention again."
+    if outcome == "replaced":
+        return "A newer rollout took its place; what it had proven and saved until then is below."
     return f"Not decided yet: sparse attention serves {share:.0%} of the routed sessions{gain}."
 
 

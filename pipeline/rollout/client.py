@@ -31,13 +31,24 @@ class AdminClient:
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
 
     def start_rollout(
-        self, policy_text: str, source: str = "policy.yaml", *, release_quarantine: bool = False
+        self,
+        policy_text: str,
+        source: str = "policy.yaml",
+        *,
+        release_quarantine: bool = False,
+        replace: bool = False,
     ) -> dict[str, Any]:
         """Start a rollout of a policy's YAML text; returns at least `rollout_id`.
 
-        A policy that was rolled back is quarantined by digest and rung until somebody releases it by hand.
+        A policy that was rolled back is quarantined by digest and rung until somebody releases it by hand. A
+        promoted rollout is followed only with `replace`: its share of sparse ends then.
         """
-        body = {"policy": policy_text, "source": source, "release_quarantine": release_quarantine}
+        body = {
+            "policy": policy_text,
+            "source": source,
+            "release_quarantine": release_quarantine,
+            "replace": replace,
+        }
         return self._call("POST", "/admin/v1/rollouts", body)
 
     def rollouts(self) -> list[dict[str, Any]]:

@@ -140,7 +140,7 @@ class _Past:
         """The records above a cursor, as far as `upto`, and the orders that were not obeyed yet."""
         found = read_signals(
             self._store,
-            replace(self._query, num_numbers=max(upto - cursor, 0)),
+            replace(self._query, num_numbers=max(upto - cursor, 0), since_s=before.since_s),
             cursor=cursor,
             command_cursor=before.command_seq,
             now_s=at_s,

@@ -27,6 +27,7 @@ from sentei.monitors.signals_reader import SignalQuery, read_signals
 from sentei.monitors.store import Store
 from sentei.pipeline.plain import to_plain
 from sentei.pipeline.rollout.revisions import STARTED, PolicyBook, take_revision
+from sentei.pipeline.rollout.succession import REPLACED, add_successor, close_former
 from sentei.policies.engine import (
     Decision,
     RolloutState,
@@ -73,6 +74,7 @@ class RunnerOptions:
     owner: str  # unique per process: two controllers of one name would not fence each other
     replicas: Callable[[], Mapping[str, int]] = field(default=lambda: {"dense": 1, "sparse": 1})
     audit_limit_s: float | None = None  # default: data.max_age, at least a minute
+    artifact: Callable[[], str] = field(default=lambda: "")  # digest of what sparse runs; "": not known
 
 
 def start_rollout(
@@ -83,11 +85,13 @@ def start_rollout(
     about: Mapping[str, str] | None = None,
     rollout_id: str | None = None,
     releases_quarantine: bool = False,
+    replaces: bool = False,
 ) -> Rollout:
     """Write a rollout down; the controller takes up the newest one.
 
-    Raises PolicyError, RolloutError for an id that cannot name a folder, and QuarantineError if this
-    policy was rolled back at one of its rungs before and the operator does not release it.
+    Raises PolicyError, RolloutError for an id that cannot name a folder, QuarantineError if this policy was
+    rolled back at one of its rungs before and the operator does not release it, and StartRefusedError while
+    another rollout is not over, or is promoted and the operator does not say that this one `replaces` it.
     """
     policy = load_policy(policy_text, "policy")
     moment = datetime.fromtimestamp(now_s, UTC).strftime("%Y%m%d-%H%M%S")
@@ -104,7 +108,7 @@ def start_rollout(
         created_at_s=now_s,
         about=dict(about or {}),
     )
-    store.add_rollout(rollout)
+    add_successor(store, rollout, replaces=replaces)
     return rollout
 
 
@@ -181,12 +185,15 @@ class RolloutRunner:
 
     def _resume(self, token: int, now_s: float) -> tuple[RolloutState, float]:
         """Return the state of the newest event and its time; the first event if there is none."""
-        event = self._log.latest(self.rollout.rollout_id)
+        event = self._log.resume(self.rollout.rollout_id)
         if event is not None:
             state = state_from_json(event.state)
+            if state.outcome == REPLACED:
+                raise RolloutError(f"rollout {state.rollout_id!r} is over: {state.reason}.")
             if state.policy_digest != self.policy.digest:  # edited, by this controller or another
                 self.policy = self._book.find(self.rollout.rollout_id, state.policy_digest)
             return state, event.at_s
+        close_former(self._store, self.rollout, token=token, now_s=now_s)
         state = initial_state(self.policy, self.rollout.rollout_id, now_s)
         payload = {
             "reason": "started",
@@ -211,6 +218,8 @@ class RolloutRunner:
             self.rollout.rollout_id,
             replicas=self._options.replicas(),
             audit_limit_s=self._options.audit_limit_s,
+            since_s=state.since_s,
+            artifact=self._options.artifact(),
         )
         try:
             return read_signals(
@@ -251,7 +260,9 @@ def is_kept(policy: Policy, before: RolloutState, decision: Decision, *, since_s
 
 def _without_evidence(state: RolloutState) -> RolloutState:
     """The state without what reading the same cursor again gives back."""
-    slices = tuple(replace(item, served_units=0) for item in state.slices)
+    slices = tuple(
+        replace(item, served_units=0, upper_units=0, requests=0, upper_requests=0) for item in state.slices
+    )
     return replace(state, cells=(), cursor=0, waiting_since_s=0.0, slices=slices)
 
 
@@ -288,9 +299,15 @@ def event_payload(before: RolloutState, decision: Decision) -> dict[str, Any]:
 
 
 def signal_query(
-    policy: Policy, rollout_id: str, *, replicas: Mapping[str, int], audit_limit_s: float | None = None
+    policy: Policy,
+    rollout_id: str,
+    *,
+    replicas: Mapping[str, int],
+    audit_limit_s: float | None = None,
+    since_s: float = 0.0,
+    artifact: str = "",
 ) -> SignalQuery:
-    """Return what has to be read for a policy."""
+    """Return what has to be read for a policy in the phase that began at `since_s`."""
     spec = policy.spec
     names = {item.value for item in spec.guardrails.items} | {item.value for item in spec.benefit}
     return SignalQuery(
@@ -299,6 +316,10 @@ def signal_query(
         health_window_s=spec.breaker.variant.window,
         audit_limit_s=max(MIN_AUDIT_LIMIT_S, spec.data.max_age) if audit_limit_s is None else audit_limit_s,
         replicas=replicas,
+        since_s=since_s,
+        unit_period_s=spec.audit.select.period,
+        borders={item.id: item.middle for item in policy.routed_slices},
+        artifact=artifact,
     )
 
 

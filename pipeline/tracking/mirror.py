@@ -18,10 +18,9 @@ from sentei.monitors.events import Event, EventLog
 from sentei.monitors.means import read_means
 from sentei.monitors.records import DriftResult, Rollout
 from sentei.monitors.store import Store
-from sentei.pipeline.reports.rollout_report import build_report, render_html, render_json
+from sentei.pipeline.reports.rollout_report import build_report, render_html, render_json, routed_share
 from sentei.pipeline.rollout.revisions import PolicyBook
 from sentei.pipeline.tracking.tracker import MetricPoint, RunSpec, Tracker, TrackingError
-from sentei.policies.engine import routing
 from sentei.policies.schema.policy import Policy
 from sentei.policies.state import ALL_SLICES, RolloutState, state_from_json
 
@@ -114,13 +113,13 @@ class Mirror:
         run = self._tracker.ensure_run(_experiment(policy), _stage_spec(policy, stage, parent, first.event))
         self._tracker.log(run, [point for moment in members for point in moment.points], _tags(last))
         if last.state.outcome:
-            self._tracker.finish(run, last.event.at_s, is_ok=last.state.outcome == "promoted")
+            self._tracker.finish(run, last.event.at_s, is_ok=last.state.outcome != "rolled_back")
 
     def _finish(self, parent: str, rollout: Rollout, moment: Moment) -> None:
         report = build_report(self._store, rollout.rollout_id, upto_event=moment.event.seq)
         self._tracker.save_text(parent, render_html(report), "reports/comparison.html")
         self._tracker.save_text(parent, render_json(report), "reports/comparison.json")
-        self._tracker.finish(parent, moment.event.at_s, is_ok=moment.state.outcome == "promoted")
+        self._tracker.finish(parent, moment.event.at_s, is_ok=moment.state.outcome != "rolled_back")
 
     def _mirror_drift(self) -> int:
         num_results = 0
@@ -189,11 +188,6 @@ class Mirror:
         after = event.payload.get("before", {}).get("cursor", state.cursor)
         values |= read_means(self._store, event.rollout_id, after=after, upto=state.cursor)
         return Moment(event, state, tuple(_points(values, event.seq, event.at_s)))
-
-
-def routed_share(policy: Policy, state: RolloutState) -> float:
-    """Return the largest candidate share of any slice in this state."""
-    return max(route.share for route in routing(policy, state).routes)
 
 
 def _points(values: Mapping[str, float | None], step: int, at_s: float) -> Iterator[MetricPoint]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
 from sentei.policies.evidence.base import BETTING_CUT, Bools, Direction, Floats, log_threshold
 
 PAIRED_CUT = 0.9  # F13: Z is concentrated, and 0.9 proved 0.015 excess in 243 audits instead of 412
+_SEARCH_BLOCK = 4096
+NOTICED = 0.95
+NOTICE_STREAMS = 400
+NOTICE_BLOCK = 256
+NOTICE_LIMIT = 5_120  # units; a bound so tight is beyond what no_harm can watch
 SEARCH_LIMIT = 1_000_000  # units after which a constant stream is said to prove nothing
 
 
@@ -135,12 +141,42 @@ def units_to_prove(
     """
     if (value <= bound) == (direction == "harm"):
         return None
-    evidence = Betting(bound, direction, alpha, cut)
-    while evidence.log_e < log_threshold(alpha):
-        if evidence.units >= SEARCH_LIMIT:
-            return None
-        evidence = evidence.update(value)
-    return evidence.units
+    moments, log_e, units = Moments.start((1,)), 0.0, 0
+    while units < SEARCH_LIMIT:
+        values, is_unit = np.full((1, _SEARCH_BLOCK), value), np.ones((1, _SEARCH_BLOCK), dtype=np.bool_)
+        moments, scale = moments.advance(values, is_unit)
+        steps = betting_steps(values, is_unit, scale, bound=bound, direction=direction, alpha=alpha, cut=cut)
+        path = log_e + np.cumsum(steps[0])
+        if path.max() >= log_threshold(alpha):
+            return units + int(np.argmax(path >= log_threshold(alpha))) + 1
+        log_e, units = float(path[-1]), units + _SEARCH_BLOCK
+    return None
+
+
+@lru_cache(maxsize=256)
+def units_to_notice(excess: float, *, floor_cap: float | None, alpha: float, cut: float) -> int:
+    """After how many units 95 % of the candidates that stand at twice the bound have been called harmful.
+
+    Units vary as a Beta distribution of that mean and a concentration of 20 does. `excess` is the bound
+    itself, over the floor where there is a `floor_cap`. At most NOTICE_LIMIT, which then means "more".
+    """
+    cap = floor_cap or 0.0
+    bound, mean = (excess + cap) / (1 + cap), min(2 * excess, 0.99)
+    rng = np.random.default_rng(0)  # always the same streams: a policy is refused today as tomorrow
+    moments, log_e = Moments.start((NOTICE_STREAMS,)), np.zeros(NOTICE_STREAMS)
+    crossed = np.full(NOTICE_STREAMS, NOTICE_LIMIT)
+    for begin in range(0, NOTICE_LIMIT, NOTICE_BLOCK):
+        values = (rng.beta(20 * mean, 20 * (1 - mean), (NOTICE_STREAMS, NOTICE_BLOCK)) + cap) / (1 + cap)
+        is_unit = np.ones(values.shape, dtype=np.bool_)
+        moments, scale = moments.advance(values, is_unit)
+        steps = betting_steps(values, is_unit, scale, bound=bound, direction="harm", alpha=alpha, cut=cut)
+        path = log_e[:, None] + np.cumsum(steps, axis=-1)
+        is_over = path >= log_threshold(alpha)
+        first = np.where(is_over.any(axis=-1), begin + is_over.argmax(axis=-1) + 1, NOTICE_LIMIT)
+        crossed, log_e = np.minimum(crossed, first), path[:, -1]
+        if (crossed < NOTICE_LIMIT).mean() >= NOTICED:
+            break
+    return int(np.sort(crossed)[math.ceil(NOTICED * NOTICE_STREAMS) - 1])
 
 
 def _cumulate(values: Floats, before: Floats) -> Floats:

@@ -31,6 +31,11 @@ class Interval:
     low: float = 0.0
     high: float = 1.0
 
+    @property
+    def mean(self) -> float | None:
+        """The plain mean of the units; None before the first."""
+        return self.total / self.units if self.units else None
+
     def update(self, value: float) -> Interval:
         """Weigh one more unit; its weight is fixed before its value is seen."""
         step = self.units + 1

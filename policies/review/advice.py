@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sentei.policies.budget import harm_alpha
 from sentei.policies.evidence import log_threshold
 from sentei.policies.evidence.base import log_mean_exp
 from sentei.policies.evidence.counts import RATIO_TILTS, Split
 from sentei.policies.intake import scaled_bound
-from sentei.policies.review.forecast import Expected, StageForecast, bad_units, best_s, forecast
+from sentei.policies.review.forecast import Expected, StageForecast, best_s, forecast
+from sentei.policies.schema.budget import harm_alpha
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.rules import Path
 from sentei.policies.schema.sections import Guardrail
 from sentei.policies.schema.units import format_duration
 
 WEEK_MINUTES = 7 * 24 * 60
-MANY_UNITS = 10_000  # all of them as bad as can be: a guardrail that needs more never fires
-MANY_EVENTS = 500  # and so many failures, all of sparse
+MANY_EVENTS = 500  # failures, all of sparse: a guardrail that needs more never fires
 _SEVERITY = {"freeze": 0, "previous_rung": 1, "rollback_slice": 2, "rollback": 3}
 
 
@@ -107,9 +106,6 @@ def _guardrails_can_fire(case: _Case) -> Iterator[Advice]:
             yield Advice(path, gate.id, "can never fire in mode advise: nobody is served by sparse")
         elif gate.test == "event_split":
             yield from _split_can_fire(policy, gate, path)
-        elif gate.test != "split_ramp" and (bad_units(policy, gate) or MANY_UNITS + 1) > MANY_UNITS:
-            message = f"can never fire: even the worst sessions prove no harm within {MANY_UNITS}"
-            yield Advice((*path, "bound"), gate.id, message)
 
 
 def _split_can_fire(policy: Policy, gate: Guardrail, path: Path) -> Iterator[Advice]:

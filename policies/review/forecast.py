@@ -13,7 +13,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from sentei.policies.budget import harm_alpha
 from sentei.policies.evidence import (
     BETTING_CUT,
     PAIRED_CUT,
@@ -23,6 +22,7 @@ from sentei.policies.evidence import (
     units_to_prove,
 )
 from sentei.policies.intake import scaled_bound
+from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Guardrail, Stage
 
@@ -50,7 +50,7 @@ class Need:
     """What one slice of a stage must see before the stage may end."""
 
     slice_id: str
-    audits: int  # at this rung; those of earlier stages count
+    audits: int  # of this stage where it proves safety, else at this rung so far
     served: int  # by sparse, in this stage
     sessions: int | None  # of the slice, in this stage; None where none are enough
 
@@ -90,7 +90,7 @@ def forecast(policy: Policy, expected: Expected) -> tuple[StageForecast, ...]:
         for need, rate in zip(needs, rates, strict=True):
             key = (need.slice_id, slice_rung(policy, stage, need.slice_id))
             audits[key] = max(
-                audits.get(key, 0.0) + rate * policy.audit_share(stage) * best / 3600, need.audits
+                audits.get(key, 0.0) + rate * _audited(policy, stage) * best / 3600, need.audits
             )
         found.append(
             StageForecast(
@@ -155,8 +155,7 @@ def _scaled(policy: Policy, gate: Guardrail, value: float) -> float:
 def _units(policy: Policy, gate: Guardrail, direction: Direction, value: float) -> int | None:
     if gate.test in ("event_split", "split_ramp"):
         return None
-    total = policy.spec.guardrails.alpha_total
-    alpha = total if direction == "safe" else harm_alpha(policy, gate)
+    alpha = try_alpha(policy) if direction == "safe" else harm_alpha(policy, gate)
     bound = scaled_bound(policy, gate)
     if gate.test == "beta_binomial":
         return _counted(bound, direction, alpha)
@@ -180,13 +179,14 @@ def _need(policy: Policy, index: int, place: int, audits: dict[tuple[str, str], 
     stage = spec.stages[index]
     rung = slice_rung(policy, stage, item.id)
     is_routed = stage.share > 0 and spec.mode == "enforce"
-    quality, served, asks_anything = 0, 0, False
+    quality, served, asks_anything, has_proof = 0, 0, False, False
     for gate in spec.guardrails.items:
         family = gate.metric.family
         if family != "quality" and not is_routed:
             continue
         asks_anything |= gate.per == "slice"
-        is_proven = family != "assignment" and (gate.advance or spec.advance.need) == "all_safe"
+        is_proven = policy.need(stage, gate) == "all_safe"
+        has_proof |= is_proven and family == "quality"
         units = (clean_units(policy, gate) if is_proven else 1) or 1
         if family == "quality":
             quality = max(quality, units, spec.advance.min_units)
@@ -195,15 +195,26 @@ def _need(policy: Policy, index: int, place: int, audits: dict[tuple[str, str], 
     has_quality = any(gate.metric.family == "quality" for gate in spec.guardrails.items)
     if not has_quality:
         served = max(served, spec.advance.min_units)
-    more = max(0.0, quality - audits.get((item.id, rung), 0.0))
-    rates = [(more, policy.audit_share(stage)), (served, stage.share)]
+    of_sparse = stage.share * policy.audit_odds(stage)[1]
+    if has_proof:  # by this stage's units, and where sparse serves by those that it served
+        rates = [(float(quality), of_sparse if is_routed else _audited(policy, stage))]
+    else:
+        rates = [(max(0.0, quality - audits.get((item.id, rung), 0.0)), _audited(policy, stage))]
+    rates.append((served, stage.share))
     if is_routed and has_quality:
-        rates.append((spec.advance.min_served_units, stage.share * policy.audit_share(stage)))
+        rates.append((spec.advance.min_served_units, of_sparse))
     sessions: int | None = 0
     for units_needed, rate in rates:
         if units_needed > 0 and sessions is not None:
             sessions = max(sessions, math.ceil(units_needed / rate - 1e-9)) if rate > 0 else None
     return Need(item.id, quality, served, sessions if asks_anything else None)
+
+
+def _audited(policy: Policy, stage: Stage) -> float:
+    """The share of requests that are audited, whoever serves them."""
+    dense, sparse = policy.audit_odds(stage)
+    share = stage.share if policy.spec.mode == "enforce" else 0.0
+    return share * sparse + (1 - share) * dense
 
 
 def _best_s(policy: Policy, stage: Stage, needs: tuple[Need, ...], rates: tuple[float, ...] | None) -> float:

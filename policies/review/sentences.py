@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sentei.policies.budget import harm_alpha
 from sentei.policies.review.advice import readable
 from sentei.policies.review.forecast import (
     StageForecast,
@@ -14,6 +13,7 @@ from sentei.policies.review.forecast import (
     clean_units,
     worst_s,
 )
+from sentei.policies.schema.budget import harm_alpha
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Guardrail, Signal
 from sentei.policies.schema.units import format_duration
@@ -64,13 +64,18 @@ def _stage(policy: Policy, stage: StageForecast, index: int) -> str:
     )
     if stage.share > 0:
         who = f"{stage.share:.0%} of the sessions are served by sparse"
-    text = f"Stage {index + 1}, {stage.stage_id}, at rung {stage.rung}: {who}, {stage.audit:.0%} are audited"
+    audited = f"{stage.audit:.0%} of the requests are audited"
+    text = f"Stage {index + 1}, {stage.stage_id}, at rung {stage.rung}: {who}, {audited}"
     audits = max((need.audits for need in stage.needs), default=0)
     served = max((need.served for need in stage.needs), default=0)
-    wants = [f"{audits} audited sessions"] if audits else []
+    proves = policy.need(own) == "all_safe"
+    whom = " that sparse served" if proves and own.share > 0 and policy.spec.mode == "enforce" else ""
+    wants = [f"{audits} audited units{whom}"] if audits else []
     wants += [f"{served} served ones"] if served > 1 else []
     if wants:
         text += f"; each slice needs at least {_and(wants)}"
+    if own.need is not None:
+        text += "; it only must show no harm, a later stage proves safety"
     rest = max(own.hold_min, own.bake or 0.0)
     if rest:
         text += f"; at least {format_duration(rest)}"
@@ -88,7 +93,9 @@ def _growth(policy: Policy) -> str:
         return "A stage ends when nothing is proven harmful; safety is not proven (need: no_harm)."
     return (
         f"A stage ends only when every guardrail that is asked for it is proven safe in every slice: "
-        f"a variant at its bound passes with probability at most {alpha:g}."
+        f"a variant at its bound passes with probability at most {alpha:g}, over all its tries together. "
+        f"Safety is proven in each stage anew, and where sparse serves by what it served; a session counts "
+        f"again after {format_duration(policy.spec.audit.select.period)}."
     )
 
 

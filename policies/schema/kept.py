@@ -20,12 +20,11 @@ from sentei.policies.schema.policy import Kept, Policy, to_document
 
 Document = dict[str, Any]
 
-SCHEMA = 2
+SCHEMA = 3
 
 # Schema 1 kept the text only, and knew words that had exactly one legal value.
 _GONE_1 = (
     "spec.variants",
-    "spec.slices.by",
     "spec.assignment.on_slice_change",
     "spec.audit.select.by",
     "spec.audit.noise_floor",
@@ -56,6 +55,8 @@ _DEFAULTS_1: Document = {  # of spec; a list holds the defaults of each of its i
     "schedule": {"check_every": "60s", "freeze": []},
     "record": {"mlflow": {"experiment": "sentei-rollouts"}},
 }
+
+_DEFAULTS_2: Document = {"audit": {"select": {"period": "10m"}, "missing": {"window": "1h"}}}
 
 
 class KeptPolicyError(ValueError):
@@ -134,4 +135,10 @@ def _fill(place: Document, defaults: Document) -> None:
             place.setdefault(name, default)
 
 
-READERS: Mapping[int, Callable[[Document], Document]] = {1: _from_1}
+def _from_2(document: Document) -> Document:
+    """A session was a unit once for ever, a missing audit for ever missing; now both have a time."""
+    _fill(document["spec"], _DEFAULTS_2)
+    return document
+
+
+READERS: Mapping[int, Callable[[Document], Document]] = {1: _from_1, 2: _from_2}

@@ -6,6 +6,7 @@ Whatever the text is, nothing but PolicyError comes out of `load_policy`.
 
 from __future__ import annotations
 
+import re
 import types
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,9 @@ MAX_CHARACTERS = 50_000
 MAX_DEPTH = 30
 MAX_VALUES = 5_000  # also with aliases expanded
 MAX_FAULTS = 100  # more are counted, not listed
+# What YAML 1.1 reads as another number than people mean: octal, hexadecimal, binary, base 60.
+_TRAP = re.compile(r"[-+]?(0[0-7_]+|0[xb][0-9a-fA-F_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+_OTHERS = {"argoproj.io": "Argo Rollouts", "flagger.app": "Flagger"}
 MAX_PATH, MAX_MESSAGE = 200, 600  # characters of one printed fault: a key may be a whole page
 
 
@@ -152,6 +156,7 @@ class _Reader:
             return self._mapping(node, path, above)
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(item, (*path, index), above) for index, item in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)
         return self._scalar(node, path)
 
     def _mapping(self, node: yaml.MappingNode, path: Path, above: frozenset[int]) -> dict[str, Any]:
@@ -169,7 +174,14 @@ class _Reader:
                 found[key] = self._plain(value_node, (*path, key), above)
         return found
 
-    def _scalar(self, node: yaml.Node, path: Path) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
+        is_plain = node.style is None
+        if is_plain and node.tag.endswith((":int", ":float")) and _TRAP.fullmatch(node.value):
+            self.add(path, node.value, "YAML reads this as another number; write it plainly, such as 250")
+            return None
+        if is_plain and node.tag.endswith(":bool") and node.value.lower() not in ("true", "false"):
+            self.add(path, node.value, "YAML reads this as true or false; a word stands in quotes")
+            return None
         try:
             value = yaml.SafeLoader("").construct_object(node)
         except (yaml.YAMLError, ValueError, OverflowError) as error:
@@ -182,6 +194,14 @@ class _Reader:
 
     def check(self, document: dict[str, Any]) -> None:
         """Structure section by section, then the rules over the sections that are well formed."""
+        origin = str(document.get("apiVersion", "")).split("/")[0]
+        if origin in _OTHERS:
+            self.add(
+                ("apiVersion",),
+                document["apiVersion"],
+                f"this is a file of {_OTHERS[origin]}; docs/guides/policy.md says its words in ours",
+            )
+            return
         top = {name: field.alias or name for name, field in Policy.model_fields.items()}
         for key in document:
             if key not in top.values():

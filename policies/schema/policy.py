@@ -32,6 +32,8 @@ from sentei.policies.schema.sections import (
     Stage,
 )
 
+SERVED_PART = 0.8  # of the audits: what sparse served is proven in each stage, what dense served only watched
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -123,8 +125,26 @@ class Policy(Section):
         raise KeyError(stage_id)
 
     def audit_share(self, stage: Stage) -> float:
-        """The share of sessions audited in that stage."""
+        """The share of requests audited in that stage."""
         return self.spec.audit.select.fraction if stage.audit is None else stage.audit
+
+    def audit_odds(self, stage: Stage) -> tuple[float, float]:
+        """The probabilities that a request served by dense, and one served by sparse, is audited there.
+
+        Where sparse serves, its answers get SERVED_PART of all audits, or as many as there are.
+        """
+        fraction = self.audit_share(stage)
+        if stage.share == 0 or self.spec.mode == "advise":
+            return fraction, 0.0
+        sparse = min(1.0, fraction * SERVED_PART / stage.share)
+        return min(1.0, (fraction - sparse * stage.share) / (1 - stage.share)), sparse
+
+    def need(self, stage: Stage, gate: Guardrail | None = None) -> Literal["all_safe", "no_harm"]:
+        """What a stage asks of a guardrail, or of one that says nothing of its own, before it ends."""
+        if gate is not None and gate.metric.family == "assignment":
+            return "no_harm"
+        own = None if gate is None else gate.advance
+        return stage.need or own or self.spec.advance.need
 
 
 def to_document(policy: Policy) -> dict[str, Any]:

@@ -6,17 +6,22 @@ section never hides what is wrong with another.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from sentei.policies.schema.faults import Fault, Path, dotted_path, nearest
 from sentei.policies.schema.metrics import COLUMNS, METRICS
-from sentei.policies.schema.operations import Data
+from sentei.policies.schema.operations import Breaker, Data, Schedule
+from sentei.policies.schema.proofs import (
+    family,
+    last_stage_is_proven,
+    no_harm_is_no_empty_gate,
+    promotion_is_proven,
+    shadow_proves_something,
+)
 from sentei.policies.schema.sections import (
-    Advance,
     Assignment,
     Audit,
     Benefit,
@@ -28,44 +33,20 @@ from sentei.policies.schema.sections import (
     Slices,
     Stage,
 )
+from sentei.policies.schema.units import format_duration, why_no_person
 
+__all__ = ["Fault", "Path", "dotted_path", "find_faults", "nearest"]
+
+BOUND_LEAST, BOUND_MOST = 1e-4, 0.5  # of a value's range: less is never proven, more lets nearly all pass
+KL_CAP_MOST = 20.0  # nats; two next-token distributions rarely differ by more
+SHORTEST_S, LONGEST_LEASE_S = 0.1, 3600.0  # between two looks, and of a routing table nobody renews
 RATIO_LIMIT = 2.0  # audit.compute_ratio is capped at twice dense
-RESERVED_IDS = frozenset({"breaker", "no_data", "stage_max", "operator", "evidence", "dense"})
+RESERVED_IDS = frozenset({"breaker", "no_data", "stage_max", "operator", "evidence", "dense", "artifact"})
 _TEST_OF_BOUND = {
     "excess_over_floor": ("betting_paired",),
     "ratio": ("event_split",),
     "max": ("betting", "beta_binomial"),
 }
-
-Path = tuple[str | int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One broken rule; the path starts at `spec`."""
-
-    path: Path
-    value: object
-    message: str
-
-    @property
-    def dotted(self) -> str:
-        """The path as people write it: spec.stages[1].share."""
-        return dotted_path(("spec", *self.path))
-
-
-def dotted_path(path: Iterable[str | int]) -> str:
-    """A path as people write it, such as spec.stages[1].share."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """'; did you mean "x"?' for the known name nearest to the word, or nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f'; did you mean "{found[0]}"?' if found else ""
 
 
 def find_faults(sections: Mapping[str, Any]) -> list[Fault]:
@@ -170,7 +151,7 @@ def stage_rungs_climb(stages: tuple[Stage, ...], ladder: tuple[LadderRung, ...])
 
 def stages_are_audited(stages: tuple[Stage, ...], audit: Audit, guardrails: Guardrails) -> Iterator[Fault]:
     """A stage that needs quality evidence audits somebody."""
-    if not any(_family(item) == "quality" for item in guardrails.items):
+    if not any(family(item) == "quality" for item in guardrails.items):
         return
     for index, stage in enumerate(stages):
         share = audit.select.fraction if stage.audit is None else stage.audit
@@ -178,27 +159,6 @@ def stages_are_audited(stages: tuple[Stage, ...], audit: Audit, guardrails: Guar
             yield Fault(
                 ("stages", index, "audit"), share, "no session is audited, so quality could never be proven"
             )
-
-
-def shadow_proves_something(stages: tuple[Stage, ...], guardrails: Guardrails) -> Iterator[Fault]:
-    """A stage without traffic has only quality to judge; without a quality guardrail it would pass unseen."""
-    if stages[0].share == 0 and not any(_family(item) == "quality" for item in guardrails.items):
-        yield Fault(
-            ("stages", 0, "share"), 0.0, "a stage without traffic needs a guardrail on an audit.* value"
-        )
-
-
-def promotion_is_proven(advance: Advance, guardrails: Guardrails) -> Iterator[Fault]:
-    """Under all_safe at least one guardrail really is asked for proof."""
-    if advance.need != "all_safe":
-        return
-    asked = [item for item in guardrails.items if item.advance != "no_harm" and _family(item) != "assignment"]
-    if not asked:
-        yield Fault(
-            ("advance", "need"),
-            advance.need,
-            "no guardrail is asked for proof of safety; say no_harm, or ask one",
-        )
 
 
 def ids_are_unique(
@@ -215,10 +175,10 @@ def guardrails_are_sound(guardrails: Guardrails, audit: Audit) -> Iterator[Fault
     """Each gate watches a known value, with one bound, a fitting test and a fitting action."""
     for index, item in enumerate(guardrails.items):
         path: Path = ("guardrails", "items", index)
-        if item.value not in METRICS or _family(item) == "benefit":
+        if item.value not in METRICS or family(item) == "benefit":
             known = [name for name, metric in METRICS.items() if metric.family != "benefit"]
             yield _unknown((*path, "value"), item.value, known, "metric")
-        elif _family(item) == "assignment":
+        elif family(item) == "assignment":
             yield from _assignment_faults(path, item)
         elif item.bound is None:
             yield Fault(
@@ -227,10 +187,6 @@ def guardrails_are_sound(guardrails: Guardrails, audit: Audit) -> Iterator[Fault
         else:
             yield from _bound_faults(path, item, item.bound, audit)
             yield from _action_faults(path, item)
-
-
-def _family(item: Guardrail) -> str:
-    return METRICS[item.value].family if item.value in METRICS else ""
 
 
 def _assignment_faults(path: Path, item: Guardrail) -> Iterator[Fault]:
@@ -271,9 +227,13 @@ def _bound_faults(path: Path, item: Guardrail, bound: Bound, audit: Audit) -> It
     if item.test in ("beta_binomial", "event_split") and not is_event:
         yield Fault((*path, "test"), item.test, f"{item.value} is no event; use betting or betting_paired")
     limit = audit.values.kl.cap if item.value == "audit.kl" else 1.0
-    for name, number in ((kind, value), ("floor_cap", bound.floor_cap)):
-        if kind != "ratio" and number is not None and number >= limit:
-            yield Fault((*where, name), number, f"must lie below {limit:g} {metric.unit}")
+    if kind != "ratio" and not BOUND_LEAST * limit <= value <= BOUND_MOST * limit:
+        allowed = f"{BOUND_LEAST * limit:g} to {BOUND_MOST * limit:g}"
+        unit = "of the sessions" if is_event else metric.unit
+        message = f"must lie in {allowed} {unit}: less is never proven, with more nearly all passes"
+        yield Fault((*where, kind), value, message)
+    if kind != "ratio" and bound.floor_cap is not None and bound.floor_cap >= limit:
+        yield Fault((*where, "floor_cap"), bound.floor_cap, f"must lie below {limit:g} {metric.unit}")
 
 
 def _action_faults(path: Path, item: Guardrail) -> Iterator[Fault]:
@@ -319,6 +279,37 @@ def times_are_ordered(data: Data) -> Iterator[Fault]:
         yield Fault(("data", "no_data", "after"), data.no_data.after, "must be longer than grace")
 
 
+def times_protect(breaker: Breaker, data: Data, schedule: Schedule) -> Iterator[Fault]:
+    """Looks, leases and windows are long enough to be kept and short enough to protect somebody."""
+    for path, value, longest in (
+        (("breaker", "variant", "window"), breaker.variant.window, None),
+        (("data", "max_age"), data.max_age, None),
+        (("data", "monitor_lease"), data.monitor_lease, LONGEST_LEASE_S),
+        (("schedule", "check_every"), schedule.check_every, LONGEST_LEASE_S),
+    ):
+        if value < SHORTEST_S or (longest is not None and value > longest):
+            rest = "" if longest is None else f" and at most {format_duration(longest)}"
+            yield Fault(path, format_duration(value), f"must be at least {format_duration(SHORTEST_S)}{rest}")
+    if breaker.variant.failure_share == 0:
+        path = ("breaker", "variant", "failure_share")
+        yield Fault(path, 0.0, "must be above 0: no request at all would be too many failures")
+
+
+def kl_is_capped(audit: Audit) -> Iterator[Fault]:
+    """The cap of KL is a number that real answers come near; else no mean is ever far from 0."""
+    if audit.values.kl.cap > KL_CAP_MOST:
+        path = ("audit", "values", "kl", "cap")
+        yield Fault(path, audit.values.kl.cap, f"must be at most {KL_CAP_MOST:g} nats")
+
+
+def approvers_are_plain(stages: tuple[Stage, ...]) -> Iterator[Fault]:
+    """Who may approve is a name that nobody takes for another."""
+    for index, stage in enumerate(stages):
+        for place, name in enumerate(stage.approval.by if stage.approval else ()):
+            if reason := why_no_person(name):
+                yield Fault(("stages", index, "approval", "by", place), name, reason)
+
+
 def salt_is_plain(assignment: Assignment) -> Iterator[Fault]:
     """A salt is printable, so that two people mean the same one."""
     if not assignment.salt.isprintable():
@@ -334,11 +325,16 @@ RULES: tuple[Callable[..., Iterator[Fault]], ...] = (
     stages_are_audited,
     shadow_proves_something,
     promotion_is_proven,
+    last_stage_is_proven,
+    no_harm_is_no_empty_gate,
     ids_are_unique,
     guardrails_are_sound,
     alpha_fits,
     signals_are_sound,
     benefit_is_reachable,
     times_are_ordered,
+    times_protect,
+    kl_is_capped,
+    approvers_are_plain,
     salt_is_plain,
 )

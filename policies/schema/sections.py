@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt
@@ -40,10 +41,16 @@ class Slice(Section):
         """Whether the slice always stays dense."""
         return self.pin is not None
 
+    @property
+    def middle(self) -> float:
+        """The length that halves it before anything was served: the geometric middle, as lengths spread."""
+        return math.sqrt(max(self.range[0], 1) * self.range[1])
+
 
 class Slices(Section):
-    """How requests are told apart: by prompt tokens; the buckets cover every length once."""
+    """How requests are told apart; the buckets cover every length once."""
 
+    by: Literal["prompt_tokens"] = Field(default="prompt_tokens", description="what the ranges count")
     buckets: Annotated[tuple[Slice, ...], Field(min_length=1, max_length=32)]
 
 
@@ -68,19 +75,22 @@ class Stage(Section):
     share: Share
     rung: Identifier
     audit: Share | None = Field(
-        default=None, description="share of sessions audited; default audit.select.fraction"
+        default=None, description="share of requests audited; default audit.select.fraction"
     )
     hold_min: Seconds = Field(default=0.0, description="least time in this stage")
     max: Seconds | None = Field(default=None, description="longest time in this stage, then advance.on_max")
     approval: Approval | None = None
     bake: Seconds | None = Field(default=None, description="last stage only: time to stay before `promoted`")
+    need: Literal["no_harm"] | None = Field(
+        default=None, description="before the last stage: safety is not proven here, but in a later one"
+    )
 
 
 class Advance(Section):
     """What it takes to go one stage further. There is no way to promote on inconclusive evidence."""
 
     need: Literal["all_safe", "no_harm"]
-    min_units: Positive = Field(description="audited sessions per slice and rung; never delays a rollback")
+    min_units: Positive = Field(description="audited units per slice and stage; never delays a rollback")
     min_served_units: Count = Field(
         default=0, description="of these, served by sparse in this stage (share > 0)"
     )
@@ -88,9 +98,10 @@ class Advance(Section):
 
 
 class AuditSelect(Section):
-    """Which sessions are audited: a hash drawn before serving says so."""
+    """Which requests are audited: a draw before serving says so."""
 
-    fraction: Share
+    fraction: Share = Field(description="of the requests; most of it goes to those that sparse serves")
+    period: Seconds = Field(default=600.0, description="after it a session counts as a unit again")
 
 
 class KlValue(Section):
@@ -109,6 +120,7 @@ class MissingAudits(Section):
     """A chosen but unscored audit is the worst case for safety and left out for harm (F12)."""
 
     max_share: Share = Field(default=0.10, description="more missing than this: verdict ERROR, which holds")
+    window: Seconds = Field(default=3600.0, description="how long a missing audit counts in that share")
 
 
 class Audit(Section):
@@ -126,7 +138,7 @@ class Bound(Section):
     excess_over_floor: Number | None = Field(
         default=None, description="mean of value - floor, in the metric's unit"
     )
-    ratio: Annotated[float, Field(ge=1, le=100)] | None = Field(
+    ratio: Annotated[Number, Field(ge=1, le=100)] | None = Field(
         None, description="sparse rate over dense rate"
     )
     over: Seconds | None = Field(
@@ -145,7 +157,7 @@ class Guardrail(Section):
     per: Literal["slice", "all"] = "slice"
     action: GuardrailAction
     advance: Literal["all_safe", "no_harm"] | None = Field(default=None, description="default: advance.need")
-    alpha: Annotated[float, Field(gt=0, lt=0.5)] | None = Field(
+    alpha: Annotated[Number, Field(lt=0.5)] | None = Field(
         default=None, description="own share of alpha_total"
     )
 
@@ -158,7 +170,7 @@ class Guardrail(Section):
 class Guardrails(Section):
     """All gates and the error budget they share."""
 
-    alpha_total: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    alpha_total: Annotated[Number, Field(lt=0.5)] = 0.05
     detector_arl: Annotated[StrictInt, Field(ge=100, le=10**9)] = 10_000
     items: Annotated[tuple[Guardrail, ...], Field(min_length=1, max_length=64)]
 

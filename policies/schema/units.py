@@ -6,6 +6,7 @@ A bare number is refused where a duration is wanted: its unit would be a guess.
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from typing import Annotated
@@ -23,6 +24,7 @@ _WINDOW = re.compile(
     r"(?P<d2>[A-Z][a-z]{2}) (?P<h2>\d{2}):(?P<m2>\d{2}) (?P<tz>\S+)"
 )
 _WEEK_MINUTES = 7 * 24 * 60
+_PERSON_CHARS = 128
 
 
 def parse_duration(value: object) -> float:
@@ -60,6 +62,21 @@ def parse_number(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
         return float(value)
     raise ValueError('a number above 0 is wanted, such as 0.05, or a percentage such as "5%"')
+
+
+def why_no_person(value: str) -> str | None:
+    """Why a text is no name that people can tell apart, or None: plain letters, of one script only.
+
+    A Cyrillic "а" in a Latin name looks like another person; who may approve must be plain to see.
+    """
+    if not 0 < len(value) <= _PERSON_CHARS or value != value.strip():
+        return f"a name has 1 to {_PERSON_CHARS} characters and no blanks around it"
+    if not value.isprintable() or unicodedata.normalize("NFKC", value) != value:
+        return "it has signs that look like others; write it in plain letters"
+    scripts = {unicodedata.name(sign, "unnamed").split()[0] for sign in value if sign.isalpha()}
+    return (
+        f"it mixes letters of {' and '.join(sorted(scripts))}; use one script" if len(scripts) > 1 else None
+    )
 
 
 Seconds = Annotated[

@@ -16,6 +16,7 @@ from sentei.policies.evidence.base import Bools, Floats, Ints, log_mean_exp_path
 from sentei.policies.evidence.betting import Moments, betting_steps
 from sentei.policies.evidence.counts import RATIO_TILTS, SRM_TILTS, beta_binomial_boundary, split_logs
 from sentei.policies.evidence.watch import detector_bets, detector_steps, detector_walk
+from sentei.policies.intake import RECENT_PARTS
 from sentei.policies.judge import MIN_MISSING
 from sentei.policies.simulation.plan import Gate
 
@@ -30,7 +31,18 @@ class Findings:
     by_watch: Bools  # of the harm: found by the detector alone
     safe: Bools
     undecided: Bools
-    units: Ints
+    units: Ints  # of all that may have shown harm
+    proof: Ints  # of those that may prove safety
+    error: Bools  # too many audits are missing
+
+
+@dataclass(frozen=True, slots=True)
+class Audits:
+    """What is known of a block of audits beside their values."""
+
+    is_sparse: Bools  # served by sparse
+    is_missing: Bools | None
+    part: int  # of the window of missing audits
 
 
 class Watch:
@@ -63,25 +75,42 @@ class BettingCells:
 
     def __init__(self, gate: Gate, shape: tuple[int, int, int], missing_limit: float) -> None:
         self._gate, self._missing_limit = gate, missing_limit
+        self._proof = np.zeros(shape, dtype=np.int64)  # scored units that the evidence of safety has
+        self._part = np.full(RECENT_PARTS, -1)
+        self._recent = np.zeros((2, RECENT_PARTS, *shape), dtype=np.int64)  # chosen, missing
         self._harm = [np.zeros(shape) for _ in range(4)]  # units, total, spread, log_e
         self._safe = [np.zeros(shape) for _ in range(4)]
         self._harm_hit, self._safe_hit = (np.zeros(shape, dtype=np.bool_) for _ in range(2))
-        self._missing = np.zeros(shape, dtype=np.int64)
         self._watch = None if gate.kind == "benefit" else Watch(gate, shape)
 
-    def feed(self, where: Index, values: Floats, is_unit: Bools, is_missing: Bools | None) -> None:
+    def feed(self, where: Index, values: Floats, is_unit: Bools, is_missing: Bools | None, part: int) -> None:
         """Add a block of audits; a missing one is left out for harm and the worst case for safety (F12)."""
         scored = is_unit if is_missing is None else is_unit & ~is_missing
-        scale = self._bet(self._harm, self._harm_hit, where, values, scored, None)
+        self._bet(self._harm, self._harm_hit, where, values, scored)
         if self._watch is None:
             return
         self._watch.feed(where, values, scored)
-        if is_missing is None:
-            self._bet(self._safe, self._safe_hit, where, values, scored, scale)
-        else:
-            worst = np.where(is_missing, 1.0, values)
-            self._bet(self._safe, self._safe_hit, where, worst, is_unit, None)
-            self._missing[where] += (is_unit & is_missing).sum(axis=-1)
+        self._proof[where] += scored.sum(axis=-1)
+        worst = values if is_missing is None else np.where(is_missing, 1.0, values)
+        self._bet(self._safe, self._safe_hit, where, worst, is_unit)
+        if is_missing is not None:
+            self._note(where, is_unit, is_unit & is_missing, part)
+
+    def _note(self, where: Index, chosen: Bools, missing: Bools, part: int) -> None:
+        """Count the chosen and the missing in their part of the window."""
+        place = part % RECENT_PARTS
+        if self._part[place] != part:
+            self._part[place] = part
+            self._recent[:, place] = 0
+        for kind, flags in enumerate((chosen, missing)):
+            self._recent[kind, place][where] += flags.sum(axis=-1)
+
+    def start_proof(self, chosen: Bools) -> None:
+        """Safety is proven afresh in the chosen cells [rollouts, slices]; harm goes on (F15)."""
+        for array in self._safe:
+            array[chosen] = 0.0
+        self._safe_hit[chosen] = False
+        self._proof[chosen] = 0
 
     def _bet(
         self,
@@ -90,14 +119,12 @@ class BettingCells:
         where: Index,
         values: Floats,
         is_unit: Bools,
-        scale: Floats | None,
-    ) -> Floats:
+    ) -> None:
         gate, is_harm = self._gate, store is self._harm
-        if scale is None:
-            before = Moments(store[0][where], store[1][where], store[2][where])
-            after, scale = before.advance(values, is_unit)
-            for array, new in zip(store, (after.units, after.total, after.spread), strict=False):
-                array[where] = new
+        before = Moments(store[0][where], store[1][where], store[2][where])
+        after, scale = before.advance(values, is_unit)
+        for array, new in zip(store, (after.units, after.total, after.spread), strict=False):
+            array[where] = new
         steps = betting_steps(
             values,
             is_unit,
@@ -111,19 +138,19 @@ class BettingCells:
         path = np.cumsum(steps, axis=-1)
         store[3][where] = path[..., -1]
         hit[where] |= path.max(axis=-1) >= (gate.harm_at if is_harm else gate.safe_at)
-        return scale
 
-    def judge(self, where: Index) -> Findings:
-        """The verdicts at the rungs in use."""
+    def judge(self, where: Index, part: int = 0) -> Findings:
+        """The verdicts at the rungs in use, in that part of the window of missing audits."""
         units = self._harm[0][where].astype(np.int64)
-        missing = self._missing[where]
-        chosen = units + missing
+        is_recent = (self._part > part - RECENT_PARTS) & (self._part >= 0)
+        chosen, missing = (self._recent[kind][is_recent].sum(axis=0)[where] for kind in range(2))
         by_watch = self._watch.hit[where] if self._watch is not None else np.zeros_like(units, dtype=np.bool_)
         harm = self._harm_hit[where] | by_watch
         too_many = (missing / np.maximum(chosen, 1) > self._missing_limit) & (chosen >= MIN_MISSING)
         is_open = ~harm & (units > 0) & ~too_many
         safe = is_open & self._safe_hit[where]
-        return Findings(harm, by_watch & ~self._harm_hit[where], safe, is_open & ~safe, units)
+        by_watch = by_watch & ~self._harm_hit[where]
+        return Findings(harm, by_watch, safe, is_open & ~safe, units, self._proof[where], too_many & ~harm)
 
 
 class CountCells:
@@ -156,7 +183,7 @@ class CountCells:
         is_open = ~harm & (units > 0)
         safe = is_open & self._safe_hit[where]
         by_watch = self._watch.hit[where] & ~self._harm_hit[where]
-        return Findings(harm, by_watch, safe, is_open & ~safe, units)
+        return Findings(harm, by_watch, safe, is_open & ~safe, units, units, np.zeros_like(harm))
 
     def clear(self, chosen: Bools) -> None:
         """Start afresh in the chosen cells."""
@@ -165,6 +192,40 @@ class CountCells:
         for flag in (self._harm_hit, self._safe_hit):
             flag[chosen] = False
         self._watch.clear(chosen)
+
+
+class TwoArms:
+    """F16: quality of every audited unit, and of those that sparse served; harm of either counts."""
+
+    def __init__(self, gate: Gate, shape: tuple[int, int, int], missing_limit: float) -> None:
+        self._all, self._served = (BettingCells(gate, shape, missing_limit) for _ in range(2))
+
+    def feed(self, where: Index, values: Floats, is_unit: Bools, audits: Audits) -> None:
+        """Add a block of audits."""
+        self._all.feed(where, values, is_unit, audits.is_missing, audits.part)
+        is_served = is_unit & audits.is_sparse
+        if is_served.any():
+            self._served.feed(where, values, is_served, audits.is_missing, audits.part)
+
+    def judge(self, where: Index, by_served: Bools, part: int) -> Findings:
+        """The verdicts; safety and units are of the served arm where `by_served` [rollouts, 1] says so."""
+        both, served = self._all.judge(where, part), self._served.judge(where, part)
+        harm, error = both.harm | served.harm, both.error | served.error
+        is_open = ~harm & ~error
+        return Findings(
+            harm=harm,
+            by_watch=harm & (both.by_watch | ~both.harm) & (served.by_watch | ~served.harm),
+            safe=np.where(by_served, served.safe, both.safe) & is_open,
+            undecided=np.where(by_served, served.undecided, both.undecided) & is_open,
+            units=np.where(by_served, served.units, both.units),
+            proof=np.where(by_served, served.proof, both.proof),
+            error=error & ~harm,
+        )
+
+    def start_proof(self, chosen: Bools) -> None:
+        """Safety is proven afresh in the chosen cells [rollouts, slices]."""
+        self._all.start_proof(chosen)
+        self._served.start_proof(chosen)
 
 
 class ArmCells:
@@ -200,7 +261,8 @@ class ArmCells:
         is_open = ~self._harm_hit & (candidate > 0) & (control > 0)
         harm = self._harm_hit & (candidate > 0) & (control > 0)
         safe = is_open & self._safe_hit
-        return Findings(harm, np.zeros_like(harm), safe, is_open & ~safe, candidate + control)
+        none, units = np.zeros_like(harm), candidate + control
+        return Findings(harm, none, safe, is_open & ~safe, units, units, none)
 
     def clear(self, chosen: Bools) -> None:
         """Start afresh in the chosen cells."""
@@ -240,4 +302,4 @@ class RatioCells:
         """The verdicts; a mismatch is in `harm`."""
         seen = self._units > 0
         none = np.zeros_like(self._hit)
-        return Findings(self._hit & seen, none, none, seen & ~self._hit, self._units)
+        return Findings(self._hit & seen, none, none, seen & ~self._hit, self._units, self._units, none)

@@ -11,14 +11,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from sentei.policies.evidence.base import Bools, Floats, Ints
-from sentei.policies.simulation.cells import ArmCells, BettingCells, CountCells, Findings, RatioCells
+from sentei.policies.simulation.cells import (
+    ArmCells,
+    Audits,
+    BettingCells,
+    CountCells,
+    Findings,
+    RatioCells,
+    TwoArms,
+)
 from sentei.policies.simulation.plan import Gate, Plan, any_of, is_frozen, used_rungs
 from sentei.policies.simulation.world import Batch
 
 RUNNING, PAUSED, PROMOTED, ROLLED_BACK = range(4)
 NOBODY, BREAKER, NO_DATA, STAGE_MAX = -1, -2, -3, -4  # who acted, where it was no guardrail
 
-Cells = BettingCells | CountCells | ArmCells | RatioCells
+Cells = BettingCells | TwoArms | CountCells | ArmCells | RatioCells
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,8 @@ class Fleet:
         num_rollouts, num_slices = self.is_dense.shape
         shape = (num_rollouts, 1 if gate.is_over_all else num_slices)
         if gate.is_audited:
-            return BettingCells(gate, (*shape, self.plan.num_rungs), self.plan.missing_limit)
+            kind = TwoArms if gate.family == "quality" and not self.plan.is_advice else BettingCells
+            return kind(gate, (*shape, self.plan.num_rungs), self.plan.missing_limit)
         if gate.kind == "count":
             return CountCells(gate, shape, max_units)
         return ArmCells(gate, shape) if gate.kind == "arms" else RatioCells(gate, shape)
@@ -69,22 +78,21 @@ class Fleet:
         """The rung of each slice; of one that went dense, the rung it had."""
         return used_rungs(self.plan, self.stage, self.ceiling)
 
-    def shares(self) -> tuple[Floats, Floats]:
-        """The candidate's share and the share of audits that the stage intends, [rollouts, slices]."""
-        shape = self.is_dense.shape
-        share = (
-            np.zeros(shape) if self.plan.is_advice else self.plan.share[self.stage][:, None] * np.ones(shape)
-        )
-        return share, self.plan.audit[self.stage][:, None] * np.ones(shape)
+    def shares(self) -> tuple[Floats, Floats, Floats]:
+        """The candidate's share, and how likely audits of either arm are, [rollouts, slices] each."""
+        plan, wide = self.plan, np.ones(self.is_dense.shape)
+        share = plan.share * (not plan.is_advice)
+        by_stage = (share, plan.audit, plan.audit_sparse)
+        return tuple(values[self.stage][:, None] * wide for values in by_stage)  # type: ignore[return-value]
 
     def tick(self, batch: Batch, now_s: float) -> None:
         """One decision in every rollout."""
         self.falls = []
         is_live = self.is_live
         if batch.sessions.sum():
-            self._observe(batch, is_live)
+            self._observe(batch, is_live, now_s)
             self.news_s = now_s
-        findings = [self._judge(gate, cells) for gate, cells in self._all()]
+        findings = [self._judge(gate, cells, now_s) for gate, cells in self._all()]
         is_open = self.phase != ROLLED_BACK  # not ended in this tick
         is_open = self._check_breaker(batch, is_live, is_open, now_s)
         is_held, is_open = self._check_harm(findings, is_open)
@@ -92,7 +100,7 @@ class Fleet:
         is_held, is_open = self._check_data(is_held, is_open, now_s)
         is_held, is_open = self._check_hold(findings, is_held, is_open, now_s)
         is_held |= self._find_unsafe(findings, now_s)
-        is_held |= self._find_useless()
+        is_held |= self._find_useless(now_s)
         is_held = self._check_approval(is_held, is_open)
         if not is_frozen(self.plan, now_s):
             self._grow(is_open & ~is_held, now_s)
@@ -106,14 +114,14 @@ class Fleet:
         return (self._rows, self._cols[:, :1] if gate.is_over_all else self._cols)
 
     # observe: new units become evidence
-    def _observe(self, batch: Batch, is_live: Bools) -> None:
+    def _observe(self, batch: Batch, is_live: Bools, now_s: float) -> None:
         for gate, cells in zip((*self.plan.gates, *self.plan.benefits), self._cells, strict=True):
             if isinstance(cells, RatioCells):
                 live = np.broadcast_to((self.phase != ROLLED_BACK)[:, None], is_live.shape)
                 share, hits = np.where(is_live, batch.share, 0.0), np.where(is_live, batch.candidates, 0)
                 cells.feed(hits, np.broadcast_to(batch.sessions, is_live.shape), share, live)
-            elif isinstance(cells, BettingCells):
-                self._feed_audits(gate, cells, batch, is_live)
+            elif isinstance(cells, BettingCells | TwoArms):
+                self._feed_audits(gate, cells, batch, is_live, self._part(now_s))
             elif isinstance(cells, CountCells):
                 hits = batch.hits[(gate.value, gate.over_s)]
                 is_unit = (np.arange(hits.shape[-1]) < batch.candidates[..., None]) & is_live[..., None]
@@ -126,15 +134,25 @@ class Fleet:
         if any(gate.family == "quality" for gate in self.plan.gates):
             self.served += _scored_sparse(batch) * is_live
 
-    def _feed_audits(self, gate: Gate, cells: BettingCells, batch: Batch, is_live: Bools) -> None:
+    def _part(self, now_s: float) -> int:
+        return int(now_s // self.plan.missing_part_s)
+
+    def _feed_audits(
+        self, gate: Gate, cells: BettingCells | TwoArms, batch: Batch, is_live: Bools, part: int
+    ) -> None:
         if gate.value not in batch.values:
             return
         values = batch.values[gate.value]
         if gate.floor_cap is not None:
             floor = np.minimum(batch.floors[gate.value], gate.floor_cap)
             values = (values - floor + gate.floor_cap) / (1 + gate.floor_cap)
-        is_unit = (np.arange(values.shape[-1]) < batch.audits[..., None]) & is_live[..., None]
-        cells.feed(self._where(gate), values, is_unit, batch.missing)
+        order = np.arange(values.shape[-1])
+        is_unit = (order < batch.audits[..., None]) & is_live[..., None]
+        if isinstance(cells, BettingCells):
+            cells.feed(self._where(gate), values, is_unit, batch.missing, part)
+            return
+        is_sparse = order < batch.sparse_audits[..., None]
+        cells.feed(self._where(gate), values, is_unit, Audits(is_sparse, batch.missing, part))
 
     def _feed_arms(self, gate: Gate, cells: ArmCells, batch: Batch, is_live: Bools) -> None:
         order, total = batch.events[gate.id]
@@ -148,10 +166,17 @@ class Fleet:
             share = share[:, :1]
         cells.feed(order, is_event, share, arms)
 
-    def _judge(self, gate: Gate, cells: Cells) -> Findings:
-        if isinstance(cells, BettingCells | CountCells):
-            return cells.judge(self._where(gate))
-        return cells.judge()
+    def _judge(self, gate: Gate, cells: Cells, now_s: float) -> Findings:
+        if isinstance(cells, TwoArms):
+            by_served = (self.plan.share[self.stage] > 0) & self._wants_proof(gate)
+            return cells.judge(self._where(gate), by_served[:, None], self._part(now_s))
+        if isinstance(cells, BettingCells):
+            return cells.judge(self._where(gate), self._part(now_s))
+        return cells.judge(self._where(gate)) if isinstance(cells, CountCells) else cells.judge()
+
+    def _wants_proof(self, gate: Gate) -> Bools:
+        """In which rollouts the present stage asks for proof of safety."""
+        return np.array([need == "all_safe" for need in gate.needs])[self.stage]
 
     # step 2
     def _check_breaker(self, batch: Batch, is_live: Bools, is_open: Bools, now_s: float) -> Bools:
@@ -266,7 +291,8 @@ class Fleet:
             if gate.is_over_all:
                 continue
             if gate.family == "quality":
-                quality = np.minimum(quality, found.units)
+                units = np.where(self._wants_proof(gate)[:, None], found.proof, found.units)
+                quality = np.minimum(quality, units)
             else:
                 is_asked = (is_routed & (not self.plan.is_advice))[:, None]
                 others = np.where(is_asked, np.minimum(others, found.units), others)
@@ -279,7 +305,7 @@ class Fleet:
         is_routed = (self.plan.share[self.stage] > 0) & (not self.plan.is_advice)
         found_unsafe = np.zeros(self.phase.shape, dtype=np.bool_)
         for gate, found in zip(self.plan.gates, findings, strict=True):
-            can = found.safe | found.undecided if gate.need == "no_harm" else found.safe
+            can = found.safe | (found.undecided & ~self._wants_proof(gate)[:, None])
             if is_stale:
                 can = np.zeros_like(can)
             active = np.ones_like(can) if gate.is_over_all else ~self.is_dense
@@ -288,11 +314,11 @@ class Fleet:
         return found_unsafe
 
     # step 9
-    def _find_useless(self) -> Bools:
+    def _find_useless(self, now_s: float) -> Bools:
         first = len(self.plan.gates)
         useless = np.zeros(self.phase.shape, dtype=np.bool_)
         for gate, cells in zip(self.plan.benefits, self._cells[first:], strict=True):
-            useless |= (self._judge(gate, cells).harm & ~self.is_dense).any(axis=1)
+            useless |= (self._judge(gate, cells, now_s).harm & ~self.is_dense).any(axis=1)
         return useless
 
     # step 10
@@ -307,14 +333,21 @@ class Fleet:
     def _grow(self, grows: Bools, now_s: float) -> None:
         is_last = self.stage + 1 == len(self.plan.stage_ids)
         self.phase[grows & is_last] = PROMOTED
+        self._start_proof(grows)
         climbs = grows & ~is_last
         if not climbs.any():
             return
         self.stage[climbs] += 1
         self.entered_s[climbs] = now_s
         self.is_approved[climbs] = False
-        self.served[climbs] = 0
         self._clear_operational(np.broadcast_to(climbs[:, None], self.is_dense.shape), is_all=True)
+
+    def _start_proof(self, chosen: Bools) -> None:
+        """F15: a new phase proves its own safety."""
+        self.served[chosen] = 0
+        for _, cells in self._all():
+            if isinstance(cells, TwoArms | BettingCells):
+                cells.start_proof(np.broadcast_to(chosen[:, None], self.is_dense.shape))
 
     def _clear_operational(self, chosen: Bools, *, is_all: bool = False) -> None:
         """F15: operational evidence starts afresh; that over all slices only with a new stage."""

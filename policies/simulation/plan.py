@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 
-from sentei.policies.budget import harm_alpha
 from sentei.policies.evidence import PAIRED_CUT, log_threshold
 from sentei.policies.evidence.base import BETTING_CUT, Bools, Floats, Ints
-from sentei.policies.intake import RATIO_CAP, scaled_bound
+from sentei.policies.intake import RATIO_CAP, RECENT_PARTS, scaled_bound
+from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Benefit, Guardrail, Stage
 from sentei.policies.schema.units import WeeklyWindow
@@ -39,12 +39,12 @@ class Gate:
     bound: float
     floor_cap: float | None  # of paired values, on the scale of the evidence
     cut: float
+    needs: tuple[str, ...]  # by stage
     alpha_harm: float
     alpha_safe: float
     watch_at: float  # log e-CUSUM that is an alarm
     is_over_all: bool
     action: str
-    need: str
 
     @property
     def harm_at(self) -> float:
@@ -78,7 +78,8 @@ class Plan:
     slice_ids: tuple[str, ...]
     stage_ids: tuple[str, ...]
     share: Floats  # by stage
-    audit: Floats
+    audit: Floats  # of requests that dense serves, by stage
+    audit_sparse: Floats
     rung: Ints
     dwell_s: Floats
     max_s: Floats  # inf where a stage has no end
@@ -89,6 +90,7 @@ class Plan:
     min_units: int
     min_served: int
     missing_limit: float
+    missing_part_s: float  # of the window in which missing audits count
     is_advice: bool
     max_age_s: float
     silence: tuple[tuple[float, str], ...]  # (after so many seconds, do this), the last resort first
@@ -112,7 +114,8 @@ def make_plan(policy: Policy) -> Plan:
         slice_ids=tuple(item.id for item in policy.routed_slices),
         stage_ids=tuple(stage.id for stage in stages),
         share=np.array([stage.share for stage in stages]),
-        audit=np.array([policy.audit_share(stage) for stage in stages]),
+        audit=np.array([policy.audit_odds(stage)[0] for stage in stages]),
+        audit_sparse=np.array([policy.audit_odds(stage)[1] for stage in stages]),
         rung=np.array([rungs.index(stage.rung) for stage in stages]),
         dwell_s=np.array([max(stage.hold_min, stage.bake or 0.0) for stage in stages]),
         max_s=np.array([math.inf if stage.max is None else stage.max for stage in stages]),
@@ -123,6 +126,7 @@ def make_plan(policy: Policy) -> Plan:
         min_units=spec.advance.min_units,
         min_served=spec.advance.min_served_units,
         missing_limit=spec.audit.missing.max_share,
+        missing_part_s=spec.audit.missing.window / RECENT_PARTS,
         is_advice=spec.mode == "advise",
         max_age_s=spec.data.max_age,
         silence=((data.after, data.last), (data.grace, data.then)),
@@ -141,10 +145,10 @@ def _approval_code(stage: Stage) -> int:
 
 
 def _gate(policy: Policy, item: Guardrail | Benefit) -> Gate:
-    total = policy.spec.guardrails.alpha_total
+    total, num_stages = try_alpha(policy), len(policy.spec.stages)
     scaled = scaled_bound(policy, item)
     if isinstance(item, Benefit):
-        each = total / len(policy.routed_slices)
+        each = policy.spec.guardrails.alpha_total / len(policy.routed_slices)
         return Gate(
             id=item.id,
             kind="benefit",
@@ -155,12 +159,12 @@ def _gate(policy: Policy, item: Guardrail | Benefit) -> Gate:
             bound=scaled,
             floor_cap=None,
             cut=BETTING_CUT,
+            needs=("no_harm",) * num_stages,
             alpha_harm=each,
             alpha_safe=total,
             watch_at=math.inf,
             is_over_all=False,
             action="stop_ramp",
-            need="no_harm",
         )
     bound, family = item.bound, item.metric.family
     scale = policy.spec.audit.values.kl.cap if item.value == "audit.kl" else 1.0
@@ -177,12 +181,12 @@ def _gate(policy: Policy, item: Guardrail | Benefit) -> Gate:
         bound=scaled,
         floor_cap=cap,
         cut=PAIRED_CUT if item.test == "betting_paired" else BETTING_CUT,
+        needs=tuple(policy.need(stage, item) for stage in policy.spec.stages),
         alpha_harm=harm_alpha(policy, item),
         alpha_safe=total,
         watch_at=log_threshold(1 / policy.spec.guardrails.detector_arl),
         is_over_all=item.per == "all",
         action=item.action,
-        need="no_harm" if family == "assignment" else (item.advance or policy.spec.advance.need),
     )
 
 

@@ -18,7 +18,7 @@ def default_scenarios(policy: Policy) -> tuple[Scenario, ...]:
     """What `sentei policy simulate` shows of a policy."""
     plan = make_plan(policy)
     last = plan.slice_ids[-1]
-    proven = [gate for gate in plan.gates if gate.need == "all_safe" and gate.kind in ("betting", "count")]
+    proven = [gate for gate in plan.gates if "all_safe" in gate.needs and gate.kind in ("betting", "count")]
     quality = [gate for gate in plan.gates if gate.family == "quality"]
     first = (quality or proven)[0] if quality or proven else None
     found = [

@@ -122,9 +122,9 @@ class Study:
         while self.num_sessions < self.horizon and not self._is_over():
             self.now_s += self.plan.tick_s
             sessions = self.world.arrive(self.per_tick, is_silent=self._is_silent())
-            share, audit = self.fleet.shares()
+            shares = self.fleet.shares()
             self._ledger.before()
-            batch = self.world.draw(sessions, share, audit, self.fleet.rung)
+            batch = self.world.draw(sessions, shares, self.fleet.rung)
             self._ledger.drawn(batch)
             self.fleet.tick(batch, self.now_s)
             self.num_sessions += int(sessions.sum())

@@ -114,14 +114,15 @@ class World:
         self._due -= arrived
         return arrived
 
-    def draw(self, sessions: Ints, share: Floats, audit: Floats, rung: Ints) -> Batch:
-        """The sessions of one tick, with the share, audit share and rung of every rollout and slice."""
+    def draw(self, sessions: Ints, shares: tuple[Floats, Floats, Floats], rung: Ints) -> Batch:
+        """The sessions of one tick, with the shares (see Fleet) and the rung of every rollout and slice."""
+        share, odds_dense, odds_sparse = shares
         rng, shape = self._rng, share.shape
         wide = np.broadcast_to(sessions, shape)
         real = share if self._scenario.tilt == 0 else _tilted(share, self._scenario.tilt)
-        audits = rng.binomial(wide, audit)
-        sparse_audits = rng.binomial(audits, real)
-        candidates = sparse_audits + rng.binomial(wide - audits, real)
+        candidates = rng.binomial(wide, real)
+        sparse_audits = rng.binomial(candidates, odds_sparse)
+        audits = sparse_audits + rng.binomial(wide - candidates, odds_dense)
         batch = Batch(sessions, share, candidates, audits, sparse_audits)
         width = int(audits.max(initial=0))
         if width:

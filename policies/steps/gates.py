@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+from sentei.policies.intake import start_phase
 from sentei.policies.judge import is_benefit_disproved
 from sentei.policies.machine import Event, Phase, Wait, next_phase
 from sentei.policies.schema.metrics import METRICS
+from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Stage
 from sentei.policies.schema.units import format_duration
-from sentei.policies.signals import Command
+from sentei.policies.signals import Command, Verdict
+from sentei.policies.state import SliceState
 from sentei.policies.steps.tick import Tick, active_slices, effective_rung, is_paused, roll_back
+
+MIN_UPPER = 20  # below so many requests of the upper half nothing is asked of it
 
 
 def check_hold(tick: Tick) -> Tick:
@@ -21,6 +27,9 @@ def check_hold(tick: Tick) -> Tick:
         return tick.with_hold(Wait.TIME, "promoted; the watch goes on")
     if is_paused(state):
         return tick.with_hold(Wait.ORDER, state.reason)
+    for report in tick.reports:  # what explains all that is lacking comes first
+        if report.verdict is Verdict.ERROR:
+            tick = tick.with_hold(Wait.EVIDENCE, f"{report.id} in {report.slice_id}: {report.reason}")
     elapsed = tick.now_s - state.stage_entered_s
     if stage.max is not None and elapsed > stage.max:
         reason = f"stage {stage.id} took longer than {format_duration(stage.max)}"
@@ -45,11 +54,26 @@ def _check_units(tick: Tick, stage: Stage) -> Tick:
         units = _num_units(tick, slice_id)
         if units < advance.min_units:
             tick = tick.with_hold(Wait.TIME, f"{slice_id}: {units} of {advance.min_units} units")
-        served = state.slice_state(slice_id).served_units
+        own = state.slice_state(slice_id)
+        served, wanted = own.served_units, upper_units_wanted(tick.policy, own)
+        if policy.need(stage) == "all_safe" and own.upper_units < wanted:
+            share = f"{own.upper_requests / own.requests:.0%} of its requests"
+            text = f"{own.upper_units} of {wanted} units of its longer prompts, {share}"
+            tick = tick.with_hold(Wait.TIME, f"{slice_id}: {text}")
         if stage.share > 0 and policy.spec.mode == "enforce" and served < advance.min_served_units:
             text = f"{slice_id}: {served} of {advance.min_served_units} units served by sparse"
             tick = tick.with_hold(Wait.TIME, text)
     return tick
+
+
+def upper_units_wanted(policy: Policy, own: SliceState) -> int:
+    """How many units of a proof must come from the upper half: half of its share of the served requests.
+
+    A session with many long requests gives few units, so its full share would be too much.
+    """
+    if own.upper_requests < MIN_UPPER:
+        return 0
+    return math.ceil(policy.spec.advance.min_units * own.upper_requests / own.requests / 2)
 
 
 def _num_units(tick: Tick, slice_id: str) -> int:
@@ -134,24 +158,24 @@ def grow(tick: Tick) -> Tick:
         reason = f"promoted: safe at {stage.share:.0%} of sessions at rung {stage.rung}"
         phase = next_phase(state.phase, Event.PROMOTE)
         state = replace(
-            state, phase=phase.value, outcome="promoted", by="evidence", reason=reason, ended_s=tick.now_s
+            start_phase(policy, state, is_stage=False),
+            phase=phase.value,
+            outcome="promoted",
+            by="evidence",
+            reason=reason,
+            ended_s=tick.now_s,
         )
         return replace(tick, state=state).with_action("promote", reason).ended(reason)
     following = policy.spec.stages[index + 1]
     reason = f"stage {stage.id} is safe; on to {following.id}: {following.share:.0%} at rung {following.rung}"
     phase = next_phase(state.phase, Event.ADVANCE)
-    operational = {
-        item.id for item in policy.spec.guardrails.items if item.metric.family == "operational"
-    }  # F15: these depend on the share, so they start afresh
     state = replace(
-        state,
+        start_phase(policy, state),
         phase=phase.value,
         stage_id=following.id,
         stage_entered_s=tick.now_s,
         reason=reason,
         is_approved=False,
         approved_by=None,
-        slices=tuple(replace(item, served_units=0) for item in state.slices),
-        cells=tuple(cell for cell in state.cells if cell.guardrail_id not in operational),
     )
     return replace(tick, state=state).with_action("advance", reason).ended(reason)

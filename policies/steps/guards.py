@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sentei.policies.intake import fold_observations, fold_traffic, own_mean, own_range
-from sentei.policies.judge import GuardrailReport, judge
+from sentei.policies.intake import (
+    RECENT_PARTS,
+    deciding_arm,
+    fold_lengths,
+    fold_observations,
+    fold_traffic,
+    recent_number,
+)
+from sentei.policies.judge import GuardrailReport, View, judge
 from sentei.policies.machine import Event, IllegalEventError, Phase, Wait, is_possible, next_phase
+from sentei.policies.schema.sections import Guardrail
 from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Command, DriftSignal, Verdict
-from sentei.policies.state import ALL_SLICES, DriftTrack, SliceState
+from sentei.policies.state import ALL, ALL_SLICES, ARTIFACT, SERVED, DriftTrack, SliceState
 from sentei.policies.steps.dense import describe_failures, is_failing
 from sentei.policies.steps.tick import Tick, active_slices, effective_rung, fall_back, pause, roll_back
 
@@ -21,7 +29,7 @@ def observe(tick: Tick) -> Tick:
         return tick
     if signals.read_error is None:
         if signals.cursor > state.cursor:
-            state = fold_traffic(tick.policy, state, signals.traffic)
+            state = fold_lengths(fold_traffic(tick.policy, state, signals.traffic), signals.lengths)
         state = fold_observations(tick.policy, state, signals.observations)
         newest = min(signals.newest_data_at_s or state.waiting_since_s, tick.now_s)
         state = replace(
@@ -49,29 +57,35 @@ def _follow(track: DriftTrack, drift: tuple[DriftSignal, ...]) -> DriftTrack:
 
 def _judge_all(tick: Tick) -> tuple[GuardrailReport, ...]:
     policy, state = tick.policy, tick.state
-    share = policy.stage(state.stage_id).share if policy.spec.mode == "enforce" else 0.0
-    is_stale = tick.now_s - state.waiting_since_s > policy.spec.data.max_age
     reports = []
     for gate in policy.spec.guardrails.items:
         places = (ALL_SLICES,) if gate.per == "all" else active_slices(policy, state)
-        for slice_id in places:
-            is_quality = gate.metric.family == "quality"
-            rung = effective_rung(policy, state, slice_id) if is_quality else ""
-            cell = state.cell(gate.id, slice_id, rung)
-            reports.append(
-                judge(
-                    policy,
-                    gate,
-                    cell,
-                    slice_id=slice_id,
-                    rung_id=rung,
-                    share=share,
-                    is_stale=is_stale,
-                    own_mean=own_mean(policy, gate, cell),
-                    own_range=own_range(policy, gate, cell),
-                )
-            )
+        reports += [_judge_one(tick, gate, slice_id) for slice_id in places]
     return tuple(reports)
+
+
+def _judge_one(tick: Tick, gate: Guardrail, slice_id: str) -> GuardrailReport:
+    """The verdict of one guardrail in one place; of quality, harm in either arm, safety in one (F16)."""
+    policy, state = tick.policy, tick.state
+    stage = policy.stage(state.stage_id)
+    need = policy.need(stage, gate)
+    is_quality = gate.metric.family == "quality"
+    rung = effective_rung(policy, state, slice_id) if is_quality else ""
+    view = View(
+        slice_id=slice_id,
+        rung_id=rung,
+        share=stage.share if policy.spec.mode == "enforce" else 0.0,
+        need=need,
+        try_number=state.try_number,
+        is_stale=tick.now_s - state.waiting_since_s > policy.spec.data.max_age,
+        recent_from=recent_number(policy, tick.now_s) - RECENT_PARTS + 1,
+    )
+    first = deciding_arm(policy, stage, need) if is_quality else ALL
+    arms = (first, *({ALL, SERVED} - {first})) if is_quality else (first,)
+    cells = [state.cell(gate.id, slice_id, rung, arm) for arm in arms]
+    found = [judge(policy, gate, cell, view) for cell in cells]
+    grave = (item for item in found if item.verdict in (Verdict.HARM, Verdict.ERROR))
+    return min(grave, key=lambda item: item.verdict is not Verdict.HARM, default=found[0])
 
 
 def handle_commands(tick: Tick) -> Tick:
@@ -139,7 +153,7 @@ def _retry(tick: Tick, order: Command) -> Tick:
         left = format_duration(round(retry.cool_off - waited))
         return tick.with_action("refuse", f"retry by {order.by}: cool-off ends in {left}")
     reason = f"retried by {order.by}"
-    own = {*state.former_digests, state.policy_digest}
+    own = {*state.former_digests, state.policy_digest, f"{ARTIFACT}{state.artifact}"}
     state = replace(
         state,
         phase=phase.value,
@@ -156,6 +170,7 @@ def _retry(tick: Tick, order: Command) -> Tick:
         cursor=max(state.cursor, tick.signals.cursor),
         sparse_down_since_s=None,
         dense_down_since_s=None,
+        is_blind=False,
         slices=tuple(SliceState(item.slice_id) for item in state.slices),
         cells=(),
         drift=tuple(DriftTrack(item.signal_id, window_id=_newest(tick, item)) for item in state.drift),
@@ -168,6 +183,18 @@ def _newest(tick: Tick, track: DriftTrack) -> int:
     """The newest window there is, so that a retry is not judged by windows of before."""
     ids = [item.window_id for item in tick.signals.drift if item.id == track.signal_id]
     return max([track.window_id, *ids])
+
+
+def check_artifact(tick: Tick) -> Tick:
+    """After the orders: what is proven is one artifact; another one goes dense, and is another rollout."""
+    found, known = tick.signals.artifact, tick.state.artifact
+    if not found or found == known or tick.state.phase == Phase.SHELTERED:
+        return tick
+    if known:
+        text = f"sparse runs artifact {found[:12]}, but {known[:12]} is what was proven; start a new rollout"
+        return roll_back(tick, "artifact", text)
+    tick = replace(tick, state=replace(tick.state, artifact=found))
+    return tick.with_action("bind", f"from now on what is proven is artifact {found[:12]}")
 
 
 def check_breaker(tick: Tick) -> Tick:
@@ -245,15 +272,36 @@ def check_data(tick: Tick) -> Tick:
     if tick.signals.read_error is not None:
         text = f"the store cannot be read ({tick.signals.read_error}), {text}"
         tick = tick.with_hold(Wait.DATA, text)
-    for limit, action in ((rule.no_data.after, rule.no_data.last), (rule.no_data.grace, rule.no_data.then)):
-        if silent_s > limit:
-            reason = f"{text}, over {format_duration(limit)}"
-            if action == "rollback":
-                return roll_back(tick, "no_data", reason)
-            return tick.with_hold(Wait.DATA, reason)
+    blind_s = _blind_s(tick)
+    blind = f"requests are chosen, but no audit was scored for {format_duration(round(blind_s))}"
+    limits = ((rule.no_data.after, rule.no_data.last), (rule.no_data.grace, rule.no_data.then))
+    for limit, action in limits:
+        for seconds, words in ((silent_s, text), (blind_s, blind)):
+            if seconds > limit:
+                return _act_on_silence(tick, action, f"{words}, over {format_duration(limit)}")
+    tick = replace(tick, state=replace(tick.state, is_blind=False))
     if silent_s > rule.max_age:
         return tick.with_hold(Wait.DATA, f"{text}: stale after {format_duration(rule.max_age)}")
     return tick
+
+
+def _blind_s(tick: Tick) -> float:
+    """For how long audits have been due without one that was scored; quality is watched in every phase."""
+    since_s = tick.signals.unscored_since_s
+    if since_s is None or tick.signals.read_error is not None:
+        return 0.0
+    is_watched = any(item.metric.family == "quality" for item in tick.policy.spec.guardrails.items)
+    return tick.now_s - max(since_s, tick.state.since_s) if is_watched else 0.0
+
+
+def _act_on_silence(tick: Tick, action: str, reason: str) -> Tick:
+    if action == "rollback":
+        return roll_back(tick, "no_data", reason)
+    if (
+        tick.state.phase == Phase.PROMOTED and not tick.state.is_blind
+    ):  # it waits for nothing: somebody must hear
+        tick = replace(tick, state=replace(tick.state, is_blind=True)).with_action("alert", reason)
+    return tick.with_hold(Wait.DATA, reason)
 
 
 def check_signals(tick: Tick) -> Tick:

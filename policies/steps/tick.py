@@ -9,7 +9,7 @@ from sentei.policies.judge import GuardrailReport
 from sentei.policies.machine import Event, Phase, SliceEvent, SlicePhase, Wait, next_phase, next_slice_phase
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Command, Signals
-from sentei.policies.state import Quarantined, RolloutState, SliceState
+from sentei.policies.state import ARTIFACT, Quarantined, RolloutState, SliceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,13 @@ def _quarantine(tick: Tick) -> tuple[Quarantined, ...]:
 
 
 def with_failed(state: RolloutState, rungs: Iterable[str]) -> tuple[Quarantined, ...]:
-    """The quarantine after these rungs failed; an edit does not hide the policy it started as."""
-    digests = (*state.former_digests, state.policy_digest)
+    """The quarantine after these rungs failed: the artifact, whatever the policy's text.
+
+    Where no artifact is known it is the policy; an edit does not hide the policy it started as.
+    """
+    digests = (
+        (f"{ARTIFACT}{state.artifact}",) if state.artifact else (*state.former_digests, state.policy_digest)
+    )
     failed = {Quarantined(digest, rung) for digest in digests for rung in rungs}
     return tuple(sorted({*state.quarantine, *failed}))
 
@@ -150,7 +155,7 @@ def fall_back(tick: Tick, report: GuardrailReport) -> Tick:
     state = replace(state, cells=tuple(cells), quarantine=with_failed(state, [rung]))
     tick = replace(tick, state=state)
     if report.action == "previous_rung" and index:
-        milder = replace(own, ceiling=policy.rung_ids[index - 1], by=report.id, served_units=0)
+        milder = replace(own, ceiling=policy.rung_ids[index - 1], by=report.id, served_units=0, upper_units=0)
         return move_slice(
             tick, milder, SliceEvent.RUNG_DOWN, f"{reason}; falls back to rung {milder.ceiling}"
         )

@@ -65,6 +65,7 @@ class EngineRequest:
     sampling: Sampling = NEUTRAL
     sent_ids: tuple[int, ...] = ()
     stop_ids: frozenset[int] = frozenset()
+    artifact: str = ""  # digest of what must answer; "": whatever runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ class ScoreRequest:
     num_top: int = 20
     prompt_chunk_tokens: int | None = None
     served_chunk_tokens: int | None = None
+    artifact: str = ""  # digest of what must answer; "": whatever runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ class ScoreResult:
     top_logprobs: tuple[tuple[float, ...], ...]
     compute_s: float
     dropped_mass: tuple[float, ...] = ()  # one share per sampled served row, head and layer
+    artifact: str = ""  # digest of what scored
 
 
 @dataclass(frozen=True, slots=True)

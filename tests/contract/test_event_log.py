@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from sentei.monitors import events
 from sentei.monitors.errors import StaleLeaseError
 from sentei.monitors.events import BrokenChainError, EventLog
 from sentei.monitors.store import Store
-from sentei.monitors.tables import EVENTS
+from sentei.monitors.tables import EVENTS, VALUES
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
 from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
 
@@ -214,3 +215,68 @@ def test_nothing_but_a_written_row_uses_up_a_number(store: Store) -> None:
     store.add_request(make_request(1))
 
     assert store.add_command(ROLLOUT, "pause", by="ann", at_s=0.0) == 2
+
+
+def cut(store: Store, num_events: int) -> None:
+    """Delete the newest events."""
+    with store.write("forgery") as connection:
+        newest = connection.execute(sa.select(sa.func.max(EVENTS.c.seq))).scalar_one()
+        connection.execute(sa.delete(EVENTS).where(EVENTS.c.seq > newest - num_events))
+
+
+@pytest.mark.parametrize("num_cut", [1, 2, 5])
+def test_a_log_that_was_cut_is_not_carried_on(store: Store, num_cut: int) -> None:
+    """The next append refuses what `verify` finds, says the way out, and so heals nothing."""
+    log = fill(store, 5)
+    cut(store, num_cut)
+    token = store.acquire_lease("me", ttl_s=10, now_s=1)
+    assert token is not None
+
+    for attempt in (
+        log.verify,
+        lambda: log.resume("r0"),
+        lambda: log.append("r0", "x", payload={}, state_after="{}", token=token, at_s=9),
+    ):
+        with pytest.raises(BrokenChainError, match=r"is missing: .* head is event 5\. Restore .* or export"):
+            attempt()
+
+
+def test_a_head_that_is_gone_is_missed(store: Store) -> None:
+    """Who cuts the log and takes its kept head away is found too."""
+    log = fill(store, 3)
+    with store.write("forgery") as connection:
+        connection.execute(sa.delete(VALUES).where(VALUES.c.name == "events.head"))
+
+    for attempt in (log.verify, lambda: log.resume("r0")):
+        with pytest.raises(BrokenChainError, match="not the head that was kept, unknown"):
+            attempt()
+
+
+@pytest.mark.parametrize(("seq", "is_hashed_again"), [(5, False), (5, True), (4, False), (4, True)])
+def test_a_changed_newest_state_is_refused(store: Store, seq: int, is_hashed_again: bool) -> None:
+    """Neither rollout goes on from a state that was changed, also where the forger made its hash again."""
+    log = fill(store, 5)
+    with store.write("forgery") as connection:
+        row = dict(connection.execute(sa.select(EVENTS).where(EVENTS.c.seq == seq)).mappings().one())
+        row["state_json"] = '{"n":99}'
+        row["hash"] = events._hash(row) if is_hashed_again else row["hash"]
+        connection.execute(sa.update(EVENTS).where(EVENTS.c.seq == seq).values(**row))
+
+    with pytest.raises(BrokenChainError, match=f"event {5 if is_hashed_again else seq} is broken"):
+        log.resume(f"r{(seq - 1) % 2}")
+
+
+def test_a_tampered_state_is_not_obeyed(store: Store) -> None:
+    """The tick after a forged promotion is an error: no decision, no event, no renewal of the routes."""
+    runner, before = play(store), store.read_routing()
+    with store.write("forgery") as connection:
+        newest = connection.execute(sa.select(sa.func.max(EVENTS.c.seq))).scalar_one()
+        row = connection.execute(sa.select(EVENTS).where(EVENTS.c.seq == newest)).mappings().one()
+        forged = row["state_json"].replace('"stage_id":"', '"stage_id":"full').replace("fullfull", "full")
+        connection.execute(sa.update(EVENTS).where(EVENTS.c.seq == newest).values(state_json=forged))
+
+    result = runner.tick(START_S + 4)
+
+    assert "its content was changed after it was written" in result.error
+    assert result.decision is None
+    assert store.read_routing() == before

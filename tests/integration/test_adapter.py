@@ -1,6 +1,7 @@
 """Adapters on disk: what is written comes back, and only onto the model it belongs to."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from sentei.kernels.hf.adapter import (
     load_adapter,
     new_adapter,
     save_adapter,
+    save_ladder,
+    seal_adapter,
 )
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, Verified
 from sentei.kernels.hf.models import AdapterError, fingerprint
@@ -33,7 +36,7 @@ def test_an_adapter_survives_the_disk(tmp_path: Path) -> None:
     loaded = load_adapter(tmp_path, model)
 
     assert loaded.ladder.find("mild") == rung
-    assert loaded.manifest == adapter.manifest
+    assert replace(loaded.manifest, files={}) == adapter.manifest
     torch.testing.assert_close(loaded.scorers[1].query_map, adapter.scorers[1].query_map)
     assert {path.name for path in tmp_path.iterdir()} == {SCORER_FILE, LADDER_FILE, MANIFEST_FILE}
 
@@ -62,12 +65,14 @@ def test_loading_in_another_precision_is_the_same_model() -> None:
         (MANIFEST_FILE, None, "is no adapter"),
         (MANIFEST_FILE, "{", "is not JSON"),
         (MANIFEST_FILE, '{"format": 99}', "format is 99"),
-        (LADDER_FILE, '{"rungs": []}', "the ladder is broken"),
+        (MANIFEST_FILE, b"\xff", "is not JSON"),
+        (LADDER_FILE, '{"rungs": []}', "ladder.json is not the file that was sealed"),
+        (SCORER_FILE, "zeroed", "scorer.safetensors is not the file that was sealed"),
         (SCORER_FILE, None, "has no scorer.safetensors"),
     ],
 )
 def test_a_broken_folder_says_what_is_broken(
-    tmp_path: Path, name: str, text: str | None, message: str
+    tmp_path: Path, name: str, text: str | bytes | None, message: str
 ) -> None:
     """Each missing or damaged file has its own message."""
     model = make_llama()
@@ -75,10 +80,53 @@ def test_a_broken_folder_says_what_is_broken(
     if text is None:
         (tmp_path / name).unlink()
     else:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
 
     with pytest.raises(AdapterError, match=message):
         load_adapter(tmp_path, model)
+
+
+def test_a_ladder_that_is_broken_is_said_even_if_it_is_sealed(tmp_path: Path) -> None:
+    """A seal says that a file was not changed, not that it is any good."""
+    model = make_llama()
+    save_adapter(new_adapter(model, "tiny"), tmp_path)
+    (tmp_path / LADDER_FILE).write_text('{"rungs": []}')
+    seal_adapter(tmp_path)
+
+    with pytest.raises(AdapterError, match="the ladder is broken"):
+        load_adapter(tmp_path, model)
+
+
+def test_an_adapter_without_hashes_names_the_command_that_gives_it_some(tmp_path: Path) -> None:
+    """A folder of before is refused until somebody says that these are the right files."""
+    model = make_llama()
+    save_adapter(new_adapter(model, "tiny"), tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
+    del manifest["files"]
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(manifest))
+
+    with pytest.raises(AdapterError, match=f"not sealed.*sentei seal {tmp_path}"):
+        load_adapter(tmp_path, model)
+    seal_adapter(tmp_path)
+
+    assert load_adapter(tmp_path, model).digest != ""
+
+
+def test_the_digest_names_scorers_ladder_and_model(tmp_path: Path) -> None:
+    """Saved twice it is the same; another ladder, other weights or another model make another one."""
+    model, digests = make_llama(), list[str]()
+    adapter = new_adapter(model, "tiny", rank=4)
+    for folder in ("a", "b"):
+        digests.append(save_adapter(adapter, tmp_path / folder).digest)
+    save_ladder(uncalibrated_ladder(adapter, {"mild": 0.25}), tmp_path / "a")
+    digests.append(load_adapter(tmp_path / "a", model).digest)
+    with torch.no_grad():
+        adapter.scorers[0].query_map.fill_(1.0)
+    digests.append(save_adapter(adapter, tmp_path / "b").digest)
+    digests.append(save_adapter(new_adapter(make_llama(seed=1), "tiny", rank=4), tmp_path / "c").digest)
+
+    assert digests[0] == digests[1]
+    assert len(set(digests[1:])) == 4
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
@@ -129,9 +177,10 @@ def test_a_ladder_of_before_query_blocks_keeps_those_it_was_calibrated_for(tmp_p
     save_adapter(adapter.with_ladder(uncalibrated_ladder(adapter, {"mild": 0.25})), tmp_path)
     data = json.loads((tmp_path / LADDER_FILE).read_text())
     assert data.pop("query_block_tokens") == 32
-    (tmp_path / LADDER_FILE).write_text(json.dumps(data))
+    sizes = list[int]()
+    for size in ({}, {"query_block_tokens": 16}):
+        (tmp_path / LADDER_FILE).write_text(json.dumps(data | size))
+        seal_adapter(tmp_path)
+        sizes.append(load_adapter(tmp_path, model).ladder.query_block_tokens)
 
-    assert load_adapter(tmp_path, model).ladder.query_block_tokens == 32
-    data["query_block_tokens"] = 16
-    (tmp_path / LADDER_FILE).write_text(json.dumps(data))
-    assert load_adapter(tmp_path, model).ladder.query_block_tokens == 16
+    assert sizes == [32, 16]

@@ -12,11 +12,11 @@ import jsonschema
 import openai
 import pytest
 
+from sentei.pipeline.models import load_tokenizer
 from sentei.serving.access import ApiKey, KeyBook
 from sentei.serving.engine.request import EngineRequest, ScoreRequest, ScoreResult, TokenChunk
 from sentei.serving.gateway import Gateway
 from sentei.serving.ingress import build_api
-from sentei.serving.loading import load_tokenizer
 from sentei.serving.openai.answers import ChatChunk, ChatCompletion, TextChunk, TextCompletion
 from sentei.serving.openai.requests import ChatRequest, CompletionRequest
 from sentei.serving.ports import ModelCard
@@ -30,7 +30,12 @@ HERMES = (
     "{% for t in tools or [] %}{{ t.function.name }} <tool_call></tool_call>\n{% endfor %}"
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 )
-WEATHER = {"type": "object", "properties": {"day": {"enum": ["mon", "tue"]}}, "required": ["day"]}
+WEATHER = {
+    "type": "object",
+    "properties": {"day": {"enum": ["mon", "tue"]}},
+    "required": ["day"],
+    "additionalProperties": False,
+}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": WEATHER}}]
 
 
@@ -58,7 +63,7 @@ class LocalVariant:
 @pytest.fixture(scope="module")
 def server() -> ModelServer:
     """The pocket model, loaded once."""
-    return ModelServer(VariantOptions(model="pocket", variant="dense"))
+    return ModelServer(VariantOptions(model="pocket", variant="dense", max_context_tokens=1024))
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +195,10 @@ async def test_answers_follow_a_schema(server: ModelServer, tokenizer: Any) -> N
     """JSON mode gives an object, a schema gives what it says, streamed or not, however hot the model is."""
     schema: Any = {
         "type": "object",
-        "properties": {"kind": {"enum": ["cat", "dog"]}, "n": {"type": "integer", "maximum": 9}},
+        "properties": {
+            "kind": {"enum": ["cat", "dog"]},
+            "n": {"type": "integer", "minimum": 0, "maximum": 9},
+        },
         "required": ["kind", "n"],
         "additionalProperties": False,
     }
@@ -350,7 +358,7 @@ async def test_ignored_end_gives_all_tokens(server: ModelServer, tokenizer: Any)
 
 async def test_answer_goes_on_to_the_contexts_end(server: ModelServer, tokenizer: Any) -> None:
     """Without max_tokens and without a setting the context is the limit."""
-    prompt = "a b c d " * 511
+    prompt = "x = 1\n" * 200
     async with clients(server, tokenizer, default_max_tokens=None) as (client, plain):
         counted = (await plain.post("/tokenize", json={"prompt": prompt})).json()
         found = await client.completions.create(
@@ -359,7 +367,7 @@ async def test_answer_goes_on_to_the_contexts_end(server: ModelServer, tokenizer
 
     assert found.usage is not None
     assert found.usage.prompt_tokens == counted["count"]
-    assert found.usage.total_tokens == counted["max_model_len"]
+    assert found.usage.total_tokens == counted["max_model_len"] == 1024
 
 
 async def test_errors_are_the_clients_own_exceptions(server: ModelServer, tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,9 +13,10 @@ import httpx
 import pytest
 
 from sentei.serving.engine.attention_use import AttentionUse, LayerUse
-from sentei.serving.errors import EngineBusyError, VariantError
+from sentei.serving.errors import EngineBusyError, EngineRefusedError, GrammarError, VariantError
 from sentei.serving.gateway import Gateway
 from sentei.serving.ingress import build_api
+from sentei.serving.ports import AuditLoad
 from sentei.serving.settings import Limits
 from tests.fakes_serving import (
     MODEL,
@@ -273,7 +275,7 @@ async def test_nobody_answers() -> None:
         response = await post_chat(client, stream=True)
 
     assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
-    assert world.store.requests[0].outcome == "failed"
+    assert world.store.requests[0].outcome == "unanswerable"
 
 
 async def test_breaker_spares_users_the_wait() -> None:
@@ -287,6 +289,40 @@ async def test_breaker_spares_users_the_wait() -> None:
     assert len(world.sparse.requests) == 3
     assert [r.outcome for r in world.store.requests] == ["fallback_before"] * 4
     assert "breaker_open" in world.store.requests[3].error
+
+
+@pytest.mark.parametrize(
+    ("failure", "outcome"),
+    [
+        (VariantError("dense", "nan_logits"), "unanswerable"),
+        (VariantError("dense", "crash"), "failed"),
+        (EngineBusyError("32 requests wait"), "failed"),
+        (EngineRefusedError("never fits"), "refused"),
+    ],
+)
+async def test_what_dense_cannot_answer_either_is_nobodys_failure(failure: Exception, outcome: str) -> None:
+    """Sparse failed, and dense fails on the same request: only a dense that is down or full leaves blame."""
+    world = World(
+        dense=FakeVariant("dense", fail_after=0, failure=failure),
+        sparse=FakeVariant("sparse", fail_after=0, failure=VariantError("sparse", "nan_logits")),
+    )
+    async with world.run() as client:
+        await post_chat(client)
+
+    assert [r.outcome for r in world.store.requests] == [outcome]
+
+
+async def test_one_session_cannot_take_sparse_from_the_others() -> None:
+    """Failing requests of one client, however many, open no breaker; the others keep sparse."""
+    world = World(sparse=FakeVariant("sparse", fail_after=0, failure=crash("sparse")))
+    async with world.run() as client:
+        for _ in range(10):
+            await client.post("/v1/chat/completions", json=chat(), headers={"x-session-id": "s1"})
+        assert world.sparse is not None
+        world.sparse.fail_after = None
+        response = await client.post("/v1/chat/completions", json=chat(), headers={"x-session-id": "s2"})
+
+    assert response.headers["x-sentei-variant"] == "sparse"
 
 
 async def test_lease_runs_out_and_comes_back() -> None:
@@ -342,19 +378,87 @@ async def test_session_header_decides_stickiness_and_the_unit() -> None:
     assert units[3] == world.store.requests[3].request_id
 
 
-async def test_session_is_audited_once() -> None:
-    """A chosen session sends one audit per slice and rung, whichever variant served it."""
+async def test_any_request_of_a_session_may_be_audited() -> None:
+    """A drawn request sends an audit, whichever variant served it, with all that says how it was drawn."""
     world = World(store=FakeStore(routing=(make_table(share=0.0, audit_share=1.0), 1)))
     async with world.run() as client:
         for _ in range(2):
             await client.post("/v1/chat/completions", json=chat(), headers={"x-session-id": "s1"})
         await client.get("/healthz")
 
-    assert [r.chosen_for_audit for r in world.store.requests] == [True, False]
-    (job,) = world.desk.jobs
+    assert [(r.chosen_for_audit, r.audit_probability) for r in world.store.requests] == [(True, 1.0)] * 2
+    job, _ = world.desk.jobs
     assert (job.rung_id, job.variant_served, job.session_id) == ("medium", "dense", "s1")
+    assert (job.share, job.probability) == (0.0, 1.0)
     assert job.served_ids == tuple(FakeTokenizer().encode("hello"))
     assert job.prompt_ids == tuple(FakeTokenizer().encode(LONG))
+
+
+async def test_audited_span_lies_anywhere_in_the_answer() -> None:
+    """Successive tokens from a place chosen by lot are scored; what was served before them is context."""
+    limits = LIMITS.model_copy(update={"audit_max_tokens": 2})
+    world = World(store=FakeStore(routing=(make_table(audit_share=1.0), 1)), limits=limits)
+    async with world.run() as client:
+        for _ in range(60):
+            await post_chat(client)
+        await client.get("/healthz")
+
+    ids = tuple(FakeTokenizer().encode("hello"))
+    assert {job.served_ids for job in world.desk.jobs} == {ids[i : i + 2] for i in range(4)}
+    assert all(
+        (*job.earlier_ids, *job.served_ids) == ids[: len(job.earlier_ids) + 2] for job in world.desk.jobs
+    )
+
+
+async def test_audits_that_would_come_too_late_are_not_drawn() -> None:
+    """A busy auditor lowers the rate, and records say so; nothing is written as missing."""
+    store = FakeStore(routing=(make_table(audit_share=1.0), 1))
+    world = World(store=store, desk=FakeDesk(busy=AuditLoad(waiting=9, jobs_per_s=0.5)))
+    async with world.run() as client:
+        await asyncio.sleep(0.05)
+        for _ in range(3):
+            await post_chat(client)
+
+    assert [(r.chosen_for_audit, r.audit_probability) for r in store.requests] == [(False, 0.0)] * 3
+    assert store.audits == []
+
+
+async def test_session_arrives_when_it_is_assigned() -> None:
+    """A session counts for the sample ratio before its answer ends, once, as it was assigned."""
+    world = World(store=FakeStore(routing=(make_table(share=0.0), 1)))
+    async with world.run() as client:
+        questions = await world.gateway.check(_parsed(), {"x-session-id": "s1"})
+        ((_, deltas),) = world.gateway.begin(questions)
+        await anext(deltas)
+        while not world.store.arrivals:
+            await asyncio.sleep(0.01)
+        at_assignment = len(world.store.requests)
+        await deltas.aclose()
+        await client.post("/v1/chat/completions", json=chat(), headers={"x-session-id": "s1"})
+
+    (arrival,) = world.store.arrivals
+    assert at_assignment == 0
+    assert (arrival.session_id, arrival.slice_id, arrival.share) == ("s1", "long", 0.0)
+    assert (arrival.rollout_id, arrival.variant_assigned) == ("r1", "dense")
+
+
+async def test_other_artifact_than_the_proven_one_gets_nobody() -> None:
+    """A sparse replica that runs something else than the table is bound to is not asked."""
+    store = FakeStore(routing=(make_table(artifact="proven"), 1))
+    world = World(sparse=FakeVariant("sparse", artifact="proven"), store=store)
+    async with world.run() as client:
+        served = [(await post_chat(client)).headers["x-sentei-variant"]]
+        assert world.sparse is not None
+        world.sparse.artifact = "swapped"
+        await world.gateway.introduce_once("sparse")
+        served.append((await post_chat(client)).headers["x-sentei-variant"])
+        ready = (await client.get("/readyz")).json()
+
+    assert served == ["sparse", "dense"]
+    assert [r.rollout_id for r in store.requests] == ["r1", ""]
+    assert [r.artifact for r in world.sparse.requests] == ["proven"]
+    assert ready["artifact"] == {"runs": "swapped", "bound": "proven"}
+    assert store.values == {"artifact.sparse": "swapped"}
 
 
 async def test_audit_that_nobody_takes_is_missing() -> None:
@@ -365,7 +469,8 @@ async def test_audit_that_nobody_takes_is_missing() -> None:
         await post_chat(client)
         await client.get("/healthz")
 
-    assert [(s.status, s.rung_id) for s in world.store.audits] == [("missing", "medium")]
+    (score,) = world.store.audits
+    assert (score.status, score.rung_id, score.reason) == ("missing", "medium", "queue_full")
 
 
 def bad(path: str, body: dict[str, Any], status: int, code: str, words: str, *, param: str | None) -> Any:
@@ -413,6 +518,51 @@ async def test_session_id_that_is_too_long() -> None:
         response = await client.post(CHAT, json=chat(), headers={"x-session-id": "x" * 1000})
 
     assert (response.status_code, response.json()["error"]["param"]) == (400, "x-session-id")
+
+
+@pytest.mark.parametrize("session", [b"\xff\xfe", b"a\tb"])
+async def test_session_id_of_other_bytes_is_refused(session: bytes) -> None:
+    """A session id that is no plain text is a 400, not a surprise further on."""
+    async with World().run() as client:
+        response = await client.post(CHAT, json=chat(), headers=[(b"x-session-id", session)])
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "x-session-id")
+
+
+async def test_request_that_nobody_could_answer_does_not_count_against_a_variant() -> None:
+    """A schema that cannot be followed is the caller's fault: 400, no try on dense, no failure recorded."""
+    sparse = FakeVariant("sparse", fail_after=1, failure=GrammarError("response_format cannot be followed"))
+    world = World(sparse=sparse)
+    async with world.run() as client:
+        response = await post_chat(client)
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "response_format")
+    assert not world.dense.requests
+    assert world.store.requests[0].outcome == "refused"
+
+
+async def test_several_answers_are_requests_of_one_unit() -> None:
+    """Each answer has a record and a seed of its own; the unit is one, and one answer is audited."""
+    world = World(store=FakeStore(routing=(make_table(audit_share=1.0), 1)))
+    async with world.run() as client:
+        response = await client.post(CHAT, json=chat(n=3, seed=7), headers={"x-session-id": "s1"})
+
+    assert world.sparse is not None
+    assert [choice["index"] for choice in response.json()["choices"]] == [0, 1, 2]
+    assert sorted(request.sampling.seed for request in world.sparse.requests) == [7, 8, 9]
+    assert {record.session_id for record in world.store.requests} == {"s1"}
+    assert len({record.request_id for record in world.store.requests}) == 3
+    assert [record.chosen_for_audit for record in world.store.requests].count(True) == 1
+
+
+async def test_one_failed_answer_ends_its_siblings() -> None:
+    """When one of several answers cannot be given the request fails, and nothing goes on running for it."""
+    world = World(dense=FakeVariant("dense", fail_after=2, failure=VariantError("dense", "error")))
+    async with world.run() as client:
+        response = await post_chat(client, content="short", n=4)
+
+    assert response.status_code == 503
+    assert world.dense.closed == len(world.dense.requests) == 4
 
 
 async def test_too_many_requests_at_once() -> None:

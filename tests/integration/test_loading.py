@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from sentei.kernels.hf.adapter import new_adapter, save_adapter
 from sentei.pipeline import models
 from sentei.pipeline.models import load_tokenizer
-from sentei.serving.errors import ConfigError
-from sentei.serving.loading import load_served_model, make_fault
+from sentei.serving.engine.request import EngineRequest, ScoreRequest
+from sentei.serving.errors import ConfigError, WrongArtifactError
+from sentei.serving.loading import artifact_digest, load_served_model, make_fault
 from sentei.serving.settings import VariantOptions
+from sentei.serving.variant import ModelServer
 from tests.fakes_models import make_llama, save_byte_tokenizer
+from tests.trial_ladders import uncalibrated_ladder
 
 
 @pytest.fixture
@@ -56,3 +61,42 @@ def test_fault_that_is_none_is_refused(fault: dict[str, Any]) -> None:
     """Unknown kinds, impossible values and unknown fields are errors of the one who asked."""
     with pytest.raises(ConfigError, match="fault is"):
         make_fault(fault)
+
+
+def test_artifact_is_all_that_can_change_what_is_computed() -> None:
+    """Adapter, engine's numerics and precision each make another digest; without an adapter there is none."""
+    model = make_llama()
+    found = {
+        artifact_digest(adapter, numerics, kept)
+        for adapter, numerics, kept in (
+            ("a", "builtin/1", model),
+            ("b", "builtin/1", model),
+            ("a", "builtin/2", model),
+            ("a", "builtin/1", make_llama().to(torch.bfloat16)),
+        )
+    }
+
+    assert len(found) == 4
+    assert artifact_digest("", "builtin/1", model) == ""
+
+
+async def test_replica_serves_and_scores_only_as_the_artifact_that_is_wanted(
+    checkpoint: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """A request bound to another artifact is refused by the replica itself."""
+    folder, model = checkpoint
+    adapter = new_adapter(model, "tiny", rank=4)
+    save_adapter(adapter.with_ladder(uncalibrated_ladder(adapter, {"mild": 1e-3})), tmp_path / "adapter")
+    options = VariantOptions(model=str(folder), variant="sparse", adapter=str(tmp_path / "adapter"))
+    server = ModelServer(options)
+    wanted = (await server.describe()).artifact
+    replay = ScoreRequest("a", (1, 2, 3, 4), 2, "mild", artifact=wanted)
+
+    scored = await server.score(replay)
+    with pytest.raises(WrongArtifactError, match="another is wanted"):
+        await server.score(replace(replay, artifact="another"))
+    with pytest.raises(WrongArtifactError):
+        await anext(server.generate(EngineRequest("b", (1, 2), 2, "mild", artifact="another")))
+    server._engine.stop()
+
+    assert (len(wanted), scored.artifact) == (64, wanted)

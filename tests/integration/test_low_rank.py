@@ -120,7 +120,7 @@ def test_they_survive_the_disk_and_vanish_with_a_new_distillation(tmp_path: Path
     save_adapter(new_adapter(model, "tiny"), tmp_path)
 
     assert loaded.low_rank is not None
-    assert loaded.manifest == adapter.manifest
+    assert replace(loaded.manifest, files={}) == adapter.manifest
     assert loaded.low_rank.info == adapter.low_rank.info
     for key, pair in adapter.low_rank.pairs.items():
         assert torch.equal(pair.down, loaded.low_rank.pairs[key].down)

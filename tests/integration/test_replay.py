@@ -21,7 +21,7 @@ from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_reque
 STRICT = POLICY.replace(
     "excess_over_floor: 0.10, floor_cap: 0.10", "excess_over_floor: 0.02, floor_cap: 0.02"
 )
-SLOW = POLICY.replace("rung: medium}\n    - {id: full", "rung: medium, hold_min: 8s}\n    - {id: full")
+SLOW = POLICY.replace("rung: medium}\n    - {id: full", "rung: medium, hold_min: 16s}\n    - {id: full")
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-def record(store: Store, seconds: int = 20, disagreement: float = 0.05, policy: str = POLICY) -> None:
+def record(store: Store, seconds: int = 30, disagreement: float = 0.05, policy: str = POLICY) -> None:
     """A rollout of so many seconds, with an order of an operator on the way."""
     start_rollout(store, policy, now_s=START_S, rollout_id=ROLLOUT)
     runner = RolloutRunner.open(store, ROLLOUT, RunnerOptions("me"))
@@ -75,7 +75,7 @@ def test_a_stricter_policy_would_have_rolled_back(store: Store) -> None:
 
 def test_a_slower_policy_would_have_gone_on_later(store: Store) -> None:
     """Holds of the other policy run their time between the recorded events."""
-    record(store)
+    record(store, seconds=45)
 
     found = replay(store, ROLLOUT, load_policy(SLOW))
 

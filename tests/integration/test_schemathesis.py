@@ -1,11 +1,16 @@
-"""The whole API against its own document: generated bodies, right and wrong, over a real socket."""
+"""The API over a real socket: generated bodies against its own document, and what the guide shows."""
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,3 +97,21 @@ def test_answers_stay_inside_the_document(url: str, name: str, mode: GenerationM
     print(name, mode.value, dict(statuses))
     assert statuses.total() >= NUM_CASES[name, mode]
     assert statuses[200 if mode is RIGHT else 400] or method == "GET"
+
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "serving.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("language", ["sh", "python"])
+def test_request_of_the_guide_is_answered(url: str, language: str) -> None:
+    """What the guide shows, by curl and by the official client, works as it stands."""
+    (block,) = re.findall(rf"```{language}\n((?:curl|from openai).*?)```", GUIDE, flags=re.DOTALL)
+    block = block.replace("http://127.0.0.1:8000", url).replace("pocket", MODEL)
+    if language == "sh" and shutil.which("curl") is None:
+        pytest.skip("no curl on this machine: apt-get install curl")
+    command = [sys.executable, "-c", block] if language == "python" else ["sh", "-c", block]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert language == "python" or '"finish_reason"' in done.stdout

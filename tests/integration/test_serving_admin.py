@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from sentei.monitors.signals_reader import SignalQuery, read_signals
 from sentei.monitors.store import Store
 from sentei.serving.access import Operator, OperatorBook, Role
 from sentei.serving.admin import add_admin_routes
@@ -21,7 +22,7 @@ from sentei.serving.gateway import Gateway
 from sentei.serving.ingress import build_api
 from sentei.serving.settings import Limits
 from tests.fakes_records import make_request
-from tests.fakes_serving import MODEL, FakeClock, FakeTokenizer, FakeVariant
+from tests.fakes_serving import MODEL, FakeClock, FakeTokenizer, FakeVariant, make_table
 
 POLICY = (Path(__file__).parents[2] / "policies" / "examples" / "demo.yaml").read_text(encoding="utf-8")
 HEADERS = {"authorization": "Bearer secret"}
@@ -39,6 +40,8 @@ class Office:
     controller: Controller
     sparse: FakeVariant
     clock: FakeClock
+    gateway: Gateway
+    down: dict[str, int]  # ready replicas of each variant, as the controller counts them
 
 
 @asynccontextmanager
@@ -60,13 +63,14 @@ async def open_office(
         api = build_api(gateway)
         book = OperatorBook([ADMIN, *operators])
         add_admin_routes(api, gateway, store, operators=book, allow_faults=allow_faults, now_s=clock)
-        controller = Controller(store, mirror=None, reports=folder, clock=clock)
+        ready = {"dense": 1, "sparse": 1}
+        controller = Controller(store, mirror=None, reports=folder, clock=clock, replicas=lambda: ready)
         async with api.router.lifespan_context(api):
             for name in variants:
                 await gateway.introduce_once(name)
             transport = httpx.ASGITransport(app=api)
             async with httpx.AsyncClient(transport=transport, base_url="http://t", headers=HEADERS) as client:
-                yield Office(client, store, controller, sparse, clock)
+                yield Office(client, store, controller, sparse, clock, gateway, ready)
 
 
 async def start(office: Office, **fields: Any) -> httpx.Response:
@@ -106,7 +110,8 @@ async def test_order_carries_the_name_of_its_token(tmp_path: Path) -> None:
         path = f"/admin/v1/rollouts/{rollout_id}/commands"
         forged = await office.client.post(path, json={"kind": "pause", "by": "eve"}, headers=headers)
         await office.client.post(path, json={"kind": "pause"}, headers=headers)
-        orders = office.store.read_commands(rollout_id, after=0)
+        query = SignalQuery(rollout_id, frozenset(), health_window_s=60.0, audit_limit_s=60.0)
+        orders = read_signals(office.store, query, cursor=0, now_s=0.0).commands
 
     assert (forged.status_code, forged.json()["error"]["param"]) == (400, "by")
     assert [(order.kind, order.by) for order in orders] == [("pause", "operator")]
@@ -193,6 +198,24 @@ async def test_dense_only_app_refuses_a_rollout(tmp_path: Path) -> None:
 
     assert (response.status_code, response.json()["error"]["code"]) == (409, "no_sparse_variant")
     assert "no adapter" in response.json()["error"]["message"]
+
+
+async def test_an_order_to_a_rollout_that_is_over_is_refused(tmp_path: Path) -> None:
+    """The controller runs the newest rollout only, so nobody is told that an older one will act."""
+    async with open_office(tmp_path) as office:
+        first = (await start(office, rollout_id="first")).json()["rollout_id"]
+        office.controller.tick()
+        path, order = f"/admin/v1/rollouts/{first}/commands", {"kind": "abort"}
+        await office.client.post(path, json=order)
+        office.clock.now_s += 1
+        office.controller.tick()
+        again = await start(office, rollout_id="second", release_quarantine=True)
+        late = await office.client.post(path, json={**order, "kind": "retry"})
+        about = (await office.client.get("/admin/v1/rollouts/second")).json()["about"]
+
+    assert (again.status_code, about["started_by"]) == (201, "secretary")
+    assert (late.status_code, late.json()["error"]["code"]) == (409, "rollout_over")
+    assert "'second' was started after it" in late.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("allow_faults", [True, False])
@@ -301,3 +324,67 @@ async def test_policy_that_failed_before_cannot_be_edited_into(tmp_path: Path) -
         response = await edit(office, second, failed)
 
     assert (response.status_code, response.json()["error"]["code"]) == (409, "quarantined")
+
+
+async def begin_half(office: Office) -> str:
+    """A rollout that sends everybody to sparse, as far as this ingress can tell; returns its id."""
+    rollout_id = str((await start(office)).json()["rollout_id"])
+    token = office.store.acquire_lease("controller", ttl_s=100, now_s=0)
+    assert token is not None
+    for _ in range(2):
+        table = replace(make_table(), rollout_id=rollout_id)
+        office.store.publish_routing(table, token=token, now_s=0)
+        await office.gateway.read_routing_once()
+    return rollout_id
+
+
+async def test_abort_reaches_this_ingress_with_the_answer(tmp_path: Path) -> None:
+    """No controller ticks, and yet the next request is dense; another ingress reads the same."""
+    async with open_office(tmp_path) as office:
+        rollout_id = await begin_half(office)
+        before = office.gateway._assign(20, "s").variant
+        answer = await office.client.post(
+            f"/admin/v1/rollouts/{rollout_id}/commands", json={"kind": "abort", "reason": "drill"}
+        )
+        after = office.gateway._assign(20, "s").variant
+        other = office.store.read_routing()
+
+    assert (before, after) == ("sparse", "dense")
+    assert answer.json()["acts"] == "at once: every ingress serves dense within 60 s"
+    assert other is not None
+    assert {route.rung_id for route in other[0].routes} == {"dense"}
+
+
+async def test_abort_that_the_store_does_not_take_stops_this_ingress_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that is away cannot tell the others, and the operator is not told that it did."""
+    async with open_office(tmp_path) as office:
+        rollout_id = await begin_half(office)
+        monkeypatch.setattr("sentei.monitors.database.BUSY_TIMEOUT_MS", 1)
+        office.store.close()
+        with Store.open(f"sqlite:///{tmp_path / 'state.db'}") as other, other.write("a stopped controller"):
+            answer = await office.client.post(
+                f"/admin/v1/rollouts/{rollout_id}/commands", json={"kind": "abort"}
+            )
+        await office.gateway.read_routing_once()
+        after = office.gateway._assign(20, "s").variant
+
+    assert answer.status_code == 503
+    assert "this ingress serves dense from now on, others until" in answer.json()["error"]["message"]
+    assert after == "dense"
+
+
+async def test_abort_while_dense_is_down_says_that_sparse_stays(tmp_path: Path) -> None:
+    """A stop would send users to a variant that cannot answer: the policy's shelter says what is done."""
+    async with open_office(tmp_path) as office:
+        rollout_id = await begin_half(office)
+        office.down["dense"] = 0
+        office.clock.now_s = 200.0
+        office.controller.tick()
+        answer = await office.client.post(f"/admin/v1/rollouts/{rollout_id}/commands", json={"kind": "abort"})
+        table = office.store.read_routing()
+
+    assert answer.json()["acts"] == "dense is down: sparse stays until dense is back; abort again to insist"
+    assert table is not None
+    assert {route.rung_id for route in table[0].routes} != {"dense"}

@@ -62,7 +62,7 @@ def save_tiny_model(folder: Path, adapter_folder: Path) -> None:
     """Write a random Llama over bytes that never ends an answer by itself, and an untrained adapter."""
     save_byte_tokenizer(folder)
     config = LlamaConfig(
-        hidden_size=64,
+        hidden_size=128,  # heads of 32, the smallest that vLLM takes
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -301,3 +301,36 @@ def test_killed_controller_means_dense_until_it_is_back(
         before["stage_id"],
         None,
     )
+
+
+@pytest.mark.parametrize("controller", ["alive", "stopped", "dead"])
+def test_abort_is_obeyed_when_it_is_answered(
+    server: LocalServer, operator: AdminClient, client: openai.OpenAI, folder: Path, controller: str
+) -> None:
+    """Within a second of the order this ingress and every other one serve dense, whoever holds the lease."""
+    for running in [r for r in operator.rollouts() if r["outcome"] is None]:
+        operator.command(running["rollout_id"], "abort")
+    wait_for(lambda: all(r["outcome"] for r in operator.rollouts()), "what ran before ends")
+    long_lease = POLICY.replace("monitor_lease: 3s", "monitor_lease: 60s")
+    rollout_id = operator.start_rollout(long_lease, release_quarantine=True)["rollout_id"]
+    wait_for(lambda: who_answers(client) == "sparse", "sparse answers")
+    pid = admin(server, "status")["workers"]["controller"]["pid"]
+    if controller != "alive":
+        os.kill(pid, signal.SIGSTOP if controller == "stopped" else signal.SIGKILL)
+
+    try:
+        began_s = time.monotonic()
+        answer = operator.command(rollout_id, "abort", reason="drill")
+        took_s = time.monotonic() - began_s
+        here = who_answers(client)
+        with Store.open(store_url(folder)) as store:
+            elsewhere = store.read_routing()
+    finally:
+        if controller == "stopped":
+            os.kill(pid, signal.SIGCONT)
+
+    assert (here, took_s < 1.0) == ("dense", True), took_s
+    assert elsewhere is not None
+    assert {route.rung_id for route in elsewhere[0].routes} == {"dense"}
+    assert answer["acts"] == "at once: every ingress serves dense within 0.25 s"
+    wait_for(lambda: operator.rollouts()[0]["outcome"] == "rolled_back", "the log says so, too")

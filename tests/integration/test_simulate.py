@@ -38,7 +38,7 @@ def assert_at_most(hits: int, limit: float) -> None:
 
 def test_dense_against_dense_is_not_rolled_back() -> None:
     """A/A over a whole rollout with 6 guardrails in 3 slices: false rollback at most alpha, most promoted."""
-    tally = run("aa", sessions=4500)
+    tally = run("aa", sessions=9000)
 
     assert_at_most(sum(tally.false_alarm), ALPHA)
     assert sum(at != NEVER for at in tally.promoted_at) >= 0.8 * ROLLOUTS

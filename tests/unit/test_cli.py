@@ -51,6 +51,22 @@ def test_missing_file_is_bad_input(
     assert "nowhere.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["policy", "lint"], ["policy", "explain"], ["rollout", "start"]])
+def test_a_policy_that_is_no_utf8_names_the_file(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file saved as UTF-16 is one line with its name and exit code 2."""
+    policy = tmp_path / "wide.yaml"
+    policy.write_text(DEMO_POLICY.read_text(encoding="utf-8"), encoding="utf-16")
+    monkeypatch.setattr("sys.argv", ["sentei", *words, str(policy)])
+
+    with pytest.raises(SystemExit) as ended:
+        run()
+
+    assert ended.value.code == ExitCode.BAD_INPUT
+    assert "wide.yaml is not UTF-8" in capsys.readouterr().err.replace("\n", "")
+
+
 def test_schema_is_json() -> None:
     """`policy schema` prints a JSON Schema."""
     done = CliRunner().invoke(app, ["policy", "schema"])
@@ -115,9 +131,9 @@ def test_lint_says_how_long_a_policy_takes() -> None:
     found = json.loads(CliRunner().invoke(app, arguments).stdout)
 
     assert found["ok"] is True
-    assert found["duration_best"] == "63s"
+    assert found["duration_best"] == "104s"
     assert found["duration_worst"] == "unbounded"
-    assert [stage["needs"][0]["audits"] for stage in found["stages"]] == [32, 32, 32, 32]
+    assert [stage["needs"][0]["audits"] for stage in found["stages"]] == [39, 30, 30, 39]
     lines = DEMO_POLICY.read_text(encoding="utf-8").splitlines()
     assert all(str(item["value"]) in lines[item["line"] - 1] for item in found["warnings"])
 

@@ -136,13 +136,13 @@ def test_served_units_may_be_asked_for() -> None:
     """min_served_units waits for audits of sessions that sparse itself served in this stage."""
 
     def ask(document: dict[str, Any]) -> None:
-        document["spec"]["advance"]["min_served_units"] = 5
+        document["spec"]["advance"]["min_served_units"] = 30
 
     story = Story(make_policy(ask))
     story.run_to("half")
-    held = story.tick(story.audits(3), after_s=20.0)
-    assert "3 of 5 units served by sparse" in held.reason
-    story.tick(story.audits(3) + story.served(30), after_s=1.0, traffic=story.fair_traffic())
+    held = story.tick(story.audits(24), after_s=20.0)
+    assert "24 of 30 units served by sparse" in held.reason
+    story.tick(story.audits(6) + story.served(30), after_s=1.0, traffic=story.fair_traffic())
     assert story.state.stage_id == "half-medium"
 
 

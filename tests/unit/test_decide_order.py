@@ -95,6 +95,7 @@ def test_the_steps_stand_in_the_documented_order() -> None:
         "observe",
         "check_dense",
         "handle_commands",
+        "check_artifact",
         "check_breaker",
         "check_harm",
         "check_srm",

@@ -107,7 +107,8 @@ def test_fifty_times_the_sessions_leave_the_state_as_large_as_it_was() -> None:
 
     assert old.cells[0].units == 50 * young.cells[0].units
     assert [cell.key for cell in old.cells] == [cell.key for cell in young.cells]
-    assert count_values(json.loads(state_to_json(old))) == count_values(json.loads(state_to_json(young)))
+    numbers = [count_values(json.loads(state_to_json(state))) for state in (young, old)]
+    assert numbers[0] <= numbers[1] <= 1.05 * numbers[0]  # the window of missing audits has two parts by now
     assert len(state_to_json(old)) <= 1.05 * len(state_to_json(young))
 
 

@@ -18,4 +18,3 @@ def test_a_change_reaches_into_a_list() -> None:
     policy = load_policy(demo_policy("calibrated", demo_size("gemma-3-270m")), "large")
 
     assert policy.spec.guardrails.items[0].bound.excess_over_floor == 0.2
-    assert policy.spec.advance.min_units == 12

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from sentei.policies import evidence
-from sentei.policies.budget import harm_alpha
 from sentei.policies.evidence import (
     RATIO_TILTS,
     SRM_TILTS,
@@ -28,6 +27,7 @@ from sentei.policies.evidence import (
 )
 from sentei.policies.evidence.base import log_mean_exp_paths
 from sentei.policies.evidence.counts import split_logs
+from sentei.policies.schema.budget import harm_alpha
 from sentei.policies.state import Cell, RolloutState, state_from_json, state_to_json
 from tests.evidence_paths import betting_paths, detector_paths
 

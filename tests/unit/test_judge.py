@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from sentei.policies.budget import harm_alpha, num_starts, num_tests
 from sentei.policies.intake import new_cell, scaled_bound
 from sentei.policies.judge import GuardrailReport
+from sentei.policies.schema.budget import harm_alpha, num_starts, num_tests
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Verdict
 from tests.strategies_policy import Story, make_policy, without_approval
@@ -86,7 +86,7 @@ def test_harm_is_proven_in_few_units_and_is_not_outvoted() -> None:
     """A disagreement of .6 over a bound of .2 is harm after a handful of sessions."""
     story = Story(make_policy())
 
-    decision = story.tick(story.audits(8, excess=0.6, slices=("mid",)))
+    decision = story.tick(story.audits(9, excess=0.6, slices=("mid",)))
     report = next(item for item in decision.verdicts if (item.id, item.slice_id) == ("agree", "mid"))
 
     assert report.verdict is Verdict.HARM
@@ -214,22 +214,24 @@ def test_operational_guardrails_are_not_asked_in_shadow() -> None:
 
 
 def test_the_error_budget_is_never_overspent() -> None:
-    """All tests of all guardrails, with every fresh start, sum to alpha_total (F10)."""
+    """All tests of all guardrails, with every fresh start and try, sum to alpha_total (F10)."""
     for policy in (make_policy(), with_gates(RATIO, SLO, MASS)):
         items = policy.spec.guardrails.items
         spent = sum(
-            harm_alpha(policy, gate) * num_tests(policy, gate) * num_starts(policy, gate) for gate in items
+            harm_alpha(policy, gate, number) * num_tests(policy, gate) * num_starts(policy, gate)
+            for gate in items
+            for number in range(1, 40)
         )
 
         assert spent == pytest.approx(policy.spec.guardrails.alpha_total)
 
 
 def test_an_own_alpha_is_split_over_its_slices() -> None:
-    """The sample-ratio test spends .001 over both slices together."""
+    """The sample-ratio test spends .001 over both slices and all tries, half of it in the first."""
     policy = make_policy()
     srm = policy.spec.guardrails.items[-1]
 
-    assert harm_alpha(policy, srm) == pytest.approx(0.0005)
+    assert harm_alpha(policy, srm) == pytest.approx(0.00025)
 
 
 def test_bounds_are_scaled_to_the_evidence() -> None:

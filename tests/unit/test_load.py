@@ -233,8 +233,9 @@ def test_every_rule_has_its_text(path: tuple[str | int, ...], value: Any, messag
         ({"bound": {"max": 0.1, "over": "2s"}, "test": "betting"}, "is no time and takes no `over`"),
         ({"value": "serve.ttft_ms", "bound": {"max": 0.1}, "test": "beta_binomial"}, "needs `over`"),
         ({"bound": {"max": 0.1}, "test": "beta_binomial"}, "is no event; use betting"),
-        ({"bound": {"max": 1.5}, "test": "betting"}, "must lie below 1 share"),
-        ({"value": "audit.kl", "bound": {"excess_over_floor": 2.0}}, "must lie below 2 nats"),
+        ({"bound": {"max": 0.99}, "test": "betting"}, "must lie in 0.0001 to 0.5 share"),
+        ({"bound": {"max": 1e-5}, "test": "betting"}, "must lie in 0.0001 to 0.5 share"),
+        ({"value": "audit.kl", "bound": {"excess_over_floor": 1.5}}, "must lie in 0.0002 to 1 nats"),
         ({"bound": {"excess_over_floor": 0.1, "floor_cap": 1.0}}, "must lie below 1 share"),
         ({"action": "freeze"}, "only the sample-ratio test may freeze"),
         ({"per": "all", "action": "rollback"}, "quality belongs to a slice"),
@@ -255,6 +256,68 @@ def test_every_rule_of_guardrails_has_its_text(fields: dict[str, Any], message: 
     errors = errors_of(with_guardrail(**fields))
 
     assert any(message in error for error in errors), errors
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("min_units: 0250", "YAML reads this as another number"),
+        ("min_units: 4:10", "YAML reads this as another number"),
+        ("min_units: 0x10", "YAML reads this as another number"),
+        ("min_units: yes", "YAML reads this as true or false"),
+        ("min_units: true", "must be a valid integer"),
+    ],
+)
+def test_a_number_that_yaml_reads_as_another_is_refused(line: str, message: str) -> None:
+    """Octal, hexadecimal, base 60 and yes are slips of the pen, and never another number."""
+    errors = errors_of(TWO_SLICES.replace("min_units: 10", line))
+
+    assert any(message in error for error in errors), errors
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("breaker", "variant", "failure_share"), 0, "must be above 0"),
+        (("breaker", "variant", "window"), "0s", "at least 100ms"),
+        (("data", "max_age"), "0s", "at least 100ms"),
+        (("data", "monitor_lease"), "365d", "at most 1h"),
+        (("schedule", "check_every"), "0s", "at least 100ms"),
+        (("audit", "values"), {"kl": {"cap": 1e9}}, "at most 20 nats"),
+        (("guardrails", "items", 0, "bound", "ratio"), True, "a number above 0 is wanted"),
+        (("stages", 1, "approval"), {"by": [""]}, "a name has 1 to 128 characters"),
+        (("stages", 1, "approval"), {"by": [" ann"]}, "no blanks around it"),
+        (("stages", 1, "approval"), {"by": ["\u0430nn"]}, "mixes letters of CYRILLIC and LATIN"),
+        (("stages", 1, "approval"), {"by": ["\uff41nn"]}, "signs that look like others"),
+    ],
+)
+def test_a_value_that_could_not_be_meant_is_refused(
+    path: tuple[str | int, ...], value: Any, message: str
+) -> None:
+    """Limits that protect nobody, and approvers whom nobody can tell apart, are errors with their place."""
+    errors = errors_of(edited(*path, value=value))
+
+    assert any(message in error for error in errors), errors
+
+
+def test_alpha_may_be_a_percentage() -> None:
+    """alpha_total: 5% is what it says."""
+    policy = load_policy(edited("guardrails", "alpha_total", value="5%"))
+
+    assert policy.spec.guardrails.alpha_total == 0.05
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [("argoproj.io/v1alpha1", "Argo Rollouts"), ("flagger.app/v1beta1", "Flagger")],
+)
+def test_a_policy_of_another_tool_gets_one_sentence(version: str, name: str) -> None:
+    """Who brings a file of Argo Rollouts or Flagger is told where its words are explained."""
+    errors = errors_of(f"apiVersion: {version}\nkind: Canary\nspec: {{a: 1}}\n")
+
+    assert len(errors) == 1
+    assert name in errors[0]
+    assert "docs/guides/policy.md" in errors[0]
 
 
 def test_a_stage_without_traffic_needs_a_quality_guardrail() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sentei.policies.budget import harm_alpha
 from sentei.policies.engine import decide, initial_state, routing
 from sentei.policies.evidence import PAIRED_CUT, log_threshold, paired_bound, units_to_prove
+from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.load import load_policy
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Observation, Signals, SliceTraffic
@@ -80,11 +80,11 @@ def play(
 
 
 def test_the_demo_promotes_a_good_rung_within_its_time() -> None:
-    """At an excess of 2 % nineteen of twenty seeds or more end promoted, in about half a minute of ticks."""
+    """At an excess of 2 % nineteen of twenty seeds or more end promoted, in about a minute of ticks."""
     runs = [play(example("demo"), 0.02, seed=seed) for seed in range(20)]
 
     assert sum(outcome == "promoted" for outcome, *_ in runs) >= 19
-    assert np.median([seconds for *_, seconds in runs]) <= 60
+    assert np.median([seconds for *_, seconds in runs]) <= 75
 
 
 def test_the_demo_catches_a_real_harm_within_twenty_sessions() -> None:
@@ -104,7 +104,7 @@ def cost(policy: Policy, gate_id: str, excess: float) -> int | None:
     scale = policy.spec.audit.values.kl.cap if gate.value == "audit.kl" else 1.0
     cap, limit = gate.bound.floor_cap / scale, gate.bound.excess_over_floor / scale
     direction = "safe" if excess / scale < limit else "harm"
-    alpha = policy.spec.guardrails.alpha_total if direction == "safe" else harm_alpha(policy, gate)
+    alpha = try_alpha(policy) if direction == "safe" else harm_alpha(policy, gate)
     value = (excess / scale + cap) / (1 + cap)
     return units_to_prove(
         value, bound=paired_bound(limit, cap), direction=direction, alpha=alpha, cut=PAIRED_CUT
@@ -115,9 +115,9 @@ def test_the_costs_in_the_demo_file_are_computed() -> None:
     """The numbers in the comment of demo.yaml are what the formulas give."""
     policy = example("demo")
 
-    assert cost(policy, "agree", 0.0) == 32
-    assert cost(policy, "agree", 0.02) == 39
-    assert cost(policy, "agree", 0.30) == 8
+    assert cost(policy, "agree", 0.0) == 39
+    assert cost(policy, "agree", 0.02) == 48
+    assert cost(policy, "agree", 0.30) == 9
 
 
 def test_the_guide_quotes_the_computed_costs() -> None:

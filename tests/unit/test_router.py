@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sentei.policies.signals import SliceRoute
 from sentei.serving.router import NO_SLICE, Breaker, Lease, SeenUnits, assign, position
 from tests.fakes_serving import make_table
 
@@ -57,14 +60,16 @@ def test_position_is_in_the_unit_interval(unit: str, salt: str) -> None:
     assert 0.0 <= position(unit, salt) < 1.0
 
 
-def test_share_is_met_and_audit_is_independent() -> None:
-    """A tenth of the sessions go to sparse, and a fifth of either arm are audited."""
-    found = [assign(make_table(share=0.1, audit_share=0.2), prompt_tokens=9, unit=u) for u in UNITS]
+def test_share_is_met_and_each_arm_has_its_probability() -> None:
+    """A tenth of the sessions go to sparse; requests of either arm carry that arm's audit probability."""
+    route = SliceRoute("long", 8, 1 << 20, 0.1, "medium", 0.03, 0.25)
+    table = replace(make_table(), routes=(route,))
+    found = [assign(table, prompt_tokens=9, unit=u) for u in UNITS]
     sparse = [f for f in found if f.variant == "sparse"]
 
     assert 0.08 < len(sparse) / len(found) < 0.12
-    assert 0.12 < sum(f.is_audited for f in sparse) / len(sparse) < 0.28
-    assert 0.17 < sum(f.is_audited for f in found) / len(found) < 0.23
+    assert {f.audit_probability for f in sparse} == {0.25}
+    assert {f.audit_probability for f in found if f.variant == "dense"} == {0.03}
 
 
 def test_shadow_audits_the_rung_that_dense_does_not_run() -> None:
@@ -72,7 +77,7 @@ def test_shadow_audits_the_rung_that_dense_does_not_run() -> None:
     found = assign(make_table(share=0.0, audit_share=1.0), prompt_tokens=9, unit="a")
 
     assert (found.variant, found.serving_rung_id, found.rung_id) == ("dense", "dense", "medium")
-    assert found.is_audited
+    assert found.audit_probability == 1.0
 
 
 def test_fresh_lease_trusts_nothing_until_renewed() -> None:
@@ -122,16 +127,28 @@ def test_breaker_opens_and_lets_one_more_try_through() -> None:
     breaker = Breaker(max_failures=3, open_s=5.0)
     for now_s in (0.0, 1.0, 2.0):
         assert not breaker.is_open(now_s)
-        breaker.record(is_ok=False, now_s=now_s)
+        breaker.record(is_ok=False, unit=f"s{now_s}", now_s=now_s)
 
     assert breaker.is_open(6.9)
     assert not breaker.is_open(7.0)
-    breaker.record(is_ok=True, now_s=7.0)
+    breaker.record(is_ok=True, unit="s", now_s=7.0)
     assert not breaker.is_open(7.1)
 
 
+def test_one_session_never_opens_the_breaker() -> None:
+    """However often one session fails, it takes another one to open the breaker."""
+    breaker = Breaker(max_failures=3, open_s=5.0)
+    for _ in range(40):
+        breaker.record(is_ok=False, unit="one", now_s=0.0)
+    alone = breaker.is_open(0.1)
+
+    breaker.record(is_ok=False, unit="other", now_s=0.2)
+
+    assert (alone, breaker.is_open(0.3)) == (False, True)
+
+
 def test_seen_units_forget_the_oldest() -> None:
-    """The memory of audited sessions is bounded."""
+    """The memory of sessions is bounded."""
     seen = SeenUnits(max_units=2)
 
     assert [seen.add(unit) for unit in ("a", "a", "b", "c", "a")] == [True, False, True, True, True]

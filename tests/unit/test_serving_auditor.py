@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from sentei.monitors.records import AuditStatus
+from sentei.monitors.records import AuditStatus, Missing
 from sentei.serving.auditor import Auditor
 from sentei.serving.engine.request import ScoreResult
 from sentei.serving.errors import EngineBusyError
-from sentei.serving.ports import AuditJob
+from sentei.serving.ports import AuditJob, AuditLoad
 from sentei.serving.writer import RecordWriter
-from tests.fakes_serving import FakeStore, FakeVariant, crash, perfect_scores
+from tests.fakes_serving import FakeClock, FakeStore, FakeVariant, crash, perfect_scores
 
 SERVED = (10, 11, 12, 13)
 
@@ -111,7 +111,7 @@ async def test_full_queue_refuses() -> None:
     """A full queue says no instead of growing."""
     auditor, _, _, _ = make_auditor(max_queued=1)
 
-    assert [await auditor.submit(job("a")), await auditor.submit(job("b"))] == [True, False]
+    assert [await auditor.submit(job("a")), await auditor.submit(job("b"))] == [None, Missing.QUEUE_FULL]
 
 
 async def test_jobs_left_at_the_end_are_missing() -> None:
@@ -123,7 +123,7 @@ async def test_jobs_left_at_the_end_are_missing() -> None:
     auditor._writer.start()
     auditor._writer.stop()
 
-    assert [(s.request_id, s.status) for s in store.audits] == [("a", AuditStatus.MISSING)]
+    assert [(s.request_id, s.reason) for s in store.audits] == [("a", Missing.STOPPED)]
 
 
 async def test_audits_of_a_rollout_that_is_over_do_not_delay_the_next() -> None:
@@ -142,3 +142,51 @@ async def test_audits_of_a_rollout_that_is_over_do_not_delay_the_next() -> None:
     assert [r.request_id for r in dense.scored] == ["c/dense", "c/again", "e/dense", "e/again"]
     assert [s.request_id for s in store.audits if s.status is AuditStatus.MISSING] == ["a", "b", "d"]
     assert [s.request_id for s in store.audits if s.status is AuditStatus.SCORED] == ["c", "e"]
+
+
+async def test_span_is_scored_after_what_was_served_before_it() -> None:
+    """Prompt and earlier tokens are context; the score says how long the one and where the span began."""
+    auditor, dense, sparse, _ = make_auditor()
+
+    score = await auditor.audit(replace(job(), earlier_ids=(7, 8), share=0.5, probability=0.1))
+
+    assert {(r.ids, r.num_prompt) for r in (*dense.scored, *sparse.scored)} == {((1, 2, 3, 7, 8, *SERVED), 5)}
+    assert (score.prompt_tokens, score.span_start, score.tokens) == (3, 2, 4)
+    assert (score.share, score.audit_probability) == (0.5, 0.1)
+
+
+async def test_sparse_alone_is_asked_for_the_proven_artifact() -> None:
+    """A replay counts only if the artifact of the rollout made it."""
+    auditor, dense, sparse, _ = make_auditor()
+
+    await auditor.audit(replace(job(), artifact="proven"))
+
+    assert [r.artifact for r in (*dense.scored, *sparse.scored)] == ["", "", "proven"]
+
+
+async def test_job_that_waited_too_long_is_given_up_unreplayed() -> None:
+    """An answer of a minute ago is no news: its replay would only delay the newer ones."""
+    clock, store, dense = FakeClock(), FakeStore(), FakeVariant("dense")
+    auditor = Auditor({"dense": dense, "sparse": FakeVariant("sparse")}, RecordWriter(store), monotonic=clock)
+    await auditor.submit(job("old"))
+    clock.now_s += 46.0
+    await auditor.submit(job("new"))
+
+    auditor.start()
+    while auditor._writer.waiting < 2:
+        await asyncio.sleep(0)
+    await auditor.stop()
+    auditor._writer.start()
+    auditor._writer.stop()
+
+    assert [(s.request_id, s.reason) for s in store.audits] == [("old", Missing.EXPIRED), ("new", "")]
+    assert [r.request_id for r in dense.scored] == ["new/dense", "new/again"]
+
+
+async def test_load_says_what_waits_and_how_fast_jobs_are_done() -> None:
+    """Ingresses draw by it: two jobs wait, and until one was done a job is taken to need a second."""
+    auditor, _, _, _ = make_auditor()
+    for name in ("a", "b"):
+        await auditor.submit(job(name))
+
+    assert auditor.load() == AuditLoad(waiting=2, jobs_per_s=1.0)

@@ -7,7 +7,6 @@ from typing import Any
 import jinja2
 import pytest
 
-from sentei.serving.chat import chat_text
 from sentei.serving.errors import RequestError
 from sentei.serving.openai.messages import (
     AssistantMessage,
@@ -20,6 +19,7 @@ from sentei.serving.openai.messages import (
     ToolMessage,
     UserMessage,
 )
+from sentei.serving.text.chat import chat_text
 from tests.fakes_serving import FakeTokenizer
 
 STRICT = (

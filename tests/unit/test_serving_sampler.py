@@ -88,7 +88,7 @@ def test_limits_cut_the_tail(sampling: Sampling, kept: set[int]) -> None:
 
 
 def test_repetition_penalty_counts_the_prompt_the_others_do_not() -> None:
-    """A repeated logit shrinks by division, below zero by product; the others know the answer only."""
+    """A repeated token's logit shrinks, on either side of zero; the two others count the answer alone."""
     logits = torch.tensor([2.0, 1.5, -1.0])
 
     assert choose(logits, Sampling(repetition_penalty=2.0), prompt=(0,)).token_id == 1
@@ -124,7 +124,10 @@ def test_logprobs_are_the_models_own() -> None:
 SCHEMA = json.dumps(
     {
         "type": "object",
-        "properties": {"kind": {"enum": ["cat", "dog"]}, "age": {"type": "integer", "maximum": 99}},
+        "properties": {
+            "kind": {"enum": ["cat", "dog"]},
+            "age": {"type": "integer", "minimum": 0, "maximum": 99},
+        },
         "required": ["kind", "age"],
         "additionalProperties": False,
     }

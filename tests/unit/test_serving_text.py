@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sentei.serving.chat import chat_ids
 from sentei.serving.openai.messages import SystemMessage, UserMessage
-from sentei.serving.text import Detokenizer, StopScanner
+from sentei.serving.text.chat import chat_ids
+from sentei.serving.text.pieces import Detokenizer, StopScanner
 from tests.fakes_serving import FakeTokenizer
 
 

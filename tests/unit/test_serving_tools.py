@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sentei.serving.errors import RequestError
 from sentei.serving.openai.fields import parse_request
 from sentei.serving.openai.requests import ChatRequest
-from sentei.serving.tools import MarkedCalls, ToolUse, WholeCall, tool_use
+from sentei.serving.text.tools import MarkedCalls, ToolUse, WholeCall, tool_use
 
 MARKED = "{% if tools %}<tool_call>{% endif %}"
 PLAIN = "{% if tools %}{{ tools }}{% endif %}"

@@ -14,7 +14,7 @@ from sentei.monitors.signals_reader import AUDIT_VALUES, SERVE_VALUES, SignalQue
 from sentei.monitors.store import Store
 from sentei.policies.schema.metrics import METRICS
 from sentei.policies.signals import Signals
-from tests.fakes_records import ROLLOUT, make_audit, make_request
+from tests.fakes_records import ROLLOUT, make_arrival, make_audit, make_request
 
 QUERY = SignalQuery(
     rollout_id=ROLLOUT,
@@ -111,7 +111,8 @@ def test_backlog_is_read_in_bounded_steps(store: Store) -> None:
 
 def test_failure_counts_where_it_was_assigned(store: Store) -> None:
     """A request that dense rescued is a failure of sparse: as evidence and for the breaker."""
-    store.add_request(make_request(1, variant_served="dense", outcome="fallback_before"))
+    for i in (1, 2):
+        store.add_request(make_request(i, variant_served="dense", outcome="fallback_before"))
 
     signals = read(store)
 
@@ -119,7 +120,7 @@ def test_failure_counts_where_it_was_assigned(store: Store) -> None:
     assert (observation.variant, observation.value) == ("sparse", 1.0)
     assert [(h.variant, h.requests, h.failures) for h in signals.health] == [
         ("dense", 0, 0),
-        ("sparse", 1, 1),
+        ("sparse", 2, 2),
     ]
 
 
@@ -167,8 +168,8 @@ def test_traffic_counts_each_session_once_per_share(store: Store) -> None:
     """The sample-ratio test sees arrivals, by slice and by the share that they met."""
     for i in range(6):
         variant = "sparse" if i % 2 else "dense"
-        store.add_request(make_request(i, session_id=f"s{i // 2}", variant_assigned=variant))
-    store.add_request(make_request(9, share=0.5))
+        store.add_arrival(make_arrival(i, session_id=f"s{i // 2}", variant_assigned=variant))
+    store.add_arrival(make_arrival(9, share=0.5))
 
     traffic = read(store).traffic
 

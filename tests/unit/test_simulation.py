@@ -86,7 +86,7 @@ def test_every_world_is_decided_alike(policy_name: str, name: str) -> None:
 )
 def test_the_yardstick_is_decided_alike(scenario: Scenario, outcome: str) -> None:
     """With each kind of test, through every stage to the end."""
-    outcomes = assert_twins_agree(example("yardstick"), scenario, Traffic(3000, sessions=4500), rows=2)
+    outcomes = assert_twins_agree(example("yardstick"), scenario, Traffic(3000, sessions=9000), rows=2)
 
     assert outcome in outcomes
 
@@ -113,7 +113,7 @@ def changed(**changes: object) -> Policy:
         {"mode": "advise"},
         {"min_served_units": 60},
         {"on_max": "rollback"},
-        {"need": "no_harm"},
+        {"need": "no_harm", "min_units": 20},
         {"srm": "rollback"},
         {"quality": "previous_rung", "agree": "rollback_slice"},
     ],

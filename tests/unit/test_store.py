@@ -131,6 +131,42 @@ def test_routing_table_survives_and_each_publication_renews(store: Store) -> Non
     assert store.read_routing() == (TABLE, 3)
 
 
+def test_stopped_rollout_is_dense_whatever_is_published(store: Store) -> None:
+    """An operator's stop needs no lease and outlives a controller that has not heard of it, until a retry."""
+    token = store.acquire_lease("me", ttl_s=10, now_s=0)
+    assert token is not None
+    store.publish_routing(TABLE, token=token, now_s=1.0)
+    store.add_command(ROLLOUT, "abort", by="ann", at_s=2.0, stops=True)
+    store.publish_routing(replace(TABLE, version=4), token=token, now_s=3.0)
+    stopped = store.read_routing()
+    store.publish_routing(replace(TABLE, rollout_id="next"), token=token, now_s=4.0)
+    other = store.read_routing()
+    store.publish_routing(TABLE, token=token, now_s=5.0)
+    store.add_command(ROLLOUT, "retry", by="ann", at_s=6.0)
+
+    assert stopped is not None
+    assert other is not None
+    assert stopped[0].routes == (SliceRoute("long", 512, 32768, 0.0, "dense", 0.0),)
+    assert other[0].routes == TABLE.routes
+    assert store.read_routing() == (TABLE, 4)
+
+
+def test_clock_that_stepped_back_does_not_keep_a_lease_for_an_hour(store: Store) -> None:
+    """A dead owner's lease lasts as long as it was given for, by the monotonic time of who waits for it."""
+    store.acquire_lease("dead", ttl_s=10, now_s=4000.0)
+
+    found = [store.acquire_lease("new", ttl_s=10, now_s=400.0 + i, monotonic_s=i) for i in (0.0, 9.0, 10.0)]
+
+    assert [token is not None for token in found] == [False, False, True]
+
+
+def test_owner_that_renews_keeps_its_lease_under_any_clock(store: Store) -> None:
+    """As long as somebody renews, a waiting controller with a clock of its own gets nothing."""
+    for i in range(30):
+        store.acquire_lease("alive", ttl_s=10, now_s=4000.0 + i)
+        assert store.acquire_lease("new", ttl_s=10, now_s=400.0 + i, monotonic_s=float(i)) is None
+
+
 def test_routing_never_goes_back_to_an_older_version(store: Store) -> None:
     """An older version of the same rollout is refused; another rollout starts where it likes."""
     token = store.acquire_lease("me", ttl_s=10, now_s=0)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from sentei.serving.errors import RequestError
 from sentei.serving.openai.messages import NamedTool, Tool
 from sentei.serving.openai.requests import ChatRequest
-from sentei.serving.text import StopScanner, ToolCall
+from sentei.serving.text.pieces import StopScanner, ToolCall
 
 BEGIN, END = "<tool_call>", "</tool_call>"  # the form that most templates with tools teach
 

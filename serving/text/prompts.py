@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sentei.serving.chat import chat_ids
 from sentei.serving.errors import RequestError
 from sentei.serving.openai.requests import ChatRequest, GenerationRequest, TokenizeRequest
 from sentei.serving.ports import ModelCard, Tokenizer
-from sentei.serving.tools import ToolUse
+from sentei.serving.text.chat import chat_ids
+from sentei.serving.text.tools import ToolUse
 
 
 def prompt_ids(

@@ -1,0 +1,86 @@
+"""Who may spend how much of alpha: over tries, guardrails, slices, arms and fresh starts (F10)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from sentei.policies.schema.sections import Guardrail, Guardrails, Slice, Stage
+
+
+class Terms(Protocol):
+    """The sections that the budget is about."""
+
+    @property
+    def mode(self) -> str:
+        """Whether sparse serves anybody."""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """In their order."""
+
+    @property
+    def guardrails(self) -> Guardrails:
+        """Who is tested, and alpha_total."""
+
+
+class Tested(Protocol):
+    """What the budget must know of a policy; the rules of the schema ask before there is one."""
+
+    @property
+    def spec(self) -> Terms:
+        """Its sections."""
+
+    @property
+    def rung_ids(self) -> tuple[str, ...]:
+        """The ladder, mild to aggressive."""
+
+    @property
+    def routed_slices(self) -> tuple[Slice, ...]:
+        """The slices that may go to the candidate."""
+
+
+def try_alpha(policy: Tested, try_number: int = 1) -> float:
+    """What one try may spend: half of alpha_total for the first, half of the rest for each that follows.
+
+    So all tries of one artifact together, however many there are, spend at most alpha_total. Every proof of
+    safety is made at this level, and harm_alpha splits it.
+    """
+    return policy.spec.guardrails.alpha_total / 2.0 ** min(try_number, 60)
+
+
+def num_tests(policy: Tested, guardrail: Guardrail) -> int:
+    """In how many places this guardrail is tested at a time: slices, and both arms of quality (F16)."""
+    if guardrail.per == "all":
+        return 1
+    has_arms = guardrail.metric.family == "quality" and policy.spec.mode == "enforce"
+    return len(policy.routed_slices) * (2 if has_arms else 1)
+
+
+def num_starts(policy: Tested, guardrail: Guardrail) -> int:
+    """How often its evidence of harm may start afresh within one try."""
+    family = guardrail.metric.family
+    if family == "assignment":
+        return 1
+    if family == "operational":
+        return max(1, sum(stage.share > 0 for stage in policy.spec.stages))
+    used = {policy.rung_ids.index(stage.rung) for stage in policy.spec.stages}
+    has_rung_down = any(item.action == "previous_rung" for item in policy.spec.guardrails.items)
+    return max(used) + 1 if has_rung_down else len(used)
+
+
+def harm_alpha(policy: Tested, guardrail: Guardrail, try_number: int = 1) -> float:
+    """The part of alpha_total that one test of this guardrail may spend on a false alarm (F10).
+
+    Source: docs/statistics.md F10, the union bound over tries, guardrails, slices, arms and fresh starts.
+    Guarantee: the parts of all tests with all their fresh starts sum to what the try may spend, and the tries
+    to alpha_total, so something that is within every bound is ever called harmful by an e-process with at
+    most that probability.
+    """
+    items = policy.spec.guardrails.items
+    total = policy.spec.guardrails.alpha_total
+    if guardrail.alpha is not None:
+        each = guardrail.alpha / num_tests(policy, guardrail)
+    else:
+        rest = total - sum(item.alpha or 0.0 for item in items)
+        each = rest / sum(num_tests(policy, item) for item in items if item.alpha is None)
+    return each / num_starts(policy, guardrail) * try_alpha(policy, try_number) / total

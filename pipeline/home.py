@@ -9,13 +9,15 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from sentei.errors import SenteiError
+
 HOME_VARIABLE = "SENTEI_HOME"
 MAX_NAME_CHARS = 80
 _HASH_CHARS = 12  # of the weights, in an adapter's name; of the whole text, where a name was made safe
 _MANIFEST = "manifest.json"
 
 
-class HomeError(ValueError):
+class HomeError(SenteiError, ValueError):
     """A name that means nothing here, or more than one thing; the message lists what there is."""
 
 

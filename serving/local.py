@@ -72,7 +72,7 @@ def running_app(options: LocalOptions) -> Iterator[str]:
 
     from sentei.serving.app import build
 
-    port = options.port or _free_port(options.host)
+    port = _take_port(options.host, options.port)
     folder = tempfile.mkdtemp(prefix="sentei-ray-")
     try:
         ray.init(
@@ -130,9 +130,17 @@ def _leave(_signal: int, _frame: Any) -> None:
     raise SystemExit(0)
 
 
-def _free_port(host: str) -> int:
+def _take_port(host: str, port: int) -> int:
+    """Return the port, or a free one for 0; raises ConfigError where somebody listens there already."""
     with socket.socket() as probe:
-        probe.bind((host, 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"{host}:{port} cannot be listened on ({error.strerror}); free it, or set another host or "
+                "port (0: any free one)"
+            ) from error
         return int(probe.getsockname()[1])
 
 

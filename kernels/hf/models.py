@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from sentei.errors import SenteiError
 from sentei.kernels.scorer.features import RotaryTable
 
 
-class RetrofitError(RuntimeError):
+class RetrofitError(SenteiError, RuntimeError):
     """Base of what goes wrong between Sentei and a Hugging Face model."""
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from sentei.errors import SenteiError
 from sentei.policies.schema.nodes import LimitedLoader, fault_line, is_misread
 from sentei.policies.schema.rules import nearest
 
@@ -19,7 +20,7 @@ PRICES_FILE = Path(__file__).resolve().parent / "prices.yaml"
 Device = Literal["cpu", "cuda", "rocm"]
 
 
-class PriceError(ValueError):
+class PriceError(SenteiError, ValueError):
     """A price list that cannot be used, with all that is wrong."""
 
 
@@ -183,7 +184,7 @@ class _Reader:
 def _read_value(node: yaml.Node) -> Any:
     """Return a scalar's value, a date as it is written; raises ValueError for what is no plain value."""
     if not isinstance(node, yaml.ScalarNode):
-        raise ValueError(f"is a {node.id}")
+        raise ValueError(f"is a {type(node).__name__.removesuffix('Node').lower()}")
     if is_misread(node):
         raise ValueError(f"is {node.value}, which YAML reads as another number; write it plainly")
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sentei.errors import SenteiError
 from sentei.pipeline.tasks.metrics import CHOICE, NAMES, MetricError, Score, find_metric
 from sentei.pipeline.text.corpus import encode_text
 from sentei.pipeline.text.files import FileError, LineError, numbered_lines, parse_line, read_text
@@ -43,7 +44,7 @@ class TaskFault:
         )
 
 
-class TaskFileError(ValueError):
+class TaskFileError(SenteiError, ValueError):
     """Everything that is wrong with a task file, in the order of its lines."""
 
     def __init__(self, faults: Sequence[TaskFault]) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sentei.errors import SenteiError
+
 logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = frozenset(
@@ -34,7 +36,7 @@ _LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON; half of a pair, o
 _MAX_SHOWN = 60
 
 
-class CorpusError(ValueError):
+class CorpusError(SenteiError, ValueError):
     """A text source that cannot serve; the message names the value, the place and the way out."""
 
 
@@ -42,7 +44,7 @@ class FileError(CorpusError):
     """A file that cannot be read; the message names the place and the way out."""
 
 
-class LineError(ValueError):
+class LineError(SenteiError, ValueError):
     """A line that is no JSON of ours; whoever reads the file names file and line."""
 
 

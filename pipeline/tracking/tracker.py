@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from sentei.errors import SenteiError
 from sentei.pipeline.home import safe_name
 from sentei.pipeline.tracking.moved import follow_home
 
@@ -35,8 +36,10 @@ _MAX_METRICS_PER_CALL = 1000
 _MAX_PARAM_CHARS = 6000
 
 
-class TrackingError(Exception):
+class TrackingError(SenteiError):
     """The tracking backend does not answer; the message names its address and the reason."""
+
+    is_absent = True
 
 
 @dataclass(frozen=True, slots=True)

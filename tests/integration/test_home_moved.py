@@ -36,7 +36,7 @@ def all_files(folder: Path) -> set[Path]:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     """A home with a tracked step and a registered adapter; MLflow's database takes seconds to make."""
-    home = Home(tmp_path_factory.mktemp("homes") / "first").create()
+    home = Home(tmp_path_factory.mktemp("homes") / "it's first").create()
     path = home.root / "answers.jsonl"
     path.write_text("one")
     folder = home.adapters / "pocket"

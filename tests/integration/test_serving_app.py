@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,20 @@ def test_names_and_hub_ids_stay_what_they_are(model: str, tmp_path: Path) -> Non
     (tmp_path / "pocket").mkdir()
 
     assert AppArgs(model=model).at(tmp_path).model == model
+
+
+def test_a_taken_port_is_named() -> None:
+    """Before Ray starts: who wants a port that another listens on is told which, and the way out."""
+    from sentei.serving.local import _take_port
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+
+        with pytest.raises(
+            ConfigError, match=rf"127\.0\.0\.1:{port} cannot be listened on .*0: any free one"
+        ):
+            _take_port("127.0.0.1", port)
+
+    assert _take_port("127.0.0.1", port) == port

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -157,7 +158,7 @@ class MlflowTracker:
                     if self._artifact_root is not None:
                         follow_home(self.tracking_uri, self._artifact_root)
                 yield self._client
-            except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+            except (MlflowException, RequestException, SQLAlchemyError, sqlite3.Error, OSError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise TrackingError(f"MLflow at {self.tracking_uri} does not answer: {reason}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_no_experiment_leads_out_of_the_home(home: Home, experiment: str) -> Non
     with tracker.answering() as client:
         place = client.get_run(run_id).info.artifact_uri
         assert client.get_experiment_by_name(experiment) is not None
-    inside = Path(place.removeprefix("file://")).resolve()
+    inside = Path(unquote(place.removeprefix("file://"))).resolve()
     assert inside.relative_to(home.mlflow_artifacts.resolve())
     assert (inside / "policy.yaml").read_text() == "text"
 

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from sentei.monitors.errors import StoreError
+from sentei.monitors.errors import StoreError, StoreUrlError
 from sentei.monitors.tables import ARRIVALS, COUNTERS, EVENTS, METADATA, REQUESTS, SCHEMA_VERSION
 
 BUSY_TIMEOUT_MS = 5_000
@@ -45,15 +45,22 @@ class Database:
         try:
             self._engine = _make_engine(url)
         except (ArgumentError, ImportError, SQLAlchemyError) as error:
-            raise StoreError(
+            raise StoreUrlError(
                 f"store URL {self.url!r} cannot be used: {error}. "
                 "Give an SQLAlchemy URL such as sqlite:////var/lib/sentei/state.db or postgresql+psycopg://user@host/db."
             ) from error
 
     @classmethod
-    def open(cls, url: str) -> Self:
-        """Connect, create missing tables, and refuse a database of another schema version."""
+    def open(cls, url: str, *, must_exist: bool = False) -> Self:
+        """Connect, create missing tables, and refuse a database of another schema version.
+
+        With `must_exist` a file that is not there is a StoreError: who only reads makes none.
+        """
         database = cls(url)
+        file = database._engine.url.database
+        if must_exist and database._engine.dialect.name == "sqlite" and file and not Path(file).is_file():
+            database.close()
+            raise StoreError(f"store {database.url} is not there; check the path, or start a rollout first")
         try:
             database._create_tables()
             database._file = _identity(database._path)

@@ -2,17 +2,28 @@
 
 MonitorError
 ├── StoreError           the database is away, locked, full or of another version
+│   ├── StoreUrlError    the address is none
 │   └── StaleLeaseError  another controller has taken over: this one must not write any more
 └── AuditError           numbers that cannot be scored
 """
 
+from sentei.errors import SenteiError
 
-class MonitorError(Exception):
+
+class MonitorError(SenteiError):
     """Root of everything that the monitors raise on purpose."""
 
 
 class StoreError(MonitorError):
     """The store cannot do what was asked; the message names the database (no password) and the way out."""
+
+    is_absent = True
+
+
+class StoreUrlError(StoreError):
+    """An address that no database can have."""
+
+    is_absent = False
 
 
 class StaleLeaseError(StoreError):

@@ -21,6 +21,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, RowMapping
 
+from sentei.errors import SenteiError
 from sentei.monitors.records import Revision, Rollout
 from sentei.monitors.store import Store
 from sentei.monitors.tables import DECISIONS, EVENTS, ROLLOUTS, VALUES
@@ -35,7 +36,7 @@ _WAY_OUT = (
 )
 
 
-class BrokenChainError(Exception):
+class BrokenChainError(SenteiError):
     """The event log is not what was written; the message names the first event that is wrong."""
 
 

@@ -82,10 +82,15 @@ def _load_pretrained(kind: str, name: str, **options: Any) -> Any:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             hint = "HF_HUB_OFFLINE is set; " if is_offline else ""
             raise ModelSourceError(
-                f"model {name!r} is none of {', '.join((POCKET, *PACKAGED))}, not a folder, and could not "
-                f"be loaded as a hub id ({reason}); {hint}check the name, or download the checkpoint and "
-                "give its folder"
+                f"model {name!r} is none of {', '.join((POCKET, *PACKAGED))}, not a folder "
+                f"({Path(name).expanduser().absolute()}), and could not be loaded as a hub id ({reason}); "
+                f"{hint}check the name, or download the checkpoint and give its folder"
             ) from error
+
+
+def is_packaged(name: str) -> bool:
+    """Whether a name means a model of ours or of a package, whatever folders there are."""
+    return name == POCKET or name in PACKAGED
 
 
 def _find_folder(name: str) -> Path | None:

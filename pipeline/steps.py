@@ -19,7 +19,7 @@ from sentei.kernels.hf.ladder import Ladder
 from sentei.pipeline.evaluation.evaluate import EvaluateOptions, Evaluation, evaluate
 from sentei.pipeline.evaluation.user_tasks import save_answers
 from sentei.pipeline.experiments.joint import JointOptions, JointReport, joint
-from sentei.pipeline.home import Home
+from sentei.pipeline.home import Home, safe_name
 from sentei.pipeline.ladder.calibrate import CalibrateOptions, calibrate
 from sentei.pipeline.ladder.distill import DistillOptions, distill
 from sentei.pipeline.models import LoadedModel
@@ -31,6 +31,7 @@ from sentei.pipeline.text.corpus import Corpus
 from sentei.pipeline.tracking.tracker import MlflowTracker, StepRecord, TrackingError, log_step
 
 logger = logging.getLogger(__name__)
+_PLAIN_PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_. -]{0,78}[A-Za-z0-9_])?")
 EVALUATION_FILE = "evaluation.json"
 PAGE_FILE = "evaluation.html"
 ANSWERS_FILE = "answers.jsonl"
@@ -50,7 +51,7 @@ class Workbench:
     @property
     def adapter_dir(self) -> Path:
         """The folder of this model's adapter."""
-        return self.home.adapter_dir(self.loaded.name)
+        return self.home.adapter_dir(self.loaded.name, self.loaded.fingerprint.weights_sha256)
 
     def adapter(self) -> Adapter:
         """Load the adapter made before; a missing one names the command that makes it."""
@@ -141,7 +142,7 @@ def evaluation_metrics(document: Mapping[str, Any]) -> dict[str, float]:
         recall, user = values.pop("recall"), values.pop("user_tasks")
         values["recall"] = {key: value for key, value in recall.items() if key != "cells"}
         for cell in recall["cells"]:
-            values[f"tasks_{cell['prompt_tokens']}_tokens/{cell['kind']}"] = cell["right"]
+            values.setdefault(f"tasks_{cell['prompt_tokens']}_tokens", {})[cell["kind"]] = cell["right"]
         if user is not None:
             values["user_tasks"] = {
                 "mean": user["mean"],
@@ -154,10 +155,14 @@ def evaluation_metrics(document: Mapping[str, Any]) -> dict[str, float]:
 def _flatten(path: str, value: Any) -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            # MLflow takes letters, digits and these signs in a name.
-            yield from _flatten(f"{path}/{re.sub(r'[^A-Za-z0-9_. /-]', '_', str(key))}", item)
+            yield from _flatten(f"{path}/{_part(str(key))}", item)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield path, float(value)
+
+
+def _part(key: str) -> str:
+    """Return a key as one part of a metric's name: MLflow takes these signs, and no empty or dotted part."""
+    return key if _PLAIN_PART.fullmatch(key) else safe_name(key)
 
 
 def _track(

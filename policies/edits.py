@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from sentei.errors import SenteiError
 from sentei.policies.evidence import BetaBinomial, Betting
 from sentei.policies.intake import new_cell, scaled_bound, start_phase
 from sentei.policies.machine import Event, next_phase
@@ -119,7 +120,7 @@ class Change:
         return f"{text} {self.refusal}" if self.refusal else text
 
 
-class EditError(ValueError):
+class EditError(SenteiError, ValueError):
     """An edit that cannot apply to the running rollout; `changes` are the fields that stand in the way."""
 
     def __init__(self, message: str, changes: Sequence[Change] = ()) -> None:

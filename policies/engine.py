@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from sentei.errors import SenteiError
 from sentei.policies.judge import GuardrailReport
 from sentei.policies.machine import Phase
 from sentei.policies.schema.policy import Policy
@@ -79,7 +80,7 @@ STEPS = (
 )
 
 
-class QuarantineError(ValueError):
+class QuarantineError(SenteiError, ValueError):
     """This artifact, or this policy, failed at this rung before; it cannot start again by itself."""
 
 

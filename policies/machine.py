@@ -26,6 +26,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from sentei.errors import SenteiError
+
 
 class Phase(StrEnum):
     """Where a rollout stands."""
@@ -109,7 +111,7 @@ SLICE_TRANSITIONS: dict[tuple[SlicePhase, SliceEvent], SlicePhase] = {
 }
 
 
-class IllegalEventError(ValueError):
+class IllegalEventError(SenteiError, ValueError):
     """An event that the present phase does not allow; nothing has changed."""
 
     def __init__(self, state: str, event: str) -> None:

@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from sentei.errors import SenteiError
 from sentei.policies.evidence import BetaBinomial, Betting, Detector, Evidence, Interval, Split
 
 SCHEMA = 4
@@ -21,7 +22,7 @@ CellKey = tuple[str, str, str, str]
 ALL, SERVED = "all", "served"  # arms of quality: every audited unit, and those that sparse served
 
 
-class PolicyStateError(ValueError):
+class PolicyStateError(SenteiError, ValueError):
     """A state that cannot be used: not readable, or made by another policy."""
 
 

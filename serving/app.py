@@ -12,7 +12,7 @@ from ray.serve import Application
 
 from sentei.serving.deployments import AuditorServer, ControllerServer, IngressServer
 from sentei.serving.errors import ConfigError
-from sentei.serving.settings import AppArgs, VariantOptions
+from sentei.serving.settings import AppArgs, VariantOptions, launch_folder
 from sentei.serving.variant import ModelServer
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ INGRESS_SLOTS = 8192
 
 def build(args: AppArgs) -> Application:
     """Return the app: ingress, dense, and, where there is an adapter, sparse, auditor and controller."""
+    args = args.at(launch_folder())
     note = missing_adapter(args)
     if note:
         log.warning("dense only: %s", note)

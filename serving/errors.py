@@ -15,8 +15,10 @@ ServingError
 
 from __future__ import annotations
 
+from sentei.errors import SenteiError
 
-class ServingError(Exception):
+
+class ServingError(SenteiError):
     """Root of the tree; every message names the thing, its value and the way out."""
 
 

@@ -51,9 +51,10 @@ class LocalOptions(AppArgs):
 def read_options(path: Path) -> LocalOptions:
     """Read a YAML file; raises ConfigError that names the option."""
     try:
-        return LocalOptions.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        options = LocalOptions.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     except (OSError, yaml.YAMLError, ValidationError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    return options.at(path.resolve().parent, Path.cwd())
 
 
 def set_ray_environment() -> None:
@@ -79,7 +80,7 @@ def running_app(options: LocalOptions, say: Callable[[str], None] = lambda _: No
 
     from sentei.serving.app import build
 
-    port = options.port or _free_port(options.host)
+    port = _take_port(options.host, options.port)
     app = build(options.app_args())  # what is wrong with the settings is said before anything starts
     folder = tempfile.mkdtemp(prefix="sentei-ray-")
     start = StartUp(say)
@@ -178,9 +179,17 @@ def _leave(_signal: int, _frame: Any) -> None:
     raise SystemExit(0)
 
 
-def _free_port(host: str) -> int:
+def _take_port(host: str, port: int) -> int:
+    """Return the port, or a free one for 0; raises ConfigError where somebody listens there already."""
     with socket.socket() as probe:
-        probe.bind((host, 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"{host}:{port} cannot be listened on ({error.strerror}); free it, or set another host or "
+                "port (0: any free one)"
+            ) from error
         return int(probe.getsockname()[1])
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sentei.pipeline.home import sentei_home
+from sentei.pipeline.home import sentei_home, short_name
 from sentei.serving.engine.request import EngineLimits
+from sentei.serving.errors import ConfigError
 
 
 class _Options(BaseModel):
@@ -77,7 +79,9 @@ class EngineOptions(_Options):
         default="builtin", description="builtin: one request at a time, for demo and tests; vllm: an extra"
     )
     vllm: VllmOptions = VllmOptions()
-    adapter: str | None = Field(default=None, description="folder [default: adapters/<model name> at home]")
+    adapter: str | None = Field(
+        default=None, description="folder [default: the one adapter of the model at home]"
+    )
     attention: Literal["sdpa", "best"] = "sdpa"
     threads: int = Field(default=1, ge=1)
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -108,6 +112,10 @@ class VariantOptions(EngineOptions):
 class AppArgs(EngineOptions):
     """Arguments of `sentei.serving.app:build`; also what a file for `sentei.serving.local` may hold."""
 
+    base_folder: str | None = Field(
+        default=None,
+        description="where a relative `model` or `adapter` is [default: the config file's folder, or PWD]",
+    )
     model_name: str | None = Field(default=None, description="the users' model name [default: the model]")
     ingress_replicas: int = Field(
         default=1, ge=1, description="with two, the end of one cuts only the answers that pass through it"
@@ -131,9 +139,21 @@ class AppArgs(EngineOptions):
     cors_origins: tuple[str, ...] = Field(default=(), description="pages of these origins may call /v1")
     limits: Limits = Limits()
 
+    def at(self, *folders: Path) -> Self:
+        """Return the arguments with absolute folders; raises ConfigError that says where was looked.
+
+        Ray's processes run in folders of their own, so a relative one is made absolute before they begin.
+        """
+        if self.base_folder is not None:
+            folders = (folders[0] / Path(self.base_folder).expanduser(),)
+        found: dict[str, Any] = {"model": _find_model(self.model, folders)}
+        if self.adapter is not None:
+            found["adapter"] = str(_find_below(self.adapter, folders) or folders[0] / self.adapter)
+        return self.model_copy(update=found)
+
     def logical_name(self) -> str:
         """Return the model name that users send."""
-        return self.model_name or Path(self.model).name
+        return self.model_name or short_name(self.model)
 
     def resolved_store_url(self) -> str:
         """Return the store's URL."""
@@ -141,10 +161,40 @@ class AppArgs(EngineOptions):
 
     def adapter_folder(self) -> Path:
         """Return where the adapter is looked for."""
-        return Path(self.adapter) if self.adapter else sentei_home().adapter_dir(self.logical_name())
+        return Path(self.adapter) if self.adapter else sentei_home().find_adapter(self.model)
 
     def variant_options(self, variant: Literal["dense", "sparse"]) -> VariantOptions:
         """Return one model server's options."""
         shared = {name: getattr(self, name) for name in EngineOptions.model_fields}
         shared["adapter"] = str(self.adapter_folder()) if variant == "sparse" else None
         return VariantOptions(**shared, variant=variant)
+
+
+def launch_folder() -> Path:
+    """Return the folder that Ray was started from: its processes keep the variable, not the folder."""
+    return Path(os.environ.get("PWD") or Path.cwd())
+
+
+def _find_model(model: str, folders: tuple[Path, ...]) -> str:
+    """Return a model's folder made absolute; a name or a hub id stays what it is."""
+    found = _find_below(model, folders)
+    if found is not None:
+        return model if len(Path(model).parts) == 1 and _is_packaged(model) else str(found)
+    path = Path(model)
+    if path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2:
+        looked = " nor ".join(dict.fromkeys(str(folder / path.expanduser()) for folder in folders))
+        raise ConfigError(
+            f"model is {model!r}, but {looked} is no folder; give an absolute path, or set base_folder"
+        )
+    return model
+
+
+def _find_below(name: str, folders: tuple[Path, ...]) -> Path | None:
+    paths = (folder / Path(name).expanduser() for folder in folders)
+    return next((path.resolve() for path in paths if path.is_dir()), None)
+
+
+def _is_packaged(model: str) -> bool:
+    from sentei.pipeline.models import is_packaged  # torch comes with it, and few have such a folder
+
+    return is_packaged(model)

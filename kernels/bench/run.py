@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sentei.errors import SenteiError
 from sentei.kernels.bench.cases import Shape, Tensors, make_mask, make_scorer, make_tensors
 from sentei.kernels.bench.machine import Machine
 from sentei.kernels.ops.attention import attend, dense_attend
@@ -24,7 +25,7 @@ Works = Mapping[str, Callable[[], object]]
 Times = Mapping[str, Sequence[float]]
 
 
-class WrongAnswerError(RuntimeError):
+class WrongAnswerError(SenteiError, RuntimeError):
     """An op that disagrees with the reference: its speed is not reported."""
 
 

@@ -5,6 +5,7 @@ RetrofitError
 └── AdapterError    an adapter folder is broken, or belongs to another model
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from sentei.errors import SenteiError
 from sentei.kernels.scorer.features import RotaryTable
 
 
-class RetrofitError(RuntimeError):
+class RetrofitError(SenteiError, RuntimeError):
     """Base of what goes wrong between Sentei and a Hugging Face model."""
 
 
@@ -136,12 +138,15 @@ def layer_window(config: Any, index: int) -> int | None:
 
 
 def rotary_table(model: nn.Module, length: int, device: torch.device | str = "cpu") -> RotaryTable:
-    """Return cosines and sines, in fp32, for positions 0 to length - 1 of the full-attention layers."""
-    decoder = text_decoder(model)
+    """Return cosines and sines, in fp32, of the full-attention layers in a text of `length` tokens.
+
+    A copy is asked: dynamic types (NTK, LongRoPE) keep the longest text that they were called for.
+    """
+    rotary: Any = copy.deepcopy(text_decoder(model).rotary_emb)
     positions = torch.arange(length, device=device)[None]
     example = torch.empty(0, dtype=torch.float32, device=device)
     extra = {"layer_type": "full_attention"} if find_family(model).rotary_takes_layer_type else {}
-    cos, sin = decoder.rotary_emb(example, position_ids=positions, **extra)  # type: ignore[operator]
+    cos, sin = rotary(example, position_ids=positions, **extra)
     return RotaryTable(cos[0].float(), sin[0].float())
 
 

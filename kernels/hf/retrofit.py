@@ -25,16 +25,15 @@ from sentei.kernels.hf.models import (
     LayerInfo,
     ModelError,
     attention_modules,
-    rotary_table,
     thinnable_layers,
 )
 from sentei.kernels.hf.observe import AttendedRows, Selection, SelectionObserver
+from sentei.kernels.hf.rotary import RotaryReader
 from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.kernels.hf.versions import CACHE_KEYWORD
 from sentei.kernels.ops.attention import attend, dense_attend
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.scorer.faults import Fault
-from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import keep_before, per_head_thresholds, score_blocks, select_blocks
 
@@ -68,7 +67,8 @@ class Retrofit:
         self._stats = RetrofitStats()
         self._pooled: WeakKeyDictionary[Any, dict[int, PooledCache]] = WeakKeyDictionary()
         self._cache: Any = None
-        self._table: RotaryTable | None = None
+        self._cached_keys: torch.Tensor | None = None
+        self._rotary = RotaryReader(model)
         self._name = f"sentei_{next(_serial)}"
         self._previous = model.config._attn_implementation  # type: ignore[union-attr]
         self._hooks: list[Any] = []
@@ -154,7 +154,7 @@ class Retrofit:
         AttentionInterface._global_mapping.pop(self._name, None)
         AttentionMaskInterface._global_mapping.pop(self._name, None)
         self._pooled.clear()
-        self._cache = None
+        self._cache = self._cached_keys = None
 
     def _install(self) -> None:
         AttentionInterface.register(self._name, self._attend)
@@ -163,13 +163,14 @@ class Retrofit:
             self._hooks.append(module.register_forward_pre_hook(self._note_cache, with_kwargs=True))
         self.model.set_attn_implementation(self._name)  # type: ignore[operator]
 
-    def _note_cache(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note_cache(self, module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get(CACHE_KEYWORD)
         if cache is not None and getattr(cache, "is_compileable", False) and not self._is_untouched():
             raise ModelError(
                 f"{type(cache).__name__} has buffers of fixed length; use a DynamicCache instead"
             )
         self._cache = cache
+        self._cached_keys = cached_keys(cache, module)
 
     def _is_untouched(self) -> bool:
         return self._rung.is_dense and self.base == "sdpa"
@@ -263,7 +264,8 @@ class Retrofit:
         block_q = self._ladder.query_block_tokens
         offset = key.shape[2] - query.shape[2]
         thresholds = self._thresholds[layer.index]
-        shares, starts = score_blocks(scorer, query, key, pooled, table=self._rotary(key), block_q=block_q)
+        table = self._rotary.table(key.shape[2], key.device)
+        shares, starts = score_blocks(scorer, query, key, pooled, table=table, block_q=block_q)
         if self.fault is not None:
             shares = self.fault.shift(shares, starts)
         shares = keep_before(shares, starts, self._rung.break_even_tokens)
@@ -289,14 +291,8 @@ class Retrofit:
         pooled = PooledCache(scorer)
         if self._cache is not None:
             pooled = self._pooled.setdefault(self._cache, {}).setdefault(layer.index, pooled)
-        return pooled.update(key, query.shape[2], self._rotary(key))
-
-    def _rotary(self, key: torch.Tensor) -> RotaryTable:
-        needed = key.shape[2]
-        if self._table is None or self._table.length < needed:
-            length = max(1024, 1 << (needed - 1).bit_length())
-            self._table = rotary_table(self.model, length, key.device)
-        return self._table
+            pooled.follow(self._cached_keys)
+        return pooled.update(key, query.shape[2], self._rotary.table(key.shape[2], key.device))
 
     def _read_thresholds(self) -> dict[int, Any]:
         if self._rung.is_dense:
@@ -327,6 +323,13 @@ def retrofit(
         yield handle
     finally:
         handle.close()
+
+
+def cached_keys(cache: Any, module: nn.Module) -> torch.Tensor | None:
+    """Return the keys that a KV cache holds for an attention module, or None where it holds none yet."""
+    layers, index = getattr(cache, "layers", ()), int(module.layer_idx)  # type: ignore[arg-type]
+    keys: torch.Tensor | None = getattr(layers[index], "keys", None) if index < len(layers) else None
+    return keys
 
 
 def check_padding(mask: torch.Tensor, q_length: int) -> None:

@@ -6,8 +6,10 @@ OpsError(ValueError)
 └── BackendError    a backend that is unknown, or that refuses this call
 """
 
+from sentei.errors import SenteiError
 
-class OpsError(ValueError):
+
+class OpsError(SenteiError, ValueError):
     """Root of the errors raised by sentei.kernels.ops."""
 
 

@@ -16,11 +16,13 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from sentei.errors import SenteiError
+
 NUM_DISTANCES = 16
 Form = Literal["residual", "low_rank"]
 
 
-class ScorerError(RuntimeError):
+class ScorerError(SenteiError, RuntimeError):
     """A scorer that cannot be built or that gives numbers which are none."""
 
 

@@ -1,5 +1,7 @@
 """Pooled keys beside a KV cache: they grow with it, and start anew where it is not what it was."""
 
+from weakref import ReferenceType, ref
+
 import torch
 
 from sentei.kernels.ops.registry import is_native_usable
@@ -10,8 +12,9 @@ from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 class PooledCache:
     """Encoded pooled keys of one layer of one KV cache; only new full pools are ever computed.
 
-    Everything here is a function of the cached keys, so a cache that was cropped, reset, reordered or swapped
-    is noticed (length, and the last key seen) and rebuilt from them.
+    Everything here is a function of the cached keys, so it can be rebuilt from them at any time. `follow`
+    notices whatever happened to a cache since: it compares the tensor itself and its version. Without it a
+    crop, a swap or a reordering is only seen where it changed the length or the last key.
     """
 
     def __init__(self, scorer: BlockScorer) -> None:
@@ -20,6 +23,17 @@ class PooledCache:
         self._room: torch.Tensor | None = None
         self._tokens = 0
         self._last_key: torch.Tensor | None = None
+        self._seen: ReferenceType[torch.Tensor] | None = None
+        self._version = 0
+
+    def follow(self, keys: torch.Tensor | None) -> None:
+        """Start anew unless `keys`, the cache's own before it grows, is what was last taken in, unwritten.
+
+        A cache that hands out copies (offloaded, quantised) is pooled anew at each call: slower, never stale.
+        """
+        is_same = keys is not None and self._seen is not None and self._seen() is keys
+        if not is_same or (keys is not None and _version(keys) != self._version):
+            self._last_key = None
 
     def update(self, k: torch.Tensor, num_new: int, table: RotaryTable) -> torch.Tensor:
         """Take in the KV cache's keys [B, Hkv, T, D], of which `num_new` are new; return all pooled keys."""
@@ -33,6 +47,7 @@ class PooledCache:
             self._keys = self._append(fresh, done)
         self._tokens = kv_len
         self._last_key = k[:, :, kv_len - 1].detach().clone()
+        self._seen, self._version = ref(k), _version(k)
         return self._keys
 
     def _is_continued_by(self, k: torch.Tensor, past: int) -> bool:
@@ -56,6 +71,11 @@ class PooledCache:
     def _encode(self, k: torch.Tensor, first: int, table: RotaryTable) -> torch.Tensor:
         pooled, plain = pool_keys(k, first, table, self._scorer.shape)
         return self._scorer.encode_keys(pooled.to(k.dtype), plain.to(k.dtype))
+
+
+def _version(keys: torch.Tensor) -> int:
+    """How often a tensor was written in place; tensors of inference mode do not count it."""
+    return 0 if keys.is_inference() else keys._version
 
 
 def pool_keys(

@@ -11,9 +11,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import typer
 
 from sentei import __version__
+from sentei.errors import SenteiError
 from sentei.pipeline.cli import bench, demo, doctor, evaluation, explain, offline, policy, report, rollout
 from sentei.pipeline.cli.output import ExitCode, Output
-from sentei.pipeline.rollout.client import AdminError
 
 app = typer.Typer(
     name="sentei",
@@ -62,15 +62,9 @@ def run() -> None:
     except KeyboardInterrupt:
         output.fail("interrupted; what was finished is kept")
         sys.exit(ExitCode.INTERRUPTED)
-    except AdminError as error:
-        output.fail(str(error))
-        sys.exit(ExitCode.UNREACHABLE if error.unreachable else ExitCode.BAD_INPUT)
+    except SenteiError as error:
+        output.fail(str(error) or type(error).__name__)
+        sys.exit(ExitCode.UNREACHABLE if error.is_absent else ExitCode.BAD_INPUT)
     except (ValueError, OSError) as error:
         output.fail(str(error) or type(error).__name__)
-        sys.exit(ExitCode.BAD_INPUT)
-    except RuntimeError as error:
-        # Our own say the way out; their classes are not imported here, as torch would come with them.
-        if not type(error).__module__.startswith("sentei."):
-            raise  # anything else: a traceback tells more
-        output.fail(str(error))
         sys.exit(ExitCode.BAD_INPUT)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sentei.pipeline.cli.offline import Json, Model
 from sentei.pipeline.cli.output import Output
-from sentei.pipeline.home import sentei_home, short_name
+from sentei.pipeline.home import sentei_home
 
 LAST, STDIN = "last", "-"
 
@@ -40,11 +40,11 @@ def run_explain(
     text = read_prompt(prompt)
     with output.errors.status(f"loading {model}"):
         loaded = resolve_model(model)
-        folder = adapter or sentei_home().adapter_dir(model)
+        folder = adapter or sentei_home().adapter_dir(model, loaded.fingerprint.weights_sha256)
         found = load_adapter(folder, loaded.model)
     with output.progress() as progress:
         explanation = explain_prompt(loaded, found, text, rung=rung, token=position, progress=progress)
-    name = f"explain-{short_name(model)}-{rung}"
+    name = f"explain-{folder.resolve().name}-{rung}"
     record, page = save_explanation(explanation, text, out or sentei_home().reports / name)
     summary = explanation.summary()
     if explanation.layers:

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from sentei.pipeline.cli.output import Output, check_choice
-from sentei.pipeline.home import sentei_home, short_name
+from sentei.pipeline.home import sentei_home
 
 if TYPE_CHECKING:
     from sentei.pipeline.experiments.study import StudyOptions, StudyRow
@@ -22,9 +22,7 @@ Model = Annotated[
 ]
 CorpusName = Annotated[
     list[str] | None,
-    typer.Option(
-        "--corpus", help="A text file, .jsonl, folder or stdlib, the default; repeatable, in equal parts."
-    ),
+    typer.Option("--corpus", help="A file, a folder or stdlib, the default; repeatable, in equal parts."),
 ]
 Dtype = Annotated[
     str | None,
@@ -191,7 +189,7 @@ def run_study(
     bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:
         rows = study(bench.loaded, bench.corpus, options, progress)
-    folder = sentei_home().create().root / "studies" / short_name(model)
+    folder = sentei_home().create().root / "studies" / bench.adapter_dir.name
     page = save_study(rows, folder / "study.html")
     document = {"model": model, "rows": [row.to_dict() for row in rows], "page": str(page)}
     (folder / "study.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
@@ -233,6 +231,7 @@ def _study_table(rows: Sequence[StudyRow], options: StudyOptions) -> Table:
 def run_register(
     model: Model = "pocket",
     alias: Annotated[str, typer.Option(help="Alias of the new version.")] = "candidate",
+    adapter: Annotated[Path | None, typer.Option(help="The adapter's folder [default: home's].")] = None,
     as_json: Json = False,
 ) -> None:
     """Register the adapter in MLflow under an alias."""
@@ -243,9 +242,8 @@ def run_register(
     output = Output(as_json=as_json)
     home = sentei_home().create()
     tracker = MlflowTracker(home.mlflow_uri, home.mlflow_artifacts)
-    version = register_adapter(
-        tracker, home.adapter_dir(model), name=f"sentei-{short_name(model)}", alias=alias
-    )
+    folder = (adapter or home.find_adapter(model)).resolve()
+    version = register_adapter(tracker, folder, name=f"sentei-{folder.name}", alias=alias)
     output.say(f"registered: {to_plain(version)}")
     output.emit(to_plain(version))
 
@@ -278,6 +276,8 @@ def open_bench(model: str, corpus: list[str] | None, output: Output, dtype: str 
         bench = Workbench(loaded, load_corpora(corpus), sentei_home().create())
     running = next(loaded.model.parameters()).dtype
     output.say(f"[bold]{model}[/] in {str(running).removeprefix('torch.')}, corpus {bench.corpus.name}")
+    if bench.corpus.passed_over:
+        output.say(f"not read in the corpus: {bench.corpus.passed_over}")
     return bench
 
 

@@ -134,7 +134,7 @@ def replay_rollout(
 
     output = Output(as_json=as_json)
     loaded = load_policy(read_policy_file(policy), source=str(policy))
-    with Store.open(store or sentei_home().create().store_url) as opened:
+    with Store.open(store or sentei_home().store_url, must_exist=True) as opened:
         rollouts = opened.read_rollouts()
         if rollout_id is None and not rollouts:
             raise ValueError(f"store {opened.url} has no rollout to replay")

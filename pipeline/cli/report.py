@@ -21,8 +21,8 @@ def run_report(
     from sentei.pipeline.reports.rollout_report import build_report, render_json, save_report
 
     output = Output(as_json=as_json)
-    home = sentei_home().create()
-    opened = Store.open(store or home.store_url)
+    home = sentei_home()
+    opened = Store.open(store or home.store_url, must_exist=True)
     rollouts = opened.read_rollouts()
     if rollout_id is None and not rollouts:
         raise ValueError(f"store {opened.url} has no rollout; start one with `sentei rollout start POLICY`")

@@ -15,13 +15,17 @@ from typing import IO, Any
 
 import yaml
 
+from sentei.errors import SenteiError
+
 READY_TIMEOUT_S = 1800.0  # a busy machine may take long; the app itself ends when it cannot start
 STOP_TIMEOUT_S = 40.0
 MODULE = "sentei.serving.local"  # run as a program: nobody imports serving
 
 
-class ServerError(Exception):
+class ServerError(SenteiError):
     """The app did not come up, or went away; the message names the log to read."""
+
+    is_absent = True
 
 
 class LocalServer:

@@ -5,18 +5,22 @@ PriceError    all that is wrong with a list; each fault names file, line, entry,
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 
+from sentei.errors import SenteiError
+from sentei.policies.schema.nodes import LimitedLoader, fault_line, is_misread
 from sentei.policies.schema.rules import nearest
 
+MAX_SHOWN = 80  # characters of a value in a message
 PRICES_FILE = Path(__file__).resolve().parent / "prices.yaml"
 Device = Literal["cpu", "cuda", "rocm"]
 
 
-class PriceError(ValueError):
+class PriceError(SenteiError, ValueError):
     """A price list that cannot be used, with all that is wrong."""
 
 
@@ -100,9 +104,12 @@ class _Reader:
 
     def _parse(self) -> yaml.Node:
         try:
-            root = yaml.compose(self._path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            root = yaml.compose(self._path.read_text(encoding="utf-8-sig"), Loader=LimitedLoader)
+        except (OSError, UnicodeDecodeError) as error:
             raise PriceError(f"{self._path}: cannot be read as a price list ({error})") from error
+        except yaml.YAMLError as error:
+            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise PriceError(f"{self._path}:{fault_line(error)}: not YAML: {reason}") from error
         if not isinstance(root, yaml.MappingNode):
             raise PriceError(f"{self._path}:1: needs a list under 'prices', or 'assumptions'")
         return root
@@ -117,12 +124,15 @@ class _Reader:
             return
         seen: set[str] = set()
         for key_node, value in node.value:
-            key, key_line = str(key_node.value), key_node.start_mark.line + 1
+            key, key_line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._add(key_line, f"{where} has a key that is no plain text; allowed: {', '.join(allowed)}")
+                continue
             if key in seen:
                 self._add(key_line, f"{where} has {key!r} twice")
             elif key not in allowed:
                 hint = nearest(key, allowed)
-                self._add(key_line, f"{where} has {key!r}; allowed: {', '.join(allowed)}{hint}")
+                self._add(key_line, f"{where} has {_clip(key)!r}; allowed: {', '.join(allowed)}{hint}")
             else:
                 yield key, value
             seen.add(key)
@@ -135,10 +145,14 @@ class _Reader:
         values = {}
         for key, value_node in self._items(node, where, tuple(checks), required):
             is_right, wanted = checks[key]
-            value = yaml.SafeLoader("").construct_document(value_node)
+            try:
+                value = _read_value(value_node)
+            except ValueError as error:
+                self._add(value_node.start_mark.line + 1, f"{where}.{key} {error}; it must be {wanted}")
+                continue
             if not is_right(value):
                 line = value_node.start_mark.line + 1
-                self._add(line, f"{where}.{key} is {value!r}; it must be {wanted}")
+                self._add(line, f"{where}.{key} is {_clip(repr(value))}; it must be {wanted}")
             values[key] = value
         return values
 
@@ -165,6 +179,24 @@ class _Reader:
                 self._add(entry.start_mark.line + 1, f"prices[{i}]: {price.label!r} is listed twice")
             prices.append(price)
         return prices
+
+
+def _read_value(node: yaml.Node) -> Any:
+    """Return a scalar's value, a date as it is written; raises ValueError for what is no plain value."""
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError(f"is a {type(node).__name__.removesuffix('Node').lower()}")
+    if is_misread(node):
+        raise ValueError(f"is {node.value}, which YAML reads as another number; write it plainly")
+    try:
+        value = yaml.SafeLoader("").construct_object(node)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        reason = getattr(error, "problem", None) or error
+        raise ValueError(f"is {_clip(node.value)}, which cannot be read ({_clip(str(reason))})") from error
+    return node.value if isinstance(value, date) else value
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
 
 
 def _is_number(value: object) -> bool:

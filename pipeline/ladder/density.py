@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from sentei.errors import SenteiError
 from sentei.kernels.scorer.network import BlockScorer
 from sentei.pipeline.measure.needs import MAX_SHARE, MIN_SHARE, query_block_needs
 from sentei.pipeline.measure.records import LayerRecord, LayerRecords
 
 
-class DensityError(ValueError):
+class DensityError(SenteiError, ValueError):
     """A density that cannot be had together with what is not to be missed."""
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sentei.errors import SenteiError
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.models import attention_modules, text_decoder, thinnable_layers
 from sentei.kernels.hf.observe import Selection
@@ -34,7 +35,7 @@ MAX_SCORES = 2_000_000
 SINK, DIAGONAL, SCORE = "sink", "diagonal", "score"
 
 
-class ExplainError(ValueError):
+class ExplainError(SenteiError, ValueError):
     """A prompt or a position that cannot be explained; the message names the value and the way out."""
 
 

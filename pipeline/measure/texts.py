@@ -9,6 +9,7 @@ import torch
 
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.tasks.notes import PAIR_NOTE, PAIR_QUESTION, make_key_value
+from sentei.pipeline.tasks.prompt import TaskError
 from sentei.pipeline.text.corpus import Document, token_windows
 
 RECALL_BLOCKS = 5  # the questions at the end of a recall text take about so many blocks of 64 tokens
@@ -42,9 +43,15 @@ def _recall_ids(
 ) -> torch.Tensor:
     """Notes of pairs spread over filler, then every pair asked for and answered, in another order."""
     room = RECALL_BLOCKS * 48
-    task = make_key_value(
-        loaded.tokenizer, prompt_tokens=window_tokens - room, depth=0.5, seed=seed, documents=documents
-    )
+    try:
+        task = make_key_value(
+            loaded.tokenizer, prompt_tokens=window_tokens - room, depth=0.5, seed=seed, documents=documents
+        )
+    except TaskError as error:
+        raise TaskError(
+            f"windows of {window_tokens} tokens (--tokens) are too short for a text that asks for notes: "
+            f"{room} are kept for the questions at its end, and of the rest {error}"
+        ) from error
     # The task's own note and question give the pattern by which the notes are found again.
     before, between, after = PAIR_NOTE.split("{}")
     pattern = re.escape(before) + r"(\w+)" + re.escape(between) + r"(\w+)" + re.escape(after)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sentei.errors import SenteiError
 from sentei.monitors.events import BrokenChainError, Event, EventLog
 from sentei.monitors.records import DriftResult, Rollout
 from sentei.monitors.store import Store
@@ -39,7 +40,7 @@ from sentei.policies.state import RolloutState, state_from_json
 EVENT_KINDS_HIDDEN = frozenset({EVIDENCE, HOLD})
 
 
-class ReportError(Exception):
+class ReportError(SenteiError):
     """A report that cannot be made; the message names the rollout and the way out."""
 
 

@@ -8,17 +8,19 @@ from typing import Any
 
 import httpx
 
+from sentei.errors import SenteiError
+
 ADMIN_TOKEN_VARIABLE = "SENTEI_ADMIN_TOKEN"
 URL_VARIABLE = "SENTEI_URL"
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-class AdminError(Exception):
+class AdminError(SenteiError):
     """The operations API refused, or cannot be reached; the message names the address and the way out."""
 
     def __init__(self, message: str, *, unreachable: bool = False) -> None:
         super().__init__(message)
-        self.unreachable = unreachable
+        self.is_absent = unreachable
 
 
 class AdminClient:

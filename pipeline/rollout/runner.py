@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sentei.errors import SenteiError
 from sentei.monitors.drift import DriftSpec, run_drift
 from sentei.monitors.errors import StoreError
 from sentei.monitors.events import Event, EventLog
@@ -56,7 +57,7 @@ KEEP_NUMBERS = 1_000  # and whenever so many numbers of the store were read: bou
 LOOK = "look."  # + rollout id: what the newest tick saw, overwritten by the next one; no part of the log
 
 
-class RolloutError(Exception):
+class RolloutError(SenteiError):
     """A rollout that cannot be run as asked; the message names it and the way out."""
 
 

@@ -11,6 +11,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from sentei.errors import SenteiError
 from sentei.monitors.events import EventLog, newest_state
 from sentei.monitors.records import Rollout
 from sentei.monitors.store import Store
@@ -21,7 +22,7 @@ CLOSED = "close"
 REPLACED = "replaced"
 
 
-class StartRefusedError(Exception):
+class StartRefusedError(SenteiError):
     """Another rollout stands in the way of a start; the message names it and the way out.
 
     `can_replace` says that it is promoted, so that the start may be asked for again with `replaces`.

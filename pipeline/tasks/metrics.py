@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 
+from sentei.errors import SenteiError
+
 Score = Callable[[str, str], float]
 CHOICE = "choice"
 
 
-class MetricError(ValueError):
+class MetricError(SenteiError, ValueError):
     """A metric that cannot serve; the message says why and what is allowed."""
 
 

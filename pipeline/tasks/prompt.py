@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from sentei.errors import SenteiError
 from sentei.pipeline.text.corpus import Corpus, Document, encode_text, load_corpus, split_documents
 
 TaskName = Literal["passkey", "key_value", "copy", "multi_key", "variable_value", "variable_names"]
@@ -29,7 +30,7 @@ LIST_WORDS = 8
 MAX_LINE_CHARS = 160
 
 
-class TaskError(ValueError):
+class TaskError(SenteiError, ValueError):
     """A task that cannot be made; the message names the value and the way out."""
 
 

@@ -3,15 +3,16 @@
 TaskFileError    all that is wrong with a file; each fault names file, line, field, value and what is allowed
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sentei.errors import SenteiError
 from sentei.pipeline.tasks.metrics import CHOICE, NAMES, MetricError, Score, find_metric
 from sentei.pipeline.text.corpus import encode_text
+from sentei.pipeline.text.files import FileError, LineError, numbered_lines, parse_line, read_text
 from sentei.policies.schema.rules import nearest
 
 REQUIRED = ("prompt", "reference", "metric")
@@ -43,7 +44,7 @@ class TaskFault:
         )
 
 
-class TaskFileError(ValueError):
+class TaskFileError(SenteiError, ValueError):
     """Everything that is wrong with a task file, in the order of its lines."""
 
     def __init__(self, faults: Sequence[TaskFault]) -> None:
@@ -91,25 +92,16 @@ def load_user_tasks(path: Path, tokenizer: Any, max_tokens: int) -> tuple[UserTa
     """Read a file for a model of `max_tokens` positions; raises TaskFileError with all faults at once."""
     reader = _Reader(str(path), path.stem, tokenizer, max_tokens)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskFileError(
-            [
-                TaskFault(
-                    str(path), 0, "", f"cannot be read as UTF-8 text with one JSON object a line ({error})"
-                )
-            ]
-        ) from error
-    tasks = [task for number, line in _lines(text) if (task := reader.read(number, line)) is not None]
+        text = read_text(path)
+    except FileError as error:
+        message = f"cannot be read as text with one JSON object a line ({error})"
+        raise TaskFileError([TaskFault(str(path), 0, "", message)]) from error
+    tasks = [task for number, line in numbered_lines(text) if (task := reader.read(number, line)) is not None]
     if not tasks and not reader.faults:
         reader.add(0, "", f"holds no task; each line is one JSON object with {', '.join(REQUIRED)}")
     if reader.faults:
         raise TaskFileError(reader.faults)
     return tuple(tasks)
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 
 class _Reader:
@@ -145,9 +137,9 @@ class _Reader:
             return dict(items)
 
         try:
-            record = json.loads(line, object_pairs_hook=pairs)
-        except json.JSONDecodeError as error:
-            self.add(number, "", f"not JSON ({error.msg} at column {error.colno}); one object a line", line)
+            record = parse_line(line, pairs)
+        except LineError as error:
+            self.add(number, "", f"{error}; one object a line", line[: 2 * MAX_SHOWN])
             return None
         if not isinstance(record, dict):
             self.add(number, "", f"must be an object with {', '.join(REQUIRED)}", record)

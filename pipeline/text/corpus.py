@@ -1,9 +1,9 @@
 """Where text comes from: the standard library's own source and docs, or the user's files."""
 
 import hashlib
-import json
 import random
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,18 +13,13 @@ from typing import Any
 
 import torch
 
+from sentei.pipeline.text.files import TEXT_SUFFIXES, CorpusError, ending, find_reader, read_text
+
 # Long, varied modules that nobody may train on, so that figures on them can be compared across runs.
 ALWAYS_HELD_OUT = frozenset({"tarfile.py", "argparse.py", "statistics.py"})
-TEXT_SUFFIXES = frozenset(
-    {".txt", ".md", ".rst", ".py", ".text", ".html", ".c", ".h", ".js", ".ts", ".rs", ".go"}
-)
 STDLIB = "stdlib"
 # Foreign packages, and what reads as tables rather than text; some systems ship the tests apart, too.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "encodings", "lib-dynload"})
-
-
-class CorpusError(ValueError):
-    """A text source that cannot serve; the message names the value, the place and the way out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +39,7 @@ class Corpus:
     name: str
     documents: tuple[Document, ...]
     digest: str
+    passed_over: str = ""  # files of a folder that are not read, by their endings
 
 
 def load_corpora(sources: Sequence[str] | None = None) -> Corpus:
@@ -56,22 +52,24 @@ def load_corpora(sources: Sequence[str] | None = None) -> Corpus:
         for i, corpus in enumerate(corpora)
         for document in corpus.documents
     ]
-    return _make_corpus(" + ".join(corpus.name for corpus in corpora), documents)
+    whole = _make_corpus(" + ".join(corpus.name for corpus in corpora), documents)
+    passed_over = "; ".join(corpus.passed_over for corpus in corpora if corpus.passed_over)
+    return replace(whole, passed_over=passed_over)
 
 
 def load_corpus(source: str | None = None) -> Corpus:
-    """Load `stdlib` (the default), a text file, a JSONL file (field `text`) or a folder of text files."""
+    """Load `stdlib` (the default), a file of text, JSON lines or Parquet (`text`), or a folder of them."""
     if source is None or source == STDLIB:
         return _load_stdlib()
     path = Path(source).expanduser()
     if path.is_dir():
-        return _make_corpus(path.name, _read_folder(path))
+        return _load_folder(path)
     if not path.is_file():
         raise CorpusError(
             f"corpus {source!r}: no such file or folder; "
             f"give a text file, a .jsonl file, a folder or {STDLIB!r}"
         )
-    documents = _read_jsonl(path) if path.suffix == ".jsonl" else _read_text(path)
+    documents = _read_book(path) if find_reader(path) is None else _read_file(path, path.name)
     return _make_corpus(path.name, documents)
 
 
@@ -178,52 +176,48 @@ def _read_topics() -> Iterator[Document]:
         yield Document(path="pydoc_data/topics.py", name=f"pydoc_data/topics/{topic}", text=topics[topic])
 
 
-def _read_folder(folder: Path) -> Iterator[Document]:
-    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix in TEXT_SUFFIXES]
-    for path in paths:
-        name = path.relative_to(folder).as_posix()
-        yield Document(path=name, name=name, text=_decode(path))
+def _load_folder(folder: Path) -> Corpus:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    is_read = {path: path.suffix.lower() in TEXT_SUFFIXES or find_reader(path) is not None for path in paths}
+    others = Counter(ending(path) or "without an ending" for path in paths if not is_read[path])
+    passed_over = ", ".join(f"{num} {what}" for what, num in sorted(others.items()))
+    documents = (
+        document
+        for path in paths
+        if is_read[path]
+        for document in _read_file(path, path.relative_to(folder).as_posix())
+    )
+    return _make_corpus(folder.name, documents, passed_over)
 
 
-def _read_text(path: Path) -> Iterator[Document]:
+def _read_file(path: Path, name: str) -> Iterator[Document]:
+    """Yield a text file as one document, other files as one for each of their texts."""
+    reader = find_reader(path)
+    if reader is None:
+        yield Document(path=name, name=name, text=read_text(path))
+        return
+    for number, text in reader(path):
+        yield Document(path=name, name=f"{name}#{number}", text=text)
+
+
+def _read_book(path: Path) -> Iterator[Document]:
     # One long file becomes many documents, so that it can be split into train and held out.
-    text = _decode(path)
+    text = read_text(path)
     size = max(4000, -(-len(text) // 200))
     for i, start in enumerate(range(0, len(text), size)):
         yield Document(path=path.name, name=f"{path.name}#{i}", text=text[start : start + size])
 
 
-def _read_jsonl(path: Path) -> Iterator[Document]:
-    for i_line, line in enumerate(_decode(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CorpusError(
-                f"{path}, line {i_line}: not JSON ({error.msg}); one object per line"
-            ) from error
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise CorpusError(f"{path}, line {i_line}: no field 'text' with a string; found {line[:60]!r}")
-        yield Document(path=path.name, name=f"{path.name}#{i_line}", text=text)
-
-
-def _decode(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
-
-
-def _make_corpus(name: str, documents: Iterable[Document]) -> Corpus:
+def _make_corpus(name: str, documents: Iterable[Document], passed_over: str = "") -> Corpus:
     kept = tuple(d for d in documents if d.text.strip())
     if not kept:
+        found = f" (passed over: {passed_over})" if passed_over else ""
         raise CorpusError(
-            f"corpus {name!r}: no text found; supported endings are {sorted(TEXT_SUFFIXES)} and .jsonl"
+            f"corpus {name!r}: no text found{found}; read are {', '.join(sorted(TEXT_SUFFIXES))}, "
+            ".jsonl and .ndjson, also as .gz, and .parquet"
         )
     digest = hashlib.sha256()
     for document in kept:
         digest.update(f"{document.name}\0{len(document.text)}\0".encode())
         digest.update(document.text.encode("utf-8", "surrogatepass"))
-    return Corpus(name=name, documents=kept, digest=digest.hexdigest())
+    return Corpus(name=name, documents=kept, digest=digest.hexdigest(), passed_over=passed_over)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sentei.errors import SenteiError
 from sentei.pipeline.tracking.tracker import MlflowTracker, RunSpec, TrackingError
 
 EXPERIMENT = "sentei-register"
@@ -21,7 +22,7 @@ _NEEDED = ("manifest.json", "ladder.json", "scorer.safetensors")
 _MAX_TAG_CHARS = 4000
 
 
-class RegisterError(Exception):
+class RegisterError(SenteiError):
     """An adapter that cannot be registered; the message names the folder or the alias."""
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
+import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from sentei.errors import SenteiError
 from sentei.monitors.database import make_private
+from sentei.pipeline.home import safe_name
+from sentei.pipeline.tracking.moved import follow_home
 
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "true",  # MLflow takes only the word "true"
@@ -28,6 +33,7 @@ _ENVIRONMENT = {
 }
 EXPERIMENTS = {kind: f"sentei-{kind}" for kind in ("distill", "joint", "calibrate", "evaluate")}
 _KEY_TAG = "sentei.key"
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9_.:/@ +-]{1,250}")
 _PARENT_TAG = "mlflow.parentRunId"
 _MAX_METRICS_PER_CALL = 1000
 _MAX_PARAM_CHARS = 6000
@@ -39,8 +45,10 @@ _PERMANENT = frozenset(
 )
 
 
-class TrackingError(Exception):
+class TrackingError(SenteiError):
     """The tracking backend does not answer; the message names its address and the reason."""
+
+    is_absent = True
 
 
 class RefusedError(TrackingError):
@@ -115,7 +123,7 @@ class MlflowTracker:
         with self.answering() as client:
             experiment_id = self._experiment_id(client, experiment)
             found = client.search_runs(
-                [experiment_id], filter_string=f"tags.`{_KEY_TAG}` = '{spec.key}'", max_results=1
+                [experiment_id], filter_string=f"tags.`{_KEY_TAG}` = '{_safe_key(spec.key)}'", max_results=1
             )
             run_id = found[0].info.run_id if found else self._create_run(client, experiment_id, spec)
             data = found[0].data if found else None
@@ -170,8 +178,10 @@ class MlflowTracker:
                     for name in ("mlflow", "alembic", "urllib3.connectionpool"):
                         logging.getLogger(name).setLevel(logging.ERROR)
                     self._client = MlflowClient(tracking_uri=self.tracking_uri)
+                    if self._artifact_root is not None:
+                        follow_home(self.tracking_uri, self._artifact_root)
                 yield self._client
-            except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+            except (MlflowException, RequestException, SQLAlchemyError, sqlite3.Error, OSError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 if isinstance(error, MlflowException) and error.error_code in _PERMANENT:
                     self._experiment_ids.clear()  # one of that name may be made or restored
@@ -189,10 +199,12 @@ class MlflowTracker:
         return self._experiment_ids[name]
 
     def _artifact_location(self, name: str) -> str | None:
-        return None if self._artifact_root is None else (self._artifact_root / name).resolve().as_uri()
+        if self._artifact_root is None:
+            return None
+        return (self._artifact_root / safe_name(name)).resolve().as_uri()
 
     def _create_run(self, client: Any, experiment_id: str, spec: RunSpec) -> str:
-        tags = {**(spec.tags or {}), _KEY_TAG: spec.key}
+        tags = {**(spec.tags or {}), _KEY_TAG: _safe_key(spec.key)}
         if spec.parent_run_id:
             tags[_PARENT_TAG] = spec.parent_run_id
         run = client.create_run(
@@ -214,6 +226,11 @@ class MlflowTracker:
         }
         if new or now:
             client.log_batch(run_id, params=new, tags=[RunTag(name, value) for name, value in now.items()])
+
+
+def _safe_key(key: str) -> str:
+    """Return a key as it can stand in MLflow's filters, which know no escape for a quote."""
+    return key if _PLAIN_KEY.fullmatch(key) else safe_name(key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sentei.errors import SenteiError
 from sentei.policies.schema.load import PolicyError, load_policy, read_document
 from sentei.policies.schema.policy import Kept, Policy, to_document
 
@@ -59,7 +60,7 @@ _DEFAULTS_1: Document = {  # of spec; a list holds the defaults of each of its i
 _DEFAULTS_2: Document = {"audit": {"select": {"period": "10m"}, "missing": {"window": "1h"}}}
 
 
-class KeptPolicyError(ValueError):
+class KeptPolicyError(SenteiError, ValueError):
     """A kept policy that this version cannot read."""
 
 

@@ -6,7 +6,6 @@ Whatever the text is, nothing but PolicyError comes out of `load_policy`.
 
 from __future__ import annotations
 
-import re
 import types
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from sentei.errors import SenteiError
+from sentei.policies.schema.nodes import LimitedLoader, is_misread
 from sentei.policies.schema.policy import Policy, Spec
 from sentei.policies.schema.rules import Path, dotted_path, find_faults, nearest
 
@@ -23,8 +24,6 @@ MAX_CHARACTERS = 50_000
 MAX_DEPTH = 30
 MAX_VALUES = 5_000  # also with aliases expanded
 MAX_FAULTS = 100  # more are counted, not listed
-# What YAML 1.1 reads as another number than people mean: octal, hexadecimal, binary, base 60.
-_TRAP = re.compile(r"[-+]?(0[0-7_]+|0[xb][0-9a-fA-F_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 _OTHERS = {"argoproj.io": "Argo Rollouts", "flagger.app": "Flagger"}
 MAX_PATH, MAX_MESSAGE = 200, 600  # characters of one printed fault: a key may be a whole page
 
@@ -45,7 +44,7 @@ class PolicyFault:
         return f"{self.file}:{self.line}: {place}: {_clip(self.message, MAX_MESSAGE)}{found}"
 
 
-class PolicyError(ValueError):
+class PolicyError(SenteiError, ValueError):
     """Everything that is wrong with a policy text, in the order of its lines."""
 
     def __init__(self, errors: list[PolicyFault]) -> None:
@@ -83,23 +82,12 @@ def policy_json_schema() -> dict[str, Any]:
     return Policy.model_json_schema(by_alias=True)
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which gives up on deep nesting before Python's stack does."""
+class _Loader(LimitedLoader):
+    """The limits of a policy."""
 
-    depth = 0
-    num_nodes = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        self.depth += 1
-        self.num_nodes += 1
-        if self.num_nodes > 2 * MAX_VALUES:  # keys are nodes too
-            problem = f"a policy has at most {MAX_VALUES} values"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.get_mark())
-        if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
-        node: yaml.Node | None = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+    max_depth = MAX_DEPTH
+    max_nodes = 2 * MAX_VALUES  # keys are nodes too
+    too_many = f"a policy has at most {MAX_VALUES} values"
 
 
 class _Reader:
@@ -186,7 +174,7 @@ class _Reader:
 
     def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
         is_plain = node.style is None
-        if is_plain and node.tag.endswith((":int", ":float")) and _TRAP.fullmatch(node.value):
+        if is_misread(node):
             self.add(path, node.value, "YAML reads this as another number; write it plainly, such as 250")
             return None
         if is_plain and node.tag.endswith(":bool") and node.value.lower() not in ("true", "false"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,66 @@ def test_all_ingresses_say_the_same_of_the_model(tmp_path: Path) -> None:
         later = _created_s(store)
 
     assert (len(found), later) == (1, 7)
+
+
+def test_a_relative_model_is_looked_up_beside_the_config_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config file can be read from anywhere: its folders are those beside it, or those below the user's."""
+    from sentei.serving.local import read_options
+
+    (tmp_path / "config" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "user" / "adapter").mkdir(parents=True)
+    path = tmp_path / "config" / "serve.yaml"
+    path.write_text("model: ./checkpoint\nadapter: adapter\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "user")
+
+    options = read_options(path)
+
+    assert options.model == str(tmp_path / "config" / "checkpoint")
+    assert options.adapter == str(tmp_path / "user" / "adapter")
+    assert options.logical_name() == "checkpoint"
+
+
+def test_a_relative_model_of_a_deployed_config_is_looked_up_in_the_users_folder(tmp_path: Path) -> None:
+    """`ray serve deploy` says nothing of its file: PWD of Ray's processes, or `base_folder`, is the place."""
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+
+    assert AppArgs(model="models/mine").at(tmp_path).model == str(tmp_path / "models" / "mine")
+    assert AppArgs(model="mine", base_folder="models").at(tmp_path).model == str(tmp_path / "models" / "mine")
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "../nowhere", "a/b/nowhere", "/nowhere/at/all"])
+def test_a_model_that_is_not_there_says_where_was_looked(model: str, tmp_path: Path) -> None:
+    """The error names the value, the folder looked up, and the way out."""
+    with pytest.raises(ConfigError) as refused:
+        AppArgs(model=model).at(tmp_path)
+
+    assert repr(model) in str(refused.value)
+    assert str(tmp_path / model) in str(refused.value)
+    assert "base_folder" in str(refused.value)
+
+
+@pytest.mark.parametrize("model", ["pocket", "gemma-3-270m", "org/model"])
+def test_names_and_hub_ids_stay_what_they_are(model: str, tmp_path: Path) -> None:
+    """A folder called `pocket` beside the config file does not take the place of the pocket model."""
+    (tmp_path / "pocket").mkdir()
+
+    assert AppArgs(model=model).at(tmp_path).model == model
+
+
+def test_a_taken_port_is_named() -> None:
+    """Before Ray starts: who wants a port that another listens on is told which, and the way out."""
+    from sentei.serving.local import _take_port
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+
+        with pytest.raises(
+            ConfigError, match=rf"127\.0\.0\.1:{port} cannot be listened on .*0: any free one"
+        ):
+            _take_port("127.0.0.1", port)
+
+    assert _take_port("127.0.0.1", port) == port

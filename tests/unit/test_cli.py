@@ -113,7 +113,7 @@ def test_unreachable_app_names_address_and_way_out(monkeypatch: pytest.MonkeyPat
     with pytest.raises(AdminError, match=r"127\.0\.0\.1:9 .*--url") as caught:
         client.rollouts()
     client.close()
-    assert caught.value.unreachable
+    assert caught.value.is_absent
 
 
 def test_edit_prints_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:

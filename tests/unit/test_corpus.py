@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from sentei.pipeline.text.corpus import (
-    CorpusError,
     Document,
     load_corpora,
     load_corpus,
     split_documents,
     token_windows,
 )
+from sentei.pipeline.text.files import CorpusError
 from sentei.pipeline.text.splits import split_text
 
 

@@ -117,7 +117,27 @@ def test_only_machines_of_the_measured_kind_are_priced() -> None:
         ("prices:\n  - {provider: a, provider: a, machine: b, usd_per_hour: 1}", r"has 'provider' twice"),
         ("prices:\n  - 3", r":2: prices\[0\] must be a mapping with provider"),
         ("assumptions: {audited_share: 2}", r":1: assumptions\.audited_share is 2; .*from 0 to 1"),
-        ("prices: [", "cannot be read"),
+        ("prices: [", r"mine\.yaml:1: not YAML: "),
+        *(
+            (f"prices:\n  - provider: a\n    machine: b\n{entry}\n", message)
+            for entry, message in (
+                ("    usd_per_hour: 1\n    cpus: 064", r":5: prices\[0\]\.cpus is 064, .*another number"),
+                ("    usd_per_hour: 1:30", r":4: prices\[0\]\.usd_per_hour is 1:30, .*another number"),
+                ("    usd_per_hour: 0x10", r":4: .*0x10, .*another number"),
+                (
+                    "    usd_per_hour: !!python/object:os.system ls",
+                    r":4: .*could not determine a constructor",
+                ),
+                ("    usd_per_hour: !mine 1", r":4: .*could not determine a constructor"),
+                ("    usd_per_hour: " + "9" * 5000, r":4: .{80,300}$"),
+                ("    usd_per_hour: [1, 2]", r":4: prices\[0\]\.usd_per_hour is a sequence"),
+                ("    usd_per_hour: 1\n    as_of: 2026-02-30", r":5: .*2026-02-30, which cannot be read"),
+                ("    ? [x, y]\n    : 1", r":4: .*a key that is no plain text"),
+            )
+        ),
+        ("prices:\n  - " + "[" * 5000, r":2: not YAML: nested too deeply"),
+        ('prices:\n  - {provider: "a\x07"}', "not YAML"),
+        ("a: &a [" + "1, " * 20_000 + "]", r":1: not YAML: more than 10,000"),
     ],
 )
 def test_a_bad_list_names_file_line_entry_and_value(tmp_path: Path, text: str, message: str) -> None:
@@ -143,3 +163,10 @@ def test_a_machine_listed_twice_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(PriceError, match=r":3: prices\[1\]: 'a: b' is listed twice"):
         load_prices(write(tmp_path, "prices:\n" + entry * 2))
+
+
+def test_a_date_is_kept_as_it_is_written(tmp_path: Path) -> None:
+    """YAML reads 2026-06-01 as a date; in a list of prices it is when the price was read, as text."""
+    path = write(tmp_path, "prices:\n  - {provider: a, machine: b, usd_per_hour: 1, as_of: 2026-06-01}\n")
+
+    assert load_prices(path).prices[-1].as_of == "2026-06-01"

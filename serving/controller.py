@@ -13,12 +13,14 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from sentei.monitors.store import Store
+from sentei.pipeline.rollout.clock import read_uptime
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ class Controller:
     ) -> None:
         owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._options = RunnerOptions(owner) if replicas is None else RunnerOptions(owner, replicas)
+        if monotonic is not None:  # a clock of real time: so is the machine's uptime
+            self._options = replace(self._options, uptime=read_uptime)
         self._store = store
         self._mirror = mirror
         self._reports = reports

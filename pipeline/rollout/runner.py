@@ -14,7 +14,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sentei.monitors.records import ROLLOUT_ID, DriftResult, Rollout
 from sentei.monitors.signals_reader import SignalQuery, read_signals
 from sentei.monitors.store import Store
 from sentei.pipeline.plain import to_plain
+from sentei.pipeline.rollout.clock import CLOCK, Uptime, find_step, moved
 from sentei.pipeline.rollout.revisions import STARTED, PolicyBook, take_revision
 from sentei.pipeline.rollout.succession import REPLACED, add_successor, close_former
 from sentei.policies.engine import (
@@ -74,6 +75,7 @@ class RunnerOptions:
     owner: str  # unique per process: two controllers of one name would not fence each other
     replicas: Callable[[], Mapping[str, int]] = field(default=lambda: {"dense": 1, "sparse": 1})
     audit_limit_s: float | None = None  # default: data.max_age, at least a minute
+    uptime: Callable[[], Uptime | None] = field(default=lambda: None)  # None: only the wall clock is known
 
 
 def start_rollout(
@@ -189,9 +191,14 @@ class RolloutRunner:
             state = state_from_json(event.state)
             if state.outcome == REPLACED:
                 raise RolloutError(f"rollout {state.rollout_id!r} is over: {state.reason}.")
+            step_s = find_step(event.at_s, event.payload.get(CLOCK), now_s, self._options.uptime())
+            if step_s:
+                state = moved(state, step_s)
+                why = f"the clock was set by {step_s:+.3f} s; the times of this rollout moved with it"
+                self._write(state, CLOCK, {"reason": why}, token=token, now_s=now_s)
             if state.policy_digest != self.policy.digest:  # edited, by this controller or another
                 self.policy = self._book.find(self.rollout.rollout_id, state.policy_digest)
-            return state, event.at_s
+            return state, now_s if step_s else event.at_s
         close_former(self._store, self.rollout, token=token, now_s=now_s)
         state = initial_state(self.policy, self.rollout.rollout_id, now_s)
         payload = {
@@ -232,10 +239,11 @@ class RolloutRunner:
     def _write(
         self, state: RolloutState, kind: str, payload: dict[str, Any], *, token: int, now_s: float
     ) -> Event:
+        uptime = self._options.uptime()
         return self._log.append(
             self.rollout.rollout_id,
             kind,
-            payload=payload,
+            payload=payload if uptime is None else {**payload, CLOCK: asdict(uptime)},
             state_after=state_to_json(state).decode(),
             token=token,
             at_s=now_s,

@@ -11,13 +11,9 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import sqlalchemy as sa
-from sqlalchemy.engine import Connection
-
 from sentei.monitors.events import EventLog
 from sentei.monitors.records import Rollout
 from sentei.monitors.store import Store
-from sentei.monitors.tables import EVENTS, ROLLOUTS
 from sentei.policies.engine import state_from_json, state_to_json
 from sentei.policies.state import RolloutState
 
@@ -42,16 +38,14 @@ def add_successor(store: Store, rollout: Rollout, *, replaces: bool) -> None:
     With `replaces` a promoted rollout may be followed: its share ends when the new one is taken up.
     """
     serves = _what_is_served(store)
-    with store.write(f"start of rollout {rollout.rollout_id!r}") as connection:
-        newest = _newest(connection)
-        if newest is not None:
-            _check_is_over(newest, serves, replaces=replaces)
-        found = sa.select(ROLLOUTS.c.seq).where(ROLLOUTS.c.rollout_id == rollout.rollout_id)
-        if connection.execute(found).first() is not None:
-            raise StartRefusedError(
-                f"rollout {rollout.rollout_id!r} exists: wait a second or give another rollout id"
-            )
-        store.insert_rollout(connection, rollout)
+
+    def check(rollout_id: str, state: str | None) -> None:
+        _check_is_over(rollout_id, None if state is None else json.loads(state), serves, replaces=replaces)
+
+    if not store.start_rollout(rollout, check):
+        raise StartRefusedError(
+            f"rollout {rollout.rollout_id!r} exists: wait a second or give another rollout id"
+        )
 
 
 def find_former(store: Store, rollout_id: str) -> str | None:
@@ -88,21 +82,9 @@ def _closed(state: RolloutState, rollout: Rollout, now_s: float) -> RolloutState
     return replace(state, outcome=REPLACED, by=f"rollout:{rollout.rollout_id}", reason=reason, ended_s=now_s)
 
 
-def _newest(connection: Connection) -> tuple[str, dict[str, Any] | None] | None:
-    """The newest rollout and the state that its newest event left, or None in an empty store."""
-    query = sa.select(ROLLOUTS.c.rollout_id).order_by(ROLLOUTS.c.seq.desc()).limit(1)
-    rollout_id = connection.execute(query).scalar()
-    if rollout_id is None:
-        return None
-    state = sa.select(EVENTS.c.state_json).where(EVENTS.c.rollout_id == rollout_id)
-    text = connection.execute(state.order_by(EVENTS.c.seq.desc()).limit(1)).scalar()
-    return str(rollout_id), None if text is None else json.loads(text)
-
-
 def _check_is_over(
-    newest: tuple[str, dict[str, Any] | None], serves: dict[str, str], *, replaces: bool
+    rollout_id: str, state: dict[str, Any] | None, serves: dict[str, str], *, replaces: bool
 ) -> None:
-    rollout_id, state = newest
     outcome = state["outcome"] if state is not None else None
     if outcome is None:
         phase = state["phase"] if state is not None else "waiting for the controller's first tick"

@@ -24,7 +24,7 @@ from sqlalchemy.engine import Connection, RowMapping
 from sentei.errors import SenteiError
 from sentei.monitors.records import Revision, Rollout
 from sentei.monitors.store import Store
-from sentei.monitors.tables import DECISIONS, EVENTS, ROLLOUTS, VALUES
+from sentei.monitors.tables import DECISIONS, EVENTS, VALUES
 
 GENESIS = "0" * 64
 _HEAD = "events.head"
@@ -194,16 +194,6 @@ class EventLog:
             for rollout_id, num_events in Counter(row["rollout_id"] for row in rows).items():
                 _save(connection, f"{_COUNT}{rollout_id}", str(num_events))
         return len(rows) - seq
-
-
-def newest_state(connection: Connection) -> tuple[str, str | None] | None:
-    """The newest rollout and the state that its newest event left, in a transaction; None without any."""
-    query = sa.select(ROLLOUTS.c.rollout_id).order_by(ROLLOUTS.c.seq.desc()).limit(1)
-    rollout_id = connection.execute(query).scalar()
-    if rollout_id is None:
-        return None
-    state = sa.select(EVENTS.c.state_json).where(EVENTS.c.rollout_id == rollout_id)
-    return str(rollout_id), connection.execute(state.order_by(EVENTS.c.seq.desc()).limit(1)).scalar()
 
 
 def _lines(path: Path) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,7 +14,7 @@ from sqlalchemy.engine import Connection
 from sentei.monitors.database import Database
 from sentei.monitors.errors import StaleLeaseError, StoreError
 from sentei.monitors.records import Revision, Rollout
-from sentei.monitors.tables import COMMANDS, LEASES, REVISIONS, ROLLOUTS, ROUTING, VALUES
+from sentei.monitors.tables import COMMANDS, EVENTS, LEASES, REVISIONS, ROLLOUTS, ROUTING, VALUES
 from sentei.policies.signals import RoutingTable, SliceRoute
 
 CONTROLLER = "controller"
@@ -150,10 +151,23 @@ class Steering(Database):
                 self.insert_rollout(connection, rollout)
         return found is None
 
-    def has_rollout(self, connection: Connection, rollout_id: str) -> bool:
-        """Say inside a transaction whether a rollout of that id was written."""
-        query = sa.select(ROLLOUTS.c.seq).where(ROLLOUTS.c.rollout_id == rollout_id)
-        return connection.execute(query).first() is not None
+    def start_rollout(self, rollout: Rollout, check: Callable[[str, str | None], None]) -> bool:
+        """Write down a rollout after the newest one, in one transaction; False if there is one of its id.
+
+        `check` is told the newest rollout and the state that its newest event left (None before the first),
+        and raises where nothing may follow it; of two starts at once the second sees the first.
+        """
+        with self.write(f"start of rollout {rollout.rollout_id!r}") as connection:
+            ids = sa.select(ROLLOUTS.c.rollout_id).order_by(ROLLOUTS.c.seq.desc())
+            newest = connection.execute(ids.limit(1)).scalar()
+            if newest is not None:
+                states = sa.select(EVENTS.c.state_json).where(EVENTS.c.rollout_id == newest)
+                check(newest, connection.execute(states.order_by(EVENTS.c.seq.desc()).limit(1)).scalar())
+            same = ids.where(ROLLOUTS.c.rollout_id == rollout.rollout_id)
+            if connection.execute(same).first() is not None:
+                return False
+            self.insert_rollout(connection, rollout)
+        return True
 
     def insert_rollout(self, connection: Connection, rollout: Rollout) -> None:
         """Write a new rollout inside a write transaction."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from sentei.errors import SenteiError
-from sentei.monitors.events import EventLog, newest_state
+from sentei.monitors.events import EventLog
 from sentei.monitors.records import Rollout
 from sentei.monitors.store import Store
 from sentei.policies.engine import state_from_json, state_to_json
@@ -39,17 +39,14 @@ def add_successor(store: Store, rollout: Rollout, *, replaces: bool) -> None:
     With `replaces` a promoted rollout may be followed: its share ends when the new one is taken up.
     """
     serves = _what_is_served(store)
-    with store.write(f"start of rollout {rollout.rollout_id!r}") as connection:
-        newest = newest_state(connection)
-        if newest is not None:
-            rollout_id, text = newest
-            state = None if text is None else json.loads(text)
-            _check_is_over(rollout_id, state, serves, replaces=replaces)
-        if store.has_rollout(connection, rollout.rollout_id):
-            raise StartRefusedError(
-                f"rollout {rollout.rollout_id!r} exists: wait a second or give another rollout id"
-            )
-        store.insert_rollout(connection, rollout)
+
+    def check(rollout_id: str, state: str | None) -> None:
+        _check_is_over(rollout_id, None if state is None else json.loads(state), serves, replaces=replaces)
+
+    if not store.start_rollout(rollout, check):
+        raise StartRefusedError(
+            f"rollout {rollout.rollout_id!r} exists: wait a second or give another rollout id"
+        )
 
 
 def find_former(store: Store, rollout_id: str) -> str | None:

@@ -207,7 +207,7 @@ async def test_history_comes_in_pages(tmp_path: Path) -> None:
         path = f"/admin/v1/rollouts/{(await start(office)).json()['rollout_id']}"
         for kind in ("pause", "resume", "pause"):
             office.controller.tick()
-            await office.client.post(f"{path}/commands", json={"kind": kind, "by": "ann", "reason": "[/x]"})
+            await office.client.post(f"{path}/commands", json={"kind": kind, "reason": "[/x]"})
             office.clock.now_s += 1
         office.controller.tick()
         newest = (await office.client.get(f"{path}/events?limit=2")).json()

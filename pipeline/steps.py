@@ -89,7 +89,11 @@ def calibrate_step(bench: Workbench, options: CalibrateOptions, progress: Progre
     (bench.adapter_dir / TIMINGS_FILE).write_text(json.dumps(timings), encoding="utf-8")
     metrics: dict[str, float] = {}
     for rung in ladder.rungs[1:]:
-        figures = {"bound_dropped_mass": rung.bound_dropped_mass, **(to_plain(rung.verified) or {})}
+        figures = {
+            "bound_dropped_mass": rung.bound_dropped_mass,
+            "target_density": rung.target_density,
+            **(to_plain(rung.verified) or {}),
+        }
         metrics |= dict(_flatten(f"calibrate/{rung.id}", figures))
     _track(bench, "calibrate", started_s, to_plain(options), metrics, files={"adapter": bench.adapter_dir})
     return ladder

@@ -44,8 +44,7 @@ class Role(StrEnum):
 
 
 class _Entry(BaseModel):
-    # Neither a file's secrets nor a digest may stand in an error.
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
     name: Name
 
 
@@ -114,8 +113,10 @@ def _read_entries(path: str, kind: type[Entry]) -> tuple[Entry, ...]:
     try:
         found = yaml.safe_load(place.read_text(encoding="utf-8"))
         entries: list[Entry] = TypeAdapter(list[kind]).validate_python(found)  # type: ignore[valid-type]
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{place}: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"{place}: {_complaints(error)}") from None
     except yaml.YAMLError as error:  # its own words quote the file, secrets included
         raise ConfigError(
             f"{place} is no YAML: see {getattr(error, 'problem_mark', 'its syntax')!s:.20}"
@@ -127,6 +128,12 @@ def _read_entries(path: str, kind: type[Entry]) -> tuple[Entry, ...]:
     if len({entry.name for entry in entries}) < len(entries):
         raise ConfigError(f"{place} has a name twice; names tell people apart")
     return tuple(entries)
+
+
+def _complaints(error: ValidationError) -> str:
+    """Return what is wrong without what was found: neither a secret nor a digest may stand in an error."""
+    found = error.errors(include_input=False, include_url=False)
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in found)
 
 
 class KeyBook:
@@ -148,7 +155,7 @@ class KeyBook:
             try:
                 keys.append(ApiKey(name=name if is_named else f"env-{i}", key=key if is_named else part))
             except ValidationError as error:
-                raise ConfigError(f"{KEYS_VARIABLE}, entry {i + 1}: {error}") from error
+                raise ConfigError(f"{KEYS_VARIABLE}, entry {i + 1}: {_complaints(error)}") from None
         return cls(keys)
 
     @property

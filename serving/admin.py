@@ -92,28 +92,15 @@ def add_admin_routes(
     now_s: Callable[[], float] = time.time,
 ) -> None:
     """Add `/admin/v1` to the app."""
-
     book = operators or OperatorBook.read(None)
-
     # A desk of its own: whatever callers of `/v1` leave half-sent, an order to abort is read.
     bodies = BodyDesk(gateway.limits.bodies)
 
-    async def look(request: Request) -> None:
+    async def set_up(request: Request) -> None:
         request.state.bodies = bodies
-        request.state.operator = _operator(book, request, Role.LOOK)
 
-    async def operate(request: Request) -> None:
-        request.state.operator = _operator(book, request, Role.OPERATE)
-
-    router = APIRouter(prefix="/admin/v1", dependencies=[Depends(look)])
+    router = APIRouter(prefix="/admin/v1", dependencies=[_needs(book, Role.LOOK), Depends(set_up)])
     desk = RolloutDesk(gateway, store, about or {}, now_s)
-
-    @router.post(
-        "/rollouts", status_code=201, dependencies=[Depends(operate)], **describe(StartBody, errors=ERRORS)
-    )
-    async def start(request: Request) -> Any:
-        body = parse_request(StartBody, await _body(request))
-        return await asyncio.to_thread(desk.start, body, request.state.operator.name)
 
     @router.get("/rollouts", **describe(errors=(401, 403, 404, 429)))
     async def rollouts() -> Any:
@@ -122,27 +109,6 @@ def add_admin_routes(
     @router.get("/rollouts/{rollout_id}", **describe(errors=(401, 403, 404, 429)))
     async def rollout(rollout_id: str) -> Any:
         return await asyncio.to_thread(desk.status, rollout_id)
-
-    @router.post("/rollouts/{rollout_id}/commands", status_code=202, **describe(CommandBody, errors=ERRORS))
-    async def command(rollout_id: str, request: Request) -> Any:
-        body = parse_request(CommandBody, await _body(request))
-        needed = Role.APPROVE if body.kind in APPROVALS else Role.OPERATE
-        who = _operator(book, request, needed)
-        answer = await asyncio.to_thread(desk.command, rollout_id, body, who.name)
-        if body.kind == "abort":
-            await gateway.read_routing_once()
-            gateway.lease.release(rollout_id)  # the store stops it from here on
-        return answer
-
-    @router.post(
-        "/rollouts/{rollout_id}/policy",
-        status_code=202,
-        dependencies=[Depends(operate)],
-        **describe(EditBody, errors=ERRORS),
-    )
-    async def edit(rollout_id: str, request: Request) -> Any:
-        body = parse_request(EditBody, await _body(request))
-        return await asyncio.to_thread(desk.edit, rollout_id, body, request.state.operator.name)
 
     @router.get("/requests/{request_id:path}", **describe(errors=(401, 403, 404, 429)))
     async def request_record(request_id: str) -> Any:
@@ -158,8 +124,48 @@ def add_admin_routes(
         answers = await asyncio.gather(*(_ask(call) for call in calls.values()))
         return {**gateway.readiness(), "workers": dict(zip(calls, answers, strict=True))}
 
-    _add_fault_route(router, gateway, allow_faults, Depends(operate))
+    _add_order_routes(router, gateway, desk, book=book)
+    _add_fault_route(router, gateway, allow_faults, _needs(book, Role.OPERATE))
     api.include_router(router)
+
+
+def _add_order_routes(router: APIRouter, gateway: Gateway, desk: RolloutDesk, *, book: OperatorBook) -> None:
+    operate = _needs(book, Role.OPERATE)
+
+    @router.post("/rollouts", status_code=201, dependencies=[operate], **describe(StartBody, errors=ERRORS))
+    async def start(request: Request) -> Any:
+        body = parse_request(StartBody, await _body(request))
+        return await asyncio.to_thread(desk.start, body, request.state.operator.name)
+
+    @router.post("/rollouts/{rollout_id}/commands", status_code=202, **describe(CommandBody, errors=ERRORS))
+    async def command(rollout_id: str, request: Request) -> Any:
+        body = parse_request(CommandBody, await _body(request))
+        needed = Role.APPROVE if body.kind in APPROVALS else Role.OPERATE
+        who = _operator(book, request, needed)
+        answer = await asyncio.to_thread(desk.command, rollout_id, body, who.name)
+        if body.kind == "abort":
+            await gateway.read_routing_once()
+            gateway.lease.release(rollout_id)  # the store stops it from here on
+        return answer
+
+    @router.post(
+        "/rollouts/{rollout_id}/policy",
+        status_code=202,
+        dependencies=[operate],
+        **describe(EditBody, errors=ERRORS),
+    )
+    async def edit(rollout_id: str, request: Request) -> Any:
+        body = parse_request(EditBody, await _body(request))
+        return await asyncio.to_thread(desk.edit, rollout_id, body, request.state.operator.name)
+
+
+def _needs(book: OperatorBook, role: Role) -> Any:
+    """Return the dependency that lets a route's caller in, and tells the route who it is."""
+
+    async def let_in(request: Request) -> None:
+        request.state.operator = _operator(book, request, role)
+
+    return Depends(let_in)
 
 
 def _operator(book: OperatorBook, request: Request, needed: Role) -> Operator:

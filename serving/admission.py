@@ -129,7 +129,7 @@ class BodyDesk:
 
 
 class MemoryReturn:
-    """Gives what large bodies left behind back to the system, once for a crowd of them, soon after the last."""
+    """Gives what large bodies left behind back to the system, once for a crowd, soon after the last."""
 
     def __init__(self, trim: Callable[[int], object] | None = None) -> None:
         self._trim = trim or _c_trim

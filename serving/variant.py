@@ -1,15 +1,23 @@
-"""One model server: dense and sparse are this class with two sets of options, in a Ray Serve replica each."""
+"""The model servers: dense and sparse are one class with two sets of options, in a Ray Serve replica each."""
 
 from __future__ import annotations
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sentei.serving.engine.loop import Engine
-from sentei.serving.engine.request import DENSE_RUNG, EngineRequest, ScoreRequest, ScoreResult, TokenChunk
+from sentei.serving.engine.request import (
+    DENSE_RUNG,
+    EngineLimits,
+    EngineRequest,
+    ScoreRequest,
+    ScoreResult,
+    TokenChunk,
+)
 from sentei.serving.errors import ConfigError, ServingError, WrongArtifactError
 from sentei.serving.loading import (
     ServedModel,
@@ -30,7 +38,49 @@ NUMERICS = "builtin/1"  # counts up when a kernel or a selection rule changes wh
 log = logging.getLogger(__name__)
 
 
-class ModelServer:
+class VariantServer(ABC):
+    """What the servers of all engines answer alike: who runs here, and orders for drills."""
+
+    _options: VariantOptions
+    _served: ServedModel
+    _limits: EngineLimits
+    _rung_ids: tuple[str, ...]
+    _artifact: str = ""
+    _fault: dict[str, Any] | None = None
+
+    @abstractmethod
+    async def _set_fault(self, fault: dict[str, Any] | None) -> None:
+        """Plant a fault in the running scorer, or take it out."""
+
+    async def describe(self) -> ModelCard:
+        """Say what runs here."""
+        return ModelCard(
+            variant=self._options.variant,
+            model_name=self._options.model,
+            fingerprint=self._served.fingerprint,
+            max_context_tokens=self._limits.max_context_tokens,
+            vocab_size=self._served.vocab_size,
+            eos_ids=self._served.eos_ids,
+            rung_ids=self._rung_ids,
+            pid=os.getpid(),
+            artifact=self._artifact,
+            fault=self._fault,
+            sampling=self._served.sampling,
+        )
+
+    async def plant(self, fault: dict[str, Any] | None) -> None:
+        """Plant a fault in the scorer, or take it out; takes effect between two steps."""
+        if self._options.variant != "sparse":
+            raise ConfigError(
+                f"fault {fault!r} planted in variant {self._options.variant!r}; only 'sparse' has a scorer"
+            )
+        make_fault(fault)  # raises for a fault that is none
+        await self._set_fault(fault)
+        self._fault = fault
+        log.warning("variant %s: planted fault is now %r", self._options.variant, fault)
+
+
+class ModelServer(VariantServer):
     """Loads the model, runs the engine beside the event loop, and answers its handle."""
 
     def __init__(self, options: VariantOptions) -> None:
@@ -41,13 +91,14 @@ class ModelServer:
 
         torch.set_num_threads(options.threads)
         self._options = options
-        self._fault: dict[str, Any] | None = None
         self._served: ServedModel = load_served_model(options)
         self._retrofit = attach_retrofit(self._served.model, options)
         adapter = getattr(self._retrofit, "adapter", None)
         digest = adapter.digest if adapter is not None else ""
         self._artifact = artifact_digest(digest, NUMERICS, self._served.model)
         self._limits = options.limits(self._served.max_context_tokens)
+        ladder = getattr(self._retrofit, "ladder", None)
+        self._rung_ids = tuple(rung.id for rung in ladder.rungs) if ladder is not None else (DENSE_RUNG,)
         served = self._served
         grammars = Grammars(served.tokenizer, served.vocab_size, served.eos_ids)
         runner = ModelRunner(served.model, self._retrofit, grammars)
@@ -67,32 +118,9 @@ class ModelServer:
         check_artifact(request, self._artifact)
         return replace(await self._engine.score(request), artifact=self._artifact)
 
-    async def describe(self) -> ModelCard:
-        """Say what runs here."""
-        return ModelCard(
-            variant=self._options.variant,
-            model_name=self._options.model,
-            fingerprint=self._served.fingerprint,
-            max_context_tokens=self._limits.max_context_tokens,
-            vocab_size=self._served.vocab_size,
-            eos_ids=self._served.eos_ids,
-            rung_ids=self._rung_ids(),
-            pid=os.getpid(),
-            artifact=self._artifact,
-            fault=self._fault,
-            sampling=self._served.sampling,
-        )
-
-    async def plant(self, fault: dict[str, Any] | None) -> None:
-        """Plant a fault in the scorer, or take it out; takes effect between two steps."""
-        if self._options.variant != "sparse":
-            raise ConfigError(
-                f"fault {fault!r} planted in variant {self._options.variant!r}; only 'sparse' has a scorer"
-            )
+    async def _set_fault(self, fault: dict[str, Any] | None) -> None:
         planted = make_fault(fault)
         await self._engine.between_steps(lambda: self._retrofit.set_fault(planted))
-        self._fault = fault
-        log.warning("variant %s: planted fault is now %r", self._options.variant, fault)
 
     async def check_health(self) -> None:
         """Raise if the engine's thread is gone or hangs in one step; Serve then replaces this replica."""
@@ -112,13 +140,7 @@ class ModelServer:
         num_prompt = min(WARM_UP_TOKENS, self._limits.max_context_tokens - 2)
         if num_prompt > 0:
             ids = (1,) * (num_prompt + 1)
-            runner.score(
-                ScoreRequest("warm-up", ids, num_prompt, self._rung_ids()[-1], served_chunk_tokens=1)
-            )
-
-    def _rung_ids(self) -> tuple[str, ...]:
-        ladder = getattr(self._retrofit, "ladder", None)
-        return tuple(rung.id for rung in ladder.rungs) if ladder is not None else (DENSE_RUNG,)
+            runner.score(ScoreRequest("warm-up", ids, num_prompt, self._rung_ids[-1], served_chunk_tokens=1))
 
 
 def check_artifact(request: EngineRequest | ScoreRequest, runs: str) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.scorer.features import RotaryTable
-from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
+from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import (
     Thresholds,
@@ -19,7 +19,8 @@ from sentei.kernels.scorer.selection import (
 )
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-RANK = 64  # of the timed scorer's learned term, as distilled by default
+# Of the timed scorers, as distilled by default: over means of tokens, and over single ones.
+RANK, RANK_OF_TOKENS, QUERY_POOL = 64, 32, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,11 @@ def make_scorer(
     shape: Shape, q: torch.Tensor, k: torch.Tensor, density: float, pool_tokens: int
 ) -> TimedScorer:
     """Return a scorer with random weights and the one threshold that gives this density on q and k."""
-    form: Form = "low_rank" if pool_tokens == 1 else "residual"  # single tokens are too many for all of D
-    sizes = ScorerShape(shape.heads, shape.kv_heads, shape.head_dim, RANK, pool_tokens, shape.block, form)
+    heads = (shape.heads, shape.kv_heads, shape.head_dim)
+    if pool_tokens == 1:  # single tokens are too many for all of D
+        sizes = ScorerShape(*heads, RANK_OF_TOKENS, 1, shape.block, "low_rank", QUERY_POOL)
+    else:
+        sizes = ScorerShape(*heads, RANK, pool_tokens, shape.block)
     scorer = BlockScorer(sizes, shape.head_dim**-0.5)
     if not sizes.is_residual:
         scorer.start_from(q[0], k[0])

@@ -64,6 +64,11 @@ class Adapter:
                     f"query_block_tokens is {rows}, but layer {index} has blocks of {shape.block_tokens}; "
                     f"give a divisor of that, at least {BLOCK_MIN}: sentei calibrate --query-block"
                 )
+            if rows % shape.query_pool:
+                raise AdapterError(
+                    f"query_block_tokens is {rows}, but layer {index} scores {shape.query_pool} queries as "
+                    "one; give a multiple of that: sentei calibrate --query-block"
+                )
 
     @property
     def digest(self) -> str:
@@ -91,6 +96,7 @@ def new_adapter(
     pool_tokens: int = 16,
     block_tokens: int = 64,
     form: Form = "residual",
+    query_pool: int = 1,
     seed: int = 0,
 ) -> Adapter:
     """Return an adapter whose scorers have learned nothing yet; its ladder has `dense` only."""
@@ -98,7 +104,14 @@ def new_adapter(
     scorers: dict[int, BlockScorer] = {}
     for layer in thinnable_layers(model):
         shapes[layer.index] = ScorerShape(
-            layer.query_heads, layer.kv_heads, layer.head_dim, rank, pool_tokens, block_tokens, form
+            layer.query_heads,
+            layer.kv_heads,
+            layer.head_dim,
+            rank,
+            pool_tokens,
+            block_tokens,
+            form,
+            query_pool,
         )
         scorers[layer.index] = BlockScorer(shapes[layer.index], layer.scale, seed=seed + layer.index)
         scorers[layer.index].eval()
@@ -149,11 +162,21 @@ def seal_adapter(folder: Path) -> Mapping[str, str]:
 def load_adapter(path: str | Path, model: nn.Module) -> Adapter:
     """Read an adapter for this model; an adapter of another model is refused by name."""
     folder = Path(path)
+    manifest = _manifest_from_dict(_read_json(folder / MANIFEST_FILE), folder)
+    _check_base(manifest.base, fingerprint(model, manifest.base.name), folder, model)
+    adapter = read_adapter(folder, next(model.parameters()).device)
+    return replace(adapter, low_rank=_load_low_rank(manifest, folder, model))
+
+
+def read_adapter(path: str | Path, device: torch.device | str = "cpu") -> Adapter:
+    """Read scorers and ladder alone, for a process in which another library holds the model.
+
+    Whoever starts that process checks with `load_adapter` that adapter and model belong together.
+    """
+    folder = Path(path)
     data = _read_json(folder / MANIFEST_FILE)
     manifest = _manifest_from_dict(data, folder)
-    _check_base(manifest.base, fingerprint(model, manifest.base.name), folder, model)
     weights = load(_read_sealed(folder, SCORER_FILE, manifest))
-    device = next(model.parameters()).device
     scorers = {
         index: _load_scorer(index, shape, float(data["scales"][str(index)]), weights, folder).to(device)
         for index, shape in manifest.shapes.items()
@@ -161,8 +184,7 @@ def load_adapter(path: str | Path, model: nn.Module) -> Adapter:
     # Ladders of before 2026-11-26 do not name their query blocks: they were as long as key blocks.
     ladder_json = _parse_json(_read_sealed(folder, LADDER_FILE, manifest), folder / LADDER_FILE)
     named = {"query_block_tokens": _block_tokens(manifest)} | ladder_json
-    ladder = ladder_from_dict(named)
-    return Adapter(manifest, scorers, ladder, folder, _load_low_rank(manifest, folder, model))
+    return Adapter(manifest, scorers, ladder_from_dict(named), folder)
 
 
 def _block_tokens(manifest: Manifest) -> int:

@@ -1,7 +1,7 @@
 """The ladder: rungs from mild to aggressive, each with its thresholds and what was verified about it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,31 +13,68 @@ from sentei.kernels.scorer.selection import Thresholds
 DENSE = "dense"
 
 
+DENSITY_TOLERANCE = 0.1  # relative: a rung of a density keeps its name within it on text it was not made from
+
+
+@dataclass(frozen=True, slots=True)
+class LengthCheck:
+    """What a rung kept and dropped in held-out prompts of one length."""
+
+    tokens: int
+    density: float
+    dropped_mass_mean: float
+
+
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What held-out text said about a rung, against dense on the same text."""
+    """What held-out text said about a rung, against dense on the same text; by length, the longest last."""
 
     dropped_mass_mean: float
     dropped_mass_p99: float
     nll_delta: float
     nll_delta_ci: tuple[float, float]
     density: float
+    by_length: tuple[LengthCheck, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """One step of the ladder: mass-share thresholds per layer, KV group and length bin."""
+    """One step of the ladder: mass-share thresholds per layer, KV group and length bin.
+
+    It was made for a bound on the mean dropped mass, or for a density; the other one is what was verified.
+    """
 
     id: str
     thresholds: Mapping[int, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
-    bound_dropped_mass: float = 0.0
+    bound_dropped_mass: float | None = 0.0
     break_even_tokens: int = 0
     verified: Verified | None = None
+    target_density: float | None = None
+    verified_tokens: int | None = None  # the longest prompt that it was verified at; None: no limit
 
     @property
     def is_dense(self) -> bool:
         """Whether this is rung 0, which thins nothing."""
         return self.id == DENSE
+
+    def covers(self, tokens: int) -> bool:
+        """Whether a context of this length runs sparse; shorter does not pay, longer was never looked at."""
+        is_known = self.verified_tokens is None or tokens <= self.verified_tokens
+        return not self.is_dense and is_known and tokens >= self.break_even_tokens
+
+    @property
+    def is_kept(self) -> bool | None:
+        """Whether held-out text kept what the rung was made for, at every length; None where none was run."""
+        if self.verified is None:
+            return None
+        checks = self.verified.by_length
+        if self.target_density is not None:
+            reach = DENSITY_TOLERANCE * self.target_density
+            return all(abs(check.density - self.target_density) <= reach for check in checks)
+        bound = self.bound_dropped_mass or 0.0
+        return self.verified.dropped_mass_mean <= bound and all(
+            check.dropped_mass_mean <= bound for check in checks
+        )
 
     def thins(self, layer: int) -> bool:
         """Whether any KV group of a layer may drop blocks at any length."""
@@ -67,6 +104,10 @@ class Ladder:
                 return rung
         known = ", ".join(rung.id for rung in self.rungs)
         raise AdapterError(f"rung {rung_id!r} is not on this ladder; it has {known}")
+
+    def without_limits(self) -> "Ladder":
+        """Return the same rungs at lengths that nobody verified: to time them, never to serve them."""
+        return replace(self, rungs=tuple(replace(rung, verified_tokens=None) for rung in self.rungs))
 
     def thresholds(self, rung: Rung, layer: int) -> Thresholds:
         """Return a layer's thresholds on a rung, ready for the selector."""
@@ -103,7 +144,8 @@ def _rung_from_dict(item: Mapping[str, Any]) -> Rung:
     verified = item["verified"]
     if verified is not None:
         low, high = verified["nll_delta_ci"]
-        verified = Verified(**{**verified, "nll_delta_ci": (low, high)})
+        checks = tuple(LengthCheck(**check) for check in verified.get("by_length", ()))
+        verified = Verified(**{**verified, "nll_delta_ci": (low, high), "by_length": checks})
     thresholds = {
         int(layer): tuple(tuple(float(x) for x in group) for group in groups)
         for layer, groups in item["thresholds"].items()
@@ -114,4 +156,7 @@ def _rung_from_dict(item: Mapping[str, Any]) -> Rung:
         bound_dropped_mass=item["bound_dropped_mass"],
         break_even_tokens=item["break_even_tokens"],
         verified=verified,
+        # Ladders of before 2026-11-27 name neither.
+        target_density=item.get("target_density"),
+        verified_tokens=item.get("verified_tokens"),
     )

@@ -30,12 +30,13 @@ from sentei.kernels.hf.models import (
 )
 from sentei.kernels.hf.observe import AttendedRows, Selection, SelectionObserver
 from sentei.kernels.hf.stats import LayerCall, RetrofitStats
+from sentei.kernels.hf.versions import CACHE_KEYWORD
 from sentei.kernels.ops.attention import attend, dense_attend
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.pooled_cache import PooledCache
-from sentei.kernels.scorer.selection import per_head_thresholds, score_blocks, select_blocks
+from sentei.kernels.scorer.selection import keep_before, per_head_thresholds, score_blocks, select_blocks
 
 # sdpa: Transformers' own. flex: compiled FlexAttention. best: our fastest dense path, call by call.
 Base = Literal["sdpa", "flex", "best"]
@@ -163,7 +164,7 @@ class Retrofit:
         self.model.set_attn_implementation(self._name)  # type: ignore[operator]
 
     def _note_cache(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = kwargs.get(CACHE_KEYWORD)
         if cache is not None and getattr(cache, "is_compileable", False) and not self._is_untouched():
             raise ModelError(
                 f"{type(cache).__name__} has buffers of fixed length; use a DynamicCache instead"
@@ -203,7 +204,7 @@ class Retrofit:
             # A planted fault strikes the side cache, so layers that the rung leaves dense are not spared.
             if self._rung.thins(layer.index) or self.fault is not None:
                 pooled = self._update_pooled(layer, query, key)
-                if key.shape[2] >= self._rung.break_even_tokens:
+                if self._rung.covers(key.shape[2]):
                     return self._attend_sparse(layer, query, key, value, pooled)
         if layer is not None:
             self._record(layer, query, key, None)
@@ -265,6 +266,7 @@ class Retrofit:
         shares, starts = score_blocks(scorer, query, key, pooled, table=self._rotary(key), block_q=block_q)
         if self.fault is not None:
             shares = self.fault.shift(shares, starts)
+        shares = keep_before(shares, starts, self._rung.break_even_tokens)
         mask = select_blocks(
             shares,
             thresholds,

@@ -5,11 +5,12 @@
 
 q and k carry their rotation, q' and k' do not; the mean runs over a pool of tokens. `residual` starts as the
 untrained score exactly: W_q, the bias and the log gain are zero. `low_rank` costs no more dimensions than its
-rank, so that pools may be single tokens; it starts as the best approximation of q . k of that rank.
+rank, so that pools may be single tokens; it starts as the best approximation of q . k of that rank. Where
+keys are single tokens, a few neighbouring queries may be scored as one by their mean (docs/adr/0014).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -34,6 +35,7 @@ class ScorerShape:
     pool_tokens: int = 16
     block_tokens: int = 64
     form: Form = "residual"
+    query_pool: int = 1  # neighbouring rows that are scored as one, by the mean of their queries
 
     def __post_init__(self) -> None:
         if self.form not in get_args(Form):
@@ -46,6 +48,11 @@ class ScorerShape:
         if self.block_tokens % self.pool_tokens:
             raise ScorerError(
                 f"block_tokens is {self.block_tokens}, not a multiple of pool_tokens {self.pool_tokens}"
+            )
+        if self.query_pool < 1 or (self.query_pool > 1 and self.pool_tokens > 1):
+            raise ScorerError(
+                f"query_pool is {self.query_pool} with pool_tokens {self.pool_tokens}; "
+                "queries are pooled only where keys are single tokens"
             )
 
     @property
@@ -88,10 +95,16 @@ class BlockScorer(nn.Module):
         self.log_gain = nn.Parameter(torch.zeros(shape.query_heads))
         self.distance_bias = nn.Parameter(torch.zeros(shape.query_heads, NUM_DISTANCES))
 
+    def with_query_pool(self, size: int) -> "BlockScorer":
+        """Return a scorer with the same weights that scores as many queries as one."""
+        other = BlockScorer(replace(self.shape, query_pool=size), self.scale)
+        other.load_state_dict(self.state_dict())
+        return other.train(self.training)
+
     @property
     def dims_per_token(self) -> float:
         """Multiply-adds of scoring one query token against one key token."""
-        return self.shape.num_features / self.shape.pool_tokens
+        return self.shape.num_features / (self.shape.pool_tokens * self.shape.query_pool)
 
     def encode_queries(self, q: torch.Tensor, q_plain: torch.Tensor) -> torch.Tensor:
         """Return [B, Hq, T, features] from rotated and unrotated queries [B, Hq, T, D]."""

@@ -32,35 +32,66 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True)
 class QueryBlocks:
-    """Query rows in blocks: q and q_plain [B, Hq, n, rows, D], the position of each block's first row [n]."""
+    """Query rows in blocks: q and q_plain [B, Hq, n, rows, D], the position of each block's first row [n].
+
+    A row stands for `row_tokens` neighbouring tokens and is their mean.
+    """
 
     q: torch.Tensor
     q_plain: torch.Tensor
     starts: torch.Tensor
+    row_tokens: int = 1
+
+    @property
+    def last_positions(self) -> torch.Tensor:
+        """The position of the last token that each row stands for: [n, rows]."""
+        ends = (torch.arange(self.q.shape[3], device=self.starts.device) + 1) * self.row_tokens
+        return self.starts[:, None] + ends - 1
+
+    def pool(self, size: int) -> "QueryBlocks":
+        """Return blocks whose rows are means of `size` rows of these."""
+        if size == 1:
+            return self
+        B, H, n, rows, D = self.q.shape
+        q, plain = (x.reshape(B, H, n, rows // size, size, D).mean(dim=4) for x in (self.q, self.q_plain))
+        return QueryBlocks(q, plain, self.starts, self.row_tokens * size)
 
 
-def cut_queries(q: torch.Tensor, table: RotaryTable, *, block_q: int, q_offset: int) -> QueryBlocks:
-    """Cut q [B, Hq, T, D] into blocks; the last one is filled up with copies of the last row."""
+def cut_queries(
+    q: torch.Tensor, table: RotaryTable, *, block_q: int, q_offset: int, query_pool: int = 1
+) -> QueryBlocks:
+    """Cut q [B, Hq, T, D] into blocks of pooled rows; copies of the last row fill up the last one."""
     B, H, T, D = q.shape
-    rows = min(block_q, T)
+    rows, size = padded_rows(block_q, T, query_pool)
     num = -(-T // rows)
     index = torch.arange(num * rows, device=q.device).clamp_max(T - 1)
     padded = q if num * rows == T else q[:, :, index]
     plain = unrotate(padded, index + q_offset, table)
     starts = torch.arange(num, device=q.device) * rows + q_offset
-    return QueryBlocks(padded.reshape(B, H, num, rows, D), plain.reshape(B, H, num, rows, D), starts)
+    blocks = QueryBlocks(padded.reshape(B, H, num, rows, D), plain.reshape(B, H, num, rows, D), starts)
+    return blocks.pool(size)
+
+
+def padded_rows(block_q: int, q_len: int, query_pool: int) -> tuple[int, int]:
+    """Return the rows of a query block, whole pools of them, and the size of a pool."""
+    rows = min(block_q, q_len)
+    size = min(query_pool, rows)
+    return -(-rows // size) * size, size
 
 
 def forced_lse(
     blocks: QueryBlocks, k: torch.Tensor, *, scale: float, block_tokens: int, q_len_end: int
 ) -> torch.Tensor:
-    """Return the exact log of the summed weights of sink and diagonal blocks: [B, Hq, n, rows]."""
+    """Return the exact log of the summed weights of sink and diagonal blocks: [B, Hq, n, rows].
+
+    A pooled row sees what the last of its tokens sees.
+    """
     B, Hq, n, rows, _ = blocks.q.shape
     Hkv, kv_len = k.shape[1], k.shape[2]
     firsts = blocks.starts.div(block_tokens, rounding_mode="floor") * block_tokens
-    width = int((blocks.starts - firsts).max()) + rows
+    width = int((blocks.starts - firsts).max()) + rows * blocks.row_tokens
     local = firsts[:, None] + torch.arange(width, device=k.device)
-    positions = (blocks.starts[:, None] + torch.arange(rows, device=k.device)).clamp_max(q_len_end - 1)
+    positions = blocks.last_positions.clamp_max(q_len_end - 1)
     grouped = blocks.q.reshape(B, Hkv, Hq // Hkv, n, rows, -1)
     near = k[:, :, local.clamp_max(kv_len - 1)]
     scores = torch.einsum("bhgnrd,bhnwd->bhgnrw", grouped, near).float() * scale
@@ -119,6 +150,10 @@ def score_blocks(
     """
     block = scorer.shape.block_tokens
     block_q = block if block_q is None else block_q
+    if block_q % scorer.shape.query_pool:
+        raise ScorerError(
+            f"query blocks of {block_q} rows are no multiple of query_pool {scorer.shape.query_pool}"
+        )
     B, Hq, q_len, _ = q.shape
     kv_len = k.shape[2]
     q_offset = kv_len - q_len
@@ -158,7 +193,13 @@ def _fill_chunks(
         visible = (q_offset + (last - 1) * block_q) // block
         if visible > 1:  # else only sink and diagonal are in sight
             rows = q[:, :, row : last * block_q]
-            blocks = cut_queries(rows, table, block_q=block_q, q_offset=q_offset + row)
+            blocks = cut_queries(
+                rows,
+                table,
+                block_q=block_q,
+                q_offset=q_offset + row,
+                query_pool=scorer.shape.query_pool,
+            )
             lse = forced_lse(blocks, k, scale=scorer.scale, block_tokens=block, q_len_end=k.shape[2])
             shares, _ = log_shares(scorer, blocks, keys[:, :, : visible * per_block], lse)
             result[:, :, first:last, : shares.shape[-1]] = shares.amax(dim=3)
@@ -186,6 +227,7 @@ def _fill_native(
         scale=scorer.scale,
         block=scorer.shape.block_tokens,
         pool_tokens=scorer.shape.pool_tokens,
+        query_pool=scorer.shape.query_pool,
     )
     for b in range(q.shape[0]):
         best_shares_native(q[b], k[b], keys[b], weights, result[b], block_q)
@@ -224,6 +266,15 @@ def select_blocks(
     cut = per_head_thresholds(thresholds, starts, shares.shape[1])[..., 0]
     grid = Grid(q_len=q_len, kv_len=kv_len, block_q=block_q, block_k=block_k, q_offset=q_offset)
     return select_lists(shares, Threshold(cut), grid)
+
+
+def keep_before(shares: torch.Tensor, starts: torch.Tensor, break_even_tokens: int) -> torch.Tensor:
+    """Let query blocks whose first row sees fewer tokens than the break-even keep everything.
+
+    So what a block keeps depends on where it lies, and not on how long the prompt or the piece of it is.
+    """
+    is_short = (starts + 1 < break_even_tokens)[:, None]
+    return shares.masked_fill(is_short, float("inf"))
 
 
 def per_head_thresholds(thresholds: Thresholds, starts: torch.Tensor, query_heads: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ class UntrainedScorer(BlockScorer):
     has_native_program = False
 
     def __init__(self, shape: ScorerShape, scale: float) -> None:
-        super().__init__(replace(shape, form="residual", pool_tokens=1, rank=1), scale)
+        super().__init__(replace(shape, form="residual", pool_tokens=1, query_pool=1, rank=1), scale)
 
     def encode_queries(self, q: torch.Tensor, q_plain: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """Return [B, Hq, T, D], scaled; the plain queries are not looked at."""
@@ -97,7 +97,9 @@ class AntidiagonalScorer(UntrainedScorer):
 
 
 def _means(pool_tokens: int) -> Callable[[ScorerShape, float], BlockScorer]:
-    return lambda shape, scale: BlockScorer(replace(shape, form="residual", pool_tokens=pool_tokens), scale)
+    return lambda shape, scale: BlockScorer(
+        replace(shape, form="residual", pool_tokens=pool_tokens, query_pool=1), scale
+    )
 
 
 # By the name that tables and JSON give them; each takes a layer's shape and its attention scale.

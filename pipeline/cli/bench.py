@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from sentei.pipeline.cli.load import bench_serving
 from sentei.pipeline.cli.offline import DTYPES, CorpusName, Dtype, Json, Model, open_bench
 from sentei.pipeline.cli.output import Output, check_choice
 from sentei.pipeline.progress import counted
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from sentei.kernels.bench.run import Options, Row
 
 app = typer.Typer(no_args_is_help=True)
+app.command("serving")(bench_serving)
 
 
 @app.callback()
@@ -165,10 +167,17 @@ def prefill(
     warm_up: Annotated[
         int | None, typer.Option(help="Tokens of the round that warms up [default: all].", min=256)
     ] = None,
+    unverified: Annotated[
+        bool,
+        typer.Option("--unverified", help="Run rungs sparse at lengths that nobody verified too."),
+    ] = False,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Time a whole model's prefill, scorer included, beside its three dense forms: seconds and memory."""
+    """Time a whole model's prefill, scorer included, beside its three dense forms: seconds and memory.
+
+    Past the longest length that a rung was verified at, it runs dense, here as in serving.
+    """
     from sentei.pipeline.measure.latency import DENSE_FORMS, time_prefills
     from sentei.pipeline.measure.texts import make_windows
     from sentei.pipeline.text.splits import split_text
@@ -180,6 +189,9 @@ def prefill(
     if rung:
         kept = tuple(adapter.ladder.find(rung_id) for rung_id in ("dense", *rung))
         adapter = adapter.with_ladder(replace(adapter.ladder, rungs=kept))
+    known = {found.id: found.verified_tokens for found in adapter.ladder.rungs}
+    if unverified:
+        adapter = adapter.with_ladder(adapter.ladder.without_limits())
     rows: list[dict[str, object]] = []
     for length in tokens or (8192,):
         (text,) = make_windows(
@@ -195,7 +207,9 @@ def prefill(
                 dense=tuple(dense) if dense else DENSE_FORMS,
                 warm_up_tokens=warm_up,
             )
-        rows += [{"tokens": len(text), "variant": name} | asdict(timing) for name, timing in timings.items()]
+        for name, timing in timings.items():
+            is_verified = (known.get(name) or len(text)) >= len(text)
+            rows.append({"tokens": len(text), "variant": name, "is_verified": is_verified} | asdict(timing))
     output.say(_prefill_table(rows))
     output.emit({"model": model, "rows": rows})
 
@@ -210,7 +224,7 @@ def _prefill_table(rows: Sequence[dict[str, object]]) -> Table:
         dense = (by_name.get((row["tokens"], name)) for name in ("sdpa", "flex_dense", "best_dense"))
         table.add_row(
             f"{row['tokens']:,}",
-            str(row["variant"]),
+            str(row["variant"]) + ("" if row["is_verified"] else " (unverified here)"),
             f"{seconds:.2f} ({row['lowest_s']:.2f}-{row['highest_s']:.2f})",
             *(f"{float(str(other['median_s'])) / seconds:.2f}" if other else "" for other in dense),
             f"{row['peak_mib']:.0f}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,12 +19,15 @@ from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.cli.view import STYLES, rollout_panel
 from sentei.pipeline.home import HOME_VARIABLE, Home, sentei_home
 
+ENGINES = ("builtin", "vllm")
+
 
 def run_demo(
     model: Annotated[
-        str, typer.Option("--model", help="pocket, gemma-3-270m, a folder or a hub id.")
+        str, typer.Option("--model", help="pocket, gemma-3-270m, smollm2-135m, a folder or a hub id.")
     ] = "pocket",
     reuse: Annotated[bool, typer.Option("--reuse", help="Keep the adapter made before.")] = False,
+    engine: Annotated[str, typer.Option(help="builtin, or vllm (an extra).")] = "builtin",
     seed: Annotated[int, typer.Option(help="Seed of the traffic.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
@@ -34,7 +38,9 @@ def run_demo(
 
     output = Output(as_json=as_json)
     started = time.monotonic()
-    size = demo_size(model)
+    if engine not in ENGINES:
+        raise typer.BadParameter(f"{engine}; choose from {', '.join(ENGINES)}", param_hint="--engine")
+    size = replace(demo_size(model), engine=engine)
     bench = open_bench(model, None, output)
     if not (reuse and read_evaluation(bench) is not None):
         with output.progress() as progress:

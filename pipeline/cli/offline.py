@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.table import Table
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from sentei.pipeline.experiments.study import StudyOptions, StudyRow
 
 DTYPES = ("float32", "bfloat16")
-Model = Annotated[str, typer.Option("--model", help="pocket, gemma-3-270m, a checkpoint folder or a hub id.")]
+Model = Annotated[
+    str, typer.Option("--model", help="pocket, gemma-3-270m, smollm2-135m, a checkpoint folder or a hub id.")
+]
 CorpusName = Annotated[
     list[str] | None,
     typer.Option(
@@ -38,10 +40,16 @@ def run_distill(
     tokens: Annotated[int | None, typer.Option(help="Tokens per training window.", min=256)] = None,
     windows: Windows = None,
     form: Annotated[
-        str | None, typer.Option(help="low_rank (single tokens) or residual (means of tokens).")
+        str | None,
+        typer.Option(
+            help="low_rank (single tokens) or residual (means of tokens) [default: by the size of heads]."
+        ),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Learned dimensions.", min=1)] = None,
     pool: Annotated[int | None, typer.Option(help="Tokens per pooled key.", min=1)] = None,
+    query_pool: Annotated[
+        int | None, typer.Option(help="Queries that are scored as one; with single tokens.", min=1, max=16)
+    ] = None,
     joint: Annotated[
         bool, typer.Option("--joint", help="Train low-rank weights with a rung's mask on; after calibrate.")
     ] = False,
@@ -51,9 +59,9 @@ def run_distill(
 ) -> None:
     """Teach the scorer which key blocks hold each row's attention mass."""
     if joint:
-        if form is not None or pool is not None:
+        if any(given is not None for given in (form, pool, query_pool)):
             raise typer.BadParameter(
-                "shape the scorer, which --joint leaves as it is", param_hint="--form, --pool"
+                "shape the scorer, which --joint leaves as it is", param_hint="--form, --pool, --query-pool"
             )
         changes = {"window_tokens": tokens, "num_windows": windows, "rank": rank, "rung": rung}
         _run_joint(model, corpus, changes, dtype=dtype, as_json=as_json)
@@ -63,16 +71,22 @@ def run_distill(
             "belongs to --joint: the scorer is distilled before there are rungs", param_hint="--rung"
         )
     from sentei.kernels.scorer.network import Form
-    from sentei.pipeline.ladder.distill import LOW_RANK, DistillOptions
+    from sentei.pipeline.ladder.distill import usual_options
     from sentei.pipeline.steps import distill_step
 
     output = Output(as_json=as_json)
     check_choice("--form", [form] if form else (), get_args(Form))
-    start = LOW_RANK if form == "low_rank" else DistillOptions()
-    options = changed(
-        start, window_tokens=tokens, num_windows=windows, form=form, rank=rank, pool_tokens=pool
-    )
+    if form is None and pool is not None and pool > 1:
+        form = "residual"
     bench = open_bench(model, corpus, output, dtype)
+    options = changed(
+        usual_options(bench.loaded.model, cast("Form | None", form)),
+        window_tokens=tokens,
+        num_windows=windows,
+        rank=rank,
+        pool_tokens=pool,
+        query_pool=query_pool,
+    )
     with output.progress() as progress:
         adapter = distill_step(bench, options, progress)
     output.say(f"adapter in [bold]{bench.adapter_dir}[/]: next, `sentei calibrate --model {model}`")
@@ -155,7 +169,7 @@ def run_calibrate(
     bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:
         ladder = calibrate_step(bench, options, progress)
-    rungs = [to_plain(rung) for rung in ladder.rungs]
+    rungs = [to_plain(rung) | {"is_kept": rung.is_kept} for rung in ladder.rungs]
     output.say(_ladder_table(rungs))
     output.emit({"model": model, "adapter": str(bench.adapter_dir), "rungs": rungs})
 
@@ -269,20 +283,24 @@ def open_bench(model: str, corpus: list[str] | None, output: Output, dtype: str 
 
 def _ladder_table(rungs: list[dict[str, Any]]) -> Table:
     table = Table(
-        "rung", "density", "dropped mass, bound", "verified mean", "verified p99", "NLL difference (CI)"
+        "rung", "made for", "kept", "density by length", "dropped mass: mean, p99", "NLL difference (CI)"
     )
     for rung in rungs:
         found = rung["verified"]
         if found is None:
-            table.add_row(rung["id"], "100%", "0", "", "", "")
+            table.add_row(rung["id"], "", "", "100%", "0", "")
             continue
         low, high = found["nll_delta_ci"]
+        density = rung["target_density"]
+        aim = (
+            f"dropped mass {rung['bound_dropped_mass']:.3g}" if density is None else f"density {density:.1%}"
+        )
         table.add_row(
             rung["id"],
-            f"{found['density']:.1%}",
-            f"{rung['bound_dropped_mass']:.3f}",
-            f"{found['dropped_mass_mean']:.3f}",
-            f"{found['dropped_mass_p99']:.3f}",
+            aim,
+            "yes" if rung["is_kept"] else "no",
+            ", ".join(f"{check['density']:.1%} at {check['tokens']:,}" for check in found["by_length"]),
+            f"{found['dropped_mass_mean']:.3f}, {found['dropped_mass_p99']:.3f}",
             f"{found['nll_delta']:+.4f} ({low:+.4f} to {high:+.4f})",
         )
     return table

@@ -45,6 +45,7 @@ class DemoSize:
     attention: str
     max_rollout_s: float
     threads: int = 1
+    engine: str = "builtin"
     policy_changes: Mapping[str, Any] | None = None  # dotted path -> value, over policies/examples/demo.yaml
 
 
@@ -157,6 +158,7 @@ def serve_config(bench: Workbench, size: DemoSize) -> dict[str, Any]:
         "adapter": str(bench.adapter_dir),
         "attention": size.attention,
         "threads": size.threads,
+        "engine": size.engine,
         "store_url": bench.home.store_url,
         "mlflow_uri": bench.home.mlflow_uri,
         "mirror_every_s": 5.0,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sentei.pipeline.demo.demo import DemoSize
 from sentei.pipeline.demo.traffic import MixOptions
 from sentei.pipeline.evaluation.evaluate import EvaluateOptions
 from sentei.pipeline.ladder.calibrate import CalibrateOptions, RungTarget
-from sentei.pipeline.ladder.distill import DistillOptions
+from sentei.pipeline.ladder.distill import RESIDUAL, DistillOptions
 from sentei.pipeline.ladder.verify import VerifyOptions
 from sentei.pipeline.models import POCKET
 
@@ -17,6 +19,7 @@ POCKET_SIZE = DemoSize(
         form="low_rank",
         rank=32,
         pool_tokens=1,
+        query_pool=1,  # it recalls by single queries, too: with four as one it misses most of its needles
         window_tokens=2048,
         num_windows=9,
         num_held_out=3,
@@ -50,14 +53,7 @@ POCKET_SIZE = DemoSize(
 LARGE_SIZE = DemoSize(
     # Means of 4 tokens: means of 16 lose needles, and on these heads of 256 low rank 64
     # has less KL but more NLL (docs/adr/0010).
-    distill=DistillOptions(
-        pool_tokens=4,
-        window_tokens=4096,
-        num_windows=15,
-        num_held_out=3,
-        blocks_per_window=10,
-        max_epochs=6,
-    ),
+    distill=replace(RESIDUAL, num_held_out=3, blocks_per_window=10),
     # Rungs by density: bounds on missed notes would leave prompts as short as this demo's all dense.
     calibrate=CalibrateOptions(
         window_tokens=8192,

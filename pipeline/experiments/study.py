@@ -6,29 +6,28 @@ drops, what it finds at a given density, and the KL to each row's true block mas
 by its true attention logit: no scorer of blocks can do better, so it is the floor.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
-
-import torch
 
 from sentei.kernels.hf.models import LayerInfo, thinnable_layers
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.kernels.scorer.untrained import UNTRAINED
 from sentei.pipeline.ladder.distill import DistillOptions, divergence, train_scorer
 from sentei.pipeline.ladder.learn import mean_divergence
-from sentei.pipeline.measure.capture import LayerRecord, Records, Sampling, capture
+from sentei.pipeline.measure.capture import Sampling, capture
 from sentei.pipeline.measure.needs import (
     MAX_SHARE,
     MIN_SHARE,
-    NEEDLE_SHARE,
+    AtDensity,
     Scored,
+    at_density,
     max_head_density,
     needle_threshold,
     score_records,
 )
+from sentei.pipeline.measure.records import LayerRecord, LayerRecords
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, counted, silent
@@ -47,6 +46,7 @@ class StudyOptions:
     blocks_per_window: int = 8
     pools: tuple[int, ...] = (4, 16)
     ranks: tuple[int, ...] = (16, 32, 64)
+    query_pools: tuple[int, ...] = (1, 2, 4)  # queries that a low rank scores as one; trained on the most
     missed_needles: tuple[float, ...] = (0.003, 0.03)
     densities: tuple[float, ...] = (0.1, 0.2)  # of the blocks that may be chosen, over a layer's heads
     block_tokens: int = 64
@@ -55,16 +55,6 @@ class StudyOptions:
     learning_rate: float = 1e-2
     low_rank_learning_rate: float = 5e-4
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class AtDensity:
-    """What a form finds at a given density: shares of the attention that rows truly pay."""
-
-    mass_recall_mean: float
-    mass_recall_p5: float  # 5th percentile over rows
-    mass_recall_worst_head: float
-    needles_missed: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +77,9 @@ class StudyRow:
 
 @dataclass(frozen=True, slots=True)
 class _Texts:
-    train: Records
-    held_out: Records
-    judged: Records
+    train: LayerRecords
+    held_out: LayerRecords
+    judged: LayerRecords
 
 
 def study(
@@ -102,9 +92,9 @@ def study(
     options = options if options is not None else StudyOptions()
     layers = {layer.index: layer for layer in thinnable_layers(loaded.model)}
     rows: list[StudyRow] = []
+    shapes = {index: _shape(layer, options, pool=1) for index, layer in layers.items()}
+    texts = _capture(loaded, corpus, shapes, options, progress)
     for pool in dict.fromkeys((*options.pools, 1)):
-        shapes = {index: _shape(layer, options, pool=pool) for index, layer in layers.items()}
-        texts = _capture(loaded, corpus, shapes, options, progress)
         for index, layer in counted(list(layers.items()), f"study pools of {pool}", progress):
             for form, scorer in _forms(layer, texts, options, pool):
                 rows += [
@@ -141,12 +131,15 @@ def _forms(
         if (other := make(shape, layer.scale)).shape.pool_tokens == 1:  # means have pools of their own
             yield f"untrained {name}", other
     for rank in options.ranks:
-        scorer = BlockScorer(replace(shape, form="low_rank", rank=rank), layer.scale)
+        together = max(options.query_pools)
+        scorer = BlockScorer(replace(shape, form="low_rank", rank=rank, query_pool=together), layer.scale)
         train_scorer(scorer, train, held_out, replace(_training(options, 0.0), max_epochs=0))
-        yield f"low rank {rank}, start", scorer
+        yield f"low rank {rank}, start", scorer.with_query_pool(1)
         low = _training(options, options.low_rank_learning_rate)
         train_scorer(scorer, train, held_out, low)
-        yield f"low rank {rank}, trained", scorer
+        for size in options.query_pools:
+            as_one = "" if size == 1 else f", {size} queries as one"
+            yield f"low rank {rank}, trained{as_one}", scorer.with_query_pool(size)
 
 
 def _training(options: StudyOptions, learning_rate: float) -> DistillOptions:
@@ -206,27 +199,7 @@ def _judge(
         kl=mean_divergence(partial(divergence, scorer), records),
         density=density,
         dropped_mass=dropped,
-        at_density={f"{share:g}": _at_density(scored, share) for share in options.densities},
-    )
-
-
-def _at_density(scored: Scored, density: float) -> AtDensity:
-    """Keep a layer's best-scored blocks up to a density, one threshold for all heads; see what they hold."""
-    ranked = torch.cat([needs[torch.isfinite(needs)] for needs in scored.needs]).sort(descending=True).values
-    share = float(ranked[min(round(density * len(ranked)), len(ranked) - 1)].exp())
-    heads = range(scored.needs[0].shape[0])
-    found = torch.stack([1 - scored.dropped(slice(head, head + 1), share) for head in heads])
-    needles = [(mass * (mass > NEEDLE_SHARE)).sum(dim=2) for mass in scored.mass]
-    missed = sum(
-        float(weight[needs <= math.log(share)].sum())
-        for weight, needs in zip(needles, scored.needs, strict=True)
-    )
-    rank = max(1, round(0.05 * found.numel()))
-    return AtDensity(
-        mass_recall_mean=float(found.mean()),
-        mass_recall_p5=float(found.flatten().kthvalue(rank).values),
-        mass_recall_worst_head=float(found.mean(dim=1).min()),
-        needles_missed=missed / max(1e-9, sum(float(weight.sum()) for weight in needles)),
+        at_density={f"{share:g}": at_density(scored, share) for share in options.densities},
     )
 
 

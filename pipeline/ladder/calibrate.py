@@ -10,7 +10,7 @@ dense, which costs little more and risks nothing.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -20,7 +20,7 @@ from sentei.kernels.scorer.network import BlockScorer
 from sentei.kernels.scorer.selection import pick_query_block
 from sentei.pipeline.ladder.density import fit_densities
 from sentei.pipeline.ladder.verify import VerifyOptions, verify_ladder
-from sentei.pipeline.measure.capture import LayerRecord, Records, Sampling, capture
+from sentei.pipeline.measure.capture import Sampling, capture
 from sentei.pipeline.measure.needs import (
     MAX_SHARE,
     MIN_SHARE,
@@ -29,6 +29,7 @@ from sentei.pipeline.measure.needs import (
     needle_threshold,
     score_records,
 )
+from sentei.pipeline.measure.records import LayerRecord, LayerRecords
 from sentei.pipeline.measure.texts import make_texts, make_windows
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, silent
@@ -36,6 +37,8 @@ from sentei.pipeline.text.corpus import Corpus
 from sentei.pipeline.text.splits import split_text
 
 NUM_BOUND_STEPS = 24
+# Bins of a density: within each, positions differ by half at most, and so do the shares that keep it.
+DENSITY_EDGES = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +83,6 @@ class CalibrateOptions:
     verify: VerifyOptions = field(default_factory=VerifyOptions)
     seed: int = 1
 
-    @property
-    def num_bins(self) -> int:
-        """Length bins that have thresholds of their own."""
-        return len(self.bin_edges_tokens) + 1
-
 
 def calibrate(
     loaded: LoadedModel,
@@ -126,59 +124,70 @@ def calibrate(
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    """A rung's share thresholds [Hkv, bins] by layer, and the mean mass that it may drop."""
+    """A rung's share thresholds [Hkv, bins] by layer; the mean mass that it may drop, if bounded."""
 
     shares: Mapping[int, torch.Tensor]
-    dropped_mass: float
+    bound_dropped_mass: float | None
 
 
 def fit_ladder(
-    scorers: Mapping[int, BlockScorer], records: Records, options: CalibrateOptions, device: str
+    scorers: Mapping[int, BlockScorer], records: LayerRecords, options: CalibrateOptions, device: str
 ) -> Ladder:
     """Read thresholds off calibration records; they never fall from a milder rung to a bolder one."""
     block_q = options.query_block_tokens or pick_query_block(device)
     bounded = [target for target in options.targets if target.density is None]
+    edges = options.bin_edges_tokens
     fits = _fit_bounded(scorers, records, bounded, options, block_q) if bounded else {}
+    if len(bounded) < len(options.targets):
+        edges = tuple(sorted({*edges, *DENSITY_EDGES}))
+        fits = {id_: _spread(fit, options.bin_edges_tokens, edges) for id_, fit in fits.items()}
     for missed in dict.fromkeys(t.missed_needles for t in options.targets if t.density is not None):
         wanted = {
             target.id: target.density
             for target in options.targets
             if target.density is not None and target.missed_needles == missed
         }
-        fits |= _fit_by_density(scorers, records, wanted, missed, num_bins=options.num_bins, block_q=block_q)
+        fits |= _fit_by_density(scorers, records, wanted, missed, edges=edges, block_q=block_q)
     rungs = [
         Rung(
             target.id,
             {index: _as_tuples(found) for index, found in fits[target.id].shares.items()},
-            bound_dropped_mass=fits[target.id].dropped_mass,
+            bound_dropped_mass=fits[target.id].bound_dropped_mass,
             break_even_tokens=options.break_even_tokens,
+            target_density=target.density,
         )
         for target in options.targets
     ]
-    return Ladder((Rung(DENSE), *rungs), options.bin_edges_tokens, block_q)
+    return Ladder((Rung(DENSE), *rungs), edges, block_q)
+
+
+def _spread(fit: _Fit, coarse: Sequence[int], fine: Sequence[int]) -> _Fit:
+    """Give every finer bin the thresholds of the coarser one that it lies in."""
+    which = torch.bucketize(torch.tensor([0, *fine]), torch.tensor(coarse), right=True)
+    return replace(fit, shares={index: found[:, which] for index, found in fit.shares.items()})
 
 
 def _fit_by_density(
     scorers: Mapping[int, BlockScorer],
-    records: Records,
+    records: LayerRecords,
     wanted: Mapping[str, float],
     missed: float,
     *,
-    num_bins: int,
+    edges: Sequence[int],
     block_q: int,
 ) -> dict[str, _Fit]:
     """Fit rungs to their densities; all of them may miss the same share of what questions ask for."""
     limits = {
         index: _asking_limits(scorer, records[index], missed, block_q) for index, scorer in scorers.items()
     }
-    found = fit_densities(scorers, records, list(wanted.values()), block_q=block_q, most=limits)
+    found = fit_densities(scorers, records, list(wanted.values()), block_q=block_q, edges=edges, most=limits)
     return {
         rung_id: _Fit(
             {
-                index: limit.clamp_max(fit.share)[:, None].expand(-1, num_bins)
+                index: torch.minimum(limit[:, None], _fill_empty_bins(fit.shares[None]))
                 for index, limit in limits.items()
             },
-            fit.dropped_mass,
+            None,
         )
         for rung_id, fit in zip(wanted, found, strict=True)
     }
@@ -186,7 +195,7 @@ def _fit_by_density(
 
 def _fit_bounded(
     scorers: Mapping[int, BlockScorer],
-    records: Records,
+    records: LayerRecords,
     targets: Sequence[RungTarget],
     options: CalibrateOptions,
     block_q: int,

@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 
 from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter
+from sentei.kernels.hf.models import thinnable_layers
 from sentei.kernels.scorer.network import BlockScorer, Form
-from sentei.pipeline.ladder.learn import Course, learn
-from sentei.pipeline.measure.capture import LayerRecord, Records, Sampling, capture
-from sentei.pipeline.measure.needs import row_shares
+from sentei.kernels.scorer.selection import pick_query_block
+from sentei.pipeline.ladder.learn import Course, learn, mean_divergence
+from sentei.pipeline.measure.capture import Sampling, capture
+from sentei.pipeline.measure.needs import AtDensity, at_density, pooled_shares, score_records
+from sentei.pipeline.measure.records import LayerRecord, LayerRecords
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, silent
@@ -30,22 +33,70 @@ class DistillOptions:
     """How much to learn from, and for how long."""
 
     window_tokens: int = 4096
-    num_windows: int = 24
-    num_held_out: int = 4
+    num_windows: int = 12
+    num_held_out: int = 3
     blocks_per_window: int = 12
-    rank: int = 64
-    pool_tokens: int = 16
+    rank: int | None = None  # None: half of a head, at most 32
+    pool_tokens: int = 1
+    query_pool: int = 4
     block_tokens: int = 64
-    form: Form = "residual"
-    # Swept 1e-3 to 2e-2 on Gemma 3 270M, 12 windows of 4096: held-out KL 0.159, 0.136 (5e-3); 1e-2 as good.
-    learning_rate: float = 1e-2
-    max_epochs: int = 10
+    form: Form = "low_rank"
+    # A step small enough not to leave the good start (docs/adr/0010).
+    learning_rate: float = 1e-3
+    max_epochs: int = 4
+    # Share of the need found at a tenth of the blocks that scoring neighbouring queries as one may cost.
+    lost_need: float = 0.01
     patience: int = 2
     seed: int = 0
 
+    def rank_for(self, head_dim: int) -> int:
+        """Return the learned dimensions for heads of a size."""
+        return self.rank if self.rank is not None else min(32, head_dim // 2)
 
-# Single tokens, and a step small enough not to leave the good start (docs/adr/0010).
-LOW_RANK = DistillOptions(form="low_rank", rank=64, pool_tokens=1, learning_rate=5e-4)
+
+# Means of 4 tokens beside the untrained score. Step swept 1e-3 to 2e-2 on Gemma 3 270M, 12 windows of 4096:
+# held-out KL 0.159, 0.136 (5e-3); 1e-2 as good.
+RESIDUAL = DistillOptions(
+    form="residual", rank=64, pool_tokens=4, query_pool=1, num_windows=15, learning_rate=1e-2, max_epochs=6
+)
+LARGE_HEAD = 128  # above it, few dimensions lose the needles that means of 4 tokens find (docs/adr/0010)
+
+
+def usual_options(model: torch.nn.Module, form: Form | None = None) -> DistillOptions:
+    """Return what is distilled unless asked otherwise: by the form, or else by the size of heads."""
+    if form is None:
+        form = "residual" if thinnable_layers(model)[0].head_dim > LARGE_HEAD else "low_rank"
+    return RESIDUAL if form == "residual" else DistillOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenScorer:
+    """What a layer is scored by, and what it and the best untrained score found on the same held-out text."""
+
+    scorer: BlockScorer
+    kl_untrained: float
+    kl_held_out: float
+    found: AtDensity
+    found_untrained: AtDensity
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether nothing learned beat the untrained score, which then is the layer's own."""
+        return self.scorer.shape.is_residual and not bool(self.scorer.query_map.any())
+
+    def figures(self) -> dict[str, float]:
+        """Return what the manifest keeps of a layer."""
+        return {
+            "kl_untrained": self.kl_untrained,
+            "kl_held_out": self.kl_held_out,
+            "query_pool": float(self.scorer.shape.query_pool),
+            "need_found_at_tenth": self.found.need_found,
+            "need_found_at_tenth_untrained": self.found_untrained.need_found,
+            "dropped_mass_at_tenth": 1 - self.found.mass_recall_mean,
+            "dropped_mass_at_tenth_untrained": 1 - self.found_untrained.mass_recall_mean,
+            "needles_missed_at_tenth": self.found.needles_missed,
+            "needles_missed_at_tenth_untrained": self.found_untrained.needles_missed,
+        }
 
 
 def distill(
@@ -56,14 +107,15 @@ def distill(
     progress: Progress = silent,
 ) -> Adapter:
     """Train one scorer per full-attention layer on frozen activations; save the adapter and return it."""
-    options = options if options is not None else DistillOptions()
+    options = options if options is not None else usual_options(loaded.model)
     started = time.monotonic()
     window = min(options.window_tokens, loaded.max_tokens)
     parts = split_text(corpus)
     adapter = new_adapter(
         loaded.model,
         loaded.name,
-        rank=options.rank,
+        rank=options.rank_for(thinnable_layers(loaded.model)[0].head_dim),
+        query_pool=options.query_pool,
         pool_tokens=options.pool_tokens,
         block_tokens=options.block_tokens,
         form=options.form,
@@ -84,43 +136,101 @@ def distill(
         )
     ]
     figures: dict[str, float] = {}
-    trained = _train_all(dict(adapter.scorers), records[0], records[1], options, progress)
-    for index, (before, after) in trained.items():
-        figures |= {f"layer_{index}_kl_untrained": before, f"layer_{index}_kl_held_out": after}
+    chosen = _train_all(dict(adapter.scorers), records[0], records[1], options, progress)
+    scorers = {index: layer.scorer for index, layer in chosen.items()}
+    for index, layer in chosen.items():
+        figures |= {f"layer_{index}_{name}": value for name, value in layer.figures().items()}
+    figures["layers_untrained"] = float(sum(layer.is_untrained for layer in chosen.values()))
     figures["distill_s"] = time.monotonic() - started
     manifest = replace(
         adapter.manifest,
+        shapes={index: scorer.shape for index, scorer in scorers.items()},
         tokenizer_sha256=loaded.tokenizer_sha256,
         corpus_sha256=corpus.digest,
         figures=figures,
     )
-    return save_adapter(replace(adapter, manifest=manifest), out_dir)
+    return save_adapter(replace(adapter, scorers=scorers, manifest=manifest), out_dir)
 
 
 def _train_all(
     scorers: Mapping[int, BlockScorer],
-    train: Records,
-    held_out: Records,
+    train: LayerRecords,
+    held_out: LayerRecords,
     options: DistillOptions,
     progress: Progress,
-) -> dict[int, tuple[float, float]]:
+) -> dict[int, ChosenScorer]:
     """Train the layers side by side, one core each: their tensors are too small to share between cores."""
     num_threads = torch.get_num_threads()
-    results: dict[int, tuple[float, float]] = {}
+    results: dict[int, ChosenScorer] = {}
 
-    def train_one(index: int) -> tuple[int, tuple[float, float]]:
+    def train_one(index: int) -> tuple[int, ChosenScorer]:
         torch.set_num_threads(1)
-        return index, train_scorer(scorers[index], train[index], held_out[index], options)
+        return index, choose_scorer(scorers[index], train[index], held_out[index], options)
 
     progress("train scorers", 0, len(scorers))
     try:
         with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
-            for index, figures in pool.map(train_one, scorers):
-                results[index] = figures
+            for index, chosen in pool.map(train_one, scorers):
+                results[index] = chosen
                 progress("train scorers", len(results), len(scorers))
     finally:
         torch.set_num_threads(num_threads)
     return results
+
+
+def choose_scorer(
+    scorer: BlockScorer,
+    train: Sequence[LayerRecord],
+    held_out: Sequence[LayerRecord],
+    options: DistillOptions,
+) -> ChosenScorer:
+    """Train a layer's scorer; score queries as one where that finds as much; or keep an untrained score.
+
+    The score is trained on means of queries, which is cheap, and serves single ones as well: features are
+    linear. Judged is what blocks are chosen by: what they hold of their neediest row (docs/adr/0014).
+    """
+    # Means of 4 tokens: the best score that has learned nothing, and what a trained one has to beat.
+    means = replace(scorer.shape, form="residual", rank=1, pool_tokens=4, query_pool=1)
+    untrained = BlockScorer(means, scorer.scale).eval()
+    kl_untrained = mean_divergence(partial(divergence, untrained), held_out)
+    train_scorer(scorer, train, held_out, options)
+    found_untrained = find_at(untrained, held_out)
+    scorer, found = _pool_queries(scorer, held_out, options.lost_need, found_untrained.need_found)
+    if options.query_pool > 1 and scorer.shape.query_pool == 1:
+        # Heads that recall from token to token learn little from means; the start may know more.
+        start = BlockScorer(scorer.shape, scorer.scale).eval()
+        _start_low_rank(start, train)
+        found_start = find_at(start, held_out)
+        if found_start.need_found > found.need_found:
+            scorer, found = start, found_start
+    if found.need_found < found_untrained.need_found:
+        scorer, found = untrained, found_untrained
+    kl_held_out = mean_divergence(partial(divergence, scorer), held_out)
+    return ChosenScorer(scorer, kl_untrained, kl_held_out, found, found_untrained)
+
+
+def _pool_queries(
+    scorer: BlockScorer, held_out: Sequence[LayerRecord], lost: float, untrained: float
+) -> tuple[BlockScorer, AtDensity]:
+    """Return the scorer with the largest pool of queries that is good enough, or with single queries.
+
+    It is if it loses at most a share `lost` of the need that single queries find, and finds no less than the
+    untrained score does.
+    """
+    pools = [scorer.shape.query_pool]
+    while pools[-1] > 1:
+        pools.append(pools[-1] // 2)
+    scorers = [scorer.with_query_pool(size) for size in pools]
+    found = [find_at(one, held_out) for one in scorers]
+    least = max(found[-1].need_found * (1 - lost), untrained)
+    pairs = list(zip(scorers, found, strict=True))
+    return next((pair for pair in pairs if pair[1].need_found >= least), pairs[-1])
+
+
+def find_at(scorer: BlockScorer, records: Sequence[LayerRecord], density: float = 0.1) -> AtDensity:
+    """Return what a scorer finds at a density of a layer's open blocks, on rows that choose by sixteen."""
+    (scored,), _ = score_records(scorer, records, (), pick_query_block("cpu"))
+    return at_density(scored, density)
 
 
 def train_scorer(
@@ -146,15 +256,20 @@ def train_scorer(
 def _start_low_rank(scorer: BlockScorer, train: Sequence[LayerRecord]) -> None:
     step = -(-len(train) // START_RECORDS)
     queries = torch.cat([record.q[0].float().flatten(1, 2) for record in train[::step]], dim=1)
-    scorer.start_from(queries, torch.cat([record.pooled[0] for record in train[::step]], dim=1))
+    scorer.start_from(queries, torch.cat([record.keys[0].float() for record in train[::step]], dim=1))
 
 
 def divergence(scorer: BlockScorer, record: LayerRecord) -> torch.Tensor:
-    """KL from each row's true block mass to the estimate, in nats, averaged over rows and heads."""
-    shares, forced = row_shares(scorer, record)
+    """KL from each row's true block mass to the estimate, in nats, averaged over rows and heads.
+
+    Rows that are scored as one are judged by their mean.
+    """
+    shares, forced = pooled_shares(scorer, record)
     is_open = record.is_open[None, None, :, None, :]
-    true = record.mass.float() * is_open
+    B, H, n, _, blocks = record.mass.shape
+    true = record.mass.float().view(B, H, n, -1, scorer.shape.query_pool, blocks).mean(dim=4) * is_open
     true_forced = (1 - true.sum(dim=-1)).clamp_min(TINY)
     gaps = true.clamp_min(TINY).log() - shares.masked_fill(~is_open, 0.0)
     far = torch.where(true > TINY, true * gaps, 0.0).sum(dim=-1)
-    return (far + true_forced * (true_forced.log() - forced)).mean()
+    result: torch.Tensor = (far + true_forced * (true_forced.log() - forced)).mean()
+    return result

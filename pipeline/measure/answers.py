@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from sentei.kernels.hf.models import end_tokens
+from sentei.kernels.hf.versions import cache_argument
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.text.corpus import encode_text
 
@@ -32,7 +33,7 @@ def answer_greedily(loaded: LoadedModel, prompt: str, *, max_tokens: int, stop: 
     found: list[int] = []
     text = ""
     while len(found) < max_tokens:
-        output = loaded.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
+        output = loaded.model(input_ids=ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
         token = int(output.logits[0, -1].argmax())
         if token in ends:
             return Answer(text, len(found), is_cut=False)

@@ -11,8 +11,9 @@ import torch
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.scorer.network import BlockScorer
-from sentei.kernels.scorer.selection import log_shares, per_head_thresholds
-from sentei.pipeline.measure.capture import LayerRecord, Sampling, capture
+from sentei.kernels.scorer.selection import forced_lse, log_shares, per_head_thresholds
+from sentei.pipeline.measure.capture import Sampling, capture
+from sentei.pipeline.measure.records import LayerRecord
 from sentei.pipeline.measure.texts import Text
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress
@@ -22,9 +23,31 @@ MIN_SHARE, MAX_SHARE = 1e-6, 0.999  # thresholds on a share of the attention
 
 
 def row_shares(scorer: BlockScorer, record: LayerRecord) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scorer's log shares [1, Hq, n, rows, blocks] and those of the forced blocks."""
-    keys = scorer.encode_keys(record.pooled, record.pooled_plain)
-    shares, forced = log_shares(scorer, record.query_blocks(), keys, record.lse)
+    """Return the scorer's log shares [1, Hq, n, rows, blocks] and those of the forced blocks.
+
+    Rows that are scored as one have the same.
+    """
+    shares, forced = pooled_shares(scorer, record)
+    size = scorer.shape.query_pool
+    if size == 1:
+        return shares, forced
+    return shares.repeat_interleave(size, dim=3), forced.repeat_interleave(size, dim=3)
+
+
+def pooled_shares(scorer: BlockScorer, record: LayerRecord) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what row_shares does, once for all rows that are scored as one."""
+    shape = scorer.shape
+    keys = scorer.encode_keys(*record.pool_keys(shape.pool_tokens))
+    blocks, lse = record.query_blocks(shape.query_pool), record.lse
+    if shape.query_pool > 1:
+        lse = forced_lse(
+            blocks,
+            record.keys.float(),
+            scale=scorer.scale,
+            block_tokens=shape.block_tokens,
+            q_len_end=record.keys.shape[2],
+        )
+    shares, forced = log_shares(scorer, blocks, keys, lse)
     missing = record.mass.shape[-1] - shares.shape[-1]
     return torch.nn.functional.pad(shares, (0, missing), value=float("-inf")), forced
 
@@ -60,6 +83,17 @@ class Scored:
         log_share = torch.tensor(share).log()
         pairs = zip(self.needs, self.mass, strict=True)
         return torch.cat([dropped_rows(mass[heads], needs[heads] <= log_share) for needs, mass in pairs])
+
+
+@dataclass(frozen=True, slots=True)
+class AtDensity:
+    """What a form finds at a given density: shares of the attention that rows truly pay."""
+
+    mass_recall_mean: float
+    mass_recall_p5: float  # 5th percentile over rows
+    mass_recall_worst_head: float
+    needles_missed: float
+    need_found: float  # of what blocks hold of their neediest row, summed: an oracle's own measure
 
 
 @torch.no_grad()
@@ -103,6 +137,31 @@ def max_head_density(scored: Scored, heads: slice, share: float) -> float:
     kept = torch.stack([(needs[heads] > log_share).sum(dim=(1, 2)) for needs in scored.needs]).sum(dim=0)
     num_open = sum(int(torch.isfinite(needs[heads.start]).sum()) for needs in scored.needs)
     return float(kept.max()) / max(1, num_open)
+
+
+def at_density(scored: Scored, density: float) -> AtDensity:
+    """Keep a layer's best-scored blocks up to a density, one threshold for all heads; see what they hold."""
+    ranked = torch.cat([needs[torch.isfinite(needs)] for needs in scored.needs]).sort(descending=True).values
+    share = float(ranked[min(round(density * len(ranked)), len(ranked) - 1)].exp())
+    heads = range(scored.needs[0].shape[0])
+    found = torch.stack([1 - scored.dropped(slice(head, head + 1), share) for head in heads])
+    needles = [(mass * (mass > NEEDLE_SHARE)).sum(dim=2) for mass in scored.mass]
+    missed = sum(
+        float(weight[needs <= math.log(share)].sum())
+        for weight, needs in zip(needles, scored.needs, strict=True)
+    )
+    rank = max(1, round(0.05 * found.numel()))
+    wanted = [mass.amax(dim=2) for mass in scored.mass]
+    kept = sum(
+        float(need[needs > math.log(share)].sum()) for need, needs in zip(wanted, scored.needs, strict=True)
+    )
+    return AtDensity(
+        mass_recall_mean=float(found.mean()),
+        mass_recall_p5=float(found.flatten().kthvalue(rank).values),
+        mass_recall_worst_head=float(found.mean(dim=1).min()),
+        needles_missed=missed / max(1e-9, sum(float(weight.sum()) for weight in needles)),
+        need_found=kept / max(1e-9, sum(float(need.sum()) for need in wanted)),
+    )
 
 
 def dropped_rows(mass: torch.Tensor, is_dropped: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,6 @@ SCHEMA = 3
 # Schema 1 kept the text only, and knew words that had exactly one legal value.
 _GONE_1 = (
     "spec.variants",
-    "spec.slices.by",
     "spec.assignment.on_slice_change",
     "spec.audit.select.by",
     "spec.audit.noise_floor",

@@ -48,8 +48,9 @@ class Slice(Section):
 
 
 class Slices(Section):
-    """How requests are told apart: by prompt tokens; the buckets cover every length once."""
+    """How requests are told apart; the buckets cover every length once."""
 
+    by: Literal["prompt_tokens"] = Field(default="prompt_tokens", description="what the ranges count")
     buckets: Annotated[tuple[Slice, ...], Field(min_length=1, max_length=32)]
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache
 
+from sentei.kernels.hf.versions import cache_argument
 from sentei.serving.engine.attention_use import AttentionMeter, AttentionUse, Call
 from sentei.serving.engine.grammar import Grammars
 from sentei.serving.engine.request import DENSE_RUNG, EngineRequest, ScoreRequest, ScoreResult, TokenLogprob
@@ -164,7 +165,9 @@ class ModelRunner:
         """Run the model over `ids` behind `cache`; returns logits [keep, V] of the last positions."""
         with torch.inference_mode():
             inputs = torch.tensor([ids], device=self._device)
-            output = self._model(input_ids=inputs, cache=cache, use_cache=True, logits_to_keep=keep)
+            output = self._model(
+                input_ids=inputs, **cache_argument(cache), use_cache=True, logits_to_keep=keep
+            )
         logits: torch.Tensor = output.logits[0]
         return logits
 

@@ -31,6 +31,30 @@ class Step:
     request_ids: tuple[str, ...]
 
 
+def size_refusal(request: EngineRequest | ScoreRequest, limits: EngineLimits) -> EngineRefusedError | None:
+    """Say why a request can never fit an engine, or None."""
+    limit = limits.max_context_tokens
+    if isinstance(request, ScoreRequest):
+        served = len(request.ids) - request.num_prompt
+        if request.num_prompt < 1 or served < 1 or len(request.ids) > limit:
+            return EngineRefusedError(
+                f"replay of {request.num_prompt} prompt and {served} served tokens; need both, max {limit}"
+            )
+        return None
+    tokens = len(request.prompt_ids)
+    if not 0 < tokens < limit:
+        return EngineRefusedError(f"prompt of {tokens} tokens; this engine takes 1 to {limit - 1}")
+    if request.max_tokens <= len(request.sent_ids):
+        return EngineRefusedError(
+            f"max_tokens is {request.max_tokens} with {len(request.sent_ids)} sent; ask for more"
+        )
+    if tokens + request.max_tokens > limit:
+        return EngineRefusedError(
+            f"prompt of {tokens} plus max_tokens of {request.max_tokens} exceeds {limit}; shorten one"
+        )
+    return None
+
+
 class Scheduler:
     """Keeps who waits, who runs and whose replay is due; the engine does what `next_step` says."""
 
@@ -49,31 +73,17 @@ class Scheduler:
             return EngineRefusedError(
                 f"request id {request.request_id!r} is already running; use a fresh one"
             )
+        if (refusal := size_refusal(request, self.limits)) is not None:
+            return refusal
         if isinstance(request, ScoreRequest):
-            return self._score_refusal(request)
-        tokens, limit = len(request.prompt_ids), self.limits.max_context_tokens
-        if not 0 < tokens < limit:
-            return EngineRefusedError(f"prompt of {tokens} tokens; this engine takes 1 to {limit - 1}")
-        if request.max_tokens <= len(request.sent_ids):
-            return EngineRefusedError(
-                f"max_tokens is {request.max_tokens} with {len(request.sent_ids)} sent; ask for more"
-            )
-        if tokens + request.max_tokens > limit:
-            return EngineRefusedError(
-                f"prompt of {tokens} plus max_tokens of {request.max_tokens} exceeds {limit}; shorten one"
-            )
+            return self._score_refusal()
         if len(self._waiting) >= self.limits.max_queued:
             return EngineBusyError(
                 f"{len(self._waiting)} requests already wait (limit {self.limits.max_queued}); retry"
             )
         return None
 
-    def _score_refusal(self, request: ScoreRequest) -> EngineError | None:
-        served, limit = len(request.ids) - request.num_prompt, self.limits.max_context_tokens
-        if request.num_prompt < 1 or served < 1 or len(request.ids) > limit:
-            return EngineRefusedError(
-                f"replay of {request.num_prompt} prompt and {served} served tokens; need both, max {limit}"
-            )
+    def _score_refusal(self) -> EngineError | None:
         if len(self._scores) >= self.limits.max_scores:
             return EngineBusyError(
                 f"{len(self._scores)} replays already wait (limit {self.limits.max_scores}); retry"

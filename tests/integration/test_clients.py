@@ -12,11 +12,11 @@ import jsonschema
 import openai
 import pytest
 
+from sentei.pipeline.models import load_tokenizer
 from sentei.serving.access import ApiKey, KeyBook
 from sentei.serving.engine.request import EngineRequest, ScoreRequest, ScoreResult, TokenChunk
 from sentei.serving.gateway import Gateway
 from sentei.serving.ingress import build_api
-from sentei.serving.loading import load_tokenizer
 from sentei.serving.openai.answers import ChatChunk, ChatCompletion, TextChunk, TextCompletion
 from sentei.serving.openai.requests import ChatRequest, CompletionRequest
 from sentei.serving.ports import ModelCard

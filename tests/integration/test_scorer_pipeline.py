@@ -57,7 +57,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Evaluation, Pa
         seen.append(label)
 
     small = DistillOptions(
-        window_tokens=2048, num_windows=6, num_held_out=3, blocks_per_window=8, max_epochs=4
+        window_tokens=2048, num_windows=6, num_held_out=3, blocks_per_window=8, max_epochs=4, query_pool=1
     )
     adapter = distill(loaded, corpus, folder, small, note)
     verify = VerifyOptions(window_tokens=2048, num_windows=1, blocks_per_window=12)
@@ -71,7 +71,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Evaluation, Pa
 
 
 def test_training_beats_the_untrained_score_on_held_out_text(story: Any) -> None:
-    """The held-out KL of every layer falls below that of the start."""
+    """The held-out KL of every layer falls below that of means of 4."""
     figures = story[0].manifest.figures
 
     for layer in story[0].scorers:
@@ -129,7 +129,7 @@ def test_the_evaluation_has_the_promised_keys(story: Any, tmp_path: Path) -> Non
 def test_a_trained_choice_is_explained(story: Any, tmp_path: Path) -> None:
     """`explain` with the trained adapter: densities as counted; bolder keeps less, drops more."""
     loaded, adapter = resolve_model("pocket"), story[0]
-    text = load_corpus().documents[0].text[:6000]
+    text = load_corpus().documents[0].text[:4000]  # within the 2,048 tokens that the rungs were verified at
 
     mild, bold = (explain_prompt(loaded, adapter, text, rung=rung) for rung in ("mild", "bold"))
     with retrofit(loaded.model, adapter, "bold", base="best") as handle, torch.no_grad():

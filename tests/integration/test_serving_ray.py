@@ -62,7 +62,7 @@ def save_tiny_model(folder: Path, adapter_folder: Path) -> None:
     """Write a random Llama over bytes that never ends an answer by itself, and an untrained adapter."""
     save_byte_tokenizer(folder)
     config = LlamaConfig(
-        hidden_size=64,
+        hidden_size=128,  # heads of 32, the smallest that vLLM takes
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,

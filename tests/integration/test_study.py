@@ -12,6 +12,7 @@ SMALL = StudyOptions(
     blocks_per_window=8,
     pools=(4,),
     ranks=(32,),
+    query_pools=(1,),
     max_epochs=2,
     query_blocks=(64, 16),
 )

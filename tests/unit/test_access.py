@@ -99,6 +99,16 @@ def test_bad_file_is_named_without_its_secrets(tmp_path: Path, text: str, words:
     assert "hunter2" not in str(caught.value)
 
 
+def test_bad_key_of_the_environment_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error counts the entries and keeps the secret."""
+    monkeypatch.setenv(KEYS_VARIABLE, f"{KEY},bob=hunter2")
+
+    with pytest.raises(ConfigError, match=r"entry 2: key: .*at least 16") as caught:
+        KeyBook.read(None)
+
+    assert "hunter2" not in str(caught.value)
+
+
 def operators(clock: FakeClock) -> OperatorBook:
     """One operator of each role; the token is the role's name, repeated."""
     return OperatorBook([Operator(name=f"{r}er", token=r.value * 8, role=r) for r in Role], clock)

@@ -9,8 +9,8 @@ from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.pipeline.ladder.calibrate import CalibrateOptions, density_targets
 from sentei.pipeline.ladder.density import DensityError, DensityFit, fit_densities
-from sentei.pipeline.measure.capture import LayerRecord
 from sentei.pipeline.measure.needs import row_shares
+from sentei.pipeline.measure.records import LayerRecord
 
 BLOCK, BLOCKS = 16, 12
 SHAPE = ScorerShape(2, 1, 8, rank=2, pool_tokens=4, block_tokens=BLOCK)
@@ -24,19 +24,18 @@ def make_table() -> RotaryTable:
 
 
 def make_record(seed: int = 0) -> LayerRecord:
-    """Random queries and pools of the query blocks 2 to 11, and some true mass."""
+    """Random queries and keys of the query blocks 2 to 11, and some true mass."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.arange(2, BLOCKS) * BLOCK
     n = len(starts)
-    pooled = torch.randn(1, 1, BLOCKS * BLOCK // 4, 8, generator=generator)
+    keys = torch.randn(1, 1, BLOCKS * BLOCK, 8, generator=generator)
     mass = torch.rand(1, 2, n, BLOCK, BLOCKS, generator=generator)
     seen = torch.arange(BLOCKS) <= (starts // BLOCK)[:, None]
     mass = mass * seen[None, None, :, None, :]
     return LayerRecord(
         q=(2 * torch.randn(1, 2, n, BLOCK, 8, generator=generator)).bfloat16(),
         starts=starts,
-        pooled=pooled,
-        pooled_plain=pooled,
+        keys=keys,
         lse=torch.zeros(1, 2, n, BLOCK),
         mass=(mass / mass.sum(-1, keepdim=True)).half(),
         is_asking=torch.zeros(n, dtype=torch.bool),
@@ -57,7 +56,7 @@ def kept_share(
         for head in range(2):
             for first in range(0, BLOCK, block_q):
                 rows = slice(first, first + block_q)
-                passes = shares[head, i_q, rows, 1:own].amax(dim=0).exp() > fit.share
+                passes = shares[head, i_q, rows, 1:own].amax(dim=0).exp() > fit.shares[0]
                 kept += 2 + int(passes.sum())
                 dropped += float((record.mass[0, head, i_q, rows, 1:own].float() * ~passes).sum())
     causal *= BLOCK // block_q
@@ -112,13 +111,13 @@ def test_a_group_that_must_not_miss_keeps_its_own_threshold_and_the_rest_pays() 
     records = {0: [make_record()], 1: [make_record(1)]}
     scorers = {0: BlockScorer(SHAPE, 8**-0.5), 1: BlockScorer(SHAPE, 8**-0.5)}
     (free,) = fit_densities(scorers, records, [0.5], block_q=BLOCK)
-    limits = {0: torch.tensor([0.7 * free.share]), 1: torch.tensor([0.999])}
+    limits = {0: torch.tensor([0.7 * float(free.shares[0])]), 1: torch.tensor([0.999])}
     (held,) = fit_densities(scorers, records, [0.5], block_q=BLOCK, most=limits)
 
-    assert limits[0] < free.share < held.share
+    assert limits[0] < free.shares[0] < held.shares[0]
     with torch.no_grad():
         kept = [
-            kept_share(records[i][0], scorers[i], DensityFit(min(held.share, float(limits[i])), 0.0))[0]
+            kept_share(records[i][0], scorers[i], DensityFit(held.shares.clamp_max(float(limits[i])), 0.0))[0]
             for i in (0, 1)
         ]
     assert sum(kept) / 2 == pytest.approx(0.5, abs=0.01)
@@ -144,8 +143,9 @@ def test_what_is_forced_is_kept_at_any_density() -> None:
 
     least, all_of_them = fit_densities({0: scorer}, {0: [make_record()]}, [0.01, 1.0], block_q=BLOCK)
 
-    assert least.share == 0.999
-    assert (all_of_them.share, all_of_them.dropped_mass) == (1e-6, 0.0)
+    assert float(least.shares[0]) == pytest.approx(0.999)
+    assert float(all_of_them.shares[0]) == pytest.approx(1e-6)
+    assert all_of_them.dropped_mass == 0.0
 
 
 def test_rungs_are_named_after_their_density_and_ordered() -> None:
@@ -165,3 +165,26 @@ def test_an_impossible_density_is_refused_by_value(density: float) -> None:
     """A density is a share of the blocks."""
     with pytest.raises(ValueError, match=f"density {density:g} is no share"):
         density_targets([density])
+
+
+def test_every_bin_of_positions_keeps_the_density() -> None:
+    """One share for all positions would keep more of short contexts than of long ones."""
+    record, scorer = make_record(), BlockScorer(SHAPE, 8**-0.5)
+    edges = (6 * BLOCK,)
+
+    (fit,) = fit_densities({0: scorer}, {0: [record]}, [0.6], block_q=BLOCK, edges=edges)
+
+    shares = row_shares(scorer, record)[0][0].amax(dim=2)
+    for b, inside in enumerate((record.starts < edges[0], record.starts >= edges[0])):
+        kept = int((shares[:, inside].exp() > fit.shares[b]).sum()) + 2 * 2 * int(inside.sum())
+        causal = 2 * int((record.starts[inside] // BLOCK + 1).sum())
+        assert kept / causal == pytest.approx(0.6, abs=0.03)
+
+
+def test_a_bin_without_text_has_no_share() -> None:
+    """Nothing is known of positions that no record has."""
+    record, scorer = make_record(), BlockScorer(SHAPE, 8**-0.5)
+
+    (fit,) = fit_densities({0: scorer}, {0: [record]}, [0.5], block_q=BLOCK, edges=(BLOCK * BLOCKS,))
+
+    assert torch.isnan(fit.shares).tolist() == [False, True]

@@ -11,13 +11,14 @@ from sentei.kernels.ops import registry
 from sentei.kernels.ops.attention import attend
 from sentei.kernels.ops.block_mask import BlockMask, causal_limits
 from sentei.kernels.ops.errors import BackendError
+from sentei.kernels.ops.native import calls
 from sentei.kernels.ops.native.calls import attend_native
 from sentei.kernels.ops.native.structs import fill_struct, struct_fields
 from sentei.kernels.ops.reference import attend_reference
 from sentei.kernels.ops.rules import Softmax
-from sentei.kernels.ops.tolerances import ERROR_FLOOR, allowed_error
+from sentei.kernels.ops.tolerances import BYTE_SCORE_RMS, ERROR_FLOOR, allowed_error
 from sentei.kernels.scorer.features import RotaryTable
-from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
+from sentei.kernels.scorer.network import BlockScorer, Form, ScorerError, ScorerShape
 from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import Thresholds, score_blocks, select_blocks
 
@@ -136,9 +137,15 @@ def test_odd_heads_and_negative_scales(dtype: torch.dtype, dim: int, scale: floa
     assert float((out - exact).abs().max()) <= allowed_error(exact.to(dtype), exact)
 
 
-def make_scorer(block: int, pool: int, form: Form = "residual") -> BlockScorer:
+@pytest.fixture
+def without_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features are scored as they are, as on a processor without VNNI."""
+    monkeypatch.setattr(calls, "_fit_bytes", lambda _weights: False)
+
+
+def make_scorer(block: int, pool: int, form: Form = "residual", query_pool: int = 1) -> BlockScorer:
     """A scorer moved away from its start, so that every term counts."""
-    shape = ScorerShape(4, 2, 32, rank=12, pool_tokens=pool, block_tokens=block, form=form)
+    shape = ScorerShape(4, 2, 32, 12, pool, block, form, query_pool)
     scorer = BlockScorer(shape, 32**-0.5)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -154,6 +161,7 @@ def make_table(length: int) -> RotaryTable:
     return RotaryTable(full.cos(), full.sin())
 
 
+@pytest.mark.usefixtures("without_bytes")
 @pytest.mark.parametrize("q_len", [1, 65, 130, 700])
 @pytest.mark.parametrize(
     ("block", "pool", "form"),
@@ -217,6 +225,68 @@ def test_short_query_blocks_score_as_the_plain_path_does(
         torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("without_bytes")
+@pytest.mark.parametrize("q_len", [1, 5, 16, 101, 700])
+@pytest.mark.parametrize("query_pool", [2, 4, 16])
+def test_pooled_queries_score_as_the_plain_path_does(
+    q_len: int, query_pool: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows scored as one, also where the last block or a decode step has fewer rows than a pool."""
+    generator = torch.Generator().manual_seed(q_len)
+    q, k = (torch.randn(2, heads, 700, 32, generator=generator) for heads in (4, 2))
+    q = q[:, :, -q_len:]
+    scorer, table = make_scorer(64, 1, "low_rank", query_pool), make_table(700)
+    keys = PooledCache(scorer).update(k, 700, table)
+    with torch.no_grad():
+        native, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
+        monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
+        plain, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
+
+    torch.testing.assert_close(native, plain, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
+@pytest.mark.parametrize(("rank", "query_pool"), [(12, 1), (32, 4), (30, 2)])
+@pytest.mark.parametrize(
+    ("q_len", "dtype"), [(1, torch.float32), (101, torch.bfloat16), (700, torch.float32)]
+)
+def test_byte_scores_are_near_the_plain_ones(
+    rank: int, query_pool: int, q_len: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features of 8 bits, an exponential in steps: what a share loses is a hundredth of its spread."""
+    generator = torch.Generator().manual_seed(rank)
+    q, k = (torch.randn(2, heads, 700, 32, generator=generator).to(dtype) for heads in (4, 2))
+    q, table = q[:, :, -q_len:], make_table(700)
+    scorer = BlockScorer(ScorerShape(4, 2, 32, rank, 1, 64, "low_rank", query_pool), 32**-0.5)
+    scorer.start_from(q[0].float(), k[0].float())
+    keys = PooledCache(scorer).update(k, 700, table)
+    with torch.no_grad():
+        native, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
+        monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
+        plain, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
+
+    chosen = plain > -torch.inf
+    assert torch.equal(chosen, native > -torch.inf)
+    error = (native - plain)[chosen]
+    assert float(error.square().mean().sqrt()) <= BYTE_SCORE_RMS
+    assert float(error.abs().max()) <= 10 * BYTE_SCORE_RMS
+
+
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_bytes_do_not_hide_what_is_no_number(where: str) -> None:
+    """NaN has no byte: it must come out as an error, never as a share."""
+    generator = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(1, heads, 700, 32, generator=generator) for heads in (4, 2))
+    scorer, table = make_scorer(64, 1, "low_rank", 4), make_table(700)
+    (q if where == "query" else k)[0, 0, 300, 3] = torch.nan
+    keys = PooledCache(scorer).update(k, 700, table)
+
+    with torch.no_grad(), pytest.raises(ScorerError, match="the scorer gave NaN"):
+        score_blocks(scorer, q, k, keys, table=table, block_q=16)
+
+
+@pytest.mark.usefixtures("without_bytes")
 @pytest.mark.parametrize(("pool", "form"), [(16, "residual"), (4, "residual"), (1, "low_rank")])
 def test_scores_of_bf16_are_as_close_as_plain_ones(
     pool: int, form: Form, monkeypatch: pytest.MonkeyPatch
@@ -255,7 +325,7 @@ def test_a_struct_is_laid_out_as_the_program_declares_it() -> None:
 
     laid_out = fill_struct("Scores", **dict(reversed(by_name.items())))
 
-    assert fields[:5] == ("H", "Hkv", "n", "rows", "num_rows")
+    assert fields[:5] == ("H", "Hkv", "n", "rows", "row_tokens")
     assert list(laid_out) == list(range(len(fields)))
 
 

@@ -95,4 +95,4 @@ def test_no_field_can_say_one_thing_only() -> None:
 
     single = {name for model in models for name, field in model["properties"].items() if "const" in field}
 
-    assert single == {"apiVersion", "kind", "unit", "value"}
+    assert single == {"apiVersion", "kind", "unit", "by", "value"}

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +112,34 @@ def test_a_decode_step_scores_like_the_last_row_of_a_prefill(length: int) -> Non
     expected = torch.full_like(alone[:, :, 0], float("-inf"))
     expected[..., : inside.shape[-1]] = inside
     torch.testing.assert_close(alone[:, :, 0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [64, 96])
+def test_equal_queries_score_as_one_what_they_score_alone(length: int) -> None:
+    """The mean of equal queries is each of them, so nothing is lost but what the last of them sees more."""
+    q, k, table = make_inputs(length)
+    # Without rotation the mean of the plain queries is the plain query, too.
+    table = RotaryTable(torch.ones_like(table.cos), torch.zeros_like(table.sin))
+    q = pool_tokens(q, 4).repeat_interleave(4, dim=2)
+    shape = replace(SHAPE, form="low_rank", pool_tokens=1)
+    alone, together = (BlockScorer(replace(shape, query_pool=size), SCALE) for size in (1, 4))
+    train_a_little(alone)
+    together.load_state_dict(alone.state_dict())
+    keys = alone.encode_keys(k, k)
+
+    parts = []
+    for scorer, step in ((alone, 1), (together, 4)):
+        blocks = cut_queries(q, table, block_q=16, q_offset=0, query_pool=step)
+        lse = forced_lse(blocks, k, scale=SCALE, block_tokens=16, q_len_end=length)
+        parts.append(log_shares(scorer, blocks, keys, lse)[0])
+
+    torch.testing.assert_close(parts[1], parts[0][:, :, :, 3::4])
+
+
+def test_queries_are_pooled_only_over_single_keys() -> None:
+    """Means against means would blur twice; the message names both sizes."""
+    with pytest.raises(ScorerError, match="query_pool is 4 with pool_tokens 4"):
+        replace(SHAPE, pool_tokens=4, query_pool=4)
 
 
 def test_the_neediest_row_decides() -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from sentei.kernels.ops.errors import BackendError
 
 SOURCE = Path(__file__).with_name("programs.cpp")
+# What the one text to compile is made of.
+PARTS = (SOURCE, SOURCE.with_name("byte_scores.h"), SOURCE.with_name("paged.hpp"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17")
 
 
@@ -58,7 +60,8 @@ def _build(path: Path) -> None:
 def _fingerprint() -> str:
     """What the program depends on: its text, the flags, the compiler, and the processor it was tuned for."""
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (SOURCE.read_text(), " ".join(FLAGS), version, platform.machine(), _processor_flags())
+    text = "".join(part.read_text() for part in PARTS)
+    parts = (text, " ".join(FLAGS), version, platform.machine(), _processor_flags())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

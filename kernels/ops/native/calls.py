@@ -91,6 +91,12 @@ class ScorerWeights:
     scale: float
     block: int
     pool_tokens: int
+    query_pool: int = 1
+
+    @property
+    def is_residual(self) -> bool:
+        """Whether the untrained score is a part of the score."""
+        return self.maps.shape[1] == self.cos.shape[1]
 
 
 def best_shares_native(
@@ -106,16 +112,19 @@ def best_shares_native(
     pools = weights.block // weights.pool_tokens
     if pooled.stride(1) != pooled.shape[2]:
         pooled = pooled.contiguous()
+    row_tokens = min(weights.query_pool, block_q, q.shape[1])
+    rows = -(-min(block_q, q.shape[1]) // row_tokens)
     shape = fill_struct(
         "Scores",
         H=q.shape[0],
         Hkv=k.shape[0],
         n=out.shape[1],
-        rows=min(block_q, q.shape[1]),
+        rows=rows,
+        row_tokens=row_tokens,
         num_rows=q.shape[1],
         D=q.shape[2],
         rank=weights.maps.shape[2],
-        is_residual=weights.maps.shape[1] == q.shape[2],
+        is_residual=weights.is_residual,
         pools=pools,
         blocks=pooled.shape[1] // pools,
         block=weights.block,
@@ -127,7 +136,8 @@ def best_shares_native(
         pooled_h=pooled.stride(0),
     )
     tables = (weights.cos, weights.sin, weights.maps, weights.gains, weights.bias)
-    call = getattr(load_native(), f"sentei_scores_{DTYPES[q.dtype]}")
+    program = "byte_scores" if _fit_bytes(weights) else "scores"
+    call = getattr(load_native(), f"sentei_{program}_{DTYPES[q.dtype]}")
     call(
         shape,
         *map(_pointer, (q, k, pooled, *tables)),
@@ -136,6 +146,18 @@ def best_shares_native(
         _pointer(out),
         c_int(_threads()),
     )
+
+
+def _fit_bytes(weights: ScorerWeights) -> bool:
+    """Whether features are scored in 8 bits: single tokens in few dimensions, if there is VNNI."""
+    rank = weights.maps.shape[2]
+    is_single = weights.pool_tokens == 1 and not weights.is_residual
+    return is_single and has_byte_scores(rank)
+
+
+def has_byte_scores(rank: int) -> bool:
+    """Whether this processor scores features of so many dimensions in 8 bits."""
+    return bool(load_native().sentei_has_byte_scores(c_int64(rank)))
 
 
 def pool_native(k: Tensor, cos: Tensor, sin: Tensor, size: int) -> tuple[Tensor, Tensor]:

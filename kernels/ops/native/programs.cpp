@@ -642,11 +642,71 @@ inline float log_add(float a, float b) {
 }
 
 struct Scores {
-  int64_t H, Hkv, n, rows, num_rows;     // query blocks, rows in each, rows in all (the last block may be ragged)
+  int64_t H, Hkv, n, rows, row_tokens, num_rows;  // query blocks, rows in each, tokens of a row, tokens in all
   int64_t D, rank, is_residual, pools, blocks, block;  // pools per block, full key blocks that may be chosen
   int64_t q_h, q_t, k_h, k_t, T, first;  // raw queries and keys; position of the first row
   int64_t out_blocks, num_bias, pooled_h;  // pooled_h: from one KV head's features to the next
 };
+
+// Row r of a query block, with and without its rotation: the mean of `row_tokens` tokens from token `at` on. Past the
+// last token of all it is that one again.
+template <class S>
+void mean_query(const Scores& p, const S* q, int64_t at, const float* cos, const float* sin, float* scratch, float* raw,
+                float* plain) {
+  float* row = scratch;
+  float* unrotated = scratch + p.D;
+  std::fill(raw, raw + p.D, 0.0f);
+  std::fill(plain, plain + p.D, 0.0f);
+  for (int64_t i = 0; i < p.row_tokens; ++i) {
+    const int64_t t = std::min(at + i, p.num_rows - 1), position = p.first + t;
+    for (int64_t d = 0; d < p.D; ++d) row[d] = widen(q[t * p.q_t + d]);
+    unrotate(row, cos + position * p.D, sin + position * p.D, p.D, unrotated);
+    for (int64_t d = 0; d < p.D; ++d) raw[d] += row[d];
+    for (int64_t d = 0; d < p.D; ++d) plain[d] += unrotated[d];
+  }
+  const float share = 1.0f / float(p.row_tokens);
+  for (int64_t d = 0; d < p.D; ++d) raw[d] *= share;
+  for (int64_t d = 0; d < p.D; ++d) plain[d] *= share;
+}
+
+// Log of what one block of raw keys holds of each row, added to `forced`: a row sees what its last token sees.
+template <class P>
+void measure_block(const Scores& p, const typename P::Cell* query, const typename P::Cell* panels, int rows,
+                   int64_t start, int64_t block_index, float scale, float* exact, float* forced) {
+  const int64_t wide = up(p.block, NR), cells = up(p.D, P::PER) / P::PER;
+  for (int64_t j = 0; j < wide; j += NR)
+    rows_by_panel<P>(rows, int(cells), query, cells, panels + j * cells, exact + j, wide);
+  for (int64_t j = 0; j < rows * wide; j += VL) store(exact + j, load(exact + j) * scale);
+  for (int r = 0; r < rows; ++r) {
+    float* row = exact + r * wide;
+    for (int64_t j = p.block; j < wide; ++j) row[j] = -INF;
+    const int64_t last = std::min(start + (r + 1) * p.row_tokens, p.first + p.num_rows) - 1;
+    hide(row, wide, 1, last, block_index * p.block, int(wide), 0);
+    forced[r] = log_add(forced[r], log_sum(row, wide));
+  }
+}
+
+// The largest share over a query block's rows of each open block, from log masses that lack the bias: logits
+// [rows, columns] are overwritten; best [out_blocks].
+inline void best_shares(const Scores& p, int rows, int64_t columns, int64_t open, const float* bias, const float* forced,
+                        float* logits, float* far, float* most, float* best) {
+  const int64_t end = up(open, VL);
+  std::fill(far, far + columns, 0.0f);
+  for (int64_t j = 1; j < open; ++j) far[j] = bias[-j];
+  std::fill(most, most + columns, -INF);
+  for (int r = 0; r < rows; ++r) {
+    float* row = logits + r * columns;
+    for (int64_t j = 0; j < end; j += VL) store(row + j, load(row + j) + load(far + j));
+    row[0] = -INF;
+    for (int64_t j = open; j < end; ++j) row[j] = -INF;
+    const float total = log_add(log_sum(row, end), forced[r]);
+    for (int64_t j = 0; j < end; j += VL) {
+      const vec share = load(row + j) - total, old = load(most + j);
+      store(most + j, share > old ? share : (share == share ? old : share));  // NaN is kept
+    }
+  }
+  std::memcpy(best + 1, most + 1, sizeof(float) * (open - 1));
+}
 
 // Largest estimated log share, over a query block's rows, of every block that they may choose: out [H, n, out_blocks].
 // A row's features are [gain * q, norm(unrotated q) * map], or [q, unrotated q] * map without the residual; a pool's
@@ -665,8 +725,8 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
   std::vector<float> map(group * padded * W);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> s(p.pools * MR * NR), logits(p.rows * columns), exact(p.rows * wide), row(p.D), plain(p.rows * W),
-        encoded(p.rows * lde), forced(p.rows), far(columns), most(columns);
+    std::vector<float> s(p.pools * MR * NR), logits(p.rows * columns), exact(p.rows * wide), scratch(2 * p.D),
+        plain(p.rows * W), raw_row(p.D), encoded(p.rows * lde), forced(p.rows), far(columns), most(columns);
     std::vector<Cell> near(wide * raw_cells), raw_query(p.rows * raw_cells), query(p.rows * cells);
     for (int64_t h_kv = 0; h_kv < p.Hkv; ++h_kv) {
       const S* keys = pooled + h_kv * p.pooled_h;
@@ -688,22 +748,20 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < p.n * group; ++task) {
         const int64_t i_q = p.n - 1 - task / group, h = h_kv * group + task % group;
-        const int64_t row0 = i_q * p.rows, start = p.first + row0, home = start / p.block;
-        const int rows = int(std::min(p.rows, p.num_rows - row0));
+        const int64_t row0 = i_q * p.rows * p.row_tokens, start = p.first + row0, home = start / p.block;
+        const int rows = int(p.row_tokens > 1 ? p.rows : std::min(p.rows, p.num_rows - row0));
         const int64_t open = std::min(home, p.blocks);  // blocks 1 .. open - 1 may be chosen
         if (open <= 1) continue;
         for (int r = 0; r < rows; ++r) {
-          const S* x = q + h * p.q_h + (row0 + r) * p.q_t;
-          P::pack_query(x, p.D, 1.0f, raw_query.data() + r * raw_cells);
-          for (int64_t d = 0; d < p.D; ++d) row[d] = widen(x[d]);
           float* unrotated = &plain[r * W + W - p.D];
-          unrotate(row.data(), cos + (start + r) * p.D, sin + (start + r) * p.D, p.D, unrotated);
+          mean_query(p, q + h * p.q_h, row0 + r * p.row_tokens, cos, sin, scratch.data(), raw_row.data(), unrotated);
+          P::pack_features(raw_row.data(), p.D, raw_query.data() + r * raw_cells);
           if (p.is_residual) {
-            for (int64_t d = 0; d < p.D; ++d) encoded[r * lde + d] = row[d] * gains[h];
+            for (int64_t d = 0; d < p.D; ++d) encoded[r * lde + d] = raw_row[d] * gains[h];
             const float norm = 1.0f / std::sqrt(square(unrotated, p.D) / float(p.D) + 1e-6f);
             for (int64_t d = 0; d < p.D; ++d) unrotated[d] *= norm;
           } else {
-            std::memcpy(&plain[r * W], row.data(), sizeof(float) * p.D);
+            std::memcpy(&plain[r * W], raw_row.data(), sizeof(float) * p.D);
           }
         }
         for (int64_t c = 0; c < padded; c += NR)
@@ -711,18 +769,12 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
                         lde);
         for (int r = 0; r < rows; ++r) P::pack_features(encoded.data() + r * lde, E, query.data() + r * cells);
         std::fill(forced.begin(), forced.end(), -INF);
-        auto measure = [&](const Cell* panels, int64_t block_index) {
-          for (int64_t j = 0; j < wide; j += NR)
-            rows_by_panel<P>(rows, int(raw_cells), raw_query.data(), raw_cells, panels + j * raw_cells,
-                             exact.data() + j, wide);
-          for (int64_t j = 0; j < rows * wide; j += VL) store(&exact[j], load(&exact[j]) * scale);
-          for (int r = 0; r < rows; ++r)
-            for (int64_t j = p.block; j < wide; ++j) exact[r * wide + j] = -INF;
-          hide(exact.data(), wide, rows, start, block_index * p.block, int(wide), 0);
-          for (int r = 0; r < rows; ++r) forced[r] = log_add(forced[r], log_sum(exact.data() + r * wide, wide));
+        auto measure = [&](const Cell* panels, int64_t i) {
+          measure_block<P>(p, raw_query.data(), panels, rows, start, i, scale, exact.data(), forced.data());
         };
         measure(sink.data(), 0);
-        for (int64_t i = home; i * p.block < start + rows; ++i) {  // two, where the chunk starts inside a block
+        const int64_t end = start + p.rows * p.row_tokens;
+        for (int64_t i = home; i * p.block < std::min(end, p.first + p.num_rows); ++i) {  // two, inside a block
           for (int64_t t = 0; t < wide; t += NR)
             P::pack_key_panel(raw + i * p.block * p.k_t, p.k_t, t, std::min(p.block, p.T - i * p.block), p.D,
                               near.data() + t * raw_cells);
@@ -747,27 +799,14 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
                 store(&logits[(r0 + r) * columns + c + j], top + log_of(total) + log_pool);
               }
           }
-        float* best = out + (h * p.n + i_q) * p.out_blocks;
-        const int64_t end = up(open, VL);
-        std::fill(far.begin(), far.end(), 0.0f);
-        for (int64_t j = 1; j < open; ++j) far[j] = bias[h * p.num_bias + home - j];
-        std::fill(most.begin(), most.end(), -INF);
-        for (int r = 0; r < rows; ++r) {
-          float* row = logits.data() + r * columns;
-          for (int64_t j = 0; j < end; j += VL) store(row + j, load(row + j) + load(&far[j]));
-          row[0] = -INF;
-          for (int64_t j = open; j < end; ++j) row[j] = -INF;
-          const float total = log_add(log_sum(row, end), forced[r]);
-          for (int64_t j = 0; j < end; j += VL) {
-            const vec share = load(row + j) - total, old = load(&most[j]);
-            store(&most[j], share > old ? share : (share == share ? old : share));  // NaN is kept
-          }
-        }
-        std::memcpy(best + 1, &most[1], sizeof(float) * (open - 1));
+        best_shares(p, rows, columns, open, bias + h * p.num_bias + home, forced.data(), logits.data(), far.data(),
+                    most.data(), out + (h * p.n + i_q) * p.out_blocks);
       }
     }
   }
 }
+
+#include "byte_scores.h"
 
 }  // namespace
 
@@ -881,6 +920,24 @@ void sentei_scores_bf16(const Scores* p, const uint16_t* q, const uint16_t* k, c
 #endif
 }
 
+// Whether features of this rank can be scored in 8 bits here.
+int sentei_has_byte_scores(int64_t rank) { return has_byte_scores(rank); }
+
+void sentei_byte_scores_f32(const Scores* p, const float* q, const float* k, const float* pooled, const float* cos,
+                            const float* sin, const float* maps, const float* gains, const float* bias, float scale,
+                            float log_pool, float* out, int threads) {
+  byte_scores<FullCells>(*p, q, k, pooled, cos, sin, maps, bias, scale, out, threads);
+}
+void sentei_byte_scores_bf16(const Scores* p, const uint16_t* q, const uint16_t* k, const uint16_t* pooled,
+                             const float* cos, const float* sin, const float* maps, const float* gains,
+                             const float* bias, float scale, float log_pool, float* out, int threads) {
+#if defined(__AVX512BF16__)
+  byte_scores<PairCells>(*p, q, k, pooled, cos, sin, maps, bias, scale, out, threads);
+#else
+  byte_scores<FullCells>(*p, q, k, pooled, cos, sin, maps, bias, scale, out, threads);
+#endif
+}
+
 // Lists of the blocks whose share passes, plus sink and diagonal: shares and lists [H, n, blocks], thresholds [H, n].
 void sentei_select(const float* shares, const float* thresholds, int32_t* counts, int32_t* indices, int64_t H,
                    int64_t n, int64_t blocks, int64_t start, int64_t block_q, int64_t block_k, int64_t end, int threads) {
@@ -898,3 +955,5 @@ void sentei_select(const float* shares, const float* thresholds, int32_t* counts
   }
 }
 }
+
+#include "paged.hpp"

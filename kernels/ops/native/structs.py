@@ -7,7 +7,7 @@ from ctypes import Array, c_int64
 from functools import cache
 
 from sentei.kernels.ops.errors import BackendError
-from sentei.kernels.ops.native.build import SOURCE
+from sentei.kernels.ops.native.build import PARTS, SOURCE
 
 
 def fill_struct(struct: str, /, **values: int) -> Array[c_int64]:
@@ -22,7 +22,7 @@ def fill_struct(struct: str, /, **values: int) -> Array[c_int64]:
 @cache
 def struct_fields(struct: str) -> tuple[str, ...]:
     """The fields of a struct of int64_t alone, in C's order."""
-    text = re.sub(r"//.*", "", SOURCE.read_text(encoding="utf-8"))
+    text = re.sub(r"//.*", "", "".join(part.read_text(encoding="utf-8") for part in PARTS))
     found = re.search(rf"\bstruct {struct} {{((?:\s*int64_t [\w\s,]+;)+)\s*}};", text)
     if found is None:
         raise BackendError(f"{SOURCE.name} declares no struct {struct} of int64_t alone")

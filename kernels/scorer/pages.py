@@ -1,0 +1,171 @@
+"""The scorer over a paged KV cache: features beside each page, and decode that reads only what it chooses.
+
+A page is one key block, so that a block table names blocks. A page's features are a function of its keys and
+of where it sits in its sequence: sequences that share a prefix share its pages and its features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sentei.kernels.ops.attention import attend
+from sentei.kernels.ops.errors import ShapeError
+from sentei.kernels.ops.layouts import PagedCache
+from sentei.kernels.ops.native.paged import LANES, Pages, Rows, can_decode_pages, decode_pages_native
+from sentei.kernels.ops.registry import is_native_usable
+from sentei.kernels.scorer.faults import Fault
+from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
+from sentei.kernels.scorer.network import BlockScorer, ScorerError
+from sentei.kernels.scorer.pooled_cache import pool_keys
+from sentei.kernels.scorer.selection import Thresholds, per_head_thresholds, score_blocks, select_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """New tokens of one sequence: positions `first` to `last` - 1, whose pages `table` [W] names."""
+
+    table: Tensor
+    first: int
+    last: int
+
+
+class ScorerPages:
+    """One layer's scorer and the features of all pages: [P, Hkv, pools, features], padded for the program."""
+
+    def __init__(self, scorer: BlockScorer, rotary: RotaryTable, num_pages: int) -> None:
+        shape = scorer.shape
+        self.scorer = scorer
+        self.rotary = rotary
+        self.block = shape.block_tokens
+        self._pools = shape.block_tokens // shape.pool_tokens
+        self._bias = scorer.bias(torch.arange(rotary.length // self.block + 2)).detach().float().contiguous()
+        padded = -(-shape.num_features // LANES) * LANES
+        self.pooled = torch.zeros(num_pages, shape.kv_heads, self._pools, padded, device=rotary.cos.device)
+
+    @property
+    def bytes_per_page(self) -> int:
+        """What a page's features take."""
+        return self.pooled[0].numel() * self.pooled.element_size()
+
+    @torch.no_grad()
+    def update(self, keys: Tensor, spans: Sequence[Span]) -> None:
+        """Encode the pools that these tokens complete; keys [P, Hkv, block, D] already hold the tokens."""
+        self._check_pages(keys)
+        singles = [span for span in spans if span.last - span.first == 1]
+        for span in spans:
+            if span.last - span.first > 1:
+                self._update_span(keys, span)
+        self._update_singles(keys, singles)
+
+    def read(self, table: Tensor, kv_len: int) -> Tensor:
+        """Return one sequence's features of full pools, [1, Hkv, P, E]."""
+        num = kv_len // self.scorer.shape.pool_tokens
+        pages = table[: -(-num // self._pools)].long()
+        found = self.pooled[pages].transpose(0, 1).flatten(1, 2)[None, :, :num]
+        return found[..., : self.scorer.shape.num_features].contiguous()
+
+    @torch.no_grad()
+    def decode(
+        self,
+        q: Tensor,
+        cache: PagedCache,
+        thresholds: Thresholds,
+        out: Tensor,
+        *,
+        fault: Fault | None = None,
+    ) -> Tensor:
+        """Attend from single tokens q [N, Hq, D], each the newest of its sequence in `cache`, into out.
+
+        Returns how many blocks each head read, [N, Hq] int32; -1 and an output of NaN where a score is NaN.
+        """
+        self._check_pages(cache.keys)
+        positions = cache.lengths.long() - 1
+        cut = per_head_thresholds(thresholds, positions, q.shape[1])[..., 0].T
+        if fault is None and self._can_run_natively(cache):
+            rows = Rows(q, self._encode(q, positions), cache.page_table, positions, cut)
+            pages = Pages(cache.keys.transpose(2, 3), cache.values, self.pooled)
+            return decode_pages_native(
+                rows, pages, self._bias, out,
+                scale=self.scorer.scale, pool_tokens=self.scorer.shape.pool_tokens,
+            )  # fmt: skip
+        return self._decode_one_by_one(q, cache, thresholds, out, fault)
+
+    def _decode_one_by_one(
+        self, q: Tensor, cache: PagedCache, thresholds: Thresholds, out: Tensor, fault: Fault | None
+    ) -> Tensor:
+        """The definition: each row through the operations that a prefill uses."""
+        kept = torch.empty(q.shape[:2], dtype=torch.int32, device=q.device)
+        for i, length in enumerate(cache.lengths.tolist()):
+            one = q[i][None, :, None]
+            k, v = cache.read(i)
+            pooled = self.read(cache.page_table[i], length)
+            try:
+                shares, starts = score_blocks(
+                    self.scorer, one, k, pooled, table=self.rotary, block_q=self.block
+                )
+            except ScorerError:
+                out[i], kept[i] = torch.nan, -1
+                continue
+            shares = shares if fault is None else fault.shift(shares, starts)
+            mask = select_blocks(
+                shares, thresholds, starts=starts, q_len=1, kv_len=length, q_offset=length - 1,
+                block_q=self.block, block_k=self.block,
+            )  # fmt: skip
+            out[i] = attend(one, k, v, mask, scale=self.scorer.scale)[0][0, :, 0]
+            kept[i] = mask.counts[0, :, 0]
+        return kept
+
+    def _encode(self, q: Tensor, positions: Tensor) -> Tensor:
+        """Features of single tokens, [N, Hq, padded]."""
+        by_head = q.float().transpose(0, 1)[None]
+        plain = unrotate(by_head, positions, self.rotary)
+        found = self.scorer.encode_queries(by_head, plain)[0].transpose(0, 1)
+        return torch.nn.functional.pad(found, (0, self.pooled.shape[3] - found.shape[2]))
+
+    def _update_span(self, keys: Tensor, span: Span) -> None:
+        size = self.scorer.shape.pool_tokens
+        first, last = span.first // size * size, span.last // size * size
+        if last <= first:
+            return
+        page0 = first // self.block
+        pages = span.table[page0 : -(-last // self.block)].long()
+        near = keys[pages].transpose(0, 1).flatten(1, 2)[None]  # [1, Hkv, tokens, D]
+        near = near[:, :, first - page0 * self.block : last - page0 * self.block].float().contiguous()
+        pooled, plain = pool_keys(near, first, self.rotary, self.scorer.shape)
+        encoded = self.scorer.encode_keys(pooled, plain)[0].transpose(0, 1)  # [pools, Hkv, E]
+        pools = torch.arange(first // size, last // size, device=keys.device)
+        self._put(span.table[pools // self._pools].long(), pools % self._pools, encoded)
+
+    def _update_singles(self, keys: Tensor, spans: Sequence[Span]) -> None:
+        size = self.scorer.shape.pool_tokens
+        done = [span for span in spans if span.last % size == 0]
+        if not done:
+            return
+        ends = torch.tensor([span.last for span in done], device=keys.device)
+        pages = torch.stack([span.table[(span.last - 1) // self.block] for span in done]).long()
+        positions = ends[:, None] - size + torch.arange(size, device=keys.device)  # [n, size]
+        tokens = keys[pages[:, None], :, positions % self.block].float()  # [n, size, Hkv, D]
+        by_head = tokens.permute(2, 0, 1, 3)  # [Hkv, n, size, D]
+        plain = unrotate(by_head, positions, self.rotary)
+        pooled, plain = (pool_tokens(part, size)[:, :, 0][None] for part in (by_head, plain))
+        encoded = self.scorer.encode_keys(pooled, plain)[0].transpose(0, 1)
+        self._put(pages, (ends - 1) % self.block // size, encoded)
+
+    def _put(self, pages: Tensor, pools: Tensor, encoded: Tensor) -> None:
+        self.pooled[pages, :, pools, : encoded.shape[-1]] = encoded.float()
+
+    def _can_run_natively(self, cache: PagedCache) -> bool:
+        keys, block, dim = cache.keys, self.block, cache.keys.shape[3]
+        is_packed = keys.stride()[2:] == (1, block) and cache.values.stride()[2:] == (dim, 1)
+        usable = is_native_usable(keys.device.type, block) and self.scorer.has_native_program
+        return usable and is_packed and can_decode_pages(dim, block)
+
+    def _check_pages(self, keys: Tensor) -> None:
+        if keys.shape[2] != self.block:
+            raise ShapeError(
+                f"pages hold {keys.shape[2]} tokens, the scorer's blocks {self.block}; they must be equal"
+            )

@@ -1,0 +1,84 @@
+"""Rungs: what they were made for, where they run, and whether held-out text kept it."""
+
+from dataclasses import replace
+
+import pytest
+
+from sentei.kernels.hf.ladder import DENSE, Ladder, LengthCheck, Rung, Verified, ladder_from_dict
+
+
+def make_rung(**changes: object) -> Rung:
+    """A rung that was made for a fifth of the blocks and verified up to 4,096 tokens."""
+    checks = (LengthCheck(2048, 0.21, 0.03), LengthCheck(4096, 0.19, 0.05))
+    verified = Verified(0.05, 0.4, 0.001, (-0.002, 0.004), 0.19, checks)
+    rung = Rung(
+        "d20",
+        {0: ((0.01, 0.02),)},
+        bound_dropped_mass=None,
+        break_even_tokens=1024,
+        verified=verified,
+        target_density=0.2,
+        verified_tokens=4096,
+    )
+    return replace(rung, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("tokens", "is_sparse"), [(1023, False), (1024, True), (4096, True), (4097, False)])
+def test_a_rung_runs_from_break_even_to_the_longest_verified_length(tokens: int, is_sparse: bool) -> None:
+    """Shorter contexts do not pay; of longer ones nobody knows what is lost."""
+    assert make_rung().covers(tokens) is is_sparse
+
+
+def test_without_limits_a_rung_runs_at_any_length() -> None:
+    """For timing alone."""
+    ladder = Ladder((Rung(DENSE), make_rung()), (2048,), 16).without_limits()
+
+    assert ladder.find("d20").covers(1_000_000)
+    assert not ladder.find(DENSE).covers(1_000_000)
+
+
+@pytest.mark.parametrize(("density", "is_kept"), [(0.22, True), (0.181, True), (0.221, False), (0.17, False)])
+def test_a_density_is_kept_within_a_tenth_at_every_length(density: float, is_kept: bool) -> None:
+    """One length that strays is enough to lose the name."""
+    rung = make_rung()
+    assert rung.verified is not None
+    checks = (*rung.verified.by_length, LengthCheck(8192, density, 0.05))
+
+    strayed = replace(rung, verified=replace(rung.verified, by_length=checks))
+
+    assert strayed.is_kept is is_kept
+
+
+@pytest.mark.parametrize(("bound", "is_kept"), [(0.05, True), (0.049, False)])
+def test_a_bound_on_dropped_mass_is_kept_where_held_out_text_stays_below_it(
+    bound: float, is_kept: bool
+) -> None:
+    """What was fitted on other text is a bound only if this text keeps it."""
+    assert make_rung(target_density=None, bound_dropped_mass=bound).is_kept is is_kept
+
+
+def test_a_rung_that_nobody_verified_says_neither() -> None:
+    """No measurement is no promise kept."""
+    assert make_rung(verified=None).is_kept is None
+
+
+def test_a_ladder_survives_its_file() -> None:
+    """Target, lengths and limits are read back as they were written."""
+    ladder = Ladder((Rung(DENSE), make_rung()), (2048,), 16)
+
+    assert ladder_from_dict(ladder.to_dict()) == ladder
+
+
+def test_a_ladder_of_before_has_no_limit() -> None:
+    """Ladders that name no verified length run as they did."""
+    data = Ladder((Rung(DENSE), make_rung()), (2048,), 16).to_dict()
+    for rung in data["rungs"]:
+        del rung["target_density"], rung["verified_tokens"]
+        if rung["verified"] is not None:
+            del rung["verified"]["by_length"]
+
+    rung = ladder_from_dict(data).find("d20")
+
+    assert rung.covers(1_000_000)
+    assert rung.verified is not None
+    assert rung.verified.by_length == ()

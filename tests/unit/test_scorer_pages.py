@@ -1,0 +1,148 @@
+"""Decode over pages: one call for all rows against the ordinary path, row by row."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sentei.kernels.ops.errors import ShapeError
+from sentei.kernels.ops.layouts import PagedCache
+from sentei.kernels.ops.tolerances import ERROR_FLOOR
+from sentei.kernels.scorer.faults import Fault
+from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
+from sentei.kernels.scorer.pages import ScorerPages, Span
+from sentei.kernels.scorer.pooled_cache import PooledCache
+from sentei.kernels.scorer.selection import Thresholds
+from tests.strategies_attention import make_paged
+
+LENGTHS = (1, 64, 65, 700, 321, 1000)
+
+
+def make_scorer(heads: tuple[int, int], dim: int, *, form: Form, pool: int, rank: int = 24) -> BlockScorer:
+    """A scorer with weights that were not learned, but none of them zero."""
+    scorer = BlockScorer(ScorerShape(*heads, dim, rank, pool, 64, form), dim**-0.5, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    for weight in (scorer.query_map, scorer.distance_bias):
+        weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
+    return scorer.requires_grad_(False)
+
+
+def make_rotary(dim: int, length: int = 1024) -> RotaryTable:
+    """The default embedding."""
+    angles = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, dim, 2) / dim)
+    angles = torch.cat([angles, angles], dim=-1)
+    return RotaryTable(angles.cos(), angles.sin())
+
+
+def lay_as_vllm(cache: PagedCache) -> PagedCache:
+    """The same pages with each block's keys stored [D, block]."""
+    keys = cache.keys.transpose(2, 3).contiguous().transpose(2, 3)
+    return PagedCache(keys, cache.values, cache.page_table, cache.lengths)
+
+
+def make_case(
+    heads: tuple[int, int] = (6, 2), dim: int = 32, *, form: Form = "residual", pool: int = 16
+) -> tuple[torch.Tensor, PagedCache, ScorerPages]:
+    """Queries, pages dealt out of order, and their features; what lies past an end is NaN."""
+    q, cache = make_paged(LENGTHS, 1, page=64, heads=heads, dim=dim, fill=float("nan"))
+    cache = lay_as_vllm(cache)
+    pages = ScorerPages(make_scorer(heads, dim, form=form, pool=pool), make_rotary(dim), cache.keys.shape[0])
+    spans = [Span(cache.page_table[i], 0, length) for i, length in enumerate(LENGTHS)]
+    pages.update(cache.keys, spans)
+    return 3 * q[:, :, 0], cache, pages
+
+
+def thresholds(heads: int, share: float) -> Thresholds:
+    """One share everywhere, in two length bins."""
+    return Thresholds(torch.full((heads, 2), math.log(share)), (500,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "dim", "form", "pool"),
+    [((6, 2), 32, "residual", 16), ((4, 1), 64, "low_rank", 1), ((9, 3), 64, "residual", 4)],
+    ids=str,
+)
+def test_all_rows_in_one_call_equal_each_row_alone(
+    heads: tuple[int, int], dim: int, form: Form, pool: int, dtype: torch.dtype
+) -> None:
+    """Ragged lengths, heads that choose apart: the program keeps as many blocks and gives the same output."""
+    q, cache, pages = make_case(heads, dim, form=form, pool=pool)
+    q = q.to(dtype)
+    cache = PagedCache(cache.keys.to(dtype), cache.values.to(dtype), cache.page_table, cache.lengths)
+    out, expected = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+    limits = thresholds(heads[1], 0.05)
+
+    kept = pages.decode(q, cache, limits, out)
+    kept_by_row = pages._decode_one_by_one(q, cache, limits, expected, None)
+
+    assert 2 < float(kept[3:].float().mean()) < 10
+    if dtype == torch.float32:
+        assert torch.equal(kept, kept_by_row)
+        assert float((out - expected).abs().max()) < ERROR_FLOOR[dtype]
+    else:  # the plain path rounds features to bf16, so that a block at the border may go either way
+        assert float((kept == kept_by_row).float().mean()) > 0.8
+        same = (kept == kept_by_row)[..., None]
+        assert float(((out - expected).abs() * same).max()) < 20 * ERROR_FLOOR[dtype]
+
+
+def test_features_do_not_depend_on_how_tokens_came() -> None:
+    """Token by token, in ragged pieces or at once: the same features beside the same pages."""
+    _, cache, pages = make_case(pool=4)
+    whole = pages.pooled.clone()
+    for step in (1, 37):
+        pages.pooled.zero_()
+        for first in range(0, max(LENGTHS), step):
+            spans = [
+                Span(cache.page_table[i], first, min(first + step, length))
+                for i, length in enumerate(LENGTHS)
+                if first < length
+            ]
+            pages.update(cache.keys, spans)
+
+        torch.testing.assert_close(pages.pooled, whole)
+
+
+def test_features_equal_those_beside_a_cache_of_one_sequence() -> None:
+    """Pages read in a sequence's order hold what the side cache of the built-in engine holds."""
+    _, cache, pages = make_case()
+    k, _ = cache.read(5)
+    alone = PooledCache(pages.scorer).update(k, k.shape[2], pages.rotary)
+
+    found = pages.read(cache.page_table[5], LENGTHS[5])
+
+    torch.testing.assert_close(found, alone)
+
+
+def test_a_planted_fault_strikes_pages_too() -> None:
+    """Lost features keep sink and diagonal alone past the fault's position, and everything before it."""
+    q, cache, pages = make_case()
+    out = torch.full_like(q, torch.nan)
+
+    kept = pages.decode(q, cache, thresholds(2, 1e-9), out, fault=Fault("pooled_keys_lost", 600))
+
+    assert kept[:, 0].tolist() == [1, 1, 2, 2, 6, 2]
+
+
+def test_a_broken_scorer_gives_nan_and_never_a_silent_choice() -> None:
+    """A row whose scores are NaN gives NaN and a count of -1; its neighbours are not touched."""
+    q, cache, pages = make_case()
+    pages.pooled[cache.page_table[3, 2].long()] = torch.nan
+    out = torch.zeros_like(q)
+
+    kept = pages.decode(q, cache, thresholds(2, 0.05), out)
+
+    assert kept[3].tolist() == [-1] * 6
+    assert bool(out[3].isnan().all())
+    assert bool(out[[0, 1, 2, 4, 5]].isfinite().all())
+
+
+def test_pages_must_be_as_long_as_blocks() -> None:
+    """A page that is no block is refused with both sizes."""
+    _, cache, pages = make_case()
+
+    with pytest.raises(ShapeError, match="pages hold 32 tokens, the scorer's blocks 64"):
+        pages.update(cache.keys[:, :, :32], [])

@@ -1,0 +1,176 @@
+"""Rows, chunks and accounts of the vLLM plugin: plain Python, tested without vLLM."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sentei.kernels.hf.ladder import Rung
+from sentei.serving.engine.attention_use import LayerUse
+from sentei.serving.engine.request import Sampling
+from sentei.serving.vllm.asked import Asked, read_asked
+from sentei.serving.vllm.meter import TICKETS_KEPT, Use, UseMeter
+from sentei.serving.vllm.plan import Part, StepPlan, plan_step
+
+DENSE, BOLD = Rung("dense"), Rung("bold", break_even_tokens=256)
+
+
+def part(first: int, last: int, rung: Rung = BOLD, index: int = 0, token: int = 0) -> Part:
+    """A row of a batch."""
+    return Part(index, f"r{index}", rung, token, first, last)
+
+
+def plan_of(*parts: Part, end: int = 1000) -> StepPlan:
+    """A plan in layers that `bold` thins, all prompts of one length."""
+    return plan_step(parts, [end] * len(parts), {"bold"})
+
+
+def spans(parts: tuple[Part, ...]) -> list[tuple[int, int]]:
+    """Where parts begin and end."""
+    return [(p.first, p.last) for p in parts]
+
+
+def test_a_rung_that_thins_nothing_here_is_dense_and_keeps_no_features() -> None:
+    """Dense requests, and rungs that leave this layer alone, run as in vLLM itself."""
+    plan = plan_of(part(0, 512, DENSE), part(0, 512, Rung("mild"), 1, 512))
+
+    assert len(plan.dense) == 2
+    assert plan.fed == ()
+    assert plan.thins_nothing
+
+
+def test_a_short_row_is_dense_but_its_features_are_kept() -> None:
+    """Below the break-even nothing is thinned; the keys are scored once the sequence is longer."""
+    plan = plan_of(part(0, 255), part(254, 255, index=1, token=255), end=255)
+
+    assert spans(plan.dense) == [(0, 255), (254, 255)]
+    assert len(plan.fed) == 2
+    assert plan.thins_nothing
+
+
+def test_rows_behind_the_prompt_choose_alone() -> None:
+    """A resumed request computes prompt and answer at once: blocks to the prompt's end, then one by one."""
+    plan = plan_of(part(960, 1003, token=7), end=1000)
+
+    assert spans(plan.prompts) == [(960, 1000)]
+    assert spans(plan.singles) == [(1000, 1001), (1001, 1002), (1002, 1003)]
+    assert [p.token for p in plan.singles] == [47, 48, 49]
+
+
+def test_single_tokens_open_at_the_break_even() -> None:
+    """The token that sees 256 keys is the first that may drop some."""
+    plan = plan_of(part(250, 260), end=200)
+
+    assert spans(plan.dense) == [(250, 255)]
+    assert spans(plan.singles)[0] == (255, 256)
+
+
+def test_causal_blocks_are_those_of_a_mask() -> None:
+    """A ragged last query block, and a single token."""
+    assert part(64, 100).causal_blocks(16, 64) == 2 + 2 + 2
+    assert part(112, 150).causal_blocks(16, 64) == 2 + 3 + 3
+    assert part(127, 128).causal_blocks(16, 64) == 2
+    assert part(128, 129).causal_blocks(1, 64) == 3
+
+
+@given(
+    end=st.integers(1, 600),
+    cuts=st.lists(st.integers(1, 700), max_size=6),
+    length=st.integers(1, 700),
+)
+def test_how_a_sequence_is_cut_changes_nothing(end: int, cuts: list[int], length: int) -> None:
+    """Each position is handled as in one piece, if pieces of a prompt end at query blocks."""
+    borders = sorted({0, length, *(c // 16 * 16 if c < end else c for c in cuts if c < length)})
+
+    def kinds(pieces: list[Part]) -> dict[int, str]:
+        found = {}
+        for piece in pieces:
+            plan = plan_of(piece, end=end)
+            for name in ("dense", "prompts", "singles"):
+                for p in getattr(plan, name):
+                    for i in range(p.first, p.last):
+                        # Inside a prompt a block before the break-even keeps everything, thinned call or not.
+                        is_closed = name == "prompts" and i // 16 * 16 + 1 < BOLD.break_even_tokens
+                        found[i] = "dense" if is_closed else name
+        return found
+
+    whole = kinds([part(0, length)])
+    cut = kinds([part(a, b, token=a) for a, b in itertools.pairwise(borders)])
+
+    assert cut == whole
+    assert sorted(whole) == list(range(length))
+
+
+@pytest.mark.parametrize("bad", [{"chunk_tokens": 0}, {"prompt_tokens": -1}, {"size": 3}, 7])
+def test_wishes_that_do_not_fit_are_refused_by_name(bad: object) -> None:
+    """What a request may ask is a closed list."""
+    with pytest.raises(ValueError, match="extra_args sentei"):
+        read_asked({"sentei": bad})
+
+
+def test_wishes_survive_the_way_through_vllm() -> None:
+    """What is put into SamplingParams comes out in the worker; no wishes mean dense."""
+    sampling = Sampling(0.5, 0.9, logit_bias=((3, 1.5),), seed=4, json_schema="{}")
+    asked = Asked("bold", "t", 5, 200, (1, 2), sampling)
+
+    assert read_asked(asked.to_extra_args()) == asked
+    assert not asked.takes_the_best
+    assert Asked(sampling=Sampling(seed=3, num_top_logprobs=5)).takes_the_best
+    assert not Asked(sampling=Sampling(repetition_penalty=1.1)).takes_the_best
+    assert read_asked({"sentei": "bold"}) == Asked("bold")
+    assert read_asked(None).is_dense
+
+
+class Clock:
+    """A clock that is moved by hand."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_step_is_shared_by_tokens_and_attention_by_who_caused_it() -> None:
+    """Ten seconds: four of attention, all for `a`; the other six by tokens, 1 to 2."""
+    clock = Clock()
+    meter = UseMeter(clock)
+
+    meter.begin_step()
+    meter.set_rows({"a": 1, "b": 2})
+    clock.now_s = 2.0
+    with meter.attention({"a": 5.0}):
+        clock.now_s = 6.0
+    clock.now_s = 10.0
+    meter.end_step()
+
+    assert meter.read("a").compute_s == pytest.approx(6.0)
+    assert meter.read("b").compute_s == pytest.approx(4.0)
+
+
+def test_a_density_weighs_pieces_by_their_blocks() -> None:
+    """A prompt in two pieces has the density of the whole; single tokens count apart."""
+    meter = UseMeter()
+    meter.note_blocks("a", 3, kept=10, causal=10, is_single=False)
+    meter.note_blocks("a", 3, kept=15, causal=90, is_single=False)
+    meter.note_dense("a", 3, causal=8, is_single=True)
+
+    use = meter.take("a")
+
+    assert use.attention is not None
+    assert use.attention.layers == (LayerUse(3, 0.25, 1.0),)
+    assert (use.attention.sparse_calls, use.attention.dense_calls) == (2, 1)
+    assert Use.from_dict(use.to_dict()) == use
+    assert meter.read("a") == Use()
+
+
+def test_accounts_that_nobody_asks_for_are_forgotten() -> None:
+    """Clients that leave cannot fill a worker's memory."""
+    meter = UseMeter()
+    for i in range(TICKETS_KEPT + 10):
+        meter.note_bad_logits(str(i))
+
+    assert not meter.read("9").has_bad_logits
+    assert meter.read("10").has_bad_logits

@@ -25,8 +25,7 @@ from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, TickRes
 from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
 from tests.postgres_server import PostgresServer
 
-SESSIONS = 12
-BUSY = 3  # seconds with traffic: quality is carried over to later stages
+SESSIONS = 20  # a second: each stage proves its own safety
 SECONDS = 11
 PAUSED_AT, RESUMED_AT, EDITED_AT, APPROVED_AT = 4, 6, 7, 7
 # Every kind of wait: evidence, least time, a pause, an edit, a human, a bake.
@@ -114,7 +113,7 @@ def live(store: Store, second: int) -> None:
     """What happens in one second besides the controller: traffic, and people."""
     if second == 0:
         start_rollout(store, STORY, now_s=START_S, rollout_id=ROLLOUT)
-    for i in range(second * SESSIONS, (second + 1) * SESSIONS if second < BUSY else 0):
+    for i in range(second * SESSIONS, (second + 1) * SESSIONS):
         store.add_request(make_request(i, at_s=START_S + second, share=0.5))
         store.add_audit(make_audit(i, at_s=START_S + second))
     for at, kind in ((PAUSED_AT, "pause"), (RESUMED_AT, "resume"), (APPROVED_AT, "approve")):

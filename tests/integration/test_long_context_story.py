@@ -35,7 +35,7 @@ from tests.trial_ladders import exact_adapter
 pytestmark = pytest.mark.timeout(900)  # a hundred sessions, four passes over each prompt, on a busy machine
 
 PROMPT_TOKENS = 1024
-BATCH = 8  # sessions between two ticks
+BATCH = 12  # sessions between two ticks: enough for one tick to prove harm
 FAULT = {"kind": "pooled_keys_lost", "past_tokens": 512}
 HEADERS = {"authorization": "Bearer secret"}
 
@@ -53,8 +53,10 @@ def shrunk_policy() -> str:
         {"id": "long", "range": [PROMPT_TOKENS, 4096]},
     ]
     spec["ladder"] = spec["ladder"][:1]
-    spec["stages"] = [{**stage, "hold_min": "1s"} for stage in spec["stages"] if stage["rung"] == "mild"]
-    spec["stages"].append({"id": "full", "share": "90%", "rung": "mild", "hold_min": "1s"})
+    spec["stages"] = [
+        {"id": "shadow", "share": 0, "rung": "mild"},
+        {"id": "full", "share": "90%", "rung": "mild", "hold_min": "1s"},
+    ]
     spec["advance"] |= {"min_units": BATCH, "min_served_units": 1}
     spec["schedule"]["check_every"] = "100ms"
     del spec["benefit"]

@@ -84,6 +84,7 @@ class World:
     is_wrong: Callable[[RolloutState], bool]
     rollouts: int | None = None
     policy: str = POLICY
+    is_followed: bool = False  # after promotion, too
 
 
 @dataclass
@@ -127,9 +128,14 @@ class Rollout:
         for requests in self._world.requests(self._rng, self._world.hours):
             now_s += TICK_S
             self._tick(requests, now_s)
-            if self.state.phase == "rolled_back" or self.since_promotion >= WATCHED_UNITS:
+            is_over = self.state.phase == "promoted" and not self._world.is_followed
+            if is_over or self.state.phase == "rolled_back" or self.since_promotion >= self._watched():
                 break
         return self.state
+
+    def _watched(self) -> float:
+        """How many units after promotion are enough to know; of a healthy world there are never enough."""
+        return math.inf if self._world.is_wrong is _fell else WATCHED_UNITS
 
     def _tick(self, requests: list[Request], now_s: float) -> None:
         route = routing(self._policy, self.state).routes[1]
@@ -263,7 +269,7 @@ def worlds() -> dict[str, World]:
             "A2 150 returning users, four times the bound once promoted: not rolled back within 100 units",
             at_most, lambda rng, hours: regulars(rng, hours, 150),
             lambda _r, _arm, state: 4 * BOUND if state.outcome == "promoted" else HEALTHY / 2, 30.0,
-            lambda state: not _fell(state), 40,
+            lambda state: not _fell(state), 40, is_followed=True,
         ),
         "regime": World(
             "A3 healthy in shadow, twice the bound from then on, no bake: promoted",
@@ -283,11 +289,11 @@ def worlds() -> dict[str, World]:
         ),
         "healthy": World(
             "half the bound with persistence and day and night, 24 h: rolled back",
-            "at most 10 %", moody, lambda *_: HEALTHY, 24.0, _fell, 80,
+            "at most 10 %", moody, lambda *_: HEALTHY, 24.0, _fell, 80, is_followed=True,
         ),
         "healthy-returning": World(
             "half the bound, 60 returning users, 24 h: rolled back",
-            "at most 10 %", regulars, lambda *_: HEALTHY, 24.0, _fell, 80,
+            "at most 10 %", regulars, lambda *_: HEALTHY, 24.0, _fell, 80, is_followed=True,
         ),
         "arrives": World(
             "half the bound, strangers: not promoted within 8 h",

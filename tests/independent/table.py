@@ -58,6 +58,10 @@ spec:
 """
 
 
+NO_BAKE = POLICY.replace(", bake: 10m", "")
+FEW = "\n".join(line for line in NO_BAKE.splitlines() if "id: c50" not in line and "id: full" not in line)
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request of one user, before anybody serves it."""
@@ -79,6 +83,8 @@ class World:
     hours: float
     is_wrong: Callable[[RolloutState], bool]
     rollouts: int | None = None
+    policy: str = POLICY
+    is_followed: bool = False  # after promotion, too
 
 
 @dataclass
@@ -103,7 +109,7 @@ class Draw:
 
 
 class Rollout:
-    """One rollout of POLICY in a world."""
+    """One rollout in a world."""
 
     def __init__(self, policy: Policy, world: World, seed: int) -> None:
         self._policy, self._world = policy, world
@@ -122,9 +128,14 @@ class Rollout:
         for requests in self._world.requests(self._rng, self._world.hours):
             now_s += TICK_S
             self._tick(requests, now_s)
-            if self.state.phase == "rolled_back" or self.since_promotion >= WATCHED_UNITS:
+            is_over = self.state.phase == "promoted" and not self._world.is_followed
+            if is_over or self.state.phase == "rolled_back" or self.since_promotion >= self._watched():
                 break
         return self.state
+
+    def _watched(self) -> float:
+        """How many units after promotion are enough to know; of a healthy world there are never enough."""
+        return math.inf if self._world.is_wrong is _fell else WATCHED_UNITS
 
     def _tick(self, requests: list[Request], now_s: float) -> None:
         route = routing(self._policy, self.state).routes[1]
@@ -255,34 +266,34 @@ def worlds() -> dict[str, World]:
             at_most, regulars, lambda *_: 2 * BOUND, 12.0, _promoted,
         ),
         "watch": World(
-            "A2 60 returning users, four times the bound from promotion on: not rolled back within 100 units",
-            at_most, regulars,
+            "A2 150 returning users, four times the bound once promoted: not rolled back within 100 units",
+            at_most, lambda rng, hours: regulars(rng, hours, 150),
             lambda _r, _arm, state: 4 * BOUND if state.outcome == "promoted" else HEALTHY / 2, 30.0,
-            lambda state: not _fell(state), 40,
+            lambda state: not _fell(state), 40, is_followed=True,
         ),
         "regime": World(
-            "A3 healthy in shadow, twice the bound from then on: promoted",
-            at_most, strangers, _after_shadow(2.0), 8.0, _promoted,
+            "A3 healthy in shadow, twice the bound from then on, no bake: promoted",
+            at_most, strangers, _after_shadow(2.0), 8.0, _promoted, policy=NO_BAKE,
         ),
         "regime15": World(
-            "A3 healthy in shadow, 1.5 times the bound from then on: promoted",
-            at_most, strangers, _after_shadow(1.5), 8.0, _promoted,
+            "A3 healthy in shadow, 1.5 times the bound from then on, no bake: promoted",
+            at_most, strangers, _after_shadow(1.5), 8.0, _promoted, policy=NO_BAKE,
         ),
         "served": World(
-            "A3 harm only in what sparse served, twice the bound: promoted",
+            "A3 harm only in what sparse served, twice the bound, last stage 10 %: promoted",
             at_most, strangers,
-            lambda _r, arm, _state: 2 * BOUND if arm == "sparse" else HEALTHY / 4, 8.0, _promoted,
+            lambda _r, arm, _state: 2 * BOUND if arm == "sparse" else HEALTHY / 4, 8.0, _promoted, policy=FEW,
         ),
         "bound": World(
             "at the bound everywhere: promoted", at_most, strangers, lambda *_: BOUND, 8.0, _promoted
         ),
         "healthy": World(
             "half the bound with persistence and day and night, 24 h: rolled back",
-            "at most 10 %", moody, lambda *_: HEALTHY, 24.0, _fell, 80,
+            "at most 10 %", moody, lambda *_: HEALTHY, 24.0, _fell, 80, is_followed=True,
         ),
         "healthy-returning": World(
             "half the bound, 60 returning users, 24 h: rolled back",
-            "at most 10 %", regulars, lambda *_: HEALTHY, 24.0, _fell, 80,
+            "at most 10 %", regulars, lambda *_: HEALTHY, 24.0, _fell, 80, is_followed=True,
         ),
         "arrives": World(
             "half the bound, strangers: not promoted within 8 h",
@@ -303,13 +314,12 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=100)
     parser.add_argument("--only", default="")
     options = parser.parse_args()
-    policy = load_policy(POLICY)
     print("| what | wrong | exact 95 % | asked |\n|---|---|---|---|", flush=True)
     for name, world in worlds().items():
         if options.only and name not in options.only.split(","):
             continue
         num, begin = min(options.rollouts, world.rollouts or options.rollouts), time.monotonic()
-        ends = [Rollout(policy, world, seed).run() for seed in range(num)]
+        ends = [Rollout(load_policy(world.policy), world, seed).run() for seed in range(num)]
         hits = sum(world.is_wrong(state) for state in ends)
         low, high = exact(hits, num)
         took = f"<!-- {name} {time.monotonic() - begin:.0f} s -->"

@@ -15,6 +15,7 @@ from torch import Tensor
 from sentei.kernels.ops.attention import attend
 from sentei.kernels.ops.errors import ShapeError
 from sentei.kernels.ops.layouts import PagedCache
+from sentei.kernels.ops.native.calls import has_byte_scores
 from sentei.kernels.ops.native.paged import LANES, Pages, Rows, can_decode_pages, decode_pages_native
 from sentei.kernels.ops.registry import is_native_usable
 from sentei.kernels.scorer.faults import Fault
@@ -161,8 +162,12 @@ class ScorerPages:
     def _can_run_natively(self, cache: PagedCache) -> bool:
         keys, block, dim = cache.keys, self.block, cache.keys.shape[3]
         is_packed = keys.stride()[2:] == (1, block) and cache.values.stride()[2:] == (dim, 1)
-        usable = is_native_usable(keys.device.type, block) and self.scorer.has_native_program
-        return usable and is_packed and can_decode_pages(dim, block)
+        if not is_native_usable(keys.device.type, block) or not self.scorer.has_native_program:
+            return False
+        shape = self.scorer.shape
+        if shape.pool_tokens == 1 and not shape.is_residual and has_byte_scores(shape.rank):
+            return False  # scored in 8 bits elsewhere, which the paged program does not know: rows must agree
+        return is_packed and can_decode_pages(dim, block)
 
     def _check_pages(self, keys: Tensor) -> None:
         if keys.shape[2] != self.block:

@@ -77,8 +77,8 @@ def test_conversation_without_template_is_plain_lines() -> None:
     """A base model gets the plain texts; a chat model gets its template."""
     tokenizer = FakeTokenizer()
     messages = [SystemMessage(role="system", content="a"), UserMessage(role="user", content="b")]
-    plain = tokenizer.decode(chat_ids(tokenizer, messages))
+    plain = tokenizer.decode(chat_ids(tokenizer, messages, context_tokens=100))
     tokenizer.chat_template = "x"
 
     assert plain == "a\nb"
-    assert tokenizer.decode(chat_ids(tokenizer, messages)) == "<system>a<user>b"
+    assert tokenizer.decode(chat_ids(tokenizer, messages, context_tokens=100)) == "<system>a<user>b"

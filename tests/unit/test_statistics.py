@@ -65,4 +65,4 @@ def test_nothing_cites_a_document_that_is_not_here() -> None:
 
 def is_here(path: Path, name: str) -> bool:
     """Whether the name is a page seen from the root or from the page that cites it."""
-    return (ROOT / name).is_file() or (path.parent / name).is_file()
+    return any((folder / name).is_file() for folder in (ROOT, path.parent, path.parent.parent))

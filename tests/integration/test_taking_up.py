@@ -201,7 +201,7 @@ def test_a_rollout_that_was_taken_up_is_edited_in_todays_words(store: Store) -> 
 
 
 def test_the_old_words_are_refused_in_a_new_file() -> None:
-    """What could say one thing only is no word any more, but for `slices.by`; the fault names what is known."""
+    """What could say one thing only is no word any more, but `slices.by`; the fault names what is known."""
     with pytest.raises(PolicyError) as caught:
         load_policy((OLD / "policy.yaml").read_text(encoding="utf-8"))
 

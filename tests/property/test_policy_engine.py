@@ -38,7 +38,6 @@ from tests.strategies_policy import (
 )
 from tests.strategies_rollout import Told, policy, stories
 
-
 # Looks on until a story has it: a random sample of a few hundred misses a rare deed once in a while.
 LOOK = settings(max_examples=5000, phases=[Step.generate], database=None)
 

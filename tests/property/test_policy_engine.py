@@ -35,7 +35,7 @@ from tests.strategies_policy import (
     sparse_health,
     unit_values,
 )
-from tests.strategies_rollout import Told, policy, stories
+from tests.strategies_rollout import BEGINNINGS, Told, policy, stories
 
 
 def shares(state: object) -> list[float]:
@@ -163,19 +163,18 @@ def test_the_same_inputs_give_the_same_decision(told: Told) -> None:
 
 def test_the_stories_of_these_properties_have_every_deed() -> None:
     """What no story did would be proven of nothing: growth, fallbacks, orders and alarms all happen."""
+    seen: set[str] = set()
+    for begins in BEGINNINGS:  # each for itself: a draw among all of them may hardly ever begin paused
+
+        @settings(max_examples=60)
+        @given(stories(begins=(begins,)))
+        def look(told: Told) -> None:
+            seen.update(deeds(told))
+
+        look()
+
     # An edit is given and not decided (the property of edits applies one); a gate needs a policy with one.
-    unseen = {*Event, *SliceEvent, "refuse", "alert"} - {Event.EDIT, Event.APPROVE}
-
-    @settings(max_examples=250, database=None)
-    @given(stories())
-    def look(told: Told) -> None:
-        unseen.difference_update(deeds(told))
-
-    for _ in range(20):  # 250 random stories miss a rare deed once in a while; 5,000 do not
-        if unseen:
-            look()
-
-    assert not unseen
+    assert seen >= {*Event, *SliceEvent, "refuse", "alert"} - {Event.EDIT, Event.APPROVE}
 
 
 def deeds(told: Told) -> set[str]:

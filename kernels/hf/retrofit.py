@@ -6,7 +6,7 @@ the attention modules to learn which KV cache a call belongs to, and takes all o
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -28,6 +28,14 @@ from sentei.kernels.hf.models import (
     thinnable_layers,
 )
 from sentei.kernels.hf.observe import AttendedRows, Selection, SelectionObserver
+from sentei.kernels.hf.parts import (
+    FEATURES,
+    FULL_ATTENTION,
+    SCORING,
+    SELECTION,
+    WINDOW_ATTENTION,
+    PartClock,
+)
 from sentei.kernels.hf.rotary import RotaryReader
 from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.kernels.hf.versions import CACHE_KEYWORD
@@ -58,6 +66,7 @@ class Retrofit:
         self.selector: Selector | None = None
         self._observer: SelectionObserver | None = None
         self._attended: list[AttendedRows] | None = None
+        self._clock: PartClock | None = None
         self.is_differentiable = False
         self._low_rank_hooks: list[Any] = []
         self._ladder = adapter.ladder if adapter is not None else dense_ladder()
@@ -111,6 +120,18 @@ class Retrofit:
             yield rows
         finally:
             self._attended = None
+
+    @contextmanager
+    def clocked(self, clock: PartClock) -> Iterator[None]:
+        """Count the seconds of attention, scoring and selection, for the length of a `with` block."""
+        self._clock = clock
+        try:
+            yield
+        finally:
+            self._clock = None
+
+    def _part(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._clock is None else self._clock.part(name)
 
     def set_fault(self, fault: Fault | None) -> None:
         """Plant a fault, or take it out."""
@@ -204,28 +225,30 @@ class Retrofit:
             _check_positions(kwargs.get("position_ids"), key.shape[2])
             # A planted fault strikes the side cache, so layers that the rung leaves dense are not spared.
             if self._rung.thins(layer.index) or self.fault is not None:
-                pooled = self._update_pooled(layer, query, key)
+                with self._part(FEATURES):
+                    pooled = self._update_pooled(layer, query, key)
                 if self._rung.covers(key.shape[2]):
                     return self._attend_sparse(layer, query, key, value, pooled)
         if layer is not None:
             self._record(layer, query, key, None)
             density = (1.0,) * layer.kv_heads
             self._stats.add(LayerCall(layer.index, query.shape[2], "dense", density))
-        if self.base != "sdpa":
-            out = dense_attend(
-                query,
-                key,
-                value,
-                scale=kwargs.get("scaling"),
-                window=kwargs.get("sliding_window"),
-                q_offset=key.shape[2] - query.shape[2],
-                backend="flex" if self.base == "flex" else "auto",
+        with self._part(FULL_ATTENTION if layer is not None else WINDOW_ATTENTION):
+            if self.base != "sdpa":
+                out = dense_attend(
+                    query,
+                    key,
+                    value,
+                    scale=kwargs.get("scaling"),
+                    window=kwargs.get("sliding_window"),
+                    q_offset=key.shape[2] - query.shape[2],
+                    backend="flex" if self.base == "flex" else "auto",
+                )
+                return out.transpose(1, 2).contiguous(), None
+            untouched: AttentionResult = sdpa_attention_forward(
+                module, query, key, value, attention_mask, **kwargs
             )
-            return out.transpose(1, 2).contiguous(), None
-        untouched: AttentionResult = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **kwargs
-        )
-        return untouched
+            return untouched
 
     def _attend_sparse(
         self,
@@ -239,14 +262,16 @@ class Retrofit:
             mask = self.selector(layer, query, key)
         else:
             mask = self._select(layer, query, key, pooled)
-        density = _density_by_group(mask, layer.kv_heads)
+        with self._part(SELECTION):
+            density = _density_by_group(mask, layer.kv_heads)
         self._stats.add(LayerCall(layer.index, query.shape[2], "sparse", density))
-        if self.is_differentiable:
-            out = attend_masked(query, key, value, mask, scale=layer.scale)
-        else:
-            wants_lse = self._attended is not None
-            out, lse = attend(query, key, value, mask, scale=layer.scale, return_lse=wants_lse)
-            self._record(layer, query, key, lse)
+        with self._part(FULL_ATTENTION):
+            if self.is_differentiable:
+                out = attend_masked(query, key, value, mask, scale=layer.scale)
+            else:
+                wants_lse = self._attended is not None
+                out, lse = attend(query, key, value, mask, scale=layer.scale, return_lse=wants_lse)
+                self._record(layer, query, key, lse)
         return out.transpose(1, 2).contiguous(), None
 
     def _record(
@@ -265,20 +290,22 @@ class Retrofit:
         offset = key.shape[2] - query.shape[2]
         thresholds = self._thresholds[layer.index]
         table = self._rotary.table(key.shape[2], key.device)
-        shares, starts = score_blocks(scorer, query, key, pooled, table=table, block_q=block_q)
+        with self._part(SCORING):
+            shares, starts = score_blocks(scorer, query, key, pooled, table=table, block_q=block_q)
         if self.fault is not None:
             shares = self.fault.shift(shares, starts)
         shares = keep_before(shares, starts, self._rung.break_even_tokens)
-        mask = select_blocks(
-            shares,
-            thresholds,
-            starts=starts,
-            q_len=query.shape[2],
-            kv_len=key.shape[2],
-            q_offset=offset,
-            block_q=block_q,
-            block_k=scorer.shape.block_tokens,
-        )
+        with self._part(SELECTION):
+            mask = select_blocks(
+                shares,
+                thresholds,
+                starts=starts,
+                q_len=query.shape[2],
+                kv_len=key.shape[2],
+                q_offset=offset,
+                block_q=block_q,
+                block_k=scorer.shape.block_tokens,
+            )
         if self._observer is not None:
             cut = per_head_thresholds(thresholds, starts, layer.query_heads)[..., 0]
             self._observer(Selection(layer, query, key, shares, cut, mask))

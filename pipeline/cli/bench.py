@@ -14,12 +14,14 @@ from rich.table import Table
 from sentei.pipeline.cli.load import bench_serving
 from sentei.pipeline.cli.offline import DTYPES, CorpusName, Dtype, Json, Model, open_bench
 from sentei.pipeline.cli.output import Output, check_choice
+from sentei.pipeline.home import short_name
 from sentei.pipeline.progress import counted
 
 if TYPE_CHECKING:
     from sentei.kernels.bench.cases import Shape
     from sentei.kernels.bench.machine import Machine
     from sentei.kernels.bench.run import Options, Row
+    from sentei.pipeline.measure.budget import Budget
 
 app = typer.Typer(no_args_is_help=True)
 app.command("serving")(bench_serving)
@@ -178,8 +180,12 @@ def prefill(
 
     Past the longest length that a rung was verified at, it runs dense, here as in serving.
     """
+    from sentei.kernels.bench.machine import measure_machine
+    from sentei.pipeline.home import sentei_home
+    from sentei.pipeline.measure.budget import prefill_budgets
     from sentei.pipeline.measure.latency import DENSE_FORMS, time_prefills
     from sentei.pipeline.measure.texts import make_windows
+    from sentei.pipeline.reports.plots import save_budgets
     from sentei.pipeline.text.splits import split_text
 
     output = Output(as_json=as_json)
@@ -193,6 +199,8 @@ def prefill(
     if unverified:
         adapter = adapter.with_ladder(adapter.ladder.without_limits())
     rows: list[dict[str, object]] = []
+    parts: list[dict[str, object]] = []
+    machine = measure_machine()
     for length in tokens or (8192,):
         (text,) = make_windows(
             bench.loaded, split_text(bench.corpus).evaluate, window_tokens=length, num=1, seed=3
@@ -207,11 +215,34 @@ def prefill(
                 dense=tuple(dense) if dense else DENSE_FORMS,
                 warm_up_tokens=warm_up,
             )
+            budgets = prefill_budgets(
+                bench.loaded, adapter, text, machine, runs=min(runs, 3), progress=progress
+            )
         for name, timing in timings.items():
             is_verified = (known.get(name) or len(text)) >= len(text)
             rows.append({"tokens": len(text), "variant": name, "is_verified": is_verified} | asdict(timing))
-    output.say(_prefill_table(rows))
-    output.emit({"model": model, "rows": rows})
+        parts += [{"tokens": len(text)} | asdict(budget) for budget in budgets]
+        output.say(_prefill_table(rows[-len(timings) :]), _budget_table(budgets, len(text)))
+        page = sentei_home().create().root / "bench" / f"{short_name(model)}-{len(text)}.html"
+        title = f"{model}: where {len(text):,} tokens of prefill spend their time"
+        output.say(f"picture {save_budgets(budgets, title, page)}")
+    output.emit({"model": model, "machine": machine.to_dict(), "rows": rows, "parts": parts})
+
+
+def _budget_table(budgets: Sequence[Budget], tokens: int) -> Table:
+    """Show milliseconds by part, and in brackets what the machine's peaks would allow."""
+    names = (f"{b.variant}" + ("" if b.density is None else f" ({b.density:.1%})") for b in budgets)
+    table = Table(f"ms of {tokens:,} tokens (floor)", *names)
+    for part in budgets[0].seconds:
+        if not any(budget.seconds[part] for budget in budgets):
+            continue
+        cells = []
+        for budget in budgets:
+            floor = budget.floor_s.get(part)
+            cells.append(f"{1e3 * budget.seconds[part]:.0f}" + (f" ({1e3 * floor:.0f})" if floor else ""))
+        table.add_row(part, *cells)
+    table.add_row("all", *(f"{1e3 * budget.total_s:.0f}" for budget in budgets))
+    return table
 
 
 def _prefill_table(rows: Sequence[dict[str, object]]) -> Table:

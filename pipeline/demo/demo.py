@@ -156,6 +156,7 @@ def serve_config(bench: Workbench, size: DemoSize) -> dict[str, Any]:
         "model": bench.loaded.name,
         "model_name": short_name(bench.loaded.name),
         "adapter": str(bench.adapter_dir),
+        "dtype": str(bench.loaded.model.dtype).removeprefix("torch."),
         "attention": size.attention,
         "threads": size.threads,
         "engine": size.engine,

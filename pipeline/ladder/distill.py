@@ -11,7 +11,7 @@ import torch
 
 from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter
 from sentei.kernels.hf.models import thinnable_layers
-from sentei.kernels.scorer.network import BlockScorer, Form
+from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
 from sentei.kernels.scorer.selection import pick_query_block
 from sentei.pipeline.ladder.learn import Course, learn, mean_divergence
 from sentei.pipeline.measure.capture import Sampling, capture
@@ -44,7 +44,7 @@ class DistillOptions:
     # A step small enough not to leave the good start (docs/adr/0010).
     learning_rate: float = 1e-3
     max_epochs: int = 4
-    # Share of the need found at a tenth of the blocks that scoring neighbouring queries as one may cost.
+    # Share of the need found at a tenth of the blocks that a cheaper score of a layer may cost.
     lost_need: float = 0.01
     patience: int = 2
     seed: int = 0
@@ -89,6 +89,7 @@ class ChosenScorer:
         return {
             "kl_untrained": self.kl_untrained,
             "kl_held_out": self.kl_held_out,
+            "rank": float(self.scorer.shape.rank),
             "query_pool": float(self.scorer.shape.query_pool),
             "need_found_at_tenth": self.found.need_found,
             "need_found_at_tenth_untrained": self.found_untrained.need_found,
@@ -184,47 +185,54 @@ def choose_scorer(
     held_out: Sequence[LayerRecord],
     options: DistillOptions,
 ) -> ChosenScorer:
-    """Train a layer's scorer; score queries as one where that finds as much; or keep an untrained score.
+    """Train a layer's scorer in several sizes, keep the cheapest that finds as much, or an untrained score.
 
-    The score is trained on means of queries, which is cheap, and serves single ones as well: features are
-    linear. Judged is what blocks are chosen by: what they hold of their neediest row (docs/adr/0014).
+    Layers differ: one looks at a few tokens far back and needs every dimension, the next at everything a
+    little, and any score will do. Judged is what blocks are chosen by: what they hold of their neediest row
+    (docs/adr/0014). A score is trained on means of queries, which is cheap, and serves single ones as well:
+    features are linear.
     """
     # Means of 4 tokens: the best score that has learned nothing, and what a trained one has to beat.
     means = replace(scorer.shape, form="residual", rank=1, pool_tokens=4, query_pool=1)
     untrained = BlockScorer(means, scorer.scale).eval()
     kl_untrained = mean_divergence(partial(divergence, untrained), held_out)
-    train_scorer(scorer, train, held_out, options)
     found_untrained = find_at(untrained, held_out)
-    scorer, found = _pool_queries(scorer, held_out, options.lost_need, found_untrained.need_found)
-    if options.query_pool > 1 and scorer.shape.query_pool == 1:
-        # Heads that recall from token to token learn little from means; the start may know more.
-        start = BlockScorer(scorer.shape, scorer.scale).eval()
-        _start_low_rank(start, train)
-        found_start = find_at(start, held_out)
-        if found_start.need_found > found.need_found:
-            scorer, found = start, found_start
-    if found.need_found < found_untrained.need_found:
-        scorer, found = untrained, found_untrained
-    kl_held_out = mean_divergence(partial(divergence, scorer), held_out)
-    return ChosenScorer(scorer, kl_untrained, kl_held_out, found, found_untrained)
+    tried: list[tuple[BlockScorer, AtDensity]] = []
+    for rank in _ranks(scorer.shape):
+        one = scorer
+        if rank != scorer.shape.rank:
+            one = BlockScorer(replace(scorer.shape, rank=rank), scorer.scale, seed=options.seed)
+        train_scorer(one, train, held_out, options)
+        forms = [one.with_query_pool(size) for size in _halvings(one.shape.query_pool)]
+        if options.query_pool > 1:
+            # Heads that recall from token to token learn little from means; the start may know more.
+            forms.append(BlockScorer(replace(one.shape, query_pool=1), scorer.scale).eval())
+            _start_low_rank(forms[-1], train)
+        tried += [(form, find_at(form, held_out)) for form in forms]
+    best = max(found.need_found for _, found in tried)
+    least = max(best * (1 - options.lost_need), found_untrained.need_found)
+    enough = [pair for pair in tried if pair[1].need_found >= least]
+    chosen, found = min(
+        enough,
+        key=lambda pair: (pair[0].dims_per_token, -pair[1].need_found),
+        default=(untrained, found_untrained),
+    )
+    kl_held_out = mean_divergence(partial(divergence, chosen), held_out)
+    return ChosenScorer(chosen, kl_untrained, kl_held_out, found, found_untrained)
 
 
-def _pool_queries(
-    scorer: BlockScorer, held_out: Sequence[LayerRecord], lost: float, untrained: float
-) -> tuple[BlockScorer, AtDensity]:
-    """Return the scorer with the largest pool of queries that is good enough, or with single queries.
+def _ranks(shape: ScorerShape) -> list[int]:
+    """Return the ranks to try: the given one, its half and its quarter, but none below 16."""
+    if shape.is_residual:
+        return [shape.rank]
+    return [
+        rank for rank in (shape.rank, shape.rank // 2, shape.rank // 4) if rank == shape.rank or rank >= 16
+    ]
 
-    It is if it loses at most a share `lost` of the need that single queries find, and finds no less than the
-    untrained score does.
-    """
-    pools = [scorer.shape.query_pool]
-    while pools[-1] > 1:
-        pools.append(pools[-1] // 2)
-    scorers = [scorer.with_query_pool(size) for size in pools]
-    found = [find_at(one, held_out) for one in scorers]
-    least = max(found[-1].need_found * (1 - lost), untrained)
-    pairs = list(zip(scorers, found, strict=True))
-    return next((pair for pair in pairs if pair[1].need_found >= least), pairs[-1])
+
+def _halvings(size: int) -> list[int]:
+    """Return a power of two, its half, and so on down to one."""
+    return [size >> step for step in range(size.bit_length())]
 
 
 def find_at(scorer: BlockScorer, records: Sequence[LayerRecord], density: float = 0.1) -> AtDensity:

@@ -10,6 +10,7 @@ from sentei.kernels.bench.run import Row
 from sentei.kernels.hf.ladder import DENSE
 from sentei.pipeline.evaluation.evaluate import Evaluation
 from sentei.pipeline.experiments.study import StudyRow
+from sentei.pipeline.measure.budget import Budget
 
 
 def save_trade_off(evaluation: Evaluation, path: Path) -> Path:
@@ -65,6 +66,27 @@ def save_trade_off(evaluation: Evaluation, path: Path) -> Path:
         title=f"{evaluation.model}: what sparse attention saves and costs, with 95% intervals",
         template="plotly_white",
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_html(path, include_plotlyjs=True)
+    return path
+
+
+def save_budgets(budgets: Sequence[Budget], title: str, path: Path) -> Path:
+    """Write one HTML page: each variant's seconds as a bar of its parts, and its floor as a bar beneath."""
+    figure = go.Figure()
+    names = [name for budget in budgets for name in (budget.variant, f"{budget.variant}, floor")]
+    colors = ("#1f5f4a", "#5b8a78", "#b07a3a", "#d9a860", "#e8cfa0", "#5a6b9c", "#8f9cc4", "#8a8a8a")
+    parts = [part for part in budgets[0].seconds if any(budget.seconds[part] for budget in budgets)]
+    for place, part in enumerate(parts):
+        lengths = [
+            value for budget in budgets for value in (budget.seconds[part], budget.floor_s.get(part, 0.0))
+        ]
+        figure.add_trace(
+            go.Bar(y=names, x=lengths, name=part, orientation="h", marker_color=colors[place % len(colors)])
+        )
+    figure.update_layout(barmode="stack", title=title, template="plotly_white")
+    figure.update_xaxes(title_text="seconds; the floor is what the matrix products take at the measured peak")
+    figure.update_yaxes(autorange="reversed")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(path, include_plotlyjs=True)
     return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -36,7 +36,8 @@ PARTS = (
 class PartClock:
     """Adds up each part's own seconds: what runs inside another part is taken off that one."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
         self._seconds: dict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._since = 0.0
@@ -48,7 +49,7 @@ class PartClock:
 
     def enter(self, part: str) -> None:
         """Begin a part, inside the one that runs."""
-        now = time.perf_counter()
+        now = self._now()
         if self._open:
             self._seconds[self._open[-1]] += now - self._since
         self._open.append(part)
@@ -56,7 +57,7 @@ class PartClock:
 
     def leave(self) -> None:
         """End the part that runs, and go on with the one around it."""
-        now = time.perf_counter()
+        now = self._now()
         self._seconds[self._open.pop()] += now - self._since
         self._since = now
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
@@ -103,7 +104,8 @@ def prefill_floor(
         else:
             seen = min(size, tokens)
             window += per_pair * (seen * (seen + 1) / 2 + (tokens - seen) * seen)
-    layers = sum(_linear_flops(layer, tokens) for layer in text_decoder(loaded.model).layers)
+    decoder: Any = text_decoder(loaded.model)
+    layers = sum(_linear_flops(layer, tokens) for layer in decoder.layers)
     head = loaded.model.get_output_embeddings()
     flops = {
         FULL_ATTENTION: full,

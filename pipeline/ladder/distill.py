@@ -209,25 +209,17 @@ def choose_scorer(
             forms.append(BlockScorer(replace(one.shape, query_pool=1), scorer.scale).eval())
             _start_low_rank(forms[-1], train)
         tried += [(form, find_at(form, held_out)) for form in forms]
-    best = max(found.need_found for _, found in tried)
-    least = max(best * (1 - options.lost_need), found_untrained.need_found)
+    tried.append((untrained, found_untrained))
+    least = (1 - options.lost_need) * max(found.need_found for _, found in tried)
     enough = [pair for pair in tried if pair[1].need_found >= least]
-    chosen, found = min(
-        enough,
-        key=lambda pair: (pair[0].dims_per_token, -pair[1].need_found),
-        default=(untrained, found_untrained),
-    )
+    chosen, found = min(enough, key=lambda pair: (pair[0].cost_per_pair, -pair[1].need_found))
     kl_held_out = mean_divergence(partial(divergence, chosen), held_out)
     return ChosenScorer(chosen, kl_untrained, kl_held_out, found, found_untrained)
 
 
 def _ranks(shape: ScorerShape) -> list[int]:
-    """Return the ranks to try: the given one, its half and its quarter, but none below 16."""
-    if shape.is_residual:
-        return [shape.rank]
-    return [
-        rank for rank in (shape.rank, shape.rank // 2, shape.rank // 4) if rank == shape.rank or rank >= 16
-    ]
+    """Return the ranks to try: the given one, and each multiple of 16 below it."""
+    return [shape.rank] if shape.is_residual else [shape.rank, *range(16, shape.rank, 16)]
 
 
 def _halvings(size: int) -> list[int]:

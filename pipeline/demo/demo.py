@@ -28,7 +28,7 @@ from sentei.pipeline.tracking.tracker import MlflowTracker
 
 POLL_S = 0.5
 LEAD_S = 3.0  # traffic flows this long before a rollout starts, so that its first tick sees a live app
-OUTCOMES = ("promoted", "rolled_back")
+OUTCOMES = ("promoted", "rolled_back", "held")
 
 
 @dataclass(frozen=True, slots=True)

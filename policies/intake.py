@@ -2,10 +2,10 @@
 
 Harm of quality belongs to (rung, slice) and is collected from shadow on; safety is proven by the units of
 the present phase alone, and operational values count from the moment a stage began (F15). A gain is proven
-by all units of a rung in a slice, and where sparse serves by what it served in this phase (F17). Units that sparse
-served are a second arm of quality, with evidence of its own (F16). A value that is not a number, or out of
-its metric's range, is a missing audit: the worst case for promotion, left out for rollback (F12). It is never
-read as zero.
+by all units of a rung in a slice, and where sparse serves by what it served in this phase (F17). Units that
+sparse served are a second arm of quality, with evidence of its own (F16). A value that is not a number, or
+out of its metric's range, is a missing audit: the worst case for promotion, left out for rollback (F12). It
+is never read as zero.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ class Want(Section):
 
 
 class Benefit(Section):
-    """Safe but useless is also a stop: no share grows before the gain is proven, and no gain ends the ramp."""
+    """Safe but useless is also a stop: no share grows before the gain is proven, and none ends the ramp."""
 
     id: Identifier
     value: Literal["audit.compute_ratio"]

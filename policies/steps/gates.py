@@ -13,7 +13,14 @@ from sentei.policies.schema.sections import Stage
 from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Command, Verdict
 from sentei.policies.state import SliceState
-from sentei.policies.steps.tick import Tick, active_slices, effective_rung, hold_for_good, is_paused, roll_back
+from sentei.policies.steps.tick import (
+    Tick,
+    active_slices,
+    effective_rung,
+    hold_for_good,
+    is_paused,
+    roll_back,
+)
 
 MIN_UPPER = 20  # below so many requests of the upper half nothing is asked of it
 

@@ -71,7 +71,9 @@ def _judge_all(tick: Tick) -> tuple[GuardrailReport, ...]:
 
 def _judge_gains(tick: Tick) -> tuple[GuardrailReport, ...]:
     slices = active_slices(tick.policy, tick.state)
-    return tuple(_judge_gain(tick, item, slice_id) for item in tick.policy.spec.benefit for slice_id in slices)
+    return tuple(
+        _judge_gain(tick, item, slice_id) for item in tick.policy.spec.benefit for slice_id in slices
+    )
 
 
 def _judge_gain(tick: Tick, benefit: Benefit, slice_id: str) -> GuardrailReport:

@@ -123,7 +123,7 @@ def test_where_sparse_serves_the_gain_is_proven_by_what_it_served() -> None:
 
 
 def test_a_stage_that_leaves_the_proof_to_a_later_one_goes_by_all_that_the_rung_has_shown() -> None:
-    """need: no_harm: the gain that shadow proved at this rung is enough, and the last stage proves it anew."""
+    """need: no_harm: the gain that shadow proved at this rung is enough; the last stage proves it anew."""
     policy = make_policy(
         twice(
             without_approval,

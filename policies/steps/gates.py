@@ -105,8 +105,8 @@ def check_safe(tick: Tick) -> Tick:
 def check_benefit(tick: Tick) -> Tick:
     """Step 9: safe but useless is also a stop: no share grows before the gain is proven in every slice.
 
-    Where it is proven absent the rollout is held, also while time or safety would still have to be waited
-    for; not while something is wrong with what was measured, or with who could be measured.
+    Where it is proven absent the rollout is held, also while time, a signal or safety would still have to be
+    waited for; not while dense, sparse, the assignment or the data are in doubt: then the times are, too.
     """
     policy, state = tick.policy, tick.state
     rungs = {slice_id: effective_rung(policy, state, slice_id) for slice_id in active_slices(policy, state)}
@@ -114,7 +114,7 @@ def check_benefit(tick: Tick) -> Tick:
     open_gains = [g for g in tick.gains if not g.can_advance and rungs.get(g.slice_id) == g.rung_id]
     for report in open_gains:
         text = f"{report.id} in {report.slice_id} at {report.rung_id}: {report.reason}"
-        is_sound = tick.waits_for in (None, Wait.TIME, Wait.EVIDENCE) and tick.outcome is None
+        is_sound = tick.waits_for in (None, Wait.SIGNAL, Wait.TIME, Wait.EVIDENCE) and tick.outcome is None
         if report.verdict is Verdict.NO_GAIN and is_sound and state.phase == Phase.RUNNING:
             tick = hold_for_good(tick, report.id, text)
             return replace(tick, hold=text, waits_for=Wait.BENEFIT)

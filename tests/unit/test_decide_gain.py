@@ -88,6 +88,15 @@ def test_no_gain_is_said_before_safety_is_decided() -> None:
     assert [action.kind for action in decision.actions] == ["held"]
 
 
+def test_no_gain_is_said_before_a_signal_has_its_first_window() -> None:
+    """What waits for a drift check would wait for nothing."""
+    policy = make_policy(twice(without_approval, put("signals.0.no_data", "hold")))
+    story = Story(policy)
+
+    assert "no full window yet" in story.good_tick(after_s=0.0, count=1).reason
+    assert at_ratio(story, 1.6).state.outcome == "held"
+
+
 def test_no_gain_is_not_said_on_data_that_is_in_doubt() -> None:
     """While sparse has no replica, whose times they are is not plain: it waits for that first."""
     story = staged()

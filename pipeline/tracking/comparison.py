@@ -18,7 +18,7 @@ from sentei.pipeline.reports.wording import outcome_words
 # MLflow lists metrics in the order of the alphabet and shows the first seven without scrolling: the names are
 # such that these are what it saves, whether that and safety are proven, and what it costs in quality.
 MODEL_TIME_RATIO = "gain/model_time_ratio"  # sparse over dense; of a rung over the fastest dense of the run
-MONEY = "gain/usd_per_million_tokens"
+MONEY = "gain/usd_per_billion_tokens"  # MLflow shows three decimals: of a million too few
 GAIN_PROVEN = "proof/gain"  # 1 or 0
 SAFETY_PROVEN = "proof/safety"  # 1 or 0
 KL = "quality/kl_nats"
@@ -49,7 +49,7 @@ def rung_figures(document: Mapping[str, Any], rung: Mapping[str, Any]) -> Figure
         MODEL_TIME_RATIO: rung["prefill_s"] / fastest,
         DENSITY: rung["density"],
         MEMORY: rung["peak_mib"],
-        MONEY: usd,
+        MONEY: None if usd is None else 1000 * usd,
         PPL_COST: rung["ppl_cost_pct"],
         PPL_COST_HIGH: _ppl_high(rung),
         KL: rung["kl_mean"],
@@ -85,7 +85,7 @@ def describe_evaluation(document: Mapping[str, Any]) -> str:
         "perplexity",
         "recall",
         "memory",
-        "USD per 1M",
+        "USD per 1G tokens",
     )
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for rung in document["rungs"]:
@@ -112,7 +112,11 @@ def decision_figures(report: Report) -> Figures:
         saved[name] for name in ("Model time", "First token", "Answer speed", "Money")
     )
     values |= {MODEL_TIME_RATIO: time.ratio, MODEL_TIME: time.sparse, TTFT: first.sparse}
-    values |= {TOKENS_PER_S: speed.sparse, MONEY: money.sparse, SHARE: report.share_peak}
+    values |= {
+        TOKENS_PER_S: speed.sparse,
+        MONEY: None if money.sparse is None else 1000 * money.sparse,
+        SHARE: report.share_peak,
+    }
     if (memory := saved.get("Memory at peak")) is not None:
         values[MEMORY] = memory.sparse
     values[GAIN_PROVEN] = float(report.is_gain_proven)
@@ -160,11 +164,7 @@ def _offline(report: Report) -> dict[str, float | None]:
     rung = next((item for item in rungs if item.get("rung") == report.rung_id), None)
     if rung is None or "ppl_cost_pct" not in rung:
         return {}
-    return {
-        PPL_COST: rung["ppl_cost_pct"],
-        PPL_COST_HIGH: _ppl_high(rung),
-        RECALL: (rung.get("recall") or {}).get("mean"),
-    }
+    return {PPL_COST: rung["ppl_cost_pct"], RECALL: (rung.get("recall") or {}).get("mean")}
 
 
 def _mean_quality(items: tuple[QualityFigures, ...]) -> dict[str, float | None]:

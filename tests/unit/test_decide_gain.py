@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sentei.policies.engine import decide, initial_state, routing, state_from_json, state_to_json
+from sentei.policies.evidence import units_to_prove
 from sentei.policies.intake import GAIN_CUT, RATIO_CAP
 from sentei.policies.review.advice import find_advice
 from sentei.policies.review.forecast import Expected
@@ -251,6 +254,32 @@ def test_the_budget_of_absence_is_never_overspent() -> None:
 
     assert no_gain_alpha(policy) * tests == pytest.approx(try_alpha(policy))
     assert sum(no_gain_alpha(policy, number) * tests for number in range(1, 40)) <= 0.05
+
+
+def test_the_table_of_sessions_is_computed() -> None:
+    """Every number of the table in docs/statistics.md, F17: one benefit, one slice, one rung, both arms."""
+    text = (Path(__file__).parents[2] / "docs" / "statistics.md").read_text(encoding="utf-8")
+    head, *rows = re.findall(
+        r"^\| (`want.max`|0\.\d+) \|(.*)\|$", text[text.index("## F17") : text.index("## Measured")], re.M
+    )
+    ratios = [float(cell) for cell in re.findall(r"\d\.\d+", head[1])]
+
+    assert len(rows) == 3
+    for want, cells in rows:
+        bound = float(want) / RATIO_CAP
+        found = []
+        for place, ratio in enumerate(ratios):
+            direction, alpha = ("safe", 0.025) if place < len(ratios) - 2 else ("harm", 0.0125)
+            found.append(
+                units_to_prove(
+                    ratio / RATIO_CAP,
+                    bound=bound,
+                    direction=direction,  # type: ignore[arg-type]
+                    alpha=alpha,
+                    cut=GAIN_CUT,
+                )
+            )
+        assert [cell.strip() for cell in cells.split("|")] == [str(n) if n else "never" for n in found]
 
 
 def test_a_gain_of_a_rollout_that_was_begun_before_is_not_asked_for_proof() -> None:

@@ -146,12 +146,22 @@ def _latency(slices: Sequence[SliceFigures], saved: Savings) -> Iterator[Saved]:
         MEASURED,
         words,
     )
-    times = [_median(compared, lambda arm: arm.tpot_ms_p50, name) for name in ("dense", "sparse")]
+    dense_ms, sparse_ms = (
+        _median(compared, lambda arm: arm.tpot_ms_p50, name) for name in ("dense", "sparse")
+    )
     if compared and saved.tpot_p50_change is None:
         words = "every answer was a single token"
-    rates = [None if ms is None or not ms else 1000 / ms for ms in times]
     change = _ratio(saved.tpot_p50_change)
-    yield Saved("Answer speed", "after the first token, median", "tokens/s", *rates, change, MEASURED, words)
+    yield Saved(
+        "Answer speed",
+        "after the first token, median",
+        "tokens/s",
+        1000 / dense_ms if dense_ms else None,
+        1000 / sparse_ms if sparse_ms else None,
+        change,
+        MEASURED,
+        words,
+    )
 
 
 def _money(newest: Sequence[QualityFigures], evaluation: Mapping[str, Any] | None) -> Saved:
@@ -165,11 +175,12 @@ def _money(newest: Sequence[QualityFigures], evaluation: Mapping[str, Any] | Non
         return Saved(name, about, "usd", None, None, None, OPEN, why)
     dense = sum(item.scored * (item.dense_compute_s_mean or 0.0) for item in newest)
     sparse = sum(item.scored * (item.sparse_compute_s_mean or 0.0) for item in newest)
-    usd = [price.usd_per_hour / (price.cpus or 1) / 3600 * s / tokens * 1e6 for s in (dense, sparse)]
+    usd_per_s = price.usd_per_hour / (price.cpus or 1) / 3600 / tokens * 1e6
     words = (
         f"{price.label} at {price.usd_per_hour:g} USD an hour, list price of {price.as_of}; without audits"
     )
-    return Saved(name, about, "usd", *usd, sparse / dense if dense else None, MEASURED, words)
+    ratio = sparse / dense if dense else None
+    return Saved(name, about, "usd", usd_per_s * dense, usd_per_s * sparse, ratio, MEASURED, words)
 
 
 def _price(costs: Mapping[str, Any]) -> Price | None:
@@ -244,7 +255,7 @@ def _safety_in_words(verdicts: Sequence[Verdict]) -> str:
     broken = [item["id"] for item in verdicts if item["verdict"] == "harm"]
     safe = [item["id"] for item in asked if item["verdict"] == "safe"]
     if broken:
-        return f"It is not safe: {', '.join(dict.fromkeys(broken))} proved harm."
+        return f"It is not safe: harm is proven ({', '.join(dict.fromkeys(broken))})."
     if not asked:
         return "Safety was not asked to be proven; no harm was seen."
     if len(safe) == len(asked):

@@ -151,7 +151,7 @@ def build_report(
     own = next((i for i in range(len(states) - 1, -1, -1) if states[i].outcome != REPLACED), len(states) - 1)
     outcome, decided = (state.outcome or state.phase for state in (last, states[own]))
     verdicts, gains = _verdicts(policy, events)
-    known = evaluation if evaluation is not None else _evaluation_of(rollout)
+    measured = evaluation if evaluation is not None else _evaluation_of(rollout)
     return Report(
         rollout=rollout,
         policy_name=policy.metadata.name,
@@ -165,7 +165,7 @@ def build_report(
         reason=states[own].reason if states[own].outcome else str(events[own].payload.get("reason", "")),
         headline=headline(decided if states[own].outcome else outcome, shares[own], saved),
         first_screen=first_screen(
-            slices=slices, quality=quality, savings=saved, verdicts=verdicts, gains=gains, evaluation=known
+            slices=slices, quality=quality, savings=saved, verdicts=verdicts, gains=gains, evaluation=measured
         ),
         stage_id=last.stage_id,
         share_now=shares[-1],
@@ -182,7 +182,7 @@ def build_report(
         shares=tuple((event.at_s, share) for event, share in zip(events, shares, strict=True)),
         num_events=len(events),
         chain=_chain(log),
-        evaluation=known,
+        evaluation=measured,
     )
 
 

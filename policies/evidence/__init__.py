@@ -7,7 +7,7 @@ or correlation inside sessions breaks every guarantee (docs/statistics.md F11: 6
 
 Each state has a constant size, `update` returns a new one, feeding units one by one or in any batches gives
 the same bytes, and `log_e_max >= ln(1/a)` is the decision. The functions over blocks do the same for many
-simulated streams at once. docs/statistics.md has the formulas F1 to F15, each with its source, its guarantee
+simulated streams at once. docs/statistics.md has the formulas F1 to F17, each with its source, its guarantee
 and its test. The error budget over guardrails, slices and fresh starts (F10) is `policies.schema.budget`.
 """
 

@@ -21,10 +21,10 @@ from sentei.policies.evidence import (
     log_threshold,
     units_to_prove,
 )
-from sentei.policies.intake import scaled_bound
+from sentei.policies.intake import GAIN_CUT, RATIO_CAP, scaled_bound
 from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
-from sentei.policies.schema.sections import Guardrail, Stage
+from sentei.policies.schema.sections import Benefit, Guardrail, Stage
 
 COUNT_LIMIT = 20_000  # sessions after which a count that proves nothing is said to prove nothing
 
@@ -128,6 +128,12 @@ def slice_rung(policy: Policy, stage: Stage, slice_id: str) -> str:
 def clean_units(policy: Policy, gate: Guardrail) -> int | None:
     """Clean sessions in a row that prove a guardrail safe; None where counting sessions says nothing."""
     return _units(policy, gate, "safe", 0.0)
+
+
+def gain_units(policy: Policy, item: Benefit, ratio: float) -> int | None:
+    """Sessions of one constant ratio of model times that prove the gain; None: that is no such gain."""
+    bound, alpha = scaled_bound(policy, item), try_alpha(policy)
+    return units_to_prove(ratio / RATIO_CAP, bound=bound, direction="safe", alpha=alpha, cut=GAIN_CUT)
 
 
 def bad_units(policy: Policy, gate: Guardrail) -> int | None:

@@ -71,7 +71,7 @@ class Watch:
 
 
 class BettingCells:
-    """F1 and F13 with their watch; also a benefit, which has no safety and no watch."""
+    """F1 and F13 with their watch; also a benefit, which has no watch (F17)."""
 
     def __init__(self, gate: Gate, shape: tuple[int, int, int], missing_limit: float) -> None:
         self._gate, self._missing_limit = gate, missing_limit
@@ -87,9 +87,8 @@ class BettingCells:
         """Add a block of audits; a missing one is left out for harm and the worst case for safety (F12)."""
         scored = is_unit if is_missing is None else is_unit & ~is_missing
         self._bet(self._harm, self._harm_hit, where, values, scored)
-        if self._watch is None:
-            return
-        self._watch.feed(where, values, scored)
+        if self._watch is not None:
+            self._watch.feed(where, values, scored)
         self._proof[where] += scored.sum(axis=-1)
         worst = values if is_missing is None else np.where(is_missing, 1.0, values)
         self._bet(self._safe, self._safe_hit, where, worst, is_unit)
@@ -131,7 +130,7 @@ class BettingCells:
             scale,
             bound=gate.bound,
             direction="harm" if is_harm else "safe",
-            alpha=gate.alpha_harm if is_harm and gate.kind != "benefit" else gate.alpha_safe,
+            alpha=gate.alpha_harm if is_harm else gate.alpha_safe,
             cut=gate.cut,
         )
         steps[..., 0] += store[3][where]
@@ -195,7 +194,7 @@ class CountCells:
 
 
 class TwoArms:
-    """F16: quality of every audited unit, and of those that sparse served; harm of either counts."""
+    """F16: quality, or gain, of every audited unit and of those that sparse served; harm of either counts."""
 
     def __init__(self, gate: Gate, shape: tuple[int, int, int], missing_limit: float) -> None:
         self._all, self._served = (BettingCells(gate, shape, missing_limit) for _ in range(2))
@@ -222,9 +221,10 @@ class TwoArms:
             error=error & ~harm,
         )
 
-    def start_proof(self, chosen: Bools) -> None:
-        """Safety is proven afresh in the chosen cells [rollouts, slices]."""
-        self._all.start_proof(chosen)
+    def start_proof(self, chosen: Bools, *, is_gain: bool = False) -> None:
+        """Safety is proven afresh in the chosen cells [rollouts, slices]; of a gain what sparse served."""
+        if not is_gain:
+            self._all.start_proof(chosen)
         self._served.start_proof(chosen)
 
 

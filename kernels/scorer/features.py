@@ -20,12 +20,15 @@ class RotaryTable:
 
 def unrotate(x: torch.Tensor, positions: torch.Tensor, table: RotaryTable) -> torch.Tensor:
     """Undo the rotary embedding of x [..., T, D] at positions [T] or [..., T]."""
-    cos = table.cos[positions].to(x.dtype)
-    sin = table.sin[positions].to(x.dtype)
-    half = x.shape[-1] // 2
-    swapped = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    cos, sin = table.cos[positions], table.sin[positions]
     # A scaled embedding (YaRN) multiplies by a constant; cos^2 + sin^2 takes it out again.
-    return (x * cos - swapped * sin) / (cos.square() + sin.square()).clamp_min(1e-6)
+    size = (cos.square() + sin.square()).clamp_min(1e-6)
+    cos, sin = (cos / size).to(x.dtype), (sin / size).to(x.dtype)
+    half = x.shape[-1] // 2
+    plain = x * cos
+    plain[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    plain[..., half:].addcmul_(x[..., :half], sin[..., half:], value=-1)
+    return plain
 
 
 def pool_tokens(x: torch.Tensor, size: int) -> torch.Tensor:

@@ -108,6 +108,15 @@ class BlockScorer(nn.Module):
         """Multiply-adds of scoring one query token against one key token."""
         return self.shape.num_features / (self.shape.pool_tokens * self.shape.query_pool)
 
+    @property
+    def cost_per_pair(self) -> float:
+        """What scoring one query token against one key token takes, beside others of the same head.
+
+        In multiply-adds of 8 bits. The residual form has none of 8 bits: at heads of 64 and 8,192 tokens one
+        of its own takes as long as three (33.0% and 22.5% of dense, docs/measured/2026-11-27-scorer.md).
+        """
+        return self.dims_per_token * (3.0 if self.shape.is_residual else 1.0)
+
     def encode_queries(self, q: torch.Tensor, q_plain: torch.Tensor) -> torch.Tensor:
         """Return [B, Hq, T, features] from rotated and unrotated queries [B, Hq, T, D]."""
         maps = self.scaled_query_map().to(q.dtype)

@@ -52,6 +52,12 @@ POCKET_SIZE = DemoSize(
     fault_past_tokens=1024,
     attention="best",
     max_rollout_s=420.0,
+    policy_changes={
+        # A wider bound is proven in half as many sessions, and a session of 8,192 tokens takes three seconds here.
+        "spec.guardrails.items.0.bound": {"excess_over_floor": 0.20, "floor_cap": 0.20},
+        "spec.stages.2.rung": "medium",
+        "spec.stages.3.rung": "bold",
+    },
 )
 
 # Models of some hundred million parameters: a forward pass over 8k tokens takes 4 s on two cores with

@@ -209,14 +209,10 @@ def choose_scorer(
             forms.append(BlockScorer(replace(one.shape, query_pool=1), scorer.scale).eval())
             _start_low_rank(forms[-1], train)
         tried += [(form, find_at(form, held_out)) for form in forms]
-    best = max(found.need_found for _, found in tried)
-    least = max(best * (1 - options.lost_need), found_untrained.need_found)
+    tried.append((untrained, found_untrained))
+    least = (1 - options.lost_need) * max(found.need_found for _, found in tried)
     enough = [pair for pair in tried if pair[1].need_found >= least]
-    chosen, found = min(
-        enough,
-        key=lambda pair: (pair[0].dims_per_token, -pair[1].need_found),
-        default=(untrained, found_untrained),
-    )
+    chosen, found = min(enough, key=lambda pair: (pair[0].cost_per_pair, -pair[1].need_found))
     kl_held_out = mean_divergence(partial(divergence, chosen), held_out)
     return ChosenScorer(chosen, kl_untrained, kl_held_out, found, found_untrained)
 

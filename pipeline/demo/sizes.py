@@ -53,7 +53,7 @@ POCKET_SIZE = DemoSize(
     attention="best",
     max_rollout_s=420.0,
     policy_changes={
-        # A wider bound is proven in half as many sessions, and a session of 8,192 tokens takes three seconds here.
+        # A wider bound is proven in half as many sessions; one of 8,192 tokens takes three seconds with its audit.
         "spec.guardrails.items.0.bound": {"excess_over_floor": 0.20, "floor_cap": 0.20},
         "spec.stages.2.rung": "medium",
         "spec.stages.3.rung": "bold",

@@ -218,12 +218,8 @@ def choose_scorer(
 
 
 def _ranks(shape: ScorerShape) -> list[int]:
-    """Return the ranks to try: the given one, its half and its quarter, but none below 16."""
-    if shape.is_residual:
-        return [shape.rank]
-    return [
-        rank for rank in (shape.rank, shape.rank // 2, shape.rank // 4) if rank == shape.rank or rank >= 16
-    ]
+    """Return the ranks to try: the given one, and each multiple of 16 below it (what byte scores round up to)."""
+    return [shape.rank] if shape.is_residual else [shape.rank, *range(16, shape.rank, 16)]
 
 
 def _halvings(size: int) -> list[int]:

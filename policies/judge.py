@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sentei.policies.evidence import Split, log_threshold
+from sentei.policies.evidence import GROSS, Split, events_to_notice, hits_to_notice, log_threshold
 from sentei.policies.intake import own_mean, own_move, own_range
 from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
@@ -47,13 +47,14 @@ class GuardrailReport:
     action: str  # what a proven breach does
     need: str  # "all_safe" or "no_harm": what this stage asks of it before it advances
     is_required: bool  # whether this stage asks anything of it
+    lacking: int = 0  # units of sparse before which no_harm of what was served says nothing
 
     @property
     def can_advance(self) -> bool:
         """Whether this guardrail lets the stage end; unseen never does."""
         if not self.is_required or self.verdict is Verdict.SAFE:
             return True
-        return self.need == "no_harm" and self.verdict is Verdict.UNDECIDED
+        return self.need == "no_harm" and self.verdict is Verdict.UNDECIDED and self.lacking == 0
 
 
 def own_bound(policy: Policy, guardrail: Guardrail) -> float:
@@ -89,6 +90,11 @@ def judge(policy: Policy, guardrail: Guardrail, cell: Cell | None, view: View) -
         verdict, why = Verdict.STALE, "no news, so the past does not count"
     bound = own_bound(policy, guardrail)
     units = _num_units(cell, view.need)
+    lacking = 0
+    if verdict is Verdict.UNDECIDED and view.need == "no_harm":
+        least = least_served(policy, guardrail, view.share, view.try_number)
+        lacking = max(0, least - _num_candidates(cell))
+        why += f"; {least - lacking} of the {least} sparse units in which gross harm shows" if lacking else ""
     return GuardrailReport(
         id=guardrail.id,
         slice_id=view.slice_id,
@@ -109,13 +115,36 @@ def judge(policy: Policy, guardrail: Guardrail, cell: Cell | None, view: View) -
         action=guardrail.action,
         need=view.need,
         is_required=guardrail.metric.family == "quality" or view.share > 0,
+        lacking=lacking,
     )
+
+
+def least_served(policy: Policy, guardrail: Guardrail, share: float, try_number: int = 1) -> int:
+    """How many units of sparse a stage must see before `no_harm` of a served value lets it end (F10).
+
+    0 for quality, whose `min_units` the loader holds to a floor of its own, and where nobody is served.
+    """
+    if guardrail.metric.family != "operational" or share == 0 or guardrail.bound is None:
+        return 0
+    alpha = harm_alpha(policy, guardrail, try_number)
+    failing = policy.spec.breaker.variant.failure_share
+    if guardrail.bound.ratio is not None:
+        return events_to_notice(guardrail.bound.ratio, share, alpha, failing)
+    bound = guardrail.bound.max or 0.0
+    gross = max(GROSS * bound, failing if guardrail.value == "serve.failed" else 0.0)
+    return hits_to_notice(bound, min(gross, 0.99), alpha)
 
 
 def is_benefit_disproved(policy: Policy, cell: Cell | None) -> bool:
     """Whether the wanted gain is proven absent in this slice (it stops the ramp, it never rolls back)."""
     alpha = policy.spec.guardrails.alpha_total / len(policy.routed_slices)
     return cell is not None and cell.harm.log_e_max >= log_threshold(alpha)
+
+
+def _num_candidates(cell: Cell | None) -> int:
+    if cell is None:
+        return 0
+    return cell.candidate_units if isinstance(cell.harm, Split) else cell.units
 
 
 def _num_units(cell: Cell | None, need: str) -> int:

@@ -76,6 +76,7 @@ class View:
     try_number: int = 1
     is_stale: bool = False
     recent_from: int = 0  # the oldest part of the window in which missing audits count
+    is_left: bool = False  # the stage leaves its proof to a later one, in so many words
 
 
 def judge(policy: Policy, guardrail: Guardrail, cell: Cell | None, view: View) -> GuardrailReport:
@@ -91,7 +92,7 @@ def judge(policy: Policy, guardrail: Guardrail, cell: Cell | None, view: View) -
     bound = own_bound(policy, guardrail)
     units = _num_units(cell, view.need)
     lacking = 0
-    if verdict is Verdict.UNDECIDED and view.need == "no_harm":
+    if verdict is Verdict.UNDECIDED and view.need == "no_harm" and not view.is_left:
         least = least_served(policy, guardrail, view.share, view.try_number)
         lacking = max(0, least - _num_candidates(cell))
         why += f"; {least - lacking} of the {least} sparse units in which gross harm shows" if lacking else ""

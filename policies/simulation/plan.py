@@ -190,7 +190,9 @@ def _gate(policy: Policy, item: Guardrail | Benefit) -> Gate:
         is_over_all=item.per == "all",
         action=item.action,
         least=tuple(
-            least_served(policy, item, stage.share) if policy.need(stage, item) == "no_harm" else 0
+            least_served(policy, item, stage.share)
+            if stage.need is None and policy.need(stage, item) == "no_harm"
+            else 0
             for stage in policy.spec.stages
         ),
     )

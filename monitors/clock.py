@@ -1,8 +1,8 @@
 """Time that does not step, and that all processes of one machine share, also across their restarts.
 
-Wall clocks step. A monotonic clock does not, but what it counts from is the start of the machine. So the first
-process that opens a store on a machine writes down at which epoch second that machine's monotonic clock was 0,
-and every later one, until the machine starts again, reads it there (`Store.clock`).
+Wall clocks step. A monotonic clock does not, but what it counts from is the start of the machine. So the
+first process that opens a store on a machine writes down at which epoch second that machine's monotonic clock
+was 0, and every later one, until the machine starts again, reads it there (`Store.clock`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SteadyClock:
 
 
 def machine_id() -> str:
-    """Return a name of this start of this machine: who has the same shares one monotonic clock; "" if unknown.
+    """Return a name of this start of this machine: who has it shares one monotonic clock; "" if unknown.
 
     A time namespace shifts the monotonic clock of those within, so it is part of the name.
     """

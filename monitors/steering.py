@@ -63,7 +63,7 @@ class Steering(Database):
         monotonic: Callable[[], float] = time.monotonic,
         machine: str | None = None,
     ) -> SteadyClock:
-        """Return the clock that all processes of this machine share on this store, whatever its wall clock does.
+        """Return the clock that all processes of this machine share on this store.
 
         On a machine that the store does not know yet, or that was started again, it begins with the wall
         clock, but not before the newest event. From then on records are held against it, too.

@@ -246,7 +246,8 @@ class RolloutRunner:
         if former not in (None, machine) and state.phase == Phase.RUNNING:
             seen_s = self._store.read_renewed_at(self.rollout.rollout_id) or state.stage_entered_s
             gap_s = max(0.0, now_s - max(seen_s, state.stage_entered_s))
-            text = f"taken up by another machine: {format_duration(round(gap_s))} unwatched are no time of a hold"
+            gap = format_duration(round(gap_s))
+            text = f"taken up by another machine: {gap} unwatched are no time of a hold"
             state = replace(state, stage_entered_s=state.stage_entered_s + gap_s)
             self._write(state, TAKE_UP, {"reason": text, "actions": []}, token=token, now_s=now_s)
         if former != machine:

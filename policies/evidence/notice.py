@@ -1,9 +1,9 @@
 """How many units `no_harm` must have seen of what was served, before silence of its evidence says anything.
 
-Served values cannot be asked for proof in a healthy service, and twice their bound shows late: at 5 % it takes
-a fast stage twice as many sessions as all else. So what must have had the time to show is *gross* harm, in
-95 % of the candidates that do it: GROSS times the bound, and of failures what the breaker calls failing, of
-which a ratio is told while dense does not fail at all.
+Served values cannot be asked for proof in a healthy service, and twice their bound shows late: at 5 % it
+takes a fast stage twice as many sessions as all else. So what must have had the time to show is *gross* harm,
+in 95 % of the candidates that do it: GROSS times the bound, and of failures what the breaker calls failing,
+of which a ratio is told while dense does not fail at all.
 """
 
 from __future__ import annotations

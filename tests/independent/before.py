@@ -31,7 +31,9 @@ AS_THE_ISSUE_STATES_IT = {
 
 def main() -> None:
     """Count, and keep what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", default="")
     options = parser.parse_args()
     root = Path(__file__).resolve().parents[2]
@@ -41,7 +43,9 @@ def main() -> None:
         try:
             command = [sys.executable, "-m", "tests.independent.table", "--json", "--rows", options.rows]
             environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
-            out = subprocess.run(command, cwd=root, env=environment, check=True, stdout=subprocess.PIPE).stdout
+            out = subprocess.run(
+                command, cwd=root, env=environment, check=True, stdout=subprocess.PIPE
+            ).stdout
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=root, check=True)
     known = json.loads(BEFORE.read_text(encoding="utf-8")) if BEFORE.is_file() else {}

@@ -1,4 +1,4 @@
-"""What is under judgement: `decide`, the store, the runner and the adapter's loader, as they are or as they were.
+"""What is under judgement: `decide`, store, runner and the adapter's loader, as they are or as they were.
 
 Everything else in this folder is written anew and knows nothing of ours. The same rows run on an older
 checkout (`before.py`), whose modules have other names and whose records have fewer fields.

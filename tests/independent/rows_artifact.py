@@ -24,10 +24,14 @@ def rows() -> tuple[Row, ...]:
     """All that a folder can show."""
     return (
         Row(
-            "A6", "ladder or weights of an adapter changed, in five ways: loaded without a word", "never", _swaps, 50,
+            "A6",
+            "ladder or weights of an adapter changed, in five ways: loaded without a word",
+            "never",
+            _swaps,
+            50,
             key="folder",
         ),
-    )  # fmt: skip
+    )
 
 
 def _ladder_of_another(folder: Path, rng: np.random.Generator) -> None:
@@ -44,7 +48,10 @@ def _change_thresholds(folder: Path, change: Callable[[float], float]) -> None:
 
     def walk(node: Any, key: str = "") -> Any:
         if isinstance(node, dict):
-            return {name: walk(value, "thresholds" if key == "thresholds" else name) for name, value in node.items()}
+            return {
+                name: walk(value, "thresholds" if key == "thresholds" else name)
+                for name, value in node.items()
+            }
         if isinstance(node, list):
             return [walk(value, key) for value in node]
         is_number = isinstance(node, float) and key == "thresholds"

@@ -28,18 +28,28 @@ def rows() -> tuple[Row, ...]:
     """All that a rule can show."""
     return (
         Row(
-            "A4", "failures twice the bounded ratio from the second stage on, answers of 20 min: promoted",
-            "at most 5%", _late_answers, 100,
+            "A4",
+            "failures twice the bounded ratio from the second stage on, answers of 20 min: promoted",
+            "at most 5%",
+            _late_answers,
+            100,
         ),
         Row(
-            "A6", "promoted, then the replicas run another artifact: sparse serves on after the next tick",
-            "never", _another_artifact, 40, key="swapped",
+            "A6",
+            "promoted, then the replicas run another artifact: sparse serves on after the next tick",
+            "never",
+            _another_artifact,
+            40,
+            key="swapped",
         ),
         Row(
-            "B11", "one crash loses 15 to 60 audits, all are scored from then on: still in error after two hours",
-            "never", _crash, 40,
+            "B11",
+            "one crash loses 15 to 60 audits, all are scored from then on: still in error after two hours",
+            "never",
+            _crash,
+            40,
         ),
-    )  # fmt: skip
+    )
 
 
 def _late_answers(trials: int, progress: Progress) -> Count:
@@ -126,9 +136,7 @@ def _another_artifact(trials: int, progress: Progress) -> Count:
         own = hashlib.sha256(rng.bytes(8)).hexdigest()
         state, now_s, seq = _proven(policy, rng, own)
         other = hashlib.sha256(rng.bytes(8)).hexdigest()
-        told = tell(
-            signals.Signals, cursor=seq + 1, newest_data_at_s=now_s + TICK_S, artifact=other
-        )
+        told = tell(signals.Signals, cursor=seq + 1, newest_data_at_s=now_s + TICK_S, artifact=other)
         after = engine.decide(policy, state, told, now_s + TICK_S).state
         return bool(engine.routing(policy, after).routes[1].share > 0)
 
@@ -146,7 +154,14 @@ def _crash(trials: int, progress: Progress) -> Count:
             is_first = tick == 0
             chosen = lost + 3 if is_first else int(rng.poisson(1))
             units = tuple(
-                _audit(seq + i + 1, now_s, state, policy, rng, "auditor_stopped" if is_first and i < lost else None)
+                _audit(
+                    seq + i + 1,
+                    now_s,
+                    state,
+                    policy,
+                    rng,
+                    "auditor_stopped" if is_first and i < lost else None,
+                )
                 for i in range(chosen)
             )
             seq += chosen

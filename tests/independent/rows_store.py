@@ -1,4 +1,4 @@
-"""A7, A8, B9, B12 and B14: what the real store and runner make of records; who writes them is invented here."""
+"""A7, A8, B9, B12 and B14: what store and runner make of records; who writes them is invented here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from tests.independent.counting import Count, Progress, Row, count
-from tests.independent.product import IS_NOW, event_log, records, runner, store_class, tell
+from tests.independent.product import IS_NOW, records, runner, store_class, tell
 
 START_S = 1_790_000_000.0  # in the past of any machine that runs this
 GRACE_S, AFTER_S = 300.0, 900.0
@@ -56,27 +56,52 @@ def rows() -> tuple[Row, ...]:
     """All that a store can show."""
     return (
         Row(
-            "A7", "one request stamped 1 min to 30 days ahead, then nothing: sparse serves on after `no_data.after`",
-            "never", _from_the_future, 30, key="future",
+            "A7",
+            "one request 1 min to 30 days ahead, then nothing: sparse serves after `no_data.after`",
+            "never",
+            _from_the_future,
+            30,
+            key="future",
         ),
         Row(
-            "A7", "clocks that step up to 2 days, processes that restart: a hold is short, or silence rolls back late",
-            "never", _stepping, 40, key="steps",
+            "A7",
+            "clocks step up to 2 days, processes restart: a hold is short, or silence falls late",
+            "never",
+            _stepping,
+            20,
+            key="steps",
         ),
-        Row("A8", "a new rollout over a promoted one is taken without a question", "never", _over, 10, key="over"),
+        Row(
+            "A8",
+            "a new rollout over a promoted one is taken without a question",
+            "never",
+            _over,
+            10,
+            key="over",
+        ),
         Row("A8", "two starts at once, and both are told that they won", "never", _two_starts, 20, key="two"),
         Row(
-            "B9", "promoted, then no audit is scored: neither alert nor fall by `no_data.after`",
-            "never", _auditor_dies, 20,
+            "B9",
+            "promoted, then no audit is scored: neither alert nor fall by `no_data.after`",
+            "never",
+            _auditor_dies,
+            20,
         ),
         Row(
-            "B12", "dense 20 s, sparse 10 s, 10 sessions a second, four minutes: frozen by the sample ratio",
-            "alpha 0.1%", _faster, 30,
+            "B12",
+            "dense 20 s, sparse 10 s, 10 sessions a second, four minutes: frozen by the sample ratio",
+            "alpha 0.1%",
+            _faster,
+            20,
         ),
         Row(
-            "B14", "5 to 40 good requests, then 40 bad ones of one client in 40 s: rolled back", "never", _one_client, 20,
+            "B14",
+            "5 to 40 good requests, then 40 bad ones of one client in 40 s: rolled back",
+            "never",
+            _one_client,
+            20,
         ),
-    )  # fmt: skip
+    )
 
 
 class Story:
@@ -322,7 +347,9 @@ def _freezes(seed: int, *, per_s: float, dense_s: float, sparse_s: float, last_s
     """Sessions go where a fair hash sends them; records come when answers end, sparse ones sooner."""
     rng = np.random.default_rng((seed, 12))
     tables: Any = __import__("sentei.monitors.tables", fromlist=["REQUESTS"])
-    stages = "\n    - {id: one, share: 50%, rung: mild, hold_min: 1h}\n    - {id: two, share: 95%, rung: mild}"
+    stages = (
+        "\n    - {id: one, share: 50%, rung: mild, hold_min: 1h}\n    - {id: two, share: 95%, rung: mild}"
+    )
     with on_store(WITH_RATIO, stages) as story:
         ends: list[tuple[float, str, str]] = []
         next_s, number = rng.exponential(1 / per_s), 0
@@ -344,9 +371,12 @@ def _freezes(seed: int, *, per_s: float, dense_s: float, sparse_s: float, last_s
                 end_s, name, arm = heapq.heappop(ends)
                 record = asdict(
                     make_request(
-                        request_id=name, session_id=name, at_s=START_S + end_s,
-                        variant_assigned=arm, variant_served=arm,
-                    )  # fmt: skip
+                        request_id=name,
+                        session_id=name,
+                        at_s=START_S + end_s,
+                        variant_assigned=arm,
+                        variant_served=arm,
+                    )
                 )
                 record.pop("attention", None)
                 rows.setdefault(tables.REQUESTS, []).append(record | {"is_arrival": True, "is_unit": True})

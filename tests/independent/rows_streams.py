@@ -12,7 +12,18 @@ import numpy as np
 from tests.independent import streams
 from tests.independent.counting import Count, Progress, Row, count
 from tests.independent.product import IS_NOW, load_policy
-from tests.independent.streams import BOUND, FEW, HEALTHY, NO_BAKE, POLICY, Request, World, fell, play, promoted
+from tests.independent.streams import (
+    BOUND,
+    FEW,
+    HEALTHY,
+    NO_BAKE,
+    POLICY,
+    Request,
+    World,
+    fell,
+    play,
+    promoted,
+)
 
 LONG_TOKENS = 24_576
 AT_MOST_5, AT_MOST_10 = "at most 5%", "at most 10%"
@@ -24,67 +35,110 @@ def rows() -> tuple[Row, ...]:
     turning = partial(_after_shadow, 2.0), partial(_after_shadow, 1.5)
     return (
         Row(
-            "A1", "growing conversations, all harm beyond 24k tokens, twice the bound on average: promoted",
-            AT_MOST_5, _of(lambda: World(streams.conversations, _long_only, 8.0, promoted)), 100, key="promoted",
-        ),
-        Row(
-            "A1", "requests beyond 24k tokens among the audited (of all requests: see the note)",
-            "as of all requests", _audited_beyond, 1, key="audited",
-        ),
-        Row(
-            "A2", "60 returning users at twice the bound: promoted",
-            AT_MOST_5, _of(lambda: World(streams.regulars, lambda *_: 2 * BOUND, 12.0, promoted)), 100,
+            "A1",
+            "growing conversations, all harm beyond 24k tokens, twice the bound on average: promoted",
+            AT_MOST_5,
+            _of(lambda: World(streams.conversations, _long_only, 8.0, promoted)),
+            100,
             key="promoted",
         ),
         Row(
-            "A2", "150 returning users, four times the bound once promoted: not back within 100 units",
-            AT_MOST_5, _of(_watch), 60, key="watch",
+            "A1",
+            "requests beyond 24k tokens among the audited (of all requests: see the note)",
+            "as of all requests",
+            _audited_beyond,
+            1,
+            key="audited",
         ),
         Row(
-            "A3", "healthy in shadow, twice the bound from then on, no bake: promoted",
-            AT_MOST_5, _of(lambda: World(streams.strangers, turning[0], 8.0, promoted, policy=NO_BAKE)), 100,
+            "A2",
+            "60 returning users at twice the bound: promoted",
+            AT_MOST_5,
+            _of(lambda: World(streams.regulars, lambda *_: 2 * BOUND, 12.0, promoted)),
+            100,
+            key="promoted",
+        ),
+        Row(
+            "A2",
+            "150 returning users, four times the bound once promoted: not back within 100 units",
+            AT_MOST_5,
+            _of(_watch),
+            60,
+            key="watch",
+        ),
+        Row(
+            "A3",
+            "healthy in shadow, twice the bound from then on, no bake: promoted",
+            AT_MOST_5,
+            _of(lambda: World(streams.strangers, turning[0], 8.0, promoted, policy=NO_BAKE)),
+            100,
             key="regime",
         ),
         Row(
-            "A3", "healthy in shadow, 1.5 times the bound from then on, no bake: promoted",
-            AT_MOST_5, _of(lambda: World(streams.strangers, turning[1], 8.0, promoted, policy=NO_BAKE)), 100,
+            "A3",
+            "healthy in shadow, 1.5 times the bound from then on, no bake: promoted",
+            AT_MOST_5,
+            _of(lambda: World(streams.strangers, turning[1], 8.0, promoted, policy=NO_BAKE)),
+            100,
             key="regime15",
         ),
         Row(
-            "A3", "harm only in what sparse served, twice the bound, last stage 10%: promoted",
-            AT_MOST_5, _of(lambda: World(streams.strangers, _served_only, 8.0, promoted, policy=FEW)), 100,
+            "A3",
+            "harm only in what sparse served, twice the bound, last stage 10%: promoted",
+            AT_MOST_5,
+            _of(lambda: World(streams.strangers, _served_only, 8.0, promoted, policy=FEW)),
+            100,
             key="served",
         ),
         Row(
-            "A3", "at the bound everywhere: promoted",
-            AT_MOST_5, _of(lambda: World(streams.strangers, lambda *_: BOUND, 8.0, promoted)), 100, key="bound",
+            "A3",
+            "at the bound everywhere: promoted",
+            AT_MOST_5,
+            _of(lambda: World(streams.strangers, lambda *_: BOUND, 8.0, promoted)),
+            100,
+            key="bound",
         ),
         Row(
-            "A5", "ten tries at the bound, answers that disagree wholly or not at all: promoted in one of them",
-            AT_MOST_5, _of(_ten_tries), 60, key="tries",
+            "A5",
+            "ten tries at the bound, answers disagree wholly or not at all: promoted in one",
+            AT_MOST_5,
+            _of(_ten_tries),
+            60,
+            key="tries",
         ),
         Row(
-            "A5", "`no_harm` with the least `min_units` that is accepted, twice the bound: promoted",
-            AT_MOST_5, _no_harm, 60, key="no_harm",
+            "A5",
+            "`no_harm` with the least `min_units` that is accepted, twice the bound: promoted",
+            AT_MOST_5,
+            _no_harm,
+            60,
+            key="no_harm",
         ),
         Row(
-            "H", "half the bound, persistence, day and night, 24 h: rolled back",
+            "H",
+            "half the bound, persistence, day and night, 24 h: rolled back",
             AT_MOST_10,
-            _of(lambda: World(streams.moody, lambda *_: HEALTHY, 24.0, fell, is_followed=True)), 80, key="moody",
+            _of(lambda: World(streams.moody, lambda *_: HEALTHY, 24.0, fell, is_followed=True)),
+            80,
+            key="moody",
         ),
         Row(
-            "H", "half the bound, 60 returning users, 24 h: rolled back",
+            "H",
+            "half the bound, 60 returning users, 24 h: rolled back",
             AT_MOST_10,
-            _of(lambda: World(streams.regulars, lambda *_: HEALTHY, 24.0, fell, is_followed=True)), 80,
+            _of(lambda: World(streams.regulars, lambda *_: HEALTHY, 24.0, fell, is_followed=True)),
+            80,
             key="returning",
         ),
         Row(
-            "H", "half the bound, strangers: not promoted within 8 h",
+            "H",
+            "half the bound, strangers: not promoted within 8 h",
             AT_MOST_10,
-            _of(lambda: World(streams.strangers, lambda *_: HEALTHY, 8.0, lambda state: not promoted(state))), 40,
+            _of(lambda: World(streams.strangers, lambda *_: HEALTHY, 8.0, lambda state: not promoted(state))),
+            40,
             key="arrives",
         ),
-    )  # fmt: skip
+    )
 
 
 def _of(make: Callable[[], World]) -> Callable[[int, Progress], Count]:
@@ -127,9 +181,7 @@ def _watch() -> World:
 
 
 def _ten_tries() -> World:
-    return World(
-        streams.strangers, lambda *_: BOUND, 2.0, promoted, policy=FEW, is_whole=True, tries=10
-    )  # fmt: skip
+    return World(streams.strangers, lambda *_: BOUND, 2.0, promoted, policy=FEW, is_whole=True, tries=10)
 
 
 def _no_harm(trials: int, progress: Progress) -> Count:

@@ -3,7 +3,7 @@
     python -m tests.independent.table                    # all that needs no running app; prints progress
     python -m tests.independent.table --rows A1,B9       # some of it
     python -m tests.independent.table --live             # B10 and B13: the app itself, alone on the machine
-    python -m tests.independent.before                   # the same rows on the code of before, kept beside this
+    python -m tests.independent.before                   # the same rows on the code of before, kept here
 
 Rows are counted by code that is written anew in this folder, from streams that know nothing of
 `policies/simulation`; only what is under judgement is the product's (`product.py`). Intervals are Clopper and
@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.independent import rows_artifact, rows_rules, rows_store, rows_streams
+from tests.independent import rows_artifact, rows_live, rows_rules, rows_store, rows_streams
 from tests.independent.counting import Count, Row, chosen
 
 BEFORE = Path(__file__).with_name("before.json")
@@ -30,7 +30,8 @@ SHOW_S = 10.0  # between two lines of progress
 
 def all_rows() -> tuple[Row, ...]:
     """Every line of the table, in the order of the issue."""
-    found = (*rows_streams.rows(), *rows_rules.rows(), *rows_artifact.rows(), *rows_store.rows())
+    parts = (rows_streams, rows_rules, rows_artifact, rows_store, rows_live)
+    found = [row for part in parts for row in part.rows()]
     return tuple(sorted(found, key=lambda row: (row.id[0], int(row.id[1:] or 0))))
 
 
@@ -49,7 +50,9 @@ def measure(row: Row, trials: int) -> Count:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", default="", help="such as A1,B9: points of the issue, or names of rows")
     parser.add_argument("--trials", type=int, help="at most so many of each; default: as the row says")
     parser.add_argument("--live", action="store_true", help="the rows of the running app instead")
@@ -61,14 +64,21 @@ def main() -> None:
     if not options.json:
         cores = os.cpu_count()
         print(f"<!-- {platform.machine()}, {cores} cores, Python {platform.python_version()} -->")
-        print("| | what must not happen | before | now | exact 95% | asked |\n|---|---|---|---|---|---|", flush=True)
+        print(
+            "| | what must not happen | before | now | exact 95% | asked |\n|---|---|---|---|---|---|",
+            flush=True,
+        )
     for row in chosen(all_rows(), options.rows, live=options.live):
         trials = row.trials if options.trials is None else min(options.trials, row.trials)
         row_s = time.process_time()
         found = measure(row, trials)
         low, high = found.limits
         counts[row.name] = {"hits": found.hits, "trials": found.trials, "note": found.note}
-        print(f"{row.name}: {found} in {time.process_time() - row_s:.0f} s of one core", file=sys.stderr, flush=True)
+        print(
+            f"{row.name}: {found} in {time.process_time() - row_s:.0f} s of one core",
+            file=sys.stderr,
+            flush=True,
+        )
         if not options.json:
             was = before.get(row.name, "")
             print(

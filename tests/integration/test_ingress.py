@@ -468,7 +468,7 @@ async def test_other_artifact_than_the_proven_one_gets_nobody() -> None:
 @pytest.mark.parametrize("failure", [EngineBusyError("full"), EngineRefusedError("never fits")])
 @pytest.mark.parametrize("share", [0.0, 1.0])
 async def test_audit_of_a_request_that_was_turned_away_is_none(failure: Exception, share: float) -> None:
-    """Who got a 429 or a refusal got no answer to judge: nothing is missing, and nothing waits for a score."""
+    """Who got a 429 or a refusal got no answer to judge: nothing is missing, and nothing waits."""
     variants = {name: FakeVariant(name, fail_after=0, failure=failure) for name in ("dense", "sparse")}
     world = World(**variants, store=FakeStore(routing=(make_table(share=share, audit_share=1.0), 1)))
     if share and isinstance(failure, EngineRefusedError):

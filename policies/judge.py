@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sentei.policies.evidence import Betting, Split, log_threshold
+from sentei.policies.evidence import GROSS, Betting, Split, events_to_notice, hits_to_notice, log_threshold
 from sentei.policies.intake import own_mean, own_move, own_range
 from sentei.policies.schema.budget import harm_alpha, no_gain_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
@@ -51,6 +51,7 @@ class GuardrailReport:
     action: str  # what a proven breach does
     need: str  # "all_safe" or "no_harm", of a benefit "proven" or "not_disproved": what this stage asks of it
     is_required: bool  # whether this stage asks anything of it
+    lacking: int = 0  # units of sparse before which no_harm of what was served says nothing
 
     @property
     def can_advance(self) -> bool:
@@ -59,7 +60,7 @@ class GuardrailReport:
             return True
         if self.need == "not_disproved":
             return self.verdict is not Verdict.NO_GAIN
-        return self.need == "no_harm" and self.verdict is Verdict.UNDECIDED
+        return self.need == "no_harm" and self.verdict is Verdict.UNDECIDED and self.lacking == 0
 
 
 def own_bound(policy: Policy, guardrail: Guardrail) -> float:
@@ -81,6 +82,7 @@ class View:
     try_number: int = 1
     is_stale: bool = False
     recent_from: int = 0  # the oldest part of the window in which missing audits count
+    is_left: bool = False  # the stage leaves its proof to a later one, in so many words
 
 
 def judge(policy: Policy, guardrail: Guardrail, cell: Cell | None, view: View) -> GuardrailReport:
@@ -95,6 +97,11 @@ def judge(policy: Policy, guardrail: Guardrail, cell: Cell | None, view: View) -
         verdict, why = Verdict.STALE, "no news, so the past does not count"
     bound = own_bound(policy, guardrail)
     units = _num_units(cell, view.need)
+    lacking = 0
+    if verdict is Verdict.UNDECIDED and view.need == "no_harm" and not view.is_left:
+        least = least_served(policy, guardrail, view.share, view.try_number)
+        lacking = max(0, least - _num_candidates(cell))
+        why += f"; {least - lacking} of the {least} sparse units in which gross harm shows" if lacking else ""
     return GuardrailReport(
         id=guardrail.id,
         slice_id=view.slice_id,
@@ -115,6 +122,7 @@ def judge(policy: Policy, guardrail: Guardrail, cell: Cell | None, view: View) -
         action=guardrail.action,
         need=view.need,
         is_required=guardrail.metric.family == "quality" or view.share > 0,
+        lacking=lacking,
     )
 
 
@@ -198,6 +206,28 @@ def _explain_gain(
     left = [side.units_left(limit) for side, limit in sides if isinstance(side, Betting)]
     needed = min((units for units in left if units is not None), default=None)
     return text if needed is None else f"{text}; about {needed} more sessions like these decide"
+
+
+def least_served(policy: Policy, guardrail: Guardrail, share: float, try_number: int = 1) -> int:
+    """How many units of sparse a stage must see before `no_harm` of a served value lets it end (F10).
+
+    0 for quality, whose `min_units` the loader holds to a floor of its own, and where nobody is served.
+    """
+    if guardrail.metric.family != "operational" or share == 0 or guardrail.bound is None:
+        return 0
+    alpha = harm_alpha(policy, guardrail, try_number)
+    failing = policy.spec.breaker.variant.failure_share
+    if guardrail.bound.ratio is not None:
+        return events_to_notice(guardrail.bound.ratio, share, alpha, failing)
+    bound = guardrail.bound.max or 0.0
+    gross = max(GROSS * bound, failing if guardrail.value == "serve.failed" else 0.0)
+    return hits_to_notice(bound, min(gross, 0.99), alpha)
+
+
+def _num_candidates(cell: Cell | None) -> int:
+    if cell is None:
+        return 0
+    return cell.candidate_units if isinstance(cell.harm, Split) else cell.units
 
 
 def _num_units(cell: Cell | None, need: str) -> int:

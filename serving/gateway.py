@@ -14,13 +14,13 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
 
+from sentei.monitors.clock import SteadyClock
 from sentei.monitors.errors import MonitorError
 from sentei.monitors.records import ARTIFACT, Arrival, AuditStatus, Missing, Outcome, RequestRecord
 from sentei.policies.signals import RoutingTable
 from sentei.serving.admission import PromptDesk
 from sentei.serving.answer import Answerer, Delta, Progress, Question
 from sentei.serving.choices import read_calls
-from sentei.serving.clock import SteadyClock
 from sentei.serving.draw import AuditBudget, AuditDraws, draw_audit
 from sentei.serving.engine.attention_use import to_json
 from sentei.serving.errors import RequestError, ServingError
@@ -61,6 +61,7 @@ class Gateway:
         user_key: bytes | None = None,
         created_s: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        now_s: Callable[[], float] | None = None,
     ) -> None:
         self.variants = variants
         self.tokenizer = tokenizer
@@ -76,7 +77,7 @@ class Gateway:
         self._user_key = user_key or secrets.token_bytes(32)
         self._desk = desk
         self._clock = clock
-        self._now_s = SteadyClock()
+        self.now_s = now_s or SteadyClock()  # of records: all processes of a machine should share it
         self._draws, self._budget = AuditDraws(), AuditBudget(wait_s=limits.audit_wait_s)
         self._answerer = Answerer(variants, limits, Breaker())
         self._seen, self._seen_ids = SeenUnits(), SeenUnits()
@@ -184,6 +185,8 @@ class Gateway:
     def begin(self, questions: Sequence[Question]) -> list[tuple[Progress, AsyncGenerator[Delta, None]]]:
         """Start answers; raises RequestError when too many run. Each one's record is written when it ends."""
         if self._in_flight + len(questions) > self.limits.max_concurrent:
+            for _ in filter(_is_audited, questions):
+                self._budget.give_back()
             raise RequestError(
                 f"{self._in_flight} requests are in flight (limit {self.limits.max_concurrent}); retry later",
                 status=429,
@@ -226,6 +229,7 @@ class Gateway:
         except RequestError as error:
             # A request that nobody could answer says nothing of the variant that was asked.
             is_callers = error.status < 500 and error.status != 429
+            progress.is_turned_away = is_turned_away(error, progress)
             if progress.outcome is not Outcome.UNANSWERABLE:
                 progress.outcome = Outcome.REFUSED if is_callers else Outcome.FAILED
             progress.error = progress.error or error.message
@@ -240,7 +244,10 @@ class Gateway:
 
     def _write_down(self, question: Question, progress: Progress) -> None:
         total_ms = (time.monotonic() - progress.began_s) * 1e3
-        self.writer.put(_record(question, progress, at_s=self._now_s(), total_ms=total_ms))
+        if progress.is_turned_away and question.assignment.is_audited:
+            self._budget.give_back()
+            question = replace(question, assignment=replace(question.assignment, is_audited=False))
+        self.writer.put(_record(question, progress, at_s=self.now_s(), total_ms=total_ms))
         if not question.assignment.is_audited:
             return
         job = _audit_job(question, progress, self.limits.audit_max_tokens)
@@ -258,7 +265,7 @@ class Gateway:
             self._miss(job, refusal)
 
     def _miss(self, job: AuditJob, reason: Missing) -> None:
-        self.writer.put(job.score(AuditStatus.MISSING, self._now_s(), reason=reason.value))
+        self.writer.put(job.score(AuditStatus.MISSING, self.now_s(), reason=reason.value))
 
     def _request_id(self, wanted: str) -> str:
         """Keep the caller's (or the proxy's) request id if it is usable and new: records are kept by it."""
@@ -270,7 +277,7 @@ class Gateway:
         assigned = assign(self._obeyed(now_s), prompt_tokens=prompt_tokens, unit=unit)
         is_of_rollout = bool(assigned.rollout_id) and assigned.slice_id != NO_SLICE
         if is_of_rollout and self._seen.add((assigned.rollout_id, assigned.slice_id, unit)):
-            self.writer.put(_arrival(assigned, unit, at_s=self._now_s()))
+            self.writer.put(_arrival(assigned, unit, at_s=self.now_s()))
         return draw_audit(assigned, unit, draws=self._draws, budget=self._budget, now_s=now_s)
 
     def _obeyed(self, now_s: float) -> RoutingTable | None:
@@ -320,6 +327,23 @@ class Gateway:
             if is_known and name == DENSE:
                 return
             await asyncio.sleep(DESCRIBE_AGAIN_S if is_known else DESCRIBE_RETRY_S)
+
+
+def is_turned_away(error: RequestError, progress: Progress) -> bool:
+    """Whether a request got no answer for a reason that has nothing to do with what sparse answers.
+
+    It was refused, or there was no room for it, or dense cannot answer it either. Its audit is none that is
+    missing: there is no answer to judge. Where sparse failed first, one is missing.
+    """
+    if progress.ids:
+        return False
+    if progress.outcome is Outcome.UNANSWERABLE:
+        return True
+    return error.status < 500 and (progress.outcome is Outcome.OK or progress.failed_by == "busy")
+
+
+def _is_audited(question: Question) -> bool:
+    return question.assignment.is_audited
 
 
 def session_unit(

@@ -58,7 +58,8 @@ def in_freeze() -> Story:
     story.run_to("half")
     story.now_s += 20.0
     assert (
-        "freeze window" in story.tick(story.audits(40) + story.served(5), traffic=story.fair_traffic()).reason
+        "freeze window"
+        in story.tick(story.audits(40) + story.served(40), traffic=story.fair_traffic()).reason
     )
     return story
 

@@ -30,11 +30,13 @@ from sentei.policies.evidence.counts import (
     beta_binomial_boundary,
 )
 from sentei.policies.evidence.interval import INTERVAL_ALPHA, Interval
+from sentei.policies.evidence.notice import GROSS, events_to_notice, hits_to_notice
 from sentei.policies.evidence.watch import DETECTOR_BETS, Detector
 
 __all__ = [
     "BETTING_CUT",
     "DETECTOR_BETS",
+    "GROSS",
     "INTERVAL_ALPHA",
     "PAIRED_CUT",
     "RATIO_TILTS",
@@ -48,6 +50,8 @@ __all__ = [
     "Interval",
     "Split",
     "beta_binomial_boundary",
+    "events_to_notice",
+    "hits_to_notice",
     "log_threshold",
     "paired_bound",
     "paired_excess",

@@ -22,6 +22,7 @@ from sentei.policies.evidence import (
     units_to_prove,
 )
 from sentei.policies.intake import GAIN_CUT, RATIO_CAP, scaled_bound
+from sentei.policies.judge import least_served
 from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Benefit, Guardrail, Stage
@@ -193,7 +194,7 @@ def _need(policy: Policy, index: int, place: int, audits: dict[tuple[str, str], 
         asks_anything |= gate.per == "slice"
         is_proven = policy.need(stage, gate) == "all_safe"
         has_proof |= is_proven and family == "quality"
-        units = (clean_units(policy, gate) if is_proven else 1) or 1
+        units = (clean_units(policy, gate) if is_proven else _unharmed(policy, stage, gate)) or 1
         if family == "quality":
             quality = max(quality, units, spec.advance.min_units)
         elif family == "operational":
@@ -214,6 +215,17 @@ def _need(policy: Policy, index: int, place: int, audits: dict[tuple[str, str], 
         if units_needed > 0 and sessions is not None:
             sessions = max(sessions, math.ceil(units_needed / rate - 1e-9)) if rate > 0 else None
     return Need(item.id, quality, served, sessions if asks_anything else None)
+
+
+def _unharmed(policy: Policy, stage: Stage, gate: Guardrail) -> int:
+    """Clean units of sparse that end a stage which asks only for no harm: a proof is enough, too.
+
+    What is counted over all slices together says nothing of one of them.
+    """
+    if stage.need is not None or gate.per == "all":
+        return 1
+    least = least_served(policy, gate, stage.share)
+    return min(least, clean_units(policy, gate) or least)
 
 
 def _audited(policy: Policy, stage: Stage) -> float:

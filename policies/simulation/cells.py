@@ -34,6 +34,7 @@ class Findings:
     units: Ints  # of all that may have shown harm
     proof: Ints  # of those that may prove safety
     error: Bools  # too many audits are missing
+    candidates: Ints | None = None  # of what was served: units of sparse
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +183,7 @@ class CountCells:
         is_open = ~harm & (units > 0)
         safe = is_open & self._safe_hit[where]
         by_watch = self._watch.hit[where] & ~self._harm_hit[where]
-        return Findings(harm, by_watch, safe, is_open & ~safe, units, units, np.zeros_like(harm))
+        return Findings(harm, by_watch, safe, is_open & ~safe, units, units, np.zeros_like(harm), units)
 
     def clear(self, chosen: Bools) -> None:
         """Start afresh in the chosen cells."""
@@ -262,7 +263,7 @@ class ArmCells:
         harm = self._harm_hit & (candidate > 0) & (control > 0)
         safe = is_open & self._safe_hit
         none, units = np.zeros_like(harm), candidate + control
-        return Findings(harm, none, safe, is_open & ~safe, units, units, none)
+        return Findings(harm, none, safe, is_open & ~safe, units, units, none, candidate)
 
     def clear(self, chosen: Bools) -> None:
         """Start afresh in the chosen cells."""

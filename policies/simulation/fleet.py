@@ -311,7 +311,10 @@ class Fleet:
         is_routed = (self.plan.share[self.stage] > 0) & (not self.plan.is_advice)
         found_unsafe = np.zeros(self.phase.shape, dtype=np.bool_)
         for gate, found in zip(self.plan.gates, findings, strict=True):
-            can = found.safe | (found.undecided & ~self._wants_proof(gate)[:, None])
+            passes = found.undecided & ~self._wants_proof(gate)[:, None]
+            if found.candidates is not None and gate.least:
+                passes &= found.candidates >= np.array(gate.least)[self.stage][:, None]
+            can = found.safe | passes
             if is_stale:
                 can = np.zeros_like(can)
             active = np.ones_like(can) if gate.is_over_all else ~self.is_dense

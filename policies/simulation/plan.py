@@ -11,6 +11,7 @@ import numpy as np
 from sentei.policies.evidence import PAIRED_CUT, log_threshold
 from sentei.policies.evidence.base import BETTING_CUT, Bools, Floats, Ints
 from sentei.policies.intake import GAIN_CUT, RATIO_CAP, RECENT_PARTS, scaled_bound
+from sentei.policies.judge import least_served
 from sentei.policies.schema.budget import harm_alpha, no_gain_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Benefit, Guardrail, Stage
@@ -45,6 +46,7 @@ class Gate:
     watch_at: float  # log e-CUSUM that is an alarm
     is_over_all: bool
     action: str
+    least: tuple[int, ...] = ()  # by stage: units of sparse before which no_harm says nothing
 
     @property
     def harm_at(self) -> float:
@@ -190,6 +192,12 @@ def _gate(policy: Policy, item: Guardrail | Benefit) -> Gate:
         watch_at=log_threshold(1 / policy.spec.guardrails.detector_arl),
         is_over_all=item.per == "all",
         action=item.action,
+        least=tuple(
+            least_served(policy, item, stage.share)
+            if stage.need is None and policy.need(stage, item) == "no_harm"
+            else 0
+            for stage in policy.spec.stages
+        ),
     )
 
 

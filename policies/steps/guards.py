@@ -110,6 +110,7 @@ def _judge_one(tick: Tick, gate: Guardrail, slice_id: str) -> GuardrailReport:
         try_number=state.try_number,
         is_stale=tick.now_s - state.waiting_since_s > policy.spec.data.max_age,
         recent_from=recent_number(policy, tick.now_s) - RECENT_PARTS + 1,
+        is_left=stage.need is not None,
     )
     first = deciding_arm(policy, stage, need) if is_quality else ALL
     arms = (first, *({ALL, SERVED} - {first})) if is_quality else (first,)

@@ -294,6 +294,7 @@ def test_a_pinned_slice_leaves_with_its_evidence() -> None:
     routes = {route.slice_id: route.share for route in routing(story.policy, story.state).routes}
     assert routes == {"short": 0.0, "mid": 0.5, "long": 0.0}
     assert {cell.slice_id for cell in story.state.cells} == {"mid", "*"}
+    story.tick(story.served(20, slice_id="mid"))
     assert story.good_tick().state.stage_id == "full"
 
 

@@ -47,6 +47,7 @@ class DemoSize:
     threads: int = 1
     engine: str = "builtin"
     policy_changes: Mapping[str, Any] | None = None  # dotted path -> value, over policies/examples/demo.yaml
+    expected: str = "promoted"  # how the rollout of the calibrated rung has to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ def stories(size: DemoSize) -> tuple[Story, Story]:
     fault = {"kind": "pooled_keys_lost", "past_tokens": size.fault_past_tokens}
     title = f"(b) silent fault: pooled keys lost past {size.fault_past_tokens} tokens"
     return (
-        Story("calibrated", "(a) the calibrated rung", "promoted", None),
+        Story("calibrated", "(a) the calibrated rung", size.expected, None),
         Story("planted-fault", title, "rolled_back", fault),
     )
 

@@ -33,13 +33,19 @@ inline void sum_panel(int64_t tokens, const uint32_t* panel, const uint32_t* que
   }
   for (int64_t t = 0; t < tokens; ++t) {
     const uint32_t* cells = panel + t * C * VL;
+    __m512i x[M];
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) x[r] = _mm512_setzero_si512();
+    // A cell is loaded once for all rows; the other way round its loads are what takes the time.
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) {
+      const __m512i cell = _mm512_loadu_si512(cells + c * VL);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) x[r] = _mm512_dpbusd_epi32(x[r], cell, _mm512_set1_epi32(int(query[r * C + c])));
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) {
-      __m512i x = _mm512_setzero_si512();
-#pragma GCC unroll 16
-      for (int c = 0; c < C; ++c)
-        x = _mm512_dpbusd_epi32(x, _mm512_loadu_si512(cells + c * VL), _mm512_set1_epi32(int(query[r * C + c])));
-      __m512 power = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), scale[r], shift[r]);
+      __m512 power = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x[r]), scale[r], shift[r]);
       if (!BOUNDED) power = _mm512_min_ps(power, _mm512_set1_ps(240.0f * unit));  // 2^113: 64 of them are finite
       const __m512i bits = _mm512_cvtps_epi32(_mm512_max_ps(power, _mm512_setzero_ps()));
       total[r] = _mm512_add_ps(total[r], _mm512_castsi512_ps(bits));

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,16 @@ REQUESTS_OWN = frozenset({"nan_logits", "error", "empty"})  # failures of dense 
 
 
 @dataclass(frozen=True, slots=True)
+class Sent:
+    """The beginning of an answer that a client has already, from an ingress that is gone."""
+
+    ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    ttft_s: float
+    ago_s: float  # since its first token
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """A checked request: all that is needed to answer it."""
 
@@ -50,6 +61,7 @@ class Question:
     stop_ids: frozenset[int]
     assignment: Assignment
     tools: ToolUse = NO_TOOLS
+    sent: Sent | None = None  # what another ingress sent of the answer before it went away
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +73,8 @@ class Delta:
     offsets: tuple[int, ...] = ()  # of each log-probability's token: characters of the answer before it
     finish_reason: FinishReason | None = None
     calls: tuple[ToolCall, ...] = ()
+    num_tokens: int = 0  # of the answer so far, this piece included
+    was_sent: bool = False  # the client has it already
 
 
 @dataclass(slots=True)
@@ -107,17 +121,32 @@ class Answerer:
         self._variants = variants
         self._limits = limits
         self._breaker = breaker
+        self._own = uuid.uuid4().hex[:8]  # an engine may still be busy with a try of an ingress that is gone
 
     def begin(self, question: Question) -> Progress:
         """Start the account of one answer."""
-        assigned = question.assignment
-        return Progress(assigned.variant, assigned.serving_rung_id, time.monotonic())
+        assigned, now_s = question.assignment, time.monotonic()
+        progress = Progress(assigned.variant, assigned.serving_rung_id, now_s)
+        if (sent := question.sent) is not None:
+            progress.note_tokens(sent.ids, now_s - sent.ago_s)
+            progress.began_s = now_s - sent.ago_s - sent.ttft_s
+        return progress
 
     async def deltas(
         self, question: Question, progress: Progress, tokenizer: Tokenizer
     ) -> AsyncGenerator[Delta, None]:
         """Yield the answer as text; stop strings end it, and half characters wait for their rest."""
         detokenizer, scanner = Detokenizer(tokenizer), StopScanner(question.stops)
+        if (sent := question.sent) is not None:
+            text = "".join(scanner.add(detokenizer.add([token_id])) for token_id in sent.ids)
+            num_sent = len(sent.ids)
+            yield Delta(text, finish_reason=sent.finish_reason, num_tokens=num_sent, was_sent=True)
+            if sent.finish_reason is not None:
+                return
+            if num_sent >= question.max_tokens:  # an engine that says its last token before its end
+                text = scanner.add(detokenizer.flush()) + scanner.flush()
+                yield Delta(text, finish_reason=FinishReason.LENGTH, num_tokens=num_sent)
+                return
         async with aclosing(self._tokens(question, progress)) as chunks:
             async for chunk in chunks:
                 offsets, text = list[int](), ""
@@ -128,7 +157,8 @@ class Answerer:
                     text += scanner.add(detokenizer.flush())
                     text += "" if scanner.has_stopped else scanner.flush()
                 finish = FinishReason.STOP if scanner.has_stopped else chunk.finish_reason
-                yield Delta(text, chunk.logprobs, tuple(offsets[: len(chunk.logprobs)]), finish)
+                kept = tuple(offsets[: len(chunk.logprobs)])
+                yield Delta(text, chunk.logprobs, kept, finish, num_tokens=len(progress.ids))
                 if finish is not None:
                     return
 
@@ -166,7 +196,7 @@ class Answerer:
         """Yield what one variant gives, going on behind what was sent; every failure is a VariantError."""
         progress.variant = name
         progress.rung_id = question.assignment.rung_id if name == SPARSE else DENSE_RUNG
-        request = _engine_request(question, progress)
+        request = _engine_request(question, progress, self._own)
         spent_s, has_token = progress.compute_s, False
         async with aclosing(self._generate(name, request)) as chunks:
             while True:
@@ -213,10 +243,10 @@ class Answerer:
             raise VariantError(name, "timeout", f"no {what} within {limit_s:g} s") from error
 
 
-def _engine_request(question: Question, progress: Progress) -> EngineRequest:
+def _engine_request(question: Question, progress: Progress, own: str) -> EngineRequest:
     request = EngineRequest(
         # A try of its own: the failed one may still be on its way out of the same engine.
-        request_id=f"{question.request_id}/{progress.variant}/{len(progress.ids)}/{progress.outcome}",
+        request_id=f"{question.request_id}/{progress.variant}/{len(progress.ids)}/{progress.outcome}/{own}",
         prompt_ids=question.prompt_ids,
         max_tokens=question.max_tokens,
         rung_id=progress.rung_id,

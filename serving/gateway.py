@@ -11,19 +11,21 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from sentei.monitors.errors import MonitorError
 from sentei.monitors.records import ARTIFACT, Arrival, AuditStatus, Missing, Outcome, RequestRecord
 from sentei.policies.signals import RoutingTable
 from sentei.serving.admission import PromptDesk
-from sentei.serving.answer import Answerer, Delta, Progress, Question
+from sentei.serving.answer import Answerer, Delta, Progress, Question, Sent
 from sentei.serving.choices import read_calls
 from sentei.serving.clock import SteadyClock
 from sentei.serving.draw import AuditBudget, AuditDraws, draw_audit
 from sentei.serving.engine.attention_use import to_json
+from sentei.serving.engine.request import FinishReason
 from sentei.serving.errors import RequestError, ServingError
+from sentei.serving.front.journal import Choice, Journal, Ticket
 from sentei.serving.openai.requests import ChatRequest, GenerationRequest, TokenizeRequest, sampling_of
 from sentei.serving.ports import AuditDesk, AuditJob, ModelCard, RecordStore, Tokenizer, Variant
 from sentei.serving.router import DENSE, NO_SLICE, SPARSE, Assignment, Breaker, Lease, SeenUnits, assign
@@ -143,11 +145,17 @@ class Gateway:
             await asyncio.to_thread(self._store.save_value, ARTIFACT, card.artifact)
 
     async def check(
-        self, request: GenerationRequest, headers: Mapping[str, str], *, num_bytes: int = 0
+        self,
+        request: GenerationRequest,
+        headers: Mapping[str, str],
+        *,
+        num_bytes: int = 0,
+        journal: Journal | None = None,
     ) -> tuple[Question, ...]:
         """Turn a parsed request into its questions, one for each wanted answer; raises RequestError.
 
-        All have one unit and one assignment, and the first alone is audited: the unit is what counts.
+        All have one unit and one assignment, and the first alone is audited: the unit is what counts. With a
+        journal they are those of an ingress that is gone, as far as it had answered them.
         """
         card = self._card(request.model)
         use = self._tool_use(request)
@@ -160,26 +168,47 @@ class Gateway:
             await self._schemas.check(sampling.json_schema)
         ids = await self._prompts.run(num_bytes, prompt_ids, request, use, self.tokenizer, card)
         max_tokens = room_for_answer(request, len(ids), card, self.limits.default_max_tokens)
-        request_id = self._request_id(headers.get(REQUEST_HEADER, ""))
-        unit = session_unit(headers, request.user, request_id, user_key=self._user_key)
+        ticket = Ticket.check(journal.ticket, self._user_key) if journal is not None else None
+        ticket = ticket or self._ticket(headers, request.user, len(ids), sampling.seed)
         first = Question(
-            request_id=request_id,
-            unit=unit,
+            request_id=ticket.request_id,
+            unit=ticket.unit,
             prompt_ids=ids,
             max_tokens=max_tokens,
-            sampling=sampling,
+            sampling=replace(sampling, seed=ticket.seed),
             stops=request.stops(),
             stop_ids=frozenset() if request.ignore_eos else frozenset(card.eos_ids),
-            assignment=self._assign(len(ids), unit),
+            assignment=Assignment(**ticket.assignment),
             tools=use,
         )
-        return (first, *(self._sibling(first, i) for i in range(1, request.num_choices())))
+        questions = (first, *(self._sibling(first, i) for i in range(1, request.num_choices())))
+        if journal is None:
+            return questions
+        sent = {index: _sent(choice, ticket, self._now_s()) for index, choice in journal.choices.items()}
+        return tuple(replace(item, sent=sent.get(index)) for index, item in enumerate(questions))
+
+    def sign(self, question: Question, progress: Progress) -> str:
+        """Return the ticket with which another ingress can take an answer up whose first token is there."""
+        ticket = Ticket(
+            request_id=question.request_id,
+            unit=question.unit,
+            seed=question.sampling.seed,
+            assignment=asdict(question.assignment),
+            ttft_s=(progress.ttft_ms() or 0.0) / 1e3,
+            first_at_s=self._now_s(),
+        )
+        return ticket.sign(self._user_key)
 
     async def tokenize(self, request: TokenizeRequest, *, num_bytes: int = 0) -> dict[str, Any]:
         """Return a prompt's ids, and how long prompt and answer may be together."""
         card = self._card(self.model_name if request.model is None else request.model)
         ids = await self._prompts.run(num_bytes, tokenize, request, self.tokenizer, card)
         return {"count": len(ids), "max_model_len": card.max_context_tokens, "tokens": list(ids)}
+
+    def _ticket(self, headers: Mapping[str, str], user: str | None, num_tokens: int, seed: int) -> Ticket:
+        request_id = self._request_id(headers.get(REQUEST_HEADER, ""))
+        unit = session_unit(headers, user, request_id, user_key=self._user_key)
+        return Ticket(request_id, unit, seed, asdict(self._assign(num_tokens, unit)))
 
     def begin(self, questions: Sequence[Question]) -> list[tuple[Progress, AsyncGenerator[Delta, None]]]:
         """Start answers; raises RequestError when too many run. Each one's record is written when it ends."""
@@ -343,6 +372,11 @@ def session_unit(
     with suppress(UnicodeEncodeError):
         return f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}" if key else request_id
     return request_id
+
+
+def _sent(choice: Choice, ticket: Ticket, now_s: float) -> Sent:
+    finish = FinishReason(choice.finish) if choice.finish is not None else None
+    return Sent(tuple(choice.ids), finish, ticket.ttft_s, max(0.0, now_s - ticket.first_at_s))
 
 
 def _arrival(assigned: Assignment, unit: str, *, at_s: float) -> Arrival:

@@ -27,6 +27,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from sentei.serving.errors import ConfigError, StartError
+from sentei.serving.front.bodies import LIMITS_VARIABLE
 from sentei.serving.settings import AppArgs
 from sentei.serving.startup import StartUp, cause_of, missing
 
@@ -75,6 +76,7 @@ def set_ray_environment() -> None:
 def running_app(options: LocalOptions, say: Callable[[str], None] = lambda _: None) -> Iterator[str]:
     """Run Ray and the app for the length of a `with` block; gives the app's address."""
     set_ray_environment()
+    os.environ[LIMITS_VARIABLE] = options.limits.bodies.model_dump_json()
     import ray
     from ray import serve
 

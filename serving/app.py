@@ -40,8 +40,13 @@ def build(args: AppArgs) -> Application:
         sparse = _model_server("Sparse", args, num_replicas=args.sparse_replicas)
         auditor = _deploy(AuditorServer, "Auditor", max_ongoing_requests=64).bind(args, dense, sparse)
     ingress_class = serve.ingress()(IngressServer)
+    # In a rolling update a new ingress is up before an old one ends: Serve's default is the other way round.
     ingress = _deploy(
-        ingress_class, "Ingress", max_ongoing_requests=INGRESS_SLOTS, num_replicas=args.ingress_replicas
+        ingress_class,
+        "Ingress",
+        max_ongoing_requests=INGRESS_SLOTS,
+        num_replicas=args.ingress_replicas,
+        max_surge_percent=100,
     )
     controller: Any = None
     if args.controller and not note:

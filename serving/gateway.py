@@ -85,6 +85,7 @@ class Gateway:
         self._schemas = SchemaChecker()
         self._prompts = PromptDesk(threads=limits.tokenizer_threads, max_waiting=limits.max_concurrent)
         self._token_bytes = longest_token_bytes(tokenizer)
+        self._reading = asyncio.Lock()
         self._in_flight = 0
         self._loops: list[asyncio.Task[None]] = []
         self._audits: set[asyncio.Task[None]] = set()
@@ -122,6 +123,7 @@ class Gateway:
             "note": self.note,
             "variants": {name: name in self.cards for name in self.variants},
             "lease_is_fresh": self.lease.is_fresh(self._clock()),
+            "routing": self.lease.stamp(self._clock()),
             "artifact": {"runs": self._artifact(), "bound": self.lease.artifact()},
             "records": {
                 "written": self.writer.written,
@@ -131,11 +133,16 @@ class Gateway:
         }
 
     async def read_routing_once(self) -> None:
-        """Look at the routing table once; a store that cannot be read lets the lease run out."""
-        now_s = self._clock()  # before the read: what comes back may be older, never younger
-        found = await asyncio.to_thread(self._store.read_routing)
-        if found is not None:
-            self.lease.observe(*found, now_s)
+        """Look at the routing table once; a store that cannot be read lets the lease run out.
+
+        One read at a time: an older one that ended after a newer one would bring the older table back, and
+        with it a share that an abort has just taken away.
+        """
+        async with self._reading:
+            now_s = self._clock()  # before the read: what comes back may be older, never younger
+            found = await asyncio.to_thread(self._store.read_routing)
+            if found is not None:
+                self.lease.observe(*found, now_s)
 
     async def introduce_once(self, name: str) -> None:
         """Ask one variant who it is; what sparse runs is written down for the controller."""

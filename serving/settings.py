@@ -26,6 +26,9 @@ class BodyLimits(_Options):
     max_per_client: int = Field(default=64, ge=1, description="bodies of one address that are not whole yet")
     max_reading: int = Field(default=256, ge=1, description="bodies of all that are not whole yet")
     max_bytes: int = Field(default=64 << 20, ge=1024, description="bytes of all bodies together")
+    max_client_bytes: int = Field(
+        default=16 << 20, ge=1024, description="bytes of one address's bodies that are not whole yet"
+    )
 
 
 class Limits(_Options):

@@ -24,7 +24,7 @@ TEXT = "héllo wörld"
 
 
 class Ingresses:
-    """What Ray does with a request: the next ingress gets it, and those that are to die do after `cut` messages."""
+    """What Ray does with a request: the next ingress gets it, and dies after as many messages as told."""
 
     def __init__(self, apis: list[ASGIApp], cuts: list[int]) -> None:
         self._apis, self.cuts = apis, list(cuts)
@@ -59,7 +59,11 @@ def make_world(key: bytes = KEY) -> World:
 
 
 async def ask(
-    cuts: list[int], *, keys: tuple[bytes, ...] = (KEY, KEY, KEY), path: str = "/v1/chat/completions", **body: Any
+    cuts: list[int],
+    *,
+    keys: tuple[bytes, ...] = (KEY, KEY, KEY),
+    path: str = "/v1/chat/completions",
+    **body: Any,
 ) -> tuple[httpx.Response, list[World], Ingresses]:
     """Ask ingresses that die one after the other, through what stands in Ray's proxy."""
     worlds = [make_world(key) for key in keys]

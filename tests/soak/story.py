@@ -291,9 +291,7 @@ def _undisturbed(cluster: Cluster, prompts: list[str], max_tokens: int) -> dict[
     """
     dense = asyncio.run(_ask_all(cluster.url, prompts, max_tokens, "before"))
     rollout_id = cluster.admin.start_rollout(_all_sparse())["rollout_id"]
-    wait_for(
-        lambda: cluster.admin.rollout(rollout_id)["stage_id"] == "full", "the share of the undisturbed run"
-    )
+    wait_for(lambda: cluster.admin.rollout(rollout_id)["stage_id"] == "half", "the undisturbed rollout")
     time.sleep(2)
     sparse = asyncio.run(_ask_all(cluster.url, prompts, max_tokens, "undisturbed"))
     cluster.admin.command(rollout_id, "abort", reason="undisturbed run is done")

@@ -15,17 +15,16 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from sentei.monitors.errors import MonitorError
-from sentei.monitors.records import ARTIFACT, Arrival, AuditStatus, Missing, Outcome, RequestRecord
+from sentei.monitors.records import ARTIFACT, AuditStatus, Missing, Outcome
 from sentei.policies.signals import RoutingTable
+from sentei.serving.account import arrival_of, audit_job_of, record_of, sent_before
 from sentei.serving.admission import PromptDesk
-from sentei.serving.answer import Answerer, Delta, Progress, Question, Sent
+from sentei.serving.answer import Answerer, Delta, Progress, Question
 from sentei.serving.choices import read_calls
 from sentei.serving.clock import SteadyClock
 from sentei.serving.draw import AuditBudget, AuditDraws, draw_audit
-from sentei.serving.engine.attention_use import to_json
-from sentei.serving.engine.request import FinishReason
 from sentei.serving.errors import RequestError, ServingError
-from sentei.serving.front.journal import Choice, Journal, Ticket
+from sentei.serving.front.journal import Journal, Ticket
 from sentei.serving.openai.requests import ChatRequest, GenerationRequest, TokenizeRequest, sampling_of
 from sentei.serving.ports import AuditDesk, AuditJob, ModelCard, RecordStore, Tokenizer, Variant
 from sentei.serving.router import DENSE, NO_SLICE, SPARSE, Assignment, Breaker, Lease, SeenUnits, assign
@@ -191,7 +190,9 @@ class Gateway:
         questions = (first, *(self._sibling(first, i) for i in range(1, request.num_choices())))
         if journal is None:
             return questions
-        sent = {index: _sent(choice, ticket, self._now_s()) for index, choice in journal.choices.items()}
+        sent = {
+            index: sent_before(choice, ticket, self._now_s()) for index, choice in journal.choices.items()
+        }
         return tuple(replace(item, sent=sent.get(index)) for index, item in enumerate(questions))
 
     def sign(self, question: Question, progress: Progress) -> str:
@@ -276,10 +277,10 @@ class Gateway:
 
     def _write_down(self, question: Question, progress: Progress) -> None:
         total_ms = (time.monotonic() - progress.began_s) * 1e3
-        self.writer.put(_record(question, progress, at_s=self._now_s(), total_ms=total_ms))
+        self.writer.put(record_of(question, progress, at_s=self._now_s(), total_ms=total_ms))
         if not question.assignment.is_audited:
             return
-        job = _audit_job(question, progress, self.limits.audit_max_tokens)
+        job = audit_job_of(question, progress, self.limits.audit_max_tokens)
         if self._desk is None or not job.served_ids:
             self._budget.give_back()
             self._miss(job, Missing.NO_TOKENS if self._desk is not None else Missing.NO_AUDITOR)
@@ -306,7 +307,7 @@ class Gateway:
         assigned = assign(self._obeyed(now_s), prompt_tokens=prompt_tokens, unit=unit)
         is_of_rollout = bool(assigned.rollout_id) and assigned.slice_id != NO_SLICE
         if is_of_rollout and self._seen.add((assigned.rollout_id, assigned.slice_id, unit)):
-            self.writer.put(_arrival(assigned, unit, at_s=self._now_s()))
+            self.writer.put(arrival_of(assigned, unit, at_s=self._now_s()))
         return draw_audit(assigned, unit, draws=self._draws, budget=self._budget, now_s=now_s)
 
     def _obeyed(self, now_s: float) -> RoutingTable | None:
@@ -379,57 +380,3 @@ def session_unit(
     with suppress(UnicodeEncodeError):
         return f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}" if key else request_id
     return request_id
-
-
-def _sent(choice: Choice, ticket: Ticket, now_s: float) -> Sent:
-    finish = FinishReason(choice.finish) if choice.finish is not None else None
-    return Sent(tuple(choice.ids), finish, ticket.ttft_s, max(0.0, now_s - ticket.first_at_s))
-
-
-def _arrival(assigned: Assignment, unit: str, *, at_s: float) -> Arrival:
-    return Arrival(assigned.rollout_id, unit, assigned.slice_id, at_s, assigned.share, assigned.variant)
-
-
-def _record(question: Question, progress: Progress, *, at_s: float, total_ms: float) -> RequestRecord:
-    assigned = question.assignment
-    return RequestRecord(
-        request_id=question.request_id,
-        session_id=question.unit,
-        rollout_id=assigned.rollout_id,
-        at_s=at_s,
-        slice_id=assigned.slice_id,
-        variant_assigned=assigned.variant,
-        variant_served=progress.variant,
-        rung_id=assigned.rung_id,
-        share=assigned.share,
-        prompt_tokens=len(question.prompt_ids),
-        completion_tokens=len(progress.ids),
-        ttft_ms=progress.ttft_ms(),
-        tpot_ms=progress.tpot_ms(),
-        total_ms=total_ms,
-        outcome=progress.outcome,
-        error=progress.error[:500],
-        chosen_for_audit=assigned.is_audited,
-        audit_probability=assigned.audit_probability,
-        compute_s=progress.compute_s,
-        attention=to_json(progress.attention),
-    )
-
-
-def _audit_job(question: Question, progress: Progress, max_tokens: int) -> AuditJob:
-    assigned = question.assignment
-    start = int(assigned.span_place * (max(0, len(progress.ids) - max_tokens) + 1))
-    return AuditJob(
-        request_id=question.request_id,
-        session_id=question.unit,
-        rollout_id=assigned.rollout_id,
-        slice_id=assigned.slice_id,
-        rung_id=assigned.rung_id,
-        variant_served=progress.variant,
-        prompt_ids=question.prompt_ids,
-        served_ids=tuple(progress.ids[start : start + max_tokens]),
-        earlier_ids=tuple(progress.ids[:start]),
-        share=assigned.share,
-        probability=assigned.audit_probability,
-        artifact=assigned.artifact,
-    )

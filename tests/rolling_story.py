@@ -1,7 +1,7 @@
 """A rolling update of the whole app under way: which ingresses ran when, and whether anybody was refused.
 
-Run as `python -m tests.rolling_story CONFIG.yaml`; prints one JSON document. The app is deployed a second time
-with another setting, as `ray serve deploy` does after an edit, while short requests go on.
+Run as `python -m tests.rolling_story CONFIG.yaml`; prints one JSON document. The app is deployed a second
+time with another setting, as `ray serve deploy` does after an edit, while short requests go on.
 """
 
 from __future__ import annotations

@@ -377,7 +377,7 @@ async def test_gate_learns_what_is_too_long() -> None:
 
 
 async def test_announced_bytes_are_bounded_before_they_come() -> None:
-    """Long bodies beyond a bound, of one address or all, are refused by their announcement; short ones pass."""
+    """Long bodies beyond a bound, of one address or all, are refused unread; short ones pass."""
     inside = Inside()
     limits = BodyLimits(max_client_bytes=100_000, max_bytes=150_000)
     gate = BodyGate(inside, limits)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.timeout(600)
 def test_new_ingress_is_up_before_an_old_one_ends(tmp_path: Path) -> None:
-    """At no time fewer ingresses than the setting says; no request is refused; all say the same of the model."""
+    """Never fewer ingresses than the setting says; no request is refused; all say the same of the model."""
     save_tiny_model(tmp_path / "tiny", tmp_path / "adapter")
     config = {
         "model": str(tmp_path / "tiny"),

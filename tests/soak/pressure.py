@@ -36,6 +36,7 @@ HALF = HEAD.format(9).encode() + b"{"
 NUM_HALF, NUM_LARGE, NUM_CONNECTIONS = 300, 50, 500
 LARGE_BYTES = 3_000_000
 ROUND_S = 10.0
+AGAIN_S = 1.0  # what the server gives up is begun anew so long after
 CALM_S = 8.0  # after an attack: its last bodies end
 MEMORY_WITHIN_S = 60.0
 PARTS = ("proxy", "ingress")
@@ -59,19 +60,21 @@ async def attack(port: int, seconds: float) -> dict[str, int]:
                         line = await reader.readline()
                         count(f"half {line.decode(errors='replace').split(' ')[1] if line else 'cut'}")
                 writer.close()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(AGAIN_S)
 
     async def large() -> None:
         body = b'{"model": "pocket", "max_tokens": 1, "prompt": "' + b"a " * (LARGE_BYTES // 2) + b'"}'
-        with suppress(OSError, TimeoutError):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            async with asyncio.timeout(120):
-                with suppress(OSError):
-                    writer.write(HEAD.format(len(body)).encode() + body)
-                    await writer.drain()
-                line = await reader.readline()
-                count(f"large {line.decode(errors='replace').split(' ')[1] if line else 'cut'}")
-            writer.close()
+        while time.monotonic() < end_s:
+            with suppress(OSError, TimeoutError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                async with asyncio.timeout(120):
+                    with suppress(OSError):
+                        writer.write(HEAD.format(len(body)).encode() + body)
+                        await writer.drain()
+                    line = await reader.readline()
+                    count(f"large {line.decode(errors='replace').split(' ')[1] if line else 'cut'}")
+                writer.close()
+            await asyncio.sleep(AGAIN_S)
 
     async def connection() -> None:
         with suppress(OSError, TimeoutError):

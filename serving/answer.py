@@ -35,6 +35,7 @@ from sentei.serving.text.tools import NO_TOOLS, ToolUse
 
 log = logging.getLogger(__name__)
 
+MAX_TRIES = 4
 REQUESTS_OWN = frozenset({"nan_logits", "error", "empty"})  # failures of dense that come with the request
 
 
@@ -163,8 +164,13 @@ class Answerer:
                     return
 
     async def _tokens(self, question: Question, progress: Progress) -> AsyncGenerator[TokenChunk, None]:
-        """Yield token chunks: one try on the assigned variant, and one on dense if it fails."""
-        for i_try in range(2):
+        """Yield token chunks: one try on the assigned variant, then dense; again where a replica of it dies.
+
+        Each further try goes on behind what was sent, so replicas may die one after the other. A request that
+        gains nothing by a try is not tried on and on: it may be what they die of.
+        """
+        for i_try in range(MAX_TRIES):
+            num_before = len(progress.ids)
             name = question.assignment.variant if i_try == 0 else DENSE
             if name == SPARSE and self._breaker.is_open(time.monotonic()):
                 progress.note_failure(VariantError(SPARSE, "breaker_open"))
@@ -176,8 +182,9 @@ class Answerer:
                 return
             except VariantError as error:
                 self._note_failure(error, question, progress)
-                is_worth_another = i_try == 0 and (name == SPARSE or error.reason == "crash")
-                if not is_worth_another:
+                has_gained = i_try == 0 or len(progress.ids) > num_before
+                is_worth_another = name == SPARSE or (error.reason == "crash" and has_gained)
+                if not is_worth_another or i_try + 1 == MAX_TRIES:
                     if name == DENSE and error.reason in REQUESTS_OWN:
                         progress.outcome = Outcome.UNANSWERABLE
                     raise RequestError(

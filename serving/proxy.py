@@ -10,8 +10,9 @@ from starlette.middleware import Middleware
 from sentei.serving.front.bodies import BodyGate
 from sentei.serving.front.headers import HeaderGuard
 from sentei.serving.front.keeper import AnswerKeeper
+from sentei.serving.front.turns import Turnstile
 
 
 def middlewares() -> list[Middleware]:
     """Return what Serve puts around its proxy; the last one is the first to see a request."""
-    return [Middleware(AnswerKeeper), Middleware(BodyGate), Middleware(HeaderGuard)]
+    return [Middleware(each) for each in (AnswerKeeper, Turnstile, BodyGate, HeaderGuard)]

@@ -6,13 +6,15 @@ time-outs and numbers; what is announced as too long, or as too much beside all 
 
 from __future__ import annotations
 
+import asyncio
 import os
+from contextlib import suppress
 
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sentei.serving.admission import BodyDesk
+from sentei.serving.admission import SHORT_BYTES, BodyDesk
 from sentei.serving.errors import ConfigError, RequestError
 from sentei.serving.middleware import error_response
 from sentei.serving.settings import BodyLimits, Limits
@@ -20,6 +22,7 @@ from sentei.serving.settings import BodyLimits, Limits
 LIMITS_VARIABLE = "SENTEI_BODY_LIMITS"  # JSON of `limits.bodies`, for processes that Ray starts
 LIMIT_HEADER = b"x-sentei-body-limit"  # bytes; an ingress says it with its readiness
 OPERATIONS = "/admin/"
+AT_ONCE_S = 0.05
 
 
 def read_limits() -> BodyLimits:
@@ -47,19 +50,25 @@ class BodyGate:
             await self._app(scope, receive, self._learning(send))
             return
         desk = self._operations if scope["path"].startswith(OPERATIONS) else self._desk
+        messages: list[Message] = []
+        with suppress(TimeoutError):
+            # A short body that comes with its head needs no place at the desk: no crowd keeps it out.
+            async with asyncio.timeout(AT_ONCE_S if _is_short(scope) else 0.0):
+                messages.append(await receive())
+
+        async def receive_next() -> Message:
+            return messages.pop() if messages else await receive()
+
         try:
-            async with desk.body(Request(scope, receive), self._limit_bytes) as body:
-                messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-            del body
+            if not messages or messages[0].get("more_body", False):
+                async with desk.body(Request(scope, receive_next), self._limit_bytes) as body:
+                    messages = [{"type": "http.request", "body": body, "more_body": False}]
+                del body
         except RequestError as error:
             if error.code != "disconnected":
                 await error_response(error)(scope, receive, send)
             return
-
-        async def receive_whole() -> Message:
-            return messages.pop() if messages else await receive()
-
-        await self._app(scope, receive_whole, self._learning(send))
+        await self._app(scope, receive_next, self._learning(send))
 
     def _learning(self, send: Send) -> Send:
         async def learn(message: Message) -> None:
@@ -70,6 +79,11 @@ class BodyGate:
             await send(message)
 
         return learn
+
+
+def _is_short(scope: Scope) -> bool:
+    length = dict(scope["headers"]).get(b"content-length", b"")
+    return length.isdigit() and int(length[:20]) <= SHORT_BYTES
 
 
 def _has_body(scope: Scope) -> bool:

@@ -19,6 +19,7 @@ from sentei.serving import admission
 from sentei.serving.access import read_user_key
 from sentei.serving.admission import MemoryReturn
 from sentei.serving.front.bodies import LIMIT_HEADER, BodyGate
+from sentei.serving.front.turns import Turnstile
 from sentei.serving.proxy import middlewares
 from sentei.serving.settings import BodyLimits
 from tests.fakes_serving import MODEL, FakeTokenizer
@@ -349,7 +350,7 @@ async def test_gate_hands_a_body_on_whole() -> None:
 
 
 async def test_half_sent_bodies_cost_ray_nothing() -> None:
-    """Ray never sees them, and an order is read beside as many of them as there may be."""
+    """Ray never sees them; orders, and short bodies that come at once, are read beside all there may be."""
     inside = Inside()
     gate = BodyGate(inside, BODIES.model_copy(update={"pause_s": 60, "total_s": 60, "young_s": 60}))
     halves = [HalfSent(gate, who="127.0.0.1", headers=CHUNKED) for _ in range(20)]
@@ -357,11 +358,13 @@ async def test_half_sent_bodies_cost_ray_nothing() -> None:
     transport = httpx.ASGITransport(app=gate)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         order = await asyncio.wait_for(client.post("/admin/v1/rollouts", json={}), 2)
-        refused = await client.post(ASK, json={})
+        short = await client.post(ASK, json={})
+        refused = await client.post(ASK, content=parts_of_a_body())
     for half in halves:
         await half.end()
 
-    assert (order.status_code, refused.status_code, len(inside.messages)) == (200, 429, 1)
+    assert (order.status_code, short.status_code, refused.status_code) == (200, 200, 429)
+    assert len(inside.messages) == 2
 
 
 async def test_gate_learns_what_is_too_long() -> None:
@@ -393,3 +396,34 @@ async def test_announced_bytes_are_bounded_before_they_come() -> None:
 
     assert refused == [False, True, False, True]
     assert short.status_code == 200
+
+
+async def test_health_and_orders_do_not_stand_behind_a_crowd() -> None:
+    """Of a crowd a few are let in at a time; who waits long for an answer does not keep others out."""
+    inside = list[str]()
+    may_end = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        inside.append(scope["path"])
+        if scope["path"] == ASK:
+            await may_end.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    transport = httpx.ASGITransport(app=Turnstile(slow, at_once=2, for_s=0.3))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        crowd = [asyncio.create_task(client.get(ASK)) for _ in range(6)]
+        await asyncio.sleep(0.1)
+        first = inside.count(ASK)
+        statuses = [
+            (await asyncio.wait_for(client.get(path), 0.1)).status_code
+            for path in ("/healthz", "/admin/v1/routing")
+        ]
+        await asyncio.sleep(0.4)
+        later = inside.count(ASK)
+        may_end.set()
+        ended = [(await task).status_code for task in crowd]
+
+    assert (first, later) == (2, 4)
+    assert statuses == [200, 200]
+    assert ended == [200] * 6

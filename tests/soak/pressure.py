@@ -124,11 +124,12 @@ class Caller:
                 ) as client:
                     status = self._ask(client)
             except httpx.HTTPError as error:
-                self.faults.append(type(error).__name__)
+                self.faults.append(f"{self._what} {type(error).__name__}")
             else:
-                self.took_s.append(time.monotonic() - began_s)
-                if status not in (200, 404):
-                    self.faults.append(str(status))
+                if status in (200, 404):
+                    self.took_s.append(time.monotonic() - began_s)
+                else:
+                    self.faults.append(f"{self._what} {status}")
             self._is_over.wait(0.05 if self._what == "honest" else 0.5)
 
     def _ask(self, client: httpx.Client) -> int:

@@ -22,7 +22,7 @@ from sentei.serving.settings import BodyLimits, Limits
 LIMITS_VARIABLE = "SENTEI_BODY_LIMITS"  # JSON of `limits.bodies`, for processes that Ray starts
 LIMIT_HEADER = b"x-sentei-body-limit"  # bytes; an ingress says it with its readiness
 OPERATIONS = "/admin/"
-AT_ONCE_S = 0.05
+AT_ONCE_S = 0.05  # no crowd keeps out what is here by then
 
 
 def read_limits() -> BodyLimits:
@@ -50,19 +50,15 @@ class BodyGate:
             await self._app(scope, receive, self._learning(send))
             return
         desk = self._operations if scope["path"].startswith(OPERATIONS) else self._desk
-        messages: list[Message] = []
-        with suppress(TimeoutError):
-            # A short body that comes with its head needs no place at the desk: no crowd keeps it out.
-            async with asyncio.timeout(AT_ONCE_S if _is_short(scope) else 0.0):
-                messages.append(await receive())
+        come = await _come_at_once(scope, receive, min(SHORT_BYTES, self._limit_bytes))
 
         async def receive_next() -> Message:
-            return messages.pop() if messages else await receive()
+            return come.pop(0) if come else await receive()
 
         try:
-            if not messages or messages[0].get("more_body", False):
+            if not _is_whole(come):
                 async with desk.body(Request(scope, receive_next), self._limit_bytes) as body:
-                    messages = [{"type": "http.request", "body": body, "more_body": False}]
+                    come = [{"type": "http.request", "body": body, "more_body": False}]
                 del body
         except RequestError as error:
             if error.code != "disconnected":
@@ -81,9 +77,24 @@ class BodyGate:
         return learn
 
 
-def _is_short(scope: Scope) -> bool:
+async def _come_at_once(scope: Scope, receive: Receive, most_bytes: int) -> list[Message]:
+    """Return what comes with the head of a short body: whole, it needs no place at the desk."""
     length = dict(scope["headers"]).get(b"content-length", b"")
-    return length.isdigit() and int(length[:20]) <= SHORT_BYTES
+    if not length.isdigit() or int(length[:20]) > most_bytes:
+        return []
+    come: list[Message] = []
+    with suppress(TimeoutError):
+        async with asyncio.timeout(AT_ONCE_S):
+            while not _is_whole(come):
+                come.append(await receive())
+    if not _is_whole(come) or come[-1]["type"] == "http.disconnect":
+        return come
+    body = b"".join(message.get("body", b"") for message in come)
+    return [{"type": "http.request", "body": body, "more_body": False}]
+
+
+def _is_whole(come: list[Message]) -> bool:
+    return bool(come) and not come[-1].get("more_body", False)
 
 
 def _has_body(scope: Scope) -> bool:

@@ -12,8 +12,8 @@ from ray.serve import Application
 
 from sentei.serving.deployments import AuditorServer, ControllerServer, IngressServer
 from sentei.serving.errors import ConfigError
+from sentei.serving.replica.variant import ModelServer
 from sentei.serving.settings import AppArgs, VariantOptions, launch_folder
-from sentei.serving.variant import ModelServer
 
 log = logging.getLogger(__name__)
 

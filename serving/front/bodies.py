@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sentei.serving.admission import SHORT_BYTES, BodyDesk
 from sentei.serving.errors import ConfigError, RequestError
-from sentei.serving.middleware import error_response
+from sentei.serving.front.admission import SHORT_BYTES, BodyDesk
+from sentei.serving.front.middleware import error_response
 from sentei.serving.settings import BodyLimits, Limits
 
 LIMITS_VARIABLE = "SENTEI_BODY_LIMITS"  # JSON of `limits.bodies`, for processes that Ray starts

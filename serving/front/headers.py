@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sentei.serving.errors import RequestError
-from sentei.serving.middleware import error_response
+from sentei.serving.front.middleware import error_response
 
 # Those that Serve decodes; it takes `-` and `_` for the same.
 READ_BY_SERVE = frozenset(

@@ -14,7 +14,7 @@ import pytest
 
 from sentei.monitors.events import EventLog
 from sentei.monitors.store import Store
-from sentei.serving.router import position
+from sentei.serving.ingress.router import position
 from tests.integration.test_serving_ray import save_tiny_model
 from tests.soak.cluster import Cluster, kill, wait_for
 from tests.soak.streams import Answer, ask

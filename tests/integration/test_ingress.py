@@ -16,8 +16,8 @@ import pytest
 from sentei.serving.engine.attention_use import AttentionUse, LayerUse
 from sentei.serving.engine.request import EngineRequest, TokenChunk
 from sentei.serving.errors import EngineBusyError, EngineRefusedError, GrammarError, VariantError
-from sentei.serving.gateway import Gateway
-from sentei.serving.ingress import build_api
+from sentei.serving.ingress.api import build_api
+from sentei.serving.ingress.gateway import Gateway
 from sentei.serving.ports import AuditLoad
 from sentei.serving.settings import Limits
 from tests.fakes_serving import (

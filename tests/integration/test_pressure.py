@@ -15,9 +15,9 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from sentei.monitors.store import Store
-from sentei.serving import admission
-from sentei.serving.access import read_user_key
-from sentei.serving.admission import MemoryReturn
+from sentei.serving.front import admission
+from sentei.serving.front.access import read_user_key
+from sentei.serving.front.admission import MemoryReturn
 from sentei.serving.front.bodies import LIMIT_HEADER, BodyGate
 from sentei.serving.front.turns import Turnstile
 from sentei.serving.proxy import middlewares

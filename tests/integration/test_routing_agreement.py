@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sentei.monitors.store import Store
 from sentei.policies.signals import RoutingTable
-from sentei.serving.gateway import Gateway
+from sentei.serving.ingress.gateway import Gateway
 from sentei.serving.settings import Limits
 from tests.fakes_serving import MODEL, FakeStore, FakeTokenizer, FakeVariant, make_table
 from tests.integration.test_ingress import World

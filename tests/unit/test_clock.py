@@ -7,7 +7,7 @@ from pathlib import Path
 from sentei.monitors.store import Store
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
 from sentei.serving.clock import SteadyClock
-from sentei.serving.controller import Controller
+from sentei.serving.rollout.controller import Controller
 from tests.fakes_records import POLICY
 from tests.fakes_serving import FakeClock
 

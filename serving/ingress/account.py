@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from sentei.monitors.records import Arrival, RequestRecord
-from sentei.serving.answer import Progress, Question, Sent
 from sentei.serving.engine.attention_use import to_json
 from sentei.serving.engine.request import FinishReason
 from sentei.serving.front.journal import Choice, Ticket
+from sentei.serving.ingress.answer import Progress, Question, Sent
+from sentei.serving.ingress.router import Assignment
 from sentei.serving.ports import AuditJob
-from sentei.serving.router import Assignment
 
 
 def sent_before(choice: Choice, ticket: Ticket, now_s: float) -> Sent:

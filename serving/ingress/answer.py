@@ -27,8 +27,8 @@ from sentei.serving.errors import (
     RequestError,
     VariantError,
 )
+from sentei.serving.ingress.router import DENSE, SPARSE, Assignment, Breaker
 from sentei.serving.ports import Tokenizer, Variant
-from sentei.serving.router import DENSE, SPARSE, Assignment, Breaker
 from sentei.serving.settings import Limits
 from sentei.serving.text.pieces import Detokenizer, StopScanner, ToolCall
 from sentei.serving.text.tools import NO_TOOLS, ToolUse

@@ -17,17 +17,27 @@ from typing import Any
 from sentei.monitors.errors import MonitorError
 from sentei.monitors.records import ARTIFACT, AuditStatus, Missing, Outcome
 from sentei.policies.signals import RoutingTable
-from sentei.serving.account import arrival_of, audit_job_of, record_of, sent_before
-from sentei.serving.admission import PromptDesk
-from sentei.serving.answer import Answerer, Delta, Progress, Question
-from sentei.serving.choices import read_calls
 from sentei.serving.clock import SteadyClock
-from sentei.serving.draw import AuditBudget, AuditDraws, draw_audit
 from sentei.serving.errors import RequestError, ServingError
+from sentei.serving.front.admission import PromptDesk
 from sentei.serving.front.journal import Journal, Ticket
+from sentei.serving.ingress.account import arrival_of, audit_job_of, record_of, sent_before
+from sentei.serving.ingress.answer import Answerer, Delta, Progress, Question
+from sentei.serving.ingress.choices import read_calls
+from sentei.serving.ingress.draw import AuditBudget, AuditDraws, draw_audit
+from sentei.serving.ingress.router import (
+    DENSE,
+    NO_SLICE,
+    SPARSE,
+    Assignment,
+    Breaker,
+    Lease,
+    SeenUnits,
+    assign,
+)
+from sentei.serving.ingress.writer import RecordWriter
 from sentei.serving.openai.requests import ChatRequest, GenerationRequest, TokenizeRequest, sampling_of
 from sentei.serving.ports import AuditDesk, AuditJob, ModelCard, RecordStore, Tokenizer, Variant
-from sentei.serving.router import DENSE, NO_SLICE, SPARSE, Assignment, Breaker, Lease, SeenUnits, assign
 from sentei.serving.settings import Limits
 from sentei.serving.text.bounded import body_limit_bytes, longest_token_bytes
 from sentei.serving.text.chat import template_of
@@ -35,7 +45,6 @@ from sentei.serving.text.pieces import TokenTexts
 from sentei.serving.text.prompts import check_biases, check_ending, prompt_ids, room_for_answer, tokenize
 from sentei.serving.text.schemas import SchemaChecker
 from sentei.serving.text.tools import NO_TOOLS, ToolUse, tool_use
-from sentei.serving.writer import RecordWriter
 
 log = logging.getLogger(__name__)
 

@@ -13,16 +13,16 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Receive, Scope, Send
 
-from sentei.serving import wire
-from sentei.serving.access import KeyBook
-from sentei.serving.admission import BodyDesk
-from sentei.serving.answer import Delta, Progress, Question
-from sentei.serving.choices import interleave
 from sentei.serving.errors import RequestError
+from sentei.serving.front.access import KeyBook
+from sentei.serving.front.admission import BodyDesk
 from sentei.serving.front.bodies import LIMIT_HEADER
 from sentei.serving.front.journal import HEADER, NEW, Journal, JournalWriter
-from sentei.serving.gateway import REQUEST_HEADER, Gateway
-from sentei.serving.middleware import add_middleware, error_response
+from sentei.serving.front.middleware import add_middleware, error_response
+from sentei.serving.ingress import wire
+from sentei.serving.ingress.answer import Delta, Progress, Question
+from sentei.serving.ingress.choices import interleave
+from sentei.serving.ingress.gateway import REQUEST_HEADER, Gateway
 from sentei.serving.openai.answers import (
     ChatChunk,
     ChatCompletion,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def memory(cluster: Cluster) -> dict[str, list[int]]:
     }
 
 
-def run(folder: Path, rounds: int, say: Any) -> dict[str, Any]:
+def run(folder: Path, given: argparse.Namespace, say: Any) -> dict[str, Any]:
     """Measure rounds without and with the attack in turn."""
     config = {
         "model": "pocket",
@@ -166,7 +167,7 @@ def run(folder: Path, rounds: int, say: Any) -> dict[str, Any]:
         slowest = {"healthz": 0.0, "abort": 0.0}
         honest: dict[str, list[float]] = {"calm": [], "attacked": []}
         faults: list[str] = []
-        for i in range(rounds):
+        for i in range(given.rounds):
             for kind in ("calm", "attacked"):
                 with (
                     Caller(cluster.url, "honest") as asked,
@@ -192,6 +193,10 @@ def run(folder: Path, rounds: int, say: Any) -> dict[str, Any]:
                 time.sleep(CALM_S if kind == "attacked" else 0)
         time.sleep(max(0.0, MEMORY_WITHIN_S - CALM_S))
         after = memory(cluster)
+        if given.then:
+            environment = {**os.environ, "SENTEI_ADMIN_TOKEN": TOKEN}
+            done = subprocess.run(given.then, shell=True, env=environment, capture_output=True, text=True)
+            found["then"] = (done.stdout + done.stderr).splitlines()
     medians = {kind: [item["median_s"] for item in found[kind]] for kind in ("calm", "attacked")}
     return {
         **found,
@@ -214,6 +219,10 @@ def main() -> None:
     """Measure, or attack."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--port", type=int, help="of the app [default: a free one]")
+    parser.add_argument(
+        "--then", help="shell command to run while the app is still up, SENTEI_ADMIN_TOKEN set"
+    )
     parser.add_argument("--attack", type=int, metavar="PORT", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.attack:

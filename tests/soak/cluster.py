@@ -37,7 +37,7 @@ class Cluster:
         self._server: LocalServer | None = None
         self._num_starts = 0
         self.url = f"http://127.0.0.1:{self._config['port']}"
-        self.admin = AdminClient(self.url, TOKEN)
+        self.admin = AdminClient(self.url, TOKEN, timeout_s=120.0)  # drills starve the app
 
     def __enter__(self) -> Cluster:
         self.start()

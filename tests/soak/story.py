@@ -291,12 +291,18 @@ def _undisturbed(cluster: Cluster, prompts: list[str], max_tokens: int) -> dict[
     """
     dense = asyncio.run(_ask_all(cluster.url, prompts, max_tokens, "before"))
     rollout_id = cluster.admin.start_rollout(_all_sparse())["rollout_id"]
-    wait_for(lambda: cluster.admin.rollout(rollout_id)["stage_id"] == "half", "the undisturbed rollout")
+    wait_for(
+        lambda: cluster.admin.rollout(rollout_id)["stage_id"] == "half",
+        "the undisturbed rollout",
+        WELL_WITHIN_S,
+    )
     time.sleep(2)
     sparse = asyncio.run(_ask_all(cluster.url, prompts, max_tokens, "undisturbed"))
     cluster.admin.command(rollout_id, "abort", reason="undisturbed run is done")
     wait_for(
-        lambda: cluster.admin.rollout(rollout_id)["outcome"] is not None, "the undisturbed rollout's end"
+        lambda: cluster.admin.rollout(rollout_id)["outcome"] is not None,
+        "the undisturbed rollout's end",
+        WELL_WITHIN_S,
     )
     for answer in (*dense, *sparse):
         assert not answer.fault, answer.fault
@@ -316,6 +322,6 @@ def _all_sparse() -> str:
 
 
 async def _ask_all(url: str, prompts: list[str], max_tokens: int, name: str) -> list[Answer]:
-    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
         answers = [Answer(f"{name}-{i}", prompt, max_tokens) for i, prompt in enumerate(prompts)]
         return list(await asyncio.gather(*(ask(client, answer) for answer in answers)))

@@ -229,12 +229,8 @@ def main() -> None:
         print(json.dumps(asyncio.run(attack(given.attack, ROUND_S))))
         return
     with tempfile.TemporaryDirectory() as folder:
-        print(
-            json.dumps(
-                run(Path(folder), given.rounds, lambda text: print(text, file=sys.stderr, flush=True)),
-                indent=1,
-            )
-        )
+        found = run(Path(folder), given, lambda text: print(text, file=sys.stderr, flush=True))
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
+from sentei.monitors.clock import SteadyClock
 from sentei.monitors.errors import StoreError, StoreUrlError
 from sentei.monitors.tables import ARRIVALS, COUNTERS, EVENTS, METADATA, REQUESTS, SCHEMA_VERSION
 
@@ -37,6 +38,8 @@ _CLOCK = sa.select(sa.func.extract("epoch", sa.func.clock_timestamp()))
 
 class Database:
     """Engine and transactions of one database URL; safe to use from several threads and processes."""
+
+    own_time: SteadyClock | None = None  # what records are held against, once a process has asked for it
 
     def __init__(self, url: str) -> None:
         self.url = _printable(url)
@@ -126,8 +129,12 @@ class Database:
 
     def not_ahead(self, connection: Connection, at_s: float) -> float:
         """Return a record's time, or the store's own time where it lies in the future."""
-        is_file = connection.dialect.name == "sqlite"
-        now_s = time.time() if is_file else float(connection.execute(_CLOCK).scalar_one())
+        if self.own_time is not None:
+            now_s = self.own_time()
+        elif connection.dialect.name == "sqlite":
+            now_s = time.time()
+        else:
+            now_s = float(connection.execute(_CLOCK).scalar_one())
         return at_s if at_s <= now_s + AHEAD_S else now_s
 
     def last_number(self, connection: Connection) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,17 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from sentei.monitors.database import Database
+from sentei.monitors.clock import SteadyClock, machine_id
+from sentei.monitors.database import AHEAD_S, Database
 from sentei.monitors.errors import StaleLeaseError, StoreError
 from sentei.monitors.records import Revision, Rollout
 from sentei.monitors.tables import COMMANDS, EVENTS, LEASES, REVISIONS, ROLLOUTS, ROUTING, VALUES
 from sentei.policies.signals import RoutingTable, SliceRoute
 
+log = logging.getLogger(__name__)
+
 CONTROLLER = "controller"
+CLOCK = "clock."  # + machine: the epoch second at which its monotonic clock was 0
 ROUTES = "routes"
 STOP = "stop."  # + rollout id: the number of the command that stopped it
 
@@ -51,6 +56,35 @@ class Steering(Database):
             elif kind == "retry":
                 connection.execute(sa.delete(VALUES).where(VALUES.c.name == f"{STOP}{rollout_id}"))
         return seq
+
+    def clock(
+        self,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        machine: str | None = None,
+    ) -> SteadyClock:
+        """Return the clock that all processes of this machine share on this store.
+
+        On a machine that the store does not know yet, or that was started again, it begins with the wall
+        clock, but not before the newest event. From then on records are held against it, too.
+        """
+        machine = machine_id() if machine is None else machine
+        with self.write("clock") as connection:
+            name = f"{CLOCK}{machine}"
+            found = connection.execute(sa.select(VALUES.c.value).where(VALUES.c.name == name)).scalar()
+            clock = SteadyClock(wall, monotonic, offset_s=None if found is None else float(found))
+            if found is None:
+                newest = connection.execute(sa.select(EVENTS.c.at_s).order_by(EVENTS.c.seq.desc()).limit(1))
+                clock.not_before(float(newest.scalar() or 0.0))
+                if machine:
+                    offset_s = clock() - monotonic()
+                    _upsert(connection, VALUES, name, {"value": repr(offset_s)})
+                    clock = SteadyClock(wall, monotonic, offset_s=offset_s)
+        if abs(step_s := wall() - clock()) > AHEAD_S:
+            text = "the wall clock is %+.0f s from the time that rollouts of this store go by"
+            log.warning("%s, which goes on steadily until this machine starts again", text % step_s)
+        self.own_time = clock
+        return clock
 
     def newest_order(self, rollout_id: str) -> int:
         """Return the number of the newest command or edit for a rollout; 0 before the first."""
@@ -99,6 +133,15 @@ class Steering(Database):
             return None
         table = _table_from_json(row.table_json)
         return table if row.stop is None else _all_dense(table), int(row.renewals)
+
+    def read_renewed_at(self, rollout_id: str) -> float | None:
+        """Return when a controller last published routes of this rollout; None if another's are there."""
+        query = sa.select(ROUTING.c.renewed_at_s).where(
+            ROUTING.c.name == ROUTES, ROUTING.c.rollout_id == rollout_id
+        )
+        with self.read("last renewal") as connection:
+            found = connection.execute(query).scalar()
+        return None if found is None else float(found)
 
     def acquire_lease(
         self, owner: str, *, ttl_s: float, now_s: float, monotonic_s: float | None = None

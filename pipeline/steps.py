@@ -27,12 +27,19 @@ from sentei.pipeline.plain import to_plain
 from sentei.pipeline.progress import Progress
 from sentei.pipeline.reports.evaluation_page import save_evaluation_page
 from sentei.pipeline.reports.plots import save_trade_off
+from sentei.pipeline.reports.rollout_report import EVALUATION_FILE
 from sentei.pipeline.text.corpus import Corpus
-from sentei.pipeline.tracking.tracker import MlflowTracker, StepRecord, TrackingError, log_step
+from sentei.pipeline.tracking.comparison import (
+    NOTE_TAG,
+    describe_evaluation,
+    describe_rung,
+    rung_figures,
+    rung_params,
+)
+from sentei.pipeline.tracking.tracker import ChildRecord, MlflowTracker, StepRecord, TrackingError, log_step
 
 logger = logging.getLogger(__name__)
 _PLAIN_PART = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_. -]{0,78}[A-Za-z0-9_])?")
-EVALUATION_FILE = "evaluation.json"
 PAGE_FILE = "evaluation.html"
 ANSWERS_FILE = "answers.jsonl"
 TIMINGS_FILE = "timings.json"
@@ -113,9 +120,27 @@ def evaluate_step(bench: Workbench, options: EvaluateOptions, progress: Progress
     files = {"evaluation": saved, "plots": plot, "page": page}
     if evaluation.user_answers:
         files["answers"] = save_answers(evaluation.user_answers, bench.adapter_dir / ANSWERS_FILE)
-    metrics = evaluation_metrics(document)
-    _track(bench, "evaluate", started_s, to_plain(options), metrics, files=files)
+    record = _record(bench, started_s, to_plain(options), evaluation_metrics(document), files=files)
+    _log(
+        bench,
+        "evaluate",
+        replace(
+            record,
+            children=_rung_runs(document),
+            tags={**record.tags, NOTE_TAG: describe_evaluation(document)},
+        ),
+    )
     return evaluation
+
+
+def _rung_runs(document: Mapping[str, Any]) -> tuple[ChildRecord, ...]:
+    """Dense and every rung as runs of their own, by the names that rollouts have, too."""
+    runs = []
+    for rung in document["rungs"]:
+        figures = rung_figures(document, rung)
+        note = describe_rung(figures, rung["rung"], document["window_tokens"])
+        runs.append(ChildRecord(rung["rung"], rung_params(rung, figures), figures, {NOTE_TAG: note}))
+    return tuple(runs)
 
 
 def _read_calibrate_s(folder: Path) -> float | None:
@@ -174,15 +199,29 @@ def _track(
     *,
     files: Mapping[str, Path] | None = None,
 ) -> None:
-    record = StepRecord(
+    _log(bench, kind, _record(bench, started_s, options, metrics, files=files or {}))
+
+
+def _record(
+    bench: Workbench,
+    started_s: float,
+    options: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    *,
+    files: Mapping[str, Path],
+) -> StepRecord:
+    return StepRecord(
         name=bench.loaded.name,
         started_s=started_s,
         ended_s=time.time(),
-        params={"model": bench.loaded.name, "corpus": bench.corpus.name, "corpus_sha256": bench.corpus.digest}
-        | dict(options),
+        params={"model": bench.loaded.name, "corpus": bench.corpus.name} | dict(options),
         metrics=metrics,
-        files=files or {},
+        files=files,
+        tags={"corpus_sha256": bench.corpus.digest},
     )
+
+
+def _log(bench: Workbench, kind: str, record: StepRecord) -> None:
     tracker = MlflowTracker(bench.home.create().mlflow_uri, bench.home.mlflow_artifacts)
     try:
         log_step(tracker, kind, record)

@@ -86,6 +86,7 @@ SAFER: Mapping[str, Direction] = {
     "spec.guardrails.items[*].advance": _only("all_safe"),
     "spec.benefit[*]": ADDED,
     "spec.benefit[*].want.max": LOWER,
+    "spec.benefit[*].need": _only("proven"),
     "spec.signals[*]": ADDED,
     "spec.signals[*].action": _only("rollback"),
     "spec.signals[*].consecutive": LOWER,
@@ -204,7 +205,9 @@ def _carry_cells(old: Policy, new: Policy, state: RolloutState) -> Iterator[Cell
         gate = gates[cell.guardrail_id]
         if cell.slice_id not in routed:
             continue
-        is_same = scaled_bound(old, former[cell.guardrail_id]) == scaled_bound(new, gate)
+        before = former[cell.guardrail_id]
+        is_same = scaled_bound(old, before) == scaled_bound(new, gate)
+        is_same &= not isinstance(gate, Benefit) or before == gate
         yield cell if is_same else _retarget(new, gate, cell, state.try_number)
 
 

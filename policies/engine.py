@@ -153,7 +153,7 @@ def decide(policy: Policy, state: RolloutState, signals: Signals, now_s: float) 
     wait = tick.waits_for if is_waiting else None
     new_state = replace(tick.state, waits_for=wait and wait.value)
     new_state = with_version(routing(policy, state), routing(policy, new_state), new_state)
-    return Decision(new_state, tick.actions, tick.reason, tick.reports, new_state != state)
+    return Decision(new_state, tick.actions, tick.reason, (*tick.reports, *tick.gains), new_state != state)
 
 
 def routing(policy: Policy, state: RolloutState) -> RoutingTable:

@@ -1,10 +1,11 @@
 """Observations to evidence: clean a value, scale it to [0, 1], feed it to its guardrail, slice and arm.
 
 Harm of quality belongs to (rung, slice) and is collected from shadow on; safety is proven by the units of
-the present phase alone, and operational values count from the moment a stage began (F15). Units that sparse
-served are a second arm of quality, with evidence of its own (F16). A value that is not a number, or out of
-its metric's range, is a missing audit: the worst case for promotion, left out for rollback (F12). It is never
-read as zero.
+the present phase alone, and operational values count from the moment a stage began (F15). A gain is proven
+by all units of a rung in a slice, and where sparse serves by what it served in this phase (F17). Units that
+sparse served are a second arm of quality, with evidence of its own (F16). A value that is not a number, or
+out of its metric's range, is a missing audit: the worst case for promotion, left out for rollback (F12). It
+is never read as zero.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from sentei.policies.evidence import (
     paired_bound,
     paired_excess,
 )
-from sentei.policies.schema.budget import harm_alpha, try_alpha
+from sentei.policies.schema.budget import harm_alpha, no_gain_alpha, try_alpha
 from sentei.policies.schema.metrics import METRICS, Metric
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Benefit, Guardrail, Stage
@@ -33,6 +34,7 @@ from sentei.policies.signals import Observation, SliceLengths, SliceTraffic
 from sentei.policies.state import ALL, ALL_SLICES, SERVED, Cell, CellKey, Recent, RolloutState, SliceState
 
 RATIO_CAP = 2.0  # of audit.compute_ratio: twice dense is as bad as it gets
+GAIN_CUT = PAIRED_CUT  # both times are of one request, so ratios vary little
 _ROUNDING = 1e-6  # how far outside its range a value may lie by rounding alone
 
 RECENT_PARTS = 6  # of the window in which missing audits count
@@ -91,13 +93,15 @@ def start_phase(policy: Policy, state: RolloutState, *, is_stage: bool = True) -
 
     A new stage also starts the evidence of what depends on the share, and its counts, afresh.
     """
-    gates = {item.id: item for item in policy.spec.guardrails.items}
+    gates: dict[str, Guardrail | Benefit] = {item.id: item for item in policy.spec.guardrails.items}
+    gates |= {item.id: item for item in policy.spec.benefit}
     cells: list[Cell] = []
     for cell in state.cells:
-        gate = gates.get(cell.guardrail_id)
-        if gate is None or gate.metric.family == "assignment":
+        gate = gates[cell.guardrail_id]
+        family = METRICS[gate.value].family
+        if family == "assignment" or (family == "benefit" and cell.arm == ALL):
             cells.append(cell)
-        elif gate.metric.family == "quality":
+        elif family in ("quality", "benefit"):
             fresh = new_cell(
                 policy, gate, cell.slice_id, cell.rung_id, arm=cell.arm, try_number=state.try_number
             )
@@ -156,15 +160,18 @@ def new_cell(
     """A cell without units; its bets are tuned to the error it may make."""
     bound = scaled_bound(policy, gate)
     if isinstance(gate, Benefit):
-        return Cell(gate.id, slice_id, rung_id, Betting(bound, "harm", policy.spec.guardrails.alpha_total))
+        lost, proof_alpha = no_gain_alpha(policy, try_number), try_alpha(policy, try_number)
+        absent = Betting(bound, "harm", lost, GAIN_CUT)
+        proof = Betting(bound, "safe", proof_alpha, GAIN_CUT)
+        return Cell(gate.id, slice_id, rung_id, absent, proof, interval=Interval(), arm=arm)
     if gate.test == "split_ramp":
         return Cell(gate.id, slice_id, rung_id, Split.start(SRM_TILTS))
     if gate.test == "event_split":
         safe = Split.start(tuple(-tilt for tilt in RATIO_TILTS))
         return Cell(gate.id, slice_id, rung_id, Split.start(RATIO_TILTS), safe)
     if gate.test == "beta_binomial":
-        harm, proof = BetaBinomial(bound, "harm"), BetaBinomial(bound, "safe")
-        return Cell(gate.id, slice_id, rung_id, harm, proof, Detector(bound), Interval())
+        harm, safe_count = BetaBinomial(bound, "harm"), BetaBinomial(bound, "safe")
+        return Cell(gate.id, slice_id, rung_id, harm, safe_count, Detector(bound), Interval())
     cut = PAIRED_CUT if gate.test == "betting_paired" else 0.5
     alpha, total = harm_alpha(policy, gate, try_number), try_alpha(policy, try_number)
     return Cell(
@@ -177,6 +184,22 @@ def new_cell(
         Interval(),
         arm=arm,
     )
+
+
+def restart_alarm(policy: Policy, state: RolloutState) -> tuple[Cell, ...]:
+    """The cells after an operator has resumed what an alarm paused: the alarm starts afresh.
+
+    Evidence that a gain is there goes on: a second start of a proof would spend its alpha again.
+    """
+    benefits = {item.id: item for item in policy.spec.benefit}
+    cells: list[Cell] = []
+    for cell in state.cells:
+        if cell.guardrail_id != state.by:
+            cells.append(cell)
+        elif (gate := benefits.get(cell.guardrail_id)) is not None:
+            fresh = new_cell(policy, gate, cell.slice_id, cell.rung_id, try_number=state.try_number)
+            cells.append(replace(cell, harm=fresh.harm))
+    return tuple(cells)
 
 
 def scaled_bound(policy: Policy, gate: Guardrail | Benefit) -> float:
@@ -192,12 +215,12 @@ def scaled_bound(policy: Policy, gate: Guardrail | Benefit) -> float:
     return (bound.max or 0.0) / scale if bound.ratio is None else bound.ratio
 
 
-def own_mean(policy: Policy, gate: Guardrail, cell: Cell | None) -> float | None:
+def own_mean(policy: Policy, gate: Guardrail | Benefit, cell: Cell | None) -> float | None:
     """The mean in the metric's own unit (for a paired gate: the mean excess over the floor)."""
     if cell is None:
         return None
     mean = cell.harm.mean if cell.interval is None else cell.interval.mean
-    if mean is None or gate.bound is None or gate.test == "event_split":
+    if mean is None or (isinstance(gate, Guardrail) and (gate.bound is None or gate.test == "event_split")):
         return mean
     return _to_own(policy, gate, mean)
 
@@ -208,16 +231,16 @@ def own_move(policy: Policy, gate: Guardrail, cell: Cell) -> float | None:
     return None if mean is None else _to_own(policy, gate, mean)
 
 
-def own_range(policy: Policy, gate: Guardrail, cell: Cell | None) -> tuple[float, float] | None:
+def own_range(policy: Policy, gate: Guardrail | Benefit, cell: Cell | None) -> tuple[float, float] | None:
     """Where the mean lies with 95 % at all times, in the metric's own unit; None where nothing says so."""
     if cell is None or cell.interval is None or not cell.interval.units:
         return None
     return _to_own(policy, gate, cell.interval.low), _to_own(policy, gate, cell.interval.high)
 
 
-def _to_own(policy: Policy, gate: Guardrail, mean: float) -> float:
+def _to_own(policy: Policy, gate: Guardrail | Benefit, mean: float) -> float:
     scale = _scale(policy, gate)
-    if gate.bound is not None and gate.bound.excess_over_floor is not None:
+    if isinstance(gate, Guardrail) and gate.bound is not None and gate.bound.excess_over_floor is not None:
         cap = _floor_cap(gate, scale)
         return (mean * (1 + cap) - cap) * scale
     return mean * scale
@@ -243,7 +266,7 @@ def _keys(
     if isinstance(gate, Benefit) or gate.metric.family == "quality":
         if item.rung_id in policy.rung_ids:
             yield (gate.id, item.slice_id, item.rung_id, ALL)
-            if isinstance(gate, Guardrail) and item.variant == "sparse" and policy.spec.mode == "enforce":
+            if item.variant == "sparse" and policy.spec.mode == "enforce":
                 yield (gate.id, item.slice_id, item.rung_id, SERVED)
         return
     share = policy.stage(state.stage_id).share
@@ -258,6 +281,7 @@ def _feed(
     policy: Policy, gate: Guardrail | Benefit, cell: Cell, item: Observation, *, is_present: bool
 ) -> Cell:
     """One unit more; only a unit of the present phase says anything of safety."""
+    is_present |= isinstance(gate, Benefit) and cell.arm == ALL
     value = None if item.missing else _clean(policy, gate, item)
     if isinstance(gate, Guardrail) and gate.test == "event_split":
         assert item.share is not None  # filled in by fold_observations

@@ -1,4 +1,4 @@
-"""One guardrail, one slice and its evidence to one verdict with both numbers.
+"""One guardrail or benefit, one slice and its evidence to one verdict with both numbers.
 
 The error budget (F10): rollback is any-of, so every guardrail x slice x arm, and every time its evidence of
 harm starts afresh (a new rung for quality, a new stage for operational values), gets its own part of what
@@ -12,11 +12,11 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sentei.policies.evidence import Split, log_threshold
+from sentei.policies.evidence import GROSS, Betting, Split, events_to_notice, hits_to_notice, log_threshold
 from sentei.policies.intake import own_mean, own_move, own_range
-from sentei.policies.schema.budget import harm_alpha, try_alpha
+from sentei.policies.schema.budget import harm_alpha, no_gain_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
-from sentei.policies.schema.sections import Guardrail
+from sentei.policies.schema.sections import Benefit, Guardrail
 from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Verdict
 from sentei.policies.state import Cell
@@ -26,7 +26,11 @@ MIN_MISSING = 20  # below so many audits the share of missing ones is no finding
 
 @dataclass(frozen=True, slots=True)
 class GuardrailReport:
-    """The verdict on one guardrail in one slice; mean, low, high and bound are in the metric's own unit."""
+    """The verdict on one guardrail, or one benefit, in one slice.
+
+    mean, low, high and bound are in the metric's own unit. Of a benefit, "harm" is that the gain is absent
+    and "safe" that it is there.
+    """
 
     id: str
     slice_id: str  # "*" for a guardrail over all slices
@@ -45,15 +49,18 @@ class GuardrailReport:
     threshold: float  # log_e_harm at or above it proves harm
     threshold_safe: float  # log_e_safe at or above it proves safety
     action: str  # what a proven breach does
-    need: str  # "all_safe" or "no_harm": what this stage asks of it before it advances
+    need: str  # "all_safe" or "no_harm", of a benefit "proven" or "not_disproved": what this stage asks of it
     is_required: bool  # whether this stage asks anything of it
+    lacking: int = 0  # units of sparse before which no_harm of what was served says nothing
 
     @property
     def can_advance(self) -> bool:
-        """Whether this guardrail lets the stage end; unseen never does."""
-        if not self.is_required or self.verdict is Verdict.SAFE:
+        """Whether this lets the stage end; what must be proven and is unseen never does."""
+        if not self.is_required or self.verdict in (Verdict.SAFE, Verdict.GAIN):
             return True
-        return self.need == "no_harm" and self.verdict is Verdict.UNDECIDED
+        if self.need == "not_disproved":
+            return self.verdict is not Verdict.NO_GAIN
+        return self.need == "no_harm" and self.verdict is Verdict.UNDECIDED and self.lacking == 0
 
 
 def own_bound(policy: Policy, guardrail: Guardrail) -> float:
@@ -75,6 +82,7 @@ class View:
     try_number: int = 1
     is_stale: bool = False
     recent_from: int = 0  # the oldest part of the window in which missing audits count
+    is_left: bool = False  # the stage leaves its proof to a later one, in so many words
 
 
 def judge(policy: Policy, guardrail: Guardrail, cell: Cell | None, view: View) -> GuardrailReport:
@@ -89,6 +97,11 @@ def judge(policy: Policy, guardrail: Guardrail, cell: Cell | None, view: View) -
         verdict, why = Verdict.STALE, "no news, so the past does not count"
     bound = own_bound(policy, guardrail)
     units = _num_units(cell, view.need)
+    lacking = 0
+    if verdict is Verdict.UNDECIDED and view.need == "no_harm" and not view.is_left:
+        least = least_served(policy, guardrail, view.share, view.try_number)
+        lacking = max(0, least - _num_candidates(cell))
+        why += f"; {least - lacking} of the {least} sparse units in which gross harm shows" if lacking else ""
     return GuardrailReport(
         id=guardrail.id,
         slice_id=view.slice_id,
@@ -109,13 +122,112 @@ def judge(policy: Policy, guardrail: Guardrail, cell: Cell | None, view: View) -
         action=guardrail.action,
         need=view.need,
         is_required=guardrail.metric.family == "quality" or view.share > 0,
+        lacking=lacking,
     )
 
 
-def is_benefit_disproved(policy: Policy, cell: Cell | None) -> bool:
-    """Whether the wanted gain is proven absent in this slice (it stops the ramp, it never rolls back)."""
-    alpha = policy.spec.guardrails.alpha_total / len(policy.routed_slices)
-    return cell is not None and cell.harm.log_e_max >= log_threshold(alpha)
+def judge_gain(
+    policy: Policy, benefit: Benefit, cells: tuple[Cell | None, ...], view: View, *, is_required: bool
+) -> GuardrailReport:
+    """Whether sparse pays in one slice (F17): a gain by the first of the arms, its absence by any of them.
+
+    It stops growth, it never takes anybody off sparse; so what is stale is no reason to say less than that.
+    """
+    lost = log_threshold(no_gain_alpha(policy, view.try_number))
+    proven = log_threshold(try_alpha(policy, view.try_number))
+    absent = [cell for cell in cells if cell is not None and cell.harm.log_e_max >= lost]
+    cell = absent[0] if absent else cells[0]
+    units, missing = (cell.phase_units, cell.missing) if cell is not None else (0, 0)
+    log_e_safe = cell.safe.log_e_max if cell is not None and cell.safe is not None else 0.0
+    log_e_harm = cell.harm.log_e_max if cell is not None else 0.0
+    mean, limits = own_mean(policy, benefit, cell), own_range(policy, benefit, cell)
+    low, high = limits if limits is not None else (None, None)
+    bound = benefit.want.max
+    if absent:
+        verdict = Verdict.NO_GAIN
+        low, high = (None if value is None else max(value, bound) for value in (low, high))
+    elif units == 0:
+        verdict = Verdict.NO_DATA
+    elif view.is_stale:
+        verdict = Verdict.STALE
+    elif log_e_safe >= proven:
+        verdict = Verdict.GAIN
+        low, high = (None if value is None else min(value, bound) for value in (low, high))
+    else:
+        verdict = Verdict.UNDECIDED
+    measured = _measured(mean, low, high, units)
+    return GuardrailReport(
+        id=benefit.id,
+        slice_id=view.slice_id,
+        rung_id=view.rung_id,
+        verdict=verdict,
+        reason=_explain_gain(verdict, measured, bound, cell, (lost, proven)),
+        log_e_harm=log_e_harm,
+        log_e_safe=log_e_safe,
+        log_e_watch=0.0,
+        units=units,
+        missing=missing,
+        mean=mean,
+        low=low,
+        high=high,
+        bound=bound,
+        threshold=lost,
+        threshold_safe=proven,
+        action="held",
+        need=benefit.need,
+        is_required=is_required,
+    )
+
+
+def _measured(mean: float | None, low: float | None, high: float | None, units: int) -> str:
+    if mean is None:
+        return "no model time compared yet"
+    text = f"{mean:.3g} times dense's model time"
+    text += "" if low is None or high is None else f" ({low:.3g} to {high:.3g} with 95%)"
+    return f"{text} in {units} sessions"
+
+
+def _explain_gain(
+    verdict: Verdict, measured: str, bound: float, cell: Cell | None, thresholds: tuple[float, float]
+) -> str:
+    lost, proven = thresholds
+    if verdict is Verdict.NO_GAIN:
+        return f"no gain: {measured}, proven above {bound:.3g}"
+    if verdict is Verdict.GAIN:
+        return f"{measured}, gain proven: below {bound:.3g}"
+    if verdict is Verdict.NO_DATA or cell is None:
+        return f"{measured}; at most {bound:.3g} must be proven"
+    if verdict is Verdict.STALE:
+        return f"{measured}; no news, so the past does not count"
+    safe = cell.safe.log_e_max if cell.safe is not None else 0.0
+    text = f"{measured}; at most {bound:.3g} is not proven, log e {safe:.2f} of {proven:.2f}"
+    text += f", its absence {cell.harm.log_e_max:.2f} of {lost:.2f}"
+    sides = ((cell.safe, proven), (cell.harm, lost))
+    left = [side.units_left(limit) for side, limit in sides if isinstance(side, Betting)]
+    needed = min((units for units in left if units is not None), default=None)
+    return text if needed is None else f"{text}; about {needed} more sessions like these decide"
+
+
+def least_served(policy: Policy, guardrail: Guardrail, share: float, try_number: int = 1) -> int:
+    """How many units of sparse a stage must see before `no_harm` of a served value lets it end (F10).
+
+    0 for quality, whose `min_units` the loader holds to a floor of its own, and where nobody is served.
+    """
+    if guardrail.metric.family != "operational" or share == 0 or guardrail.bound is None:
+        return 0
+    alpha = harm_alpha(policy, guardrail, try_number)
+    failing = policy.spec.breaker.variant.failure_share
+    if guardrail.bound.ratio is not None:
+        return events_to_notice(guardrail.bound.ratio, share, alpha, failing)
+    bound = guardrail.bound.max or 0.0
+    gross = max(GROSS * bound, failing if guardrail.value == "serve.failed" else 0.0)
+    return hits_to_notice(bound, min(gross, 0.99), alpha)
+
+
+def _num_candidates(cell: Cell | None) -> int:
+    if cell is None:
+        return 0
+    return cell.candidate_units if isinstance(cell.harm, Split) else cell.units
 
 
 def _num_units(cell: Cell | None, need: str) -> int:

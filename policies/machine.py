@@ -11,6 +11,9 @@ A rollback needs a dense pool that can take the traffic. While dense is down a r
 sparse keeps its share, at its mildest rung, and somebody is alerted; when dense is back the rollback that is
 owed is carried out. In `sheltered` nothing else is possible but an operator's abort, which does not wait.
 
+Where the gain that a policy asks for is proven absent, the rollout is paused with the outcome `held`: its
+stage can never end by evidence any more. An operator resumes, edits or aborts it, or starts another.
+
 An `edit` of a running policy is legal while it can only make things safer (`policies.edits`).
 
 Slices are the second axis, in table SLICE_TRANSITIONS: a slice is `routed` at a rung, may go a `rung_down`
@@ -79,7 +82,7 @@ class Wait(StrEnum):
     SIGNAL = "signal"  # drift to clear, or its first window
     TIME = "time"  # least time, bake, longest time, units
     EVIDENCE = "evidence"  # proof of safety
-    BENEFIT = "benefit"  # a gain that is not disproved
+    BENEFIT = "benefit"  # proof of the gain
     APPROVAL = "approval"  # a human
     FREEZE = "freeze"  # the end of a freeze window
 

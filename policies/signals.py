@@ -11,7 +11,10 @@ from enum import StrEnum
 
 
 class Verdict(StrEnum):
-    """What the evidence says about one guardrail in one slice; nothing observed is NO_DATA, never SAFE."""
+    """What the evidence says about one guardrail or benefit in one slice.
+
+    Nothing observed is NO_DATA, never SAFE. Only a benefit has GAIN and NO_GAIN, and neither SAFE nor HARM.
+    """
 
     SAFE = "safe"
     HARM = "harm"
@@ -20,6 +23,8 @@ class Verdict(StrEnum):
     STALE = "stale"
     ERROR = "error"
     SRM = "srm"
+    GAIN = "gain"
+    NO_GAIN = "no_gain"
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,7 @@ class RolloutState:
     stage_entered_s: float
     waiting_since_s: float  # when silence began to count: start, resume, retry or the newest data
     version: int = 1  # of the routing table
-    outcome: str | None = None  # "promoted" or "rolled_back"
+    outcome: str | None = None  # "promoted", "rolled_back", or "held": paused for want of a gain
     by: str | None = None  # id of the guardrail or signal behind the outcome or the pause, else its kind
     reason: str = "started"
     owed_reason: str | None = None  # sheltered: why it goes back as soon as dense is up again

@@ -74,6 +74,7 @@ class IngressServer:
             note=note,
             created_s=_created_s(self._store),
             user_key=read_user_key(sentei_home().create().root),
+            now_s=self._store.clock(),
         )
         if note:
             logging.getLogger(__name__).warning("dense only: %s", note)
@@ -91,6 +92,7 @@ class IngressServer:
             allow_faults=args.allow_faults,
             about=about,
             workers=self._workers,
+            now_s=self._gateway.now_s,
         )
         return api
 
@@ -109,6 +111,7 @@ class AuditorServer:
             max_queued=args.audit_queue,
             concurrency=args.audit_concurrency,
             kl_cap_nats=lru_cache(maxsize=64)(partial(_kl_cap_nats, store)),
+            clock=store.clock(),
         )
         self._has_started = False
 

@@ -58,7 +58,8 @@ def in_freeze() -> Story:
     story.run_to("half")
     story.now_s += 20.0
     assert (
-        "freeze window" in story.tick(story.audits(40) + story.served(5), traffic=story.fair_traffic()).reason
+        "freeze window"
+        in story.tick(story.audits(40) + story.served(40), traffic=story.fair_traffic()).reason
     )
     return story
 
@@ -118,13 +119,25 @@ def in_evidence() -> Story:
 
 
 def in_benefit() -> Story:
-    """Waiting for a gain that is disproved."""
+    """Waiting for proof of a gain."""
     story = staged()
-    story.now_s += 30.0
-    seen = story.audits(40) + story.served(40)
-    dear = tuple(replace(o, value=1.6) if o.value_name == "audit.compute_ratio" else o for o in seen)
-    assert "is disproved" in story.tick(dear, after_s=0.0, traffic=story.fair_traffic()).reason
+    assert "at most 0.9 is not proven" in at_ratio(story, 0.9).reason
     return story
+
+
+def in_no_gain() -> Story:
+    """Held: the gain is proven absent."""
+    story = staged()
+    assert "no gain: 1.6 times" in at_ratio(story, 1.6).reason
+    return story
+
+
+def at_ratio(story: Story, ratio: float, count: int = 40) -> Decision:
+    """A tick in which everything is clean and sparse takes so many times dense's model time."""
+    story.now_s += 30.0
+    seen = story.audits(count) + story.served(40)
+    told = tuple(replace(o, value=ratio) if o.value_name == "audit.compute_ratio" else o for o in seen)
+    return story.tick(told, after_s=0.0, traffic=story.fair_traffic())
 
 
 def in_want_of_replicas() -> Story:
@@ -152,6 +165,7 @@ WAITING: list[Callable[[], Story]] = [
     in_hold,
     in_evidence,
     in_benefit,
+    in_no_gain,
     in_want_of_replicas,
     in_resume,
     in_alarm,

@@ -235,7 +235,9 @@ def observation_lists(draw: st.DrawFn, max_size: int = 30) -> tuple[Observation,
         Observation(
             seq=index + 1,
             value_name=draw(
-                st.sampled_from(["audit.kl", "audit.token_disagreement", "serve.failed", "other"])
+                st.sampled_from(
+                    ["audit.kl", "audit.token_disagreement", "audit.compute_ratio", "serve.failed", "other"]
+                )
             ),
             slice_id=draw(st.sampled_from(["short", "mid", "long", "nowhere"])),
             rung_id=draw(st.sampled_from(["mild", "medium", "dense"])),

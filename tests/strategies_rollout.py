@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sentei.policies.engine import Decision, RolloutState
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Command, Observation, Signals, SliceTraffic
+from tests.stories_engine import at_ratio
 from tests.strategies_policy import (
     DENSE_GONE,
     Story,
@@ -53,6 +54,13 @@ def _paused() -> Story:
     return story
 
 
+def _held() -> Story:
+    story = _at("half-medium")
+    at_ratio(story, 1.6)
+    assert story.state.outcome == "held"
+    return story
+
+
 def _one_slice_left() -> Story:
     story = _at("half-medium")
     story.tick(story.audits(40, excess=0.9, slices=("mid",), value_name="audit.kl"))
@@ -79,6 +87,7 @@ BEGINNINGS: dict[str, Callable[[], Story]] = {
     "full": lambda: _at("full"),
     "promoted": _promoted,
     "paused": _paused,
+    "held": _held,
     "one slice left": _one_slice_left,
     "sheltered": _sheltered,
     "rolled back": _rolled_back,
@@ -127,8 +136,9 @@ def clean_signals(now_s: float, cursor: int) -> Signals:
                 seen += [
                     Observation(seq + 1, "audit.kl", *at, value=0.01, floor=0.01),
                     Observation(seq + 2, "audit.token_disagreement", *at, value=0.01, floor=0.01),
+                    Observation(seq + 3, "audit.compute_ratio", *at, value=0.5),
                 ]
-                seq += 2
+                seq += 3
             seen.append(
                 Observation(seq + 1, "serve.failed", slice_id, "mild", f"c{index}", "sparse", now_s, 0.0)
             )

@@ -106,12 +106,27 @@ def _footer(totals: Any) -> str:
 
 def _summary(result: Any) -> Table:
     table = Table(
-        "rollout", "outcome", "by", "seconds", "requests", "failed", "recall", title="What happened"
+        *(
+            "rollout",
+            "outcome",
+            "by",
+            "seconds",
+            "rung",
+            "model time",
+            "gain",
+            "requests",
+            "failed",
+            "recall",
+        ),
+        title="What happened",
     )
     for end in result.rollouts:
         recall = f"{end.recall_pct:.0f}%" if end.recall_pct is not None else ""
         outcome = Text(end.outcome, style=STYLES.get(end.outcome, ""))
-        numbers = (f"{end.seconds:.0f}", str(end.answered), str(end.failed), recall)
+        took = end.measured
+        ratio = "" if took.model_time_ratio is None else f"{took.model_time_ratio:.2f} of dense"
+        paid = (took.rung, ratio, "proven" if took.gain_proven else "not proven")
+        numbers = (f"{end.seconds:.0f}", *paid, str(end.answered), str(end.failed), recall)
         table.add_row(end.name, outcome, end.by, *numbers)
     return table
 

@@ -24,7 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 RolloutId = Annotated[str | None, typer.Argument(help="The rollout; the newest if left out.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why: kept in the event log.")]
 
-OUTCOMES = ("promoted", "rolled_back", "replaced")
+OUTCOMES = ("promoted", "rolled_back", "held", "replaced")
 
 
 @app.command()
@@ -72,7 +72,7 @@ def watch(
     url: Url = None,
     every_s: Annotated[float, typer.Option(help="Seconds between looks.")] = 1.0,
 ) -> None:
-    """Follow a rollout until it is promoted (exit code 0), rolled back or replaced (1)."""
+    """Follow a rollout until it is promoted (exit code 0), rolled back, held or replaced (1)."""
     client = AdminClient(url)
     chosen = _newest(client, rollout_id)
     found: dict[str, Any] = client.rollout(chosen)

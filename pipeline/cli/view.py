@@ -15,6 +15,9 @@ from rich.text import Text
 
 STYLES = {
     "safe": "green",
+    "gain": "green",
+    "no_gain": "bold yellow",
+    "held": "bold yellow",
     "promoted": "bold green",
     "harm": "bold red",
     "rolled_back": "bold red",

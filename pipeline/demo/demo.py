@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -19,7 +19,7 @@ from sentei.pipeline.home import short_name
 from sentei.pipeline.ladder.calibrate import CalibrateOptions
 from sentei.pipeline.ladder.distill import DistillOptions
 from sentei.pipeline.progress import Progress
-from sentei.pipeline.reports.rollout_report import build_report, save_report
+from sentei.pipeline.reports.rollout_report import Report, build_report, save_report
 from sentei.pipeline.rollout.client import ADMIN_TOKEN_VARIABLE, AdminClient
 from sentei.pipeline.steps import Workbench, calibrate_step, distill_step, evaluate_step, read_evaluation
 from sentei.pipeline.text.corpus import split_documents
@@ -28,7 +28,7 @@ from sentei.pipeline.tracking.tracker import MlflowTracker
 
 POLL_S = 0.5
 LEAD_S = 3.0  # traffic flows this long before a rollout starts, so that its first tick sees a live app
-OUTCOMES = ("promoted", "rolled_back")
+OUTCOMES = ("promoted", "rolled_back", "held")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,19 @@ class Story:
     title: str
     expected: str
     fault: Mapping[str, Any] | None
+    policy_changes: Mapping[str, Any] | None = None  # on top of the size's
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a rollout's rung takes and costs; None where nothing was measured."""
+
+    rung: str
+    model_time_ratio: float | None  # sparse over dense, the same requests of this rollout through both
+    ppl_cost_pct: float | None  # of the rung, on held-out text, by this demo's evaluation
+    recall: float | None  # right answers of the rung, by this demo's evaluation, on the same prompts as dense
+    recall_dense: float | None
+    gain_proven: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +85,9 @@ class StoryEnd:
     reason: str
     answered: int
     failed: int
-    recall_pct: float | None
+    recall_pct: float | None  # of the questions in its traffic, whoever answered them
     report: str
+    measured: Measured | None = None
 
     @property
     def is_as_expected(self) -> bool:
@@ -103,6 +117,7 @@ class DemoResult:
                 "seconds": round(end.seconds, 1),
                 "reason": end.reason,
                 "report": end.report,
+                **(asdict(end.measured) if end.measured is not None else {}),
             }
             for end in self.rollouts
         ]
@@ -136,12 +151,12 @@ def stories(size: DemoSize) -> tuple[Story, Story]:
     )
 
 
-def demo_policy(name: str, size: DemoSize) -> str:
-    """Return the shipped demo policy under another name, with the changes that a size asks for."""
+def demo_policy(name: str, size: DemoSize, changes: Mapping[str, Any] | None = None) -> str:
+    """Return the shipped demo policy under another name, with the changes of a size and of a story."""
     text = resources.files("sentei.policies").joinpath("examples/demo.yaml").read_text(encoding="utf-8")
     document = yaml.safe_load(text)
     document["metadata"]["name"] = name
-    for path, value in (size.policy_changes or {}).items():
+    for path, value in {**(size.policy_changes or {}), **(changes or {})}.items():
         *parents, last = path.split(".")
         place = document
         for key in parents:
@@ -168,8 +183,13 @@ def serve_config(bench: Workbench, size: DemoSize) -> dict[str, Any]:
     }
 
 
-def run_stories(bench: Workbench, size: DemoSize, *, seed: int, watch: Watch) -> tuple[StoryEnd, ...]:
-    """Serve, and run both rollouts under real traffic; nothing is left running."""
+def run_stories(
+    bench: Workbench, size: DemoSize, *, seed: int, watch: Watch, told: Sequence[Story] | None = None
+) -> tuple[StoryEnd, ...]:
+    """Serve, and run the rollouts under real traffic, both stories of the demo unless told others.
+
+    Nothing is left running.
+    """
     token = secrets.token_urlsafe(24)
     environment = {ADMIN_TOKEN_VARIABLE: token, "SENTEI_HOME": str(bench.home.root)}
     folder = bench.home.root / "demo"
@@ -177,7 +197,7 @@ def run_stories(bench: Workbench, size: DemoSize, *, seed: int, watch: Watch) ->
         admin = AdminClient(server.url, token)
         ends = [
             _run_story(bench, size, admin, story=story, seed=seed + place, watch=watch)
-            for place, story in enumerate(stories(size))
+            for place, story in enumerate(told if told is not None else stories(size))
         ]
         admin.close()
     store = Store.open(bench.home.store_url)
@@ -202,7 +222,7 @@ def _run_story(
     with driver as traffic:
         time.sleep(LEAD_S)
         started = time.monotonic()
-        policy = demo_policy(f"demo-{story.name}", size)
+        policy = demo_policy(f"demo-{story.name}", size, story.policy_changes)
         # An earlier demo in the same home has left the second story's policy in quarantine, and the first
         # story is promoted when the second one begins. The fault comes after the start, not before: what the
         # first story's sessions meet belongs to the first story.
@@ -237,7 +257,23 @@ def _run_story(
 def _with_report(bench: Workbench, store: Store, end: StoryEnd) -> StoryEnd:
     report = build_report(store, end.rollout_id, evaluation=read_evaluation(bench))
     html, _ = save_report(report, bench.home.reports / end.rollout_id)
-    return replace(end, report=str(html))
+    return replace(end, report=str(html), measured=_measured(report))
+
+
+def _measured(report: Report) -> Measured:
+    """What the rollout's newest rung takes, from its report, and what it costs, from the evaluation."""
+    rung_id = report.rung_id
+    rungs = report.evaluation["rungs"] if report.evaluation is not None else []
+    rung = next((item for item in rungs if item["rung"] == rung_id), None)
+    change = report.savings.paired_compute_change
+    return Measured(
+        rung=rung_id,
+        model_time_ratio=None if change is None else 1 + change,
+        ppl_cost_pct=None if rung is None else rung["ppl_cost_pct"],
+        recall=None if rung is None else rung["recall"]["mean"],
+        recall_dense=None if rung is None else rung["recall"]["dense_mean"],
+        gain_proven=report.is_gain_proven,
+    )
 
 
 def is_as_expected(ends: Sequence[StoryEnd]) -> bool:

@@ -15,7 +15,7 @@ from sentei.pipeline.models import POCKET
 POCKET_SIZE = DemoSize(
     # Single tokens, and for the layer that recalls in as many dimensions as its heads have: at a tenth of its
     # blocks 32 find 0.73 of what it needs, 64 find 0.83. The other layers look at everything a little: any
-    # score will do, and a twentieth may be lost where that is cheaper.
+    # score will do, and a twentieth may be lost where that is cheaper, but no needle.
     distill=DistillOptions(
         form="low_rank",
         rank=64,
@@ -27,6 +27,7 @@ POCKET_SIZE = DemoSize(
         learning_rate=1e-3,
         max_epochs=4,
         lost_need=0.05,
+        lost_needles=0.001,
     ),
     calibrate=CalibrateOptions(
         window_tokens=8192,
@@ -53,10 +54,17 @@ POCKET_SIZE = DemoSize(
     attention="best",
     max_rollout_s=420.0,
     policy_changes={
-        # A wider bound is proven in half as many sessions, and a session of 8,192 tokens takes three seconds here.
+        # A wider bound is proven in half as many sessions; one of 8,192 tokens takes 3 s with its audit.
         "spec.guardrails.items.0.bound": {"excess_over_floor": 0.20, "floor_cap": 0.20},
-        "spec.stages.2.rung": "medium",
-        "spec.stages.3.rung": "bold",
+        "spec.advance.min_units": 32,
+        "spec.ladder": [{"id": "mild"}, {"id": "bold"}],
+        # Climbed in shadow, where a rung that is too mild to pay may be passed; only bold serves anybody.
+        "spec.stages": [
+            {"id": "shadow", "share": 0, "rung": "mild", "hold_min": "2s", "need": "no_harm"},
+            {"id": "shadow-bold", "share": 0, "rung": "bold", "hold_min": "2s"},
+            {"id": "c50", "share": "50%", "rung": "bold", "hold_min": "8s", "need": "no_harm"},
+            {"id": "full", "share": "95%", "rung": "bold", "hold_min": "5s", "bake": "15s"},
+        ],
     },
 )
 

@@ -16,6 +16,7 @@ from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE
 from sentei.kernels.hf.models import rotary_table
 from sentei.pipeline.evaluation.costs import CostReport, Measured, reckon_costs, this_machine
+from sentei.pipeline.evaluation.memory import prefill_peaks
 from sentei.pipeline.evaluation.prices import PRICES_FILE, load_prices
 from sentei.pipeline.evaluation.recall import (
     TASK_NAMES,
@@ -106,7 +107,7 @@ class RungResult:
     prefill_s: float
     prefill_s_range: tuple[float, float]
     prefill_s_by_baseline: dict[str, float]
-    peak_mib: float
+    peak_mib: float | None  # that one prefill adds at its peak; None: this machine cannot say
     tasks: dict[str, float]  # share of right answers per kind, over all lengths
     recall: RecallSummary
     user_tasks: UserSummary | None
@@ -166,6 +167,7 @@ class _Findings:
     losses: _Losses
     dropped: Mapping[str, tuple[float, float]]
     timings: Mapping[str, Timing]
+    peaks: Mapping[str, float]
     recall: Mapping[str, RecallSummary]
     user: Mapping[str, UserSummary]
     costs: CostReport
@@ -194,10 +196,11 @@ def evaluate(
     sampling = Sampling(options.blocks_per_window, options.seed)
     dropped = dropped_by_rung(loaded, adapter, texts, sampling, progress)
     timings = time_prefills(loaded, adapter, texts[0], runs=options.timed_runs, progress=progress)
+    peaks = prefill_peaks(loaded, adapter, texts[0], runs=options.timed_runs, progress=progress)
     prefill_s = {rung.id: _timing(timings, rung.id).median_s for rung in adapter.ladder.rungs}
     setup_s = _setup_s(adapter, options) + time.monotonic() - started
     costs = reckon_costs(prices, Measured(prefill_s, window, setup_s, this_machine(loaded)))
-    findings = _Findings(losses, dropped, timings, recall, user, costs)
+    findings = _Findings(losses, dropped, timings, peaks, recall, user, costs)
     return Evaluation(
         model=loaded.name,
         window_tokens=window,
@@ -229,6 +232,8 @@ def _notes(findings: _Findings, window: int) -> tuple[str, ...]:
     own = [file for file in findings.costs.files if file != str(PRICES_FILE)]
     lists = ", ".join(["the list that ships", *own])
     notes = [f"prices from {lists}: {window} tokens of prefill, one request at a time"]
+    if not findings.peaks:
+        notes.append("memory is left out: this platform cannot give freed memory back, so no peak is its own")
     if cells := findings.recall[DENSE].untold():
         notes.append(
             f"dense itself finds nothing in {', '.join(cells)}: these tasks say nothing about a rung"
@@ -310,7 +315,7 @@ def _rung_result(rung_id: str, findings: _Findings) -> RungResult:
         prefill_s=timing.median_s,
         prefill_s_range=(timing.lowest_s, timing.highest_s),
         prefill_s_by_baseline={name: timings[name].median_s for name in DENSE_FORMS},
-        peak_mib=timing.peak_mib,
+        peak_mib=findings.peaks.get(rung_id),
         tasks=recall.by_kind(),
         recall=recall,
         user_tasks=findings.user.get(rung_id),

@@ -46,6 +46,8 @@ class DistillOptions:
     max_epochs: int = 4
     # Share of the need found at a tenth of the blocks that a cheaper score of a layer may cost.
     lost_need: float = 0.01
+    # Share of a layer's needles that it may miss beyond those that the best score misses there.
+    lost_needles: float = 0.01
     patience: int = 2
     seed: int = 0
 
@@ -210,20 +212,21 @@ def choose_scorer(
             _start_low_rank(forms[-1], train)
         tried += [(form, find_at(form, held_out)) for form in forms]
     tried.append((untrained, found_untrained))
-    least = (1 - options.lost_need) * max(found.need_found for _, found in tried)
-    enough = [pair for pair in tried if pair[1].need_found >= least]
+    _, best = max(tried, key=lambda pair: pair[1].need_found)
+    enough = [
+        (form, found)
+        for form, found in tried
+        if found.need_found >= best.need_found * (1 - options.lost_need)
+        and found.needles_missed <= best.needles_missed + options.lost_needles
+    ]
     chosen, found = min(enough, key=lambda pair: (pair[0].cost_per_pair, -pair[1].need_found))
     kl_held_out = mean_divergence(partial(divergence, chosen), held_out)
     return ChosenScorer(chosen, kl_untrained, kl_held_out, found, found_untrained)
 
 
 def _ranks(shape: ScorerShape) -> list[int]:
-    """Return the ranks to try: the given one, its half and its quarter, but none below 16."""
-    if shape.is_residual:
-        return [shape.rank]
-    return [
-        rank for rank in (shape.rank, shape.rank // 2, shape.rank // 4) if rank == shape.rank or rank >= 16
-    ]
+    """Return the ranks to try: the given one, and each multiple of 16 below it."""
+    return [shape.rank] if shape.is_residual else [shape.rank, *range(16, shape.rank, 16)]
 
 
 def _halvings(size: int) -> list[int]:

@@ -6,6 +6,7 @@ each slice by all its traffic; adding up the arms would compare long prompts wit
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ import numpy as np
 from sentei.monitors.records import FAILED_OUTCOMES, AuditStatus, Outcome
 
 Row = Mapping[str, Any]
-MIN_REQUESTS = 20  # fewer than this in an arm: no percentile is shown
+MIN_REQUESTS = (
+    20  # fewer answers than this in an arm: said to be few, and the slowest stands for the 95th pct.
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +27,21 @@ class ArmFigures:
     """One variant in one slice, over the requests that were assigned to it; latency of answered ones."""
 
     requests: int
+    answered: int
     failed: int
     fallbacks: int  # failed in sparse, answered by dense
     prompt_tokens_mean: float | None
     ttft_ms_p50: float | None
-    ttft_ms_p95: float | None
-    tpot_ms_p50: float | None
+    ttft_ms_p95: float | None  # of fewer than MIN_REQUESTS answers the slowest
+    tpot_ms_p50: float | None  # None also where every answer was a single token
     total_ms_p50: float | None
     compute_s_per_1k_tokens: float | None
+    density: float | None  # mean share of the causal blocks that the prefills kept, where the engine says it
+
+    @property
+    def is_few(self) -> bool:
+        """Whether there are answers, and so few that their times say little."""
+        return 0 < self.answered < MIN_REQUESTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,9 @@ class QualityFigures:
     dropped_mass_p99: float | None
     diverged_share: float | None  # answers with at least one other token
     compute_ratio: float | None  # sparse over dense seconds, same requests
+    dense_compute_s_mean: float | None  # of one request
+    sparse_compute_s_mean: float | None
+    tokens: int  # prompts and replayed answers, where the prompt's length was recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +77,18 @@ class SliceFigures:
 
 @dataclass(frozen=True, slots=True)
 class Savings:
-    """Changes of sparse against dense, weighted by the traffic of slices that had both; -0.3: 30 % less."""
+    """Changes of sparse against dense, weighted by the traffic of slices that had both; -0.3: 30 % less.
+
+    The paired one is of the newest rung that was audited in each slice: milder ones before it are history.
+    """
 
     ttft_p50_change: float | None
     ttft_p95_change: float | None
     compute_change: float | None
     paired_compute_change: float | None  # the same requests through both, from the audits
+    tpot_p50_change: float | None
     slices_compared: int
+    is_few: bool  # an arm of a slice that was compared has fewer than MIN_REQUESTS answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,24 +125,31 @@ def slice_figures(requests: Sequence[Row], slice_ids: Sequence[str]) -> tuple[Sl
 
 
 def quality_figures(audits: Sequence[Row]) -> tuple[QualityFigures, ...]:
-    """Return the audited quality of each slice and rung, in the order of their first audit."""
-    groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+    """Return the audited quality of each slice and rung; the one that was audited last comes last."""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in audits:
-        groups[row["slice_id"], row["rung_id"]].append(row)
+        key = (row["slice_id"], row["rung_id"])
+        rows = groups.pop(key, [])
+        rows.append(row)
+        groups[key] = rows
     return tuple(_quality(slice_id, rung_id, rows) for (slice_id, rung_id), rows in groups.items())
 
 
 def savings(figures: Sequence[SliceFigures], audits: Sequence[Row]) -> Savings:
     """Return what sparse saves, compared slice by slice."""
-    compared = [f for f in figures if f.dense.requests >= MIN_REQUESTS and f.sparse.requests >= MIN_REQUESTS]
-    dense_s = sum(row["dense_compute_s"] for row in audits)
-    sparse_s = sum(row["sparse_compute_s"] for row in audits)
+    compared = [f for f in figures if f.dense.answered and f.sparse.answered]
+    newest = {row["slice_id"]: row["rung_id"] for row in audits}
+    scored = [row for row in audits if row["rung_id"] == newest[row["slice_id"]]]
+    dense_s = sum(row["dense_compute_s"] for row in scored)
+    sparse_s = sum(row["sparse_compute_s"] for row in scored)
     return Savings(
         ttft_p50_change=_change(compared, lambda arm: arm.ttft_ms_p50),
         ttft_p95_change=_change(compared, lambda arm: arm.ttft_ms_p95),
         compute_change=_change(compared, lambda arm: arm.compute_s_per_1k_tokens),
         paired_compute_change=sparse_s / dense_s - 1 if dense_s and sparse_s else None,
+        tpot_p50_change=_change(compared, lambda arm: arm.tpot_ms_p50),
         slices_compared=len(compared),
+        is_few=any(arm.is_few for item in compared for arm in (item.dense, item.sparse)),
     )
 
 
@@ -147,15 +172,25 @@ def _arm(rows: Sequence[Row]) -> ArmFigures:
     compute_s = sum(row["compute_s"] for row in answered)
     return ArmFigures(
         requests=len(rows),
+        answered=len(answered),
         failed=sum(row["outcome"] in FAILED_OUTCOMES for row in rows),
         fallbacks=sum(row["outcome"] in (Outcome.FALLBACK_BEFORE, Outcome.FALLBACK_MID) for row in rows),
         prompt_tokens_mean=_mean(row["prompt_tokens"] for row in rows),
         ttft_ms_p50=_quantile((row["ttft_ms"] for row in answered), 0.5),
-        ttft_ms_p95=_quantile((row["ttft_ms"] for row in answered), 0.95),
+        ttft_ms_p95=_quantile(
+            (row["ttft_ms"] for row in answered), 0.95 if len(answered) >= MIN_REQUESTS else 1
+        ),
         tpot_ms_p50=_quantile((row["tpot_ms"] for row in answered), 0.5),
         total_ms_p50=_quantile((row["total_ms"] for row in answered), 0.5),
         compute_s_per_1k_tokens=1000 * compute_s / tokens if tokens and compute_s else None,
+        density=_mean(_density(row) for row in answered),
     )
+
+
+def _density(row: Row) -> float | None:
+    """What a request's prefill kept, from the engine's account of its attention."""
+    kept = row.get("attention") or ""
+    return json.loads(kept).get("prefill_density") if kept else None
 
 
 def _quality(slice_id: str, rung_id: str, rows: Sequence[Row]) -> QualityFigures:
@@ -181,6 +216,9 @@ def _quality(slice_id: str, rung_id: str, rows: Sequence[Row]) -> QualityFigures
         **means,
         diverged_share=_mean(float(row["first_divergence"] is not None) for row in scored),
         compute_ratio=sparse_s / dense_s if dense_s and sparse_s else None,
+        dense_compute_s_mean=dense_s / len(scored) if dense_s else None,
+        sparse_compute_s_mean=sparse_s / len(scored) if sparse_s else None,
+        tokens=sum(row["prompt_tokens"] + row["tokens"] for row in scored if row.get("prompt_tokens")),
     )
 
 
@@ -201,4 +239,4 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _quantile(values: Iterable[float | None], q: float) -> float | None:
     known = [value for value in values if value is not None]
-    return float(np.quantile(known, q)) if len(known) >= MIN_REQUESTS else None
+    return float(np.quantile(known, q)) if known else None

@@ -27,7 +27,9 @@ from sentei.pipeline.reports.figures import (
     savings,
     slice_figures,
 )
+from sentei.pipeline.reports.first_screen import FirstScreen, first_screen
 from sentei.pipeline.reports.pages import render_template
+from sentei.pipeline.reports.saving_chart import draw_saving
 from sentei.pipeline.reports.share_chart import draw_share
 from sentei.pipeline.reports.wording import headline, need_words, outcome_words
 from sentei.pipeline.rollout.revisions import PolicyBook
@@ -38,6 +40,9 @@ from sentei.policies.schema.policy import Policy
 from sentei.policies.state import RolloutState, state_from_json
 
 EVENT_KINDS_HIDDEN = frozenset({EVIDENCE, HOLD})
+ENDS = frozenset({"promote", "held", "rollback"})
+ADAPTER_NAME = "adapter"  # in what is kept about a rollout: the folder that sparse was started with
+EVALUATION_FILE = "evaluation.json"
 
 
 class ReportError(SenteiError):
@@ -77,14 +82,17 @@ class Report:
     generated_at_s: float
     started_s: float
     ended_s: float | None
-    outcome: str  # "promoted", "rolled_back", or the phase where it has not ended
+    outcome: str  # "promoted", "rolled_back", "held", "replaced", or the phase where it has not ended
+    decided: str  # the same as its own evidence had it, before another rollout took its place
     by: str
     reason: str
     headline: str
+    first_screen: FirstScreen
     stage_id: str
     share_now: float
     share_peak: float
     verdicts: tuple[Mapping[str, Any], ...]
+    gains: tuple[Mapping[str, Any], ...]  # the verdicts on the policy's benefits
     routes: tuple[RouteEntry, ...]
     slices: tuple[SliceFigures, ...]
     quality: tuple[QualityFigures, ...]
@@ -96,6 +104,16 @@ class Report:
     num_events: int
     chain: str  # "verified", or what is broken
     evaluation: Mapping[str, Any] | None
+
+    @property
+    def rung_id(self) -> str:
+        """The rung that was audited last, whose saving and quality are shown; "" before an audit."""
+        return self.quality[-1].rung_id if self.quality else ""
+
+    @property
+    def is_gain_proven(self) -> bool:
+        """Whether the gain was proven in every routed slice when it was decided."""
+        return bool(self.gains) and all(item["verdict"] == "gain" for item in self.gains)
 
 
 def build_report(
@@ -129,8 +147,11 @@ def build_report(
         requests, audits = ([row for row in rows if row["seq"] <= last.cursor] for rows in (requests, audits))
         drift = [result for result in drift if result.at_s <= events[-1].at_s]
     slices = slice_figures(requests, [item.id for item in policy.spec.slices.buckets])
-    saved = savings(slices, audits)
-    outcome = last.outcome or last.phase
+    saved, quality = savings(slices, audits), quality_figures(audits)
+    own = next((i for i in range(len(states) - 1, -1, -1) if states[i].outcome != REPLACED), len(states) - 1)
+    outcome, decided = (state.outcome or state.phase for state in (last, states[own]))
+    verdicts, gains = _verdicts(policy, events)
+    measured = evaluation if evaluation is not None else _evaluation_of(rollout)
     return Report(
         rollout=rollout,
         policy_name=policy.metadata.name,
@@ -139,16 +160,21 @@ def build_report(
         started_s=last.started_s,
         ended_s=last.ended_s,
         outcome=outcome,
-        by=last.by or "",
-        reason=last.reason if last.outcome else str(events[-1].payload.get("reason", "")),
-        headline=headline(outcome, shares[-1], saved),
+        decided=decided,
+        by=states[own].by or "",
+        reason=states[own].reason if states[own].outcome else str(events[own].payload.get("reason", "")),
+        headline=headline(decided if states[own].outcome else outcome, shares[own], saved),
+        first_screen=first_screen(
+            slices=slices, quality=quality, savings=saved, verdicts=verdicts, gains=gains, evaluation=measured
+        ),
         stage_id=last.stage_id,
         share_now=shares[-1],
         share_peak=max(shares),
-        verdicts=_verdicts(policy, events),
+        verdicts=verdicts,
+        gains=gains,
         routes=_routes(policy, last),
         slices=slices,
-        quality=quality_figures(audits),
+        quality=quality,
         savings=saved,
         audit=audit_overhead(requests, audits),
         drift=tuple(drift),
@@ -156,7 +182,7 @@ def build_report(
         shares=tuple((event.at_s, share) for event, share in zip(events, shares, strict=True)),
         num_events=len(events),
         chain=_chain(log),
-        evaluation=evaluation,
+        evaluation=measured,
     )
 
 
@@ -166,8 +192,9 @@ def render_html(report: Report) -> str:
         "report.html",
         r=report,
         chart=draw_share(report.shares, report.timeline),
+        picture=draw_saving(report.first_screen),
         need=need_words,
-        outcome_words=outcome_words(report.outcome),
+        outcome_words=outcome_words(report.decided),
     )
 
 
@@ -191,13 +218,30 @@ def routed_share(policy: Policy, state: RolloutState) -> float:
     return 0.0 if state.outcome == REPLACED else max(route.share for route in routing(policy, state).routes)
 
 
-def _verdicts(policy: Policy, events: Sequence[Event]) -> tuple[Mapping[str, Any], ...]:
-    """The verdicts at the end: of the event that ended it, or the newest that has any."""
-    items = {item.id: item for item in policy.spec.guardrails.items}
-    for event in reversed(events):
-        if found := event.payload.get("verdicts"):
-            return tuple(_described(dict(verdict), items[verdict["id"]]) for verdict in found)
-    return ()
+Verdicts = tuple[Mapping[str, Any], ...]
+
+
+def _verdicts(policy: Policy, events: Sequence[Event]) -> tuple[Verdicts, Verdicts]:
+    """The verdicts on guardrails and on benefits: of the newest event that ended it, else the newest."""
+    guardrails = {item.id: item for item in policy.spec.guardrails.items}
+    benefits = {item.id: item for item in policy.spec.benefit}
+    told = [event for event in events if event.payload.get("verdicts")]
+    ends = [event for event in told if event.kind in ENDS]
+    if not told:
+        return (), ()
+    found = [dict(verdict) for verdict in (ends or told)[-1].payload["verdicts"]]
+    own = (_described(verdict, guardrails[verdict["id"]]) for verdict in found if verdict["id"] in guardrails)
+    return tuple(own), tuple(verdict for verdict in found if verdict["id"] in benefits)
+
+
+def _evaluation_of(rollout: Rollout) -> Mapping[str, Any] | None:
+    """The evaluation that lies beside the adapter that sparse ran, where this machine has it."""
+    folder = rollout.about.get(ADAPTER_NAME)
+    path = Path(folder) / EVALUATION_FILE if folder else None
+    if path is None or not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def _described(verdict: dict[str, Any], item: Any) -> Mapping[str, Any]:

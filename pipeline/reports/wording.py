@@ -11,6 +11,7 @@ from sentei.pipeline.reports.figures import Savings
 OUTCOMES = {
     "promoted": "Promoted",
     "rolled_back": "Rolled back to dense",
+    "held": "Held: no gain",
     "replaced": "Replaced by a newer rollout",
     "running": "Still running",
     "paused": "Paused",
@@ -23,6 +24,8 @@ VERDICT_WORDS = {
     "stale": "data too old",
     "error": "cannot be judged",
     "srm": "assignment is off",
+    "gain": "saving proven",
+    "no_gain": "proven: no gain",
 }
 
 
@@ -36,6 +39,9 @@ def headline(outcome: str, share: float, saved: Savings) -> str:
     gain = _gain(saved)
     if outcome == "promoted":
         return f"Sparse attention passed every gate and serves {share:.0%} of the routed sessions{gain}."
+    if outcome == "held":
+        who = f"{share:.0%} of the routed sessions stay on it" if share else "nobody is served by it"
+        return f"Sparse attention does not pay here{gain}: it goes no further, and {who}."
     if outcome == "rolled_back":
         return "Sparse attention broke a guardrail; every request is answered by dense attention again."
     if outcome == "replaced":
@@ -68,7 +74,7 @@ def _change(value: float | None) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
-    if value == 0:
+    if abs(value) < 5e-7:
         return "0"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
@@ -77,6 +83,25 @@ def _ms(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value / 1000:,.2f} s" if value >= 1000 else f"{value:,.0f} ms"
+
+
+def _quantity(value: float, unit: str) -> str:
+    """Return a value of the first screen with its unit."""
+    if unit == "usd":
+        return f"{value:.3g} USD"
+    if unit == "mib":
+        return f"{value:,.0f} MiB"
+    if unit == "percent":
+        return f"{value:+.2f}%"
+    if unit == "ms":
+        return _ms(value)
+    if unit == "nats":
+        return f"{_number(value)} nats"
+    if unit == "ratio":
+        return f"{value:.3g} times"
+    if unit.startswith("share"):
+        return f"{value:.1%}"
+    return f"{_number(value)} {unit}"
 
 
 def _duration(seconds: float) -> str:
@@ -97,6 +122,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "change": _change,
     "number": _number,
     "ms": _ms,
+    "quantity": _quantity,
     "duration": _duration,
     "moment": moment,
 }

@@ -38,9 +38,11 @@ from sentei.policies.engine import (
     state_from_json,
     state_to_json,
 )
+from sentei.policies.machine import Phase
 from sentei.policies.schema.kept import keep_policy
 from sentei.policies.schema.load import load_policy
 from sentei.policies.schema.policy import Policy
+from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Signals
 from sentei.policies.state import ARTIFACT, Quarantined
 
@@ -54,6 +56,8 @@ ARTIFACT_NAME = (
 )
 KEEP_TICKS = 10  # evidence alone is kept every tenth tick, or once per data.max_age if that is sooner
 KEEP_NUMBERS = 1_000  # and whenever so many numbers of the store were read: bounds what is read again
+TAKE_UP = "take_up"
+MACHINE = "machine."  # + rollout id: whose clock its newest controller went by
 LOOK = "look."  # + rollout id: what the newest tick saw, overwritten by the next one; no part of the log
 
 
@@ -79,6 +83,7 @@ class RunnerOptions:
     replicas: Callable[[], Mapping[str, int]] = field(default=lambda: {"dense": 1, "sparse": 1})
     audit_limit_s: float | None = None  # default: data.max_age, at least a minute
     artifact: Callable[[], str] = field(default=lambda: "")  # digest of what sparse runs; "": not known
+    machine: str = ""  # whose monotonic clock it goes by; "": not known, and no other is looked for
 
 
 def start_rollout(
@@ -156,6 +161,7 @@ class RolloutRunner:
         self._book = PolicyBook(store)
         self.policy = self._book.first(rollout)
         self._options = options
+        self._is_taken_up = False
 
     @classmethod
     def open(cls, store: Store, rollout_id: str, options: RunnerOptions) -> RolloutRunner:
@@ -213,7 +219,7 @@ class RolloutRunner:
                 raise RolloutError(f"rollout {state.rollout_id!r} is over: {state.reason}.")
             if state.policy_digest != self.policy.digest:  # edited, by this controller or another
                 self.policy = self._book.find(self.rollout.rollout_id, state.policy_digest)
-            return state, event.at_s
+            return self._take_up(state, token, now_s), event.at_s
         close_former(self._store, self.rollout, token=token, now_s=now_s)
         name = self.rollout.rollout_id
         former_tries = count_tries(self._store, self._options.artifact(), before=name)
@@ -225,7 +231,29 @@ class RolloutRunner:
             **keep_policy(self.policy, self.rollout.policy_text),
         }
         self._write(state, STARTED, payload, token=token, now_s=now_s)
-        return state, now_s
+        return self._take_up(state, token, now_s), now_s
+
+    def _take_up(self, state: RolloutState, token: int, now_s: float) -> RolloutState:
+        """Once per process: what passed while nobody looked is no time of a hold where it cannot be known.
+
+        Within one start of one machine the monotonic clock has counted it. Elsewhere only wall clocks tell,
+        and they step: a hold that one step of them would end has not been held.
+        """
+        machine, name = self._options.machine, f"{MACHINE}{self.rollout.rollout_id}"
+        if self._is_taken_up or not machine:
+            return state
+        former = self._store.read_value(name)
+        if former not in (None, machine) and state.phase == Phase.RUNNING:
+            seen_s = self._store.read_renewed_at(self.rollout.rollout_id) or state.stage_entered_s
+            gap_s = max(0.0, now_s - max(seen_s, state.stage_entered_s))
+            gap = format_duration(round(gap_s))
+            text = f"taken up by another machine: {gap} unwatched are no time of a hold"
+            state = replace(state, stage_entered_s=state.stage_entered_s + gap_s)
+            self._write(state, TAKE_UP, {"reason": text, "actions": []}, token=token, now_s=now_s)
+        if former != machine:
+            self._store.save_value(name, machine)
+        self._is_taken_up = True
+        return state
 
     def _revise(self, state: RolloutState, token: int, now_s: float) -> RolloutState:
         """Take or refuse the edits that wait, each as an event of its own."""

@@ -90,8 +90,8 @@ def _check_is_over(
     if outcome is None:
         phase = state["phase"] if state is not None else "waiting for the controller's first tick"
         raise StartRefusedError(f"rollout {rollout_id!r} is {phase}; abort it first")
-    if outcome == "promoted" and not replaces:
-        what = serves.get(rollout_id, "is promoted")
+    if outcome in ("promoted", "held") and not replaces:
+        what = " and ".join(part for part in (f"is {outcome}", serves.get(rollout_id)) if part)
         raise StartRefusedError(
             f"rollout {rollout_id!r} {what}; a new rollout begins at its own first stage, so that would end "
             "at once. Start with --replace (over HTTP: replace=true) if that is meant; else leave it",
@@ -105,4 +105,4 @@ def _what_is_served(store: Store) -> dict[str, str]:
     if found is None:
         return {}
     routes = [f"{r.share:.0%} of {r.slice_id} at rung {r.rung_id}" for r in found[0].routes if r.share > 0]
-    return {found[0].rollout_id: f"is promoted and sends {', '.join(routes) or 'nothing'} to sparse"}
+    return {found[0].rollout_id: f"sends {', '.join(routes) or 'nothing'} to sparse"}

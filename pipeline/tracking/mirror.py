@@ -22,6 +22,13 @@ from sentei.monitors.records import DriftResult, Rollout
 from sentei.monitors.store import Store
 from sentei.pipeline.reports.rollout_report import build_report, render_html, render_json, routed_share
 from sentei.pipeline.rollout.revisions import PolicyBook
+from sentei.pipeline.tracking.comparison import (
+    NAME_TAG,
+    NOTE_TAG,
+    decision_figures,
+    describe_decision,
+    name_decision,
+)
 from sentei.pipeline.tracking.tracker import MetricPoint, RefusedError, RunSpec, Tracker, TrackingError
 from sentei.policies.schema.policy import Policy
 from sentei.policies.state import ALL_SLICES, RolloutState, state_from_json
@@ -31,6 +38,7 @@ logger = logging.getLogger(__name__)
 EVENT_CURSOR = "mirror.events"
 DRIFT_CURSOR = "mirror.drift"
 BATCH = 100
+_COMPARED = ("model", "engine")  # of what is known about a rollout
 _EVIDENCE = ("log_e_harm", "log_e_safe", "log_e_watch", "units", "mean")
 
 
@@ -117,7 +125,9 @@ class Mirror:
         rollout, policy = self._rollout(batch[0].rollout_id)
         parent = self._ensure_parent(rollout, policy)
         moments = [self._moment(event) for event in batch]
-        self._tracker.log(parent, [p for m in moments for p in m.points], _tags(moments[-1]))
+        self._tracker.log(parent, (), _tags(moments[-1]))
+        course = self._ensure_course(parent, rollout, policy)
+        self._tracker.log(course, [p for m in moments for p in m.points], {})
         for stage, members in groupby(moments, key=lambda moment: _stage_key(moment.state)):
             self._mirror_stage(parent, stage, list(members))
         for moment in moments:
@@ -142,6 +152,15 @@ class Mirror:
         report = build_report(self._store, rollout.rollout_id, upto_event=moment.event.seq)
         self._tracker.save_text(parent, render_html(report), "reports/comparison.html")
         self._tracker.save_text(parent, render_json(report), "reports/comparison.json")
+        points = list(_points(decision_figures(report), 0, moment.event.at_s))
+        tags = {
+            NAME_TAG: name_decision(report),
+            NOTE_TAG: describe_decision(report),
+            "decided": report.decided,
+        }
+        self._tracker.log(parent, points, tags)
+        course = self._ensure_course(parent, rollout, self._policy(moment.state))
+        self._tracker.finish(course, moment.event.at_s, is_ok=moment.state.outcome != "rolled_back")
         self._tracker.finish(parent, moment.event.at_s, is_ok=moment.state.outcome != "rolled_back")
 
     def _mirror_drift(self) -> int:
@@ -169,7 +188,8 @@ class Mirror:
             f"{prefix}/threshold": result.threshold,
             f"{prefix}/is_drift": float(result.status == "drift"),
         }
-        self._tracker.log(parent, list(_points(values, result.window_id, result.at_s)), {})
+        course = self._ensure_course(parent, rollout, policy)
+        self._tracker.log(course, list(_points(values, result.window_id, result.at_s)), {})
 
     def _rollout(self, rollout_id: str) -> tuple[Rollout, Policy]:
         """The rollout and the policy that it was started with."""
@@ -190,14 +210,35 @@ class Mirror:
             key=f"rollout:{rollout.rollout_id}",
             name=rollout.rollout_id,
             start_s=rollout.created_at_s,
-            params={"policy": policy.metadata.name, "policy_digest": policy.digest, **rollout.about},
-            tags={"sentei.kind": "rollout", "rollout_id": rollout.rollout_id},
+            # Params are what runs are compared by; digests, folders and people are tags.
+            params={
+                "policy": policy.metadata.name,
+                "rung": policy.spec.stages[-1].rung,
+                **{name: value for name, value in rollout.about.items() if name in _COMPARED},
+            },
+            tags={
+                "sentei.kind": "rollout",
+                "rollout_id": rollout.rollout_id,
+                "policy_digest": policy.digest,
+                **{name: value for name, value in rollout.about.items() if name not in _COMPARED},
+            },
         )
         run_id = self._tracker.ensure_run(_experiment(policy), spec)
         if rollout.rollout_id not in self._has_policy_file:
             self._tracker.save_text(run_id, rollout.policy_text, "policy/policy.yaml")
             self._has_policy_file.add(rollout.rollout_id)
         return run_id
+
+    def _ensure_course(self, parent: str, rollout: Rollout, policy: Policy) -> str:
+        """The run of what changes from event to event; the rollout's own has only what to compare it by."""
+        spec = RunSpec(
+            key=f"rollout:{rollout.rollout_id}:course",
+            name="course of events",
+            start_s=rollout.created_at_s,
+            parent_run_id=parent,
+            tags={"sentei.kind": "course", "rollout_id": rollout.rollout_id},
+        )
+        return self._tracker.ensure_run(_experiment(policy), spec)
 
     def _moment(self, event: Event) -> Moment:
         state = state_from_json(event.state)

@@ -33,6 +33,8 @@ _ENVIRONMENT = {
 }
 EXPERIMENTS = {kind: f"sentei-{kind}" for kind in ("distill", "joint", "calibrate", "evaluate")}
 _KEY_TAG = "sentei.key"
+# Without it MLflow's UI takes an experiment for one of agents, and opens it on an empty page of traces.
+_KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_.:/@ +-]{1,250}")
 _PARENT_TAG = "mlflow.parentRunId"
 _MAX_METRICS_PER_CALL = 1000
@@ -196,6 +198,8 @@ class MlflowTracker:
                 if found
                 else client.create_experiment(name, artifact_location=self._artifact_location(name))
             )
+            if found is None or _KIND_TAG not in found.tags:
+                client.set_experiment_tag(self._experiment_ids[name], _KIND_TAG, _KIND)
         return self._experiment_ids[name]
 
     def _artifact_location(self, name: str) -> str | None:
@@ -234,6 +238,16 @@ def _safe_key(key: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class ChildRecord:
+    """One of several things that a step has measured by the same names: runs of their own, to compare."""
+
+    name: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """What one step did."""
 
@@ -243,6 +257,8 @@ class StepRecord:
     params: Mapping[str, object]
     metrics: Mapping[str, float]
     files: Mapping[str, Path] = field(default_factory=dict)  # folder in the run -> file or folder here
+    tags: Mapping[str, str] = field(default_factory=dict)
+    children: tuple[ChildRecord, ...] = ()
 
 
 def log_step(tracker: Tracker, kind: str, record: StepRecord) -> str:
@@ -252,16 +268,29 @@ def log_step(tracker: Tracker, kind: str, record: StepRecord) -> str:
         name=record.name,
         start_s=record.started_s,
         params={key: str(value) for key, value in record.params.items()},
-        tags={"sentei.kind": kind},
+        tags={"sentei.kind": kind, **record.tags},
     )
     run_id = tracker.ensure_run(EXPERIMENTS[kind], spec)
-    points = [
-        MetricPoint(name, float(value), 0, record.ended_s)
-        for name, value in record.metrics.items()
-        if math.isfinite(value)
-    ]
-    tracker.log(run_id, points, {})
+    tracker.log(run_id, _points(record.metrics, record.ended_s), {})
+    for child in record.children:
+        own = RunSpec(
+            key=f"{spec.key}:{child.name}",
+            name=child.name,
+            start_s=record.started_s,
+            parent_run_id=run_id,
+            params=child.params,
+            tags={"sentei.kind": f"{kind}-part", **child.tags},
+        )
+        child_id = tracker.ensure_run(EXPERIMENTS[kind], own)
+        tracker.log(child_id, _points(child.metrics, record.ended_s), {})
+        tracker.finish(child_id, record.ended_s, is_ok=True)
     for folder, path in record.files.items():
         tracker.save_file(run_id, path, folder)
     tracker.finish(run_id, record.ended_s, is_ok=True)
     return run_id
+
+
+def _points(metrics: Mapping[str, float], at_s: float) -> list[MetricPoint]:
+    return [
+        MetricPoint(name, float(value), 0, at_s) for name, value in metrics.items() if math.isfinite(value)
+    ]

@@ -7,7 +7,7 @@ or correlation inside sessions breaks every guarantee (docs/statistics.md F11: 6
 
 Each state has a constant size, `update` returns a new one, feeding units one by one or in any batches gives
 the same bytes, and `log_e_max >= ln(1/a)` is the decision. The functions over blocks do the same for many
-simulated streams at once. docs/statistics.md has the formulas F1 to F15, each with its source, its guarantee
+simulated streams at once. docs/statistics.md has the formulas F1 to F17, each with its source, its guarantee
 and its test. The error budget over guardrails, slices and fresh starts (F10) is `policies.schema.budget`.
 """
 
@@ -30,11 +30,13 @@ from sentei.policies.evidence.counts import (
     beta_binomial_boundary,
 )
 from sentei.policies.evidence.interval import INTERVAL_ALPHA, Interval
+from sentei.policies.evidence.notice import GROSS, events_to_notice, hits_to_notice
 from sentei.policies.evidence.watch import DETECTOR_BETS, Detector
 
 __all__ = [
     "BETTING_CUT",
     "DETECTOR_BETS",
+    "GROSS",
     "INTERVAL_ALPHA",
     "PAIRED_CUT",
     "RATIO_TILTS",
@@ -48,6 +50,8 @@ __all__ = [
     "Interval",
     "Split",
     "beta_binomial_boundary",
+    "events_to_notice",
+    "hits_to_notice",
     "log_threshold",
     "paired_bound",
     "paired_excess",

@@ -60,6 +60,15 @@ class Betting:
         """The plain mean of the units; None before the first."""
         return self.total / self.units if self.units else None
 
+    def units_left(self, threshold: float) -> int | None:
+        """How many more units of the mean so far would lift log_e to the threshold; None: none ever would.
+
+        For readers: the bet is taken to stay as it is now, and the units to come to be like those before.
+        """
+        growth = 0.0 if self.mean is None else math.log1p(self._bet() * (self.mean - self.bound))
+        left = threshold - self.log_e
+        return None if growth <= 0 or left / growth > SEARCH_LIMIT else max(0, math.ceil(left / growth))
+
     def _bet(self) -> float:
         variance = (0.25 + self.spread) / (self.units + 1)
         step = self.units + 1

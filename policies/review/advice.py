@@ -143,6 +143,23 @@ def _is_hidden_by(policy: Policy, gate: Guardrail, other: Guardrail) -> bool:
     return is_wider and is_no_harder and harm_alpha(policy, gate) <= harm_alpha(policy, other)
 
 
+def _gain_is_asked(case: _Case) -> Iterator[Advice]:
+    """Safe is not enough: a rung that saves nothing costs its risk, its audits and its memory."""
+    benefit = case.policy.spec.benefit
+    if not benefit:
+        example = "- {id: compute, value: audit.compute_ratio, want: {max: 0.90}}"
+        message = f"no gain is asked for, so a rung that saves nothing is promoted; add {example}"
+        yield Advice(("benefit",), None, message)
+    for index, item in enumerate(benefit):
+        path: Path = ("benefit", index)
+        if item.need == "not_disproved":
+            message = "a share may grow before the gain is proven; leave need out to ask for proof"
+            yield Advice((*path, "need"), item.need, message)
+        if item.want.max >= 1:
+            message = "is no gain: sparse may take as long as dense"
+            yield Advice((*path, "want", "max"), item.want.max, message)
+
+
 def _breaker_can_trip(case: _Case) -> Iterator[Advice]:
     rule, rate = case.policy.spec.breaker.variant, case.expected.sessions_per_hour
     share = case.policy.spec.stages[-1].share
@@ -192,6 +209,7 @@ CHECKS: tuple[Callable[[_Case], Iterator[Advice]], ...] = (
     _rungs_are_used,
     _guardrails_can_fire,
     _guardrails_are_not_hidden,
+    _gain_is_asked,
     _breaker_can_trip,
     _watch_is_quiet,
 )

@@ -21,10 +21,11 @@ from sentei.policies.evidence import (
     log_threshold,
     units_to_prove,
 )
-from sentei.policies.intake import scaled_bound
+from sentei.policies.intake import GAIN_CUT, RATIO_CAP, scaled_bound
+from sentei.policies.judge import least_served
 from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
-from sentei.policies.schema.sections import Guardrail, Stage
+from sentei.policies.schema.sections import Benefit, Guardrail, Stage
 
 COUNT_LIMIT = 20_000  # sessions after which a count that proves nothing is said to prove nothing
 
@@ -130,6 +131,12 @@ def clean_units(policy: Policy, gate: Guardrail) -> int | None:
     return _units(policy, gate, "safe", 0.0)
 
 
+def gain_units(policy: Policy, item: Benefit, ratio: float) -> int | None:
+    """Sessions of one constant ratio of model times that prove the gain; None: that is no such gain."""
+    bound, alpha = scaled_bound(policy, item), try_alpha(policy)
+    return units_to_prove(ratio / RATIO_CAP, bound=bound, direction="safe", alpha=alpha, cut=GAIN_CUT)
+
+
 def bad_units(policy: Policy, gate: Guardrail) -> int | None:
     """The worst sessions in a row that prove it harmful."""
     return _units(policy, gate, "harm", 1.0)
@@ -187,7 +194,7 @@ def _need(policy: Policy, index: int, place: int, audits: dict[tuple[str, str], 
         asks_anything |= gate.per == "slice"
         is_proven = policy.need(stage, gate) == "all_safe"
         has_proof |= is_proven and family == "quality"
-        units = (clean_units(policy, gate) if is_proven else 1) or 1
+        units = (clean_units(policy, gate) if is_proven else _unharmed(policy, stage, gate)) or 1
         if family == "quality":
             quality = max(quality, units, spec.advance.min_units)
         elif family == "operational":
@@ -208,6 +215,17 @@ def _need(policy: Policy, index: int, place: int, audits: dict[tuple[str, str], 
         if units_needed > 0 and sessions is not None:
             sessions = max(sessions, math.ceil(units_needed / rate - 1e-9)) if rate > 0 else None
     return Need(item.id, quality, served, sessions if asks_anything else None)
+
+
+def _unharmed(policy: Policy, stage: Stage, gate: Guardrail) -> int:
+    """Clean units of sparse that end a stage which asks only for no harm: a proof is enough, too.
+
+    What is counted over all slices together says nothing of one of them.
+    """
+    if stage.need is not None or gate.per == "all":
+        return 1
+    least = least_served(policy, gate, stage.share)
+    return min(least, clean_units(policy, gate) or least)
 
 
 def _audited(policy: Policy, stage: Stage) -> float:

@@ -11,11 +11,12 @@ from sentei.policies.review.forecast import (
     bearable_missing,
     best_s,
     clean_units,
+    gain_units,
     worst_s,
 )
 from sentei.policies.schema.budget import harm_alpha
 from sentei.policies.schema.policy import Policy
-from sentei.policies.schema.sections import Guardrail, Signal
+from sentei.policies.schema.sections import Benefit, Guardrail, Signal
 from sentei.policies.schema.units import format_duration
 
 _ACTIONS = {
@@ -125,7 +126,7 @@ def _guardrail(policy: Policy, gate: Guardrail) -> str:
 
 def _others(policy: Policy) -> Iterator[str]:
     for item in policy.spec.benefit:
-        yield f"{item.id}: once a {item.value} of at most {item.want.max:g} is disproved, growth stops."
+        yield _benefit(policy, item)
     for signal in policy.spec.signals:
         yield _signal(signal)
     rule = policy.spec.breaker.variant
@@ -136,6 +137,16 @@ def _others(policy: Policy) -> Iterator[str]:
     )
     if policy.spec.schedule.freeze:
         yield f"No growth during {_and(list(policy.spec.schedule.freeze))}; protection never sleeps."
+
+
+def _benefit(policy: Policy, item: Benefit) -> str:
+    text = f"{item.id}: sparse must take at most {item.want.max:g} of dense's model time for the same request"
+    stop = "once that is proven false, the rollout is held until a person resumes, edits or ends it."
+    if item.need == "not_disproved":
+        return f"{text}; growth does not wait for proof of it, and {stop}"
+    halves = (item.want.max * part for part in (0.5, 0.8))
+    costs = [f"{gain_units(policy, item, ratio)} sessions at {ratio:.2g}" for ratio in halves]
+    return f"{text}, proven in each slice before a share grows ({_and(costs, 'or')}); {stop}"
 
 
 def _signal(signal: Signal) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from sentei.policies.schema.sections import Guardrail, Guardrails, Slice, Stage
+from sentei.policies.schema.sections import Benefit, Guardrail, Guardrails, Slice, Stage
 
 
 class Terms(Protocol):
@@ -21,6 +21,10 @@ class Terms(Protocol):
     @property
     def guardrails(self) -> Guardrails:
         """Who is tested, and alpha_total."""
+
+    @property
+    def benefit(self) -> tuple[Benefit, ...]:
+        """Which gains are asked for."""
 
 
 class Tested(Protocol):
@@ -84,3 +88,17 @@ def harm_alpha(policy: Tested, guardrail: Guardrail, try_number: int = 1) -> flo
         rest = total - sum(item.alpha or 0.0 for item in items)
         each = rest / sum(num_tests(policy, item) for item in items if item.alpha is None)
     return each / num_starts(policy, guardrail) * try_alpha(policy, try_number) / total
+
+
+def no_gain_alpha(policy: Tested, try_number: int = 1) -> float:
+    """What one test may spend on calling a gain absent that is there (F17).
+
+    Source: docs/statistics.md F17, the union bound over benefits, slices, arms and the rungs of the stages.
+    Guarantee: all tests of all tries together hold a candidate that has its gains with probability at most
+    alpha_total, beside and not out of what guardrails may spend: it stops growth and takes nobody off sparse.
+    A proof of the gain is made at `try_alpha`, as every proof of safety is.
+    """
+    arms = 2 if policy.spec.mode == "enforce" else 1
+    rungs = {stage.rung for stage in policy.spec.stages}
+    tests = max(1, len(policy.spec.benefit)) * max(1, len(policy.routed_slices)) * arms * len(rungs)
+    return try_alpha(policy, try_number) / tests

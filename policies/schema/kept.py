@@ -21,7 +21,7 @@ from sentei.policies.schema.policy import Kept, Policy, to_document
 
 Document = dict[str, Any]
 
-SCHEMA = 3
+SCHEMA = 4
 
 # Schema 1 kept the text only, and knew words that had exactly one legal value.
 _GONE_1 = (
@@ -57,6 +57,7 @@ _DEFAULTS_1: Document = {  # of spec; a list holds the defaults of each of its i
     "record": {"mlflow": {"experiment": "sentei-rollouts"}},
 }
 
+_DEFAULTS_3: Document = {"benefit": [{"need": "not_disproved"}]}
 _DEFAULTS_2: Document = {"audit": {"select": {"period": "10m"}, "missing": {"window": "1h"}}}
 
 
@@ -142,4 +143,10 @@ def _from_2(document: Document) -> Document:
     return document
 
 
-READERS: Mapping[int, Callable[[Document], Document]] = {1: _from_1, 2: _from_2}
+def _from_3(document: Document) -> Document:
+    """A gain had to be not disproved; now it has to be proven."""
+    _fill(document["spec"], _DEFAULTS_3)
+    return document
+
+
+READERS: Mapping[int, Callable[[Document], Document]] = {1: _from_1, 2: _from_2, 3: _from_3}

@@ -146,6 +146,15 @@ class Policy(Section):
         own = None if gate is None else gate.advance
         return stage.need or own or self.spec.advance.need
 
+    def asks_gain(self, stage: Stage) -> bool:
+        """Whether a stage must show a gain before it ends: what follows is a larger share, or `promoted`.
+
+        A step to a bolder rung at the same share may pass a rung that is too mild to pay.
+        """
+        following = self.stage_index(stage.id) + 1
+        stages = self.spec.stages
+        return following == len(stages) or stages[following].share > stage.share
+
 
 def to_document(policy: Policy) -> dict[str, Any]:
     """The policy resolved: plain values, spelled as in a file, with every default; null is "not set"."""

@@ -12,6 +12,7 @@ from sentei.policies.schema.metrics import METRICS
 from sentei.policies.schema.sections import (
     Advance,
     Audit,
+    Benefit,
     Guardrail,
     Guardrails,
     LadderRung,
@@ -65,6 +66,7 @@ class _Outline:
     guardrails: Guardrails
     rung_ids: tuple[str, ...]
     routed_slices: tuple[Slice, ...]
+    benefit: tuple[Benefit, ...] = ()
 
     @property
     def spec(self) -> _Outline:

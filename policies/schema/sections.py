@@ -182,11 +182,14 @@ class Want(Section):
 
 
 class Benefit(Section):
-    """Safe but useless is also a stop: a benefit that is disproved in a slice stops the ramp."""
+    """Safe but useless is also a stop: no share grows before the gain is proven, and none ends the ramp."""
 
     id: Identifier
     value: Literal["audit.compute_ratio"]
     want: Want
+    need: Literal["proven", "not_disproved"] = Field(
+        default="proven", description="of the gain in every slice, before a share grows or it is promoted"
+    )
 
 
 class Signal(Section):

@@ -34,6 +34,7 @@ class Findings:
     units: Ints  # of all that may have shown harm
     proof: Ints  # of those that may prove safety
     error: Bools  # too many audits are missing
+    candidates: Ints | None = None  # of what was served: units of sparse
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Watch:
 
 
 class BettingCells:
-    """F1 and F13 with their watch; also a benefit, which has no safety and no watch."""
+    """F1 and F13 with their watch; also a benefit, which has no watch (F17)."""
 
     def __init__(self, gate: Gate, shape: tuple[int, int, int], missing_limit: float) -> None:
         self._gate, self._missing_limit = gate, missing_limit
@@ -87,9 +88,8 @@ class BettingCells:
         """Add a block of audits; a missing one is left out for harm and the worst case for safety (F12)."""
         scored = is_unit if is_missing is None else is_unit & ~is_missing
         self._bet(self._harm, self._harm_hit, where, values, scored)
-        if self._watch is None:
-            return
-        self._watch.feed(where, values, scored)
+        if self._watch is not None:
+            self._watch.feed(where, values, scored)
         self._proof[where] += scored.sum(axis=-1)
         worst = values if is_missing is None else np.where(is_missing, 1.0, values)
         self._bet(self._safe, self._safe_hit, where, worst, is_unit)
@@ -131,7 +131,7 @@ class BettingCells:
             scale,
             bound=gate.bound,
             direction="harm" if is_harm else "safe",
-            alpha=gate.alpha_harm if is_harm and gate.kind != "benefit" else gate.alpha_safe,
+            alpha=gate.alpha_harm if is_harm else gate.alpha_safe,
             cut=gate.cut,
         )
         steps[..., 0] += store[3][where]
@@ -183,7 +183,7 @@ class CountCells:
         is_open = ~harm & (units > 0)
         safe = is_open & self._safe_hit[where]
         by_watch = self._watch.hit[where] & ~self._harm_hit[where]
-        return Findings(harm, by_watch, safe, is_open & ~safe, units, units, np.zeros_like(harm))
+        return Findings(harm, by_watch, safe, is_open & ~safe, units, units, np.zeros_like(harm), units)
 
     def clear(self, chosen: Bools) -> None:
         """Start afresh in the chosen cells."""
@@ -195,7 +195,7 @@ class CountCells:
 
 
 class TwoArms:
-    """F16: quality of every audited unit, and of those that sparse served; harm of either counts."""
+    """F16: quality, or gain, of every audited unit and of those that sparse served; harm of either counts."""
 
     def __init__(self, gate: Gate, shape: tuple[int, int, int], missing_limit: float) -> None:
         self._all, self._served = (BettingCells(gate, shape, missing_limit) for _ in range(2))
@@ -222,9 +222,10 @@ class TwoArms:
             error=error & ~harm,
         )
 
-    def start_proof(self, chosen: Bools) -> None:
-        """Safety is proven afresh in the chosen cells [rollouts, slices]."""
-        self._all.start_proof(chosen)
+    def start_proof(self, chosen: Bools, *, is_gain: bool = False) -> None:
+        """Safety is proven afresh in the chosen cells [rollouts, slices]; of a gain what sparse served."""
+        if not is_gain:
+            self._all.start_proof(chosen)
         self._served.start_proof(chosen)
 
 
@@ -262,7 +263,7 @@ class ArmCells:
         harm = self._harm_hit & (candidate > 0) & (control > 0)
         safe = is_open & self._safe_hit
         none, units = np.zeros_like(harm), candidate + control
-        return Findings(harm, none, safe, is_open & ~safe, units, units, none)
+        return Findings(harm, none, safe, is_open & ~safe, units, units, none, candidate)
 
     def clear(self, chosen: Bools) -> None:
         """Start afresh in the chosen cells."""

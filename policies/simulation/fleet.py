@@ -62,7 +62,7 @@ class Fleet:
         num_rollouts, num_slices = self.is_dense.shape
         shape = (num_rollouts, 1 if gate.is_over_all else num_slices)
         if gate.is_audited:
-            kind = TwoArms if gate.family == "quality" and not self.plan.is_advice else BettingCells
+            kind = BettingCells if self.plan.is_advice else TwoArms
             return kind(gate, (*shape, self.plan.num_rungs), self.plan.missing_limit)
         if gate.kind == "count":
             return CountCells(gate, shape, max_units)
@@ -93,6 +93,8 @@ class Fleet:
             self._observe(batch, is_live, now_s)
             self.news_s = now_s
         findings = [self._judge(gate, cells, now_s) for gate, cells in self._all()]
+        gains = [self._judge(gate, cells, now_s) for gate, cells in self._gains()]
+        rung = self.rung
         is_open = self.phase != ROLLED_BACK  # not ended in this tick
         is_open = self._check_breaker(batch, is_live, is_open, now_s)
         is_held, is_open = self._check_harm(findings, is_open)
@@ -100,13 +102,16 @@ class Fleet:
         is_held, is_open = self._check_data(is_held, is_open, now_s)
         is_held, is_open = self._check_hold(findings, is_held, is_open, now_s)
         is_held |= self._find_unsafe(findings, now_s)
-        is_held |= self._find_useless(now_s)
+        is_held |= self._find_useless(gains, ~self.is_dense & (self.rung == rung), is_open, now_s)
         is_held = self._check_approval(is_held, is_open)
         if not is_frozen(self.plan, now_s):
             self._grow(is_open & ~is_held, now_s)
 
     def _all(self) -> list[tuple[Gate, Cells]]:
         return list(zip(self.plan.gates, self._cells, strict=False))
+
+    def _gains(self) -> list[tuple[Gate, Cells]]:
+        return list(zip(self.plan.benefits, self._cells[len(self.plan.gates) :], strict=True))
 
     def _where(self, gate: Gate) -> tuple[Ints, ...]:
         if gate.is_audited:
@@ -168,7 +173,8 @@ class Fleet:
 
     def _judge(self, gate: Gate, cells: Cells, now_s: float) -> Findings:
         if isinstance(cells, TwoArms):
-            by_served = (self.plan.share[self.stage] > 0) & self._wants_proof(gate)
+            wants_proof = self.plan.proves[self.stage] if gate.kind == "benefit" else self._wants_proof(gate)
+            by_served = (self.plan.share[self.stage] > 0) & wants_proof
             return cells.judge(self._where(gate), by_served[:, None], self._part(now_s))
         if isinstance(cells, BettingCells):
             return cells.judge(self._where(gate), self._part(now_s))
@@ -305,7 +311,10 @@ class Fleet:
         is_routed = (self.plan.share[self.stage] > 0) & (not self.plan.is_advice)
         found_unsafe = np.zeros(self.phase.shape, dtype=np.bool_)
         for gate, found in zip(self.plan.gates, findings, strict=True):
-            can = found.safe | (found.undecided & ~self._wants_proof(gate)[:, None])
+            passes = found.undecided & ~self._wants_proof(gate)[:, None]
+            if found.candidates is not None and gate.least:
+                passes &= found.candidates >= np.array(gate.least)[self.stage][:, None]
+            can = found.safe | passes
             if is_stale:
                 can = np.zeros_like(can)
             active = np.ones_like(can) if gate.is_over_all else ~self.is_dense
@@ -314,12 +323,18 @@ class Fleet:
         return found_unsafe
 
     # step 9
-    def _find_useless(self, now_s: float) -> Bools:
-        first = len(self.plan.gates)
-        useless = np.zeros(self.phase.shape, dtype=np.bool_)
-        for gate, cells in zip(self.plan.benefits, self._cells[first:], strict=True):
-            useless |= (self._judge(gate, cells, now_s).harm & ~self.is_dense).any(axis=1)
-        return useless
+    def _find_useless(self, gains: list[Findings], judged: Bools, is_open: Bools, now_s: float) -> Bools:
+        """`judged` [rollouts, slices] are those that are still at the rung of these findings."""
+        is_stale = now_s - self.news_s > self.plan.max_age_s
+        is_asked = self.plan.asks_gain[self.stage] & (self.phase != PROMOTED)
+        unproven, absent = (np.zeros(self.phase.shape, dtype=np.bool_) for _ in range(2))
+        for gate, found in zip(self.plan.benefits, gains, strict=True):
+            absent |= (found.harm & judged).any(axis=1) & is_asked
+            if gate.needs[0] == "proven":
+                is_proven = found.safe & (not is_stale)
+                unproven |= (~is_proven & judged).any(axis=1) & is_asked
+        self.phase[absent & is_open & (self.phase == RUNNING)] = PAUSED
+        return np.asarray(unproven | absent)
 
     # step 10
     def _check_approval(self, is_held: Bools, is_open: Bools) -> Bools:
@@ -345,9 +360,13 @@ class Fleet:
     def _start_proof(self, chosen: Bools) -> None:
         """F15: a new phase proves its own safety."""
         self.served[chosen] = 0
+        places = np.broadcast_to(chosen[:, None], self.is_dense.shape)
         for _, cells in self._all():
             if isinstance(cells, TwoArms | BettingCells):
-                cells.start_proof(np.broadcast_to(chosen[:, None], self.is_dense.shape))
+                cells.start_proof(places)
+        for _, cells in self._gains():
+            if isinstance(cells, TwoArms):
+                cells.start_proof(places, is_gain=True)
 
     def _clear_operational(self, chosen: Bools, *, is_all: bool = False) -> None:
         """F15: operational evidence starts afresh; that over all slices only with a new stage."""

@@ -10,8 +10,9 @@ import numpy as np
 
 from sentei.policies.evidence import PAIRED_CUT, log_threshold
 from sentei.policies.evidence.base import BETTING_CUT, Bools, Floats, Ints
-from sentei.policies.intake import RATIO_CAP, RECENT_PARTS, scaled_bound
-from sentei.policies.schema.budget import harm_alpha, try_alpha
+from sentei.policies.intake import GAIN_CUT, RATIO_CAP, RECENT_PARTS, scaled_bound
+from sentei.policies.judge import least_served
+from sentei.policies.schema.budget import harm_alpha, no_gain_alpha, try_alpha
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Benefit, Guardrail, Stage
 from sentei.policies.schema.units import WeeklyWindow
@@ -45,6 +46,7 @@ class Gate:
     watch_at: float  # log e-CUSUM that is an alarm
     is_over_all: bool
     action: str
+    least: tuple[int, ...] = ()  # by stage: units of sparse before which no_harm says nothing
 
     @property
     def harm_at(self) -> float:
@@ -78,6 +80,8 @@ class Plan:
     slice_ids: tuple[str, ...]
     stage_ids: tuple[str, ...]
     share: Floats  # by stage
+    asks_gain: Bools  # by stage
+    proves: Bools  # by stage: whether it asks for proof of safety, of what says nothing of its own
     audit: Floats  # of requests that dense serves, by stage
     audit_sparse: Floats
     rung: Ints
@@ -114,6 +118,8 @@ def make_plan(policy: Policy) -> Plan:
         slice_ids=tuple(item.id for item in policy.routed_slices),
         stage_ids=tuple(stage.id for stage in stages),
         share=np.array([stage.share for stage in stages]),
+        asks_gain=np.array([policy.asks_gain(stage) for stage in stages]),
+        proves=np.array([policy.need(stage) == "all_safe" for stage in stages]),
         audit=np.array([policy.audit_odds(stage)[0] for stage in stages]),
         audit_sparse=np.array([policy.audit_odds(stage)[1] for stage in stages]),
         rung=np.array([rungs.index(stage.rung) for stage in stages]),
@@ -148,7 +154,6 @@ def _gate(policy: Policy, item: Guardrail | Benefit) -> Gate:
     total, num_stages = try_alpha(policy), len(policy.spec.stages)
     scaled = scaled_bound(policy, item)
     if isinstance(item, Benefit):
-        each = policy.spec.guardrails.alpha_total / len(policy.routed_slices)
         return Gate(
             id=item.id,
             kind="benefit",
@@ -158,13 +163,13 @@ def _gate(policy: Policy, item: Guardrail | Benefit) -> Gate:
             scale=RATIO_CAP,
             bound=scaled,
             floor_cap=None,
-            cut=BETTING_CUT,
-            needs=("no_harm",) * num_stages,
-            alpha_harm=each,
+            cut=GAIN_CUT,
+            needs=(item.need,) * num_stages,
+            alpha_harm=no_gain_alpha(policy),
             alpha_safe=total,
             watch_at=math.inf,
             is_over_all=False,
-            action="stop_ramp",
+            action="held",
         )
     bound, family = item.bound, item.metric.family
     scale = policy.spec.audit.values.kl.cap if item.value == "audit.kl" else 1.0
@@ -187,6 +192,12 @@ def _gate(policy: Policy, item: Guardrail | Benefit) -> Gate:
         watch_at=log_threshold(1 / policy.spec.guardrails.detector_arl),
         is_over_all=item.per == "all",
         action=item.action,
+        least=tuple(
+            least_served(policy, item, stage.share)
+            if stage.need is None and policy.need(stage, item) == "no_harm"
+            else 0
+            for stage in policy.spec.stages
+        ),
     )
 
 

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 
 from sentei.policies.intake import start_phase
-from sentei.policies.judge import is_benefit_disproved
 from sentei.policies.machine import Event, Phase, Wait, next_phase
 from sentei.policies.schema.metrics import METRICS
 from sentei.policies.schema.policy import Policy
@@ -14,7 +13,14 @@ from sentei.policies.schema.sections import Stage
 from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Command, Verdict
 from sentei.policies.state import SliceState
-from sentei.policies.steps.tick import Tick, active_slices, effective_rung, is_paused, roll_back
+from sentei.policies.steps.tick import (
+    Tick,
+    active_slices,
+    effective_rung,
+    hold_for_good,
+    is_paused,
+    roll_back,
+)
 
 MIN_UPPER = 20  # below so many requests of the upper half nothing is asked of it
 
@@ -97,13 +103,23 @@ def check_safe(tick: Tick) -> Tick:
 
 
 def check_benefit(tick: Tick) -> Tick:
-    """Step 9: safe but useless is also a stop, once the gain is disproved."""
-    for benefit in tick.policy.spec.benefit:
-        for slice_id in active_slices(tick.policy, tick.state):
-            rung = effective_rung(tick.policy, tick.state, slice_id)
-            if is_benefit_disproved(tick.policy, tick.state.cell(benefit.id, slice_id, rung)):
-                text = f"{benefit.id} in {slice_id}: a gain of {benefit.want.max:.3g} is disproved"
-                tick = tick.with_hold(Wait.BENEFIT, text)
+    """Step 9: safe but useless is also a stop: no share grows before the gain is proven in every slice.
+
+    Where it is proven absent the rollout is held, also while time, a signal or safety would still have to be
+    waited for; not while dense, sparse, the assignment or the data are in doubt: then the times are, too.
+    """
+    policy, state = tick.policy, tick.state
+    rungs = {slice_id: effective_rung(policy, state, slice_id) for slice_id in active_slices(policy, state)}
+    # Of a slice that fell in this tick the verdict is of the rung before.
+    open_gains = [g for g in tick.gains if not g.can_advance and rungs.get(g.slice_id) == g.rung_id]
+    for report in open_gains:
+        text = f"{report.id} in {report.slice_id} at {report.rung_id}: {report.reason}"
+        is_sound = tick.waits_for in (None, Wait.SIGNAL, Wait.TIME, Wait.EVIDENCE) and tick.outcome is None
+        if report.verdict is Verdict.NO_GAIN and is_sound and state.phase == Phase.RUNNING:
+            tick = hold_for_good(tick, report.id, text)
+            return replace(tick, hold=text, waits_for=Wait.BENEFIT)
+        more = f" (and {len(open_gains) - 1} more)" if len(open_gains) > 1 else ""
+        tick = tick.with_hold(Wait.BENEFIT, f"{text}{more}")
     return tick
 
 

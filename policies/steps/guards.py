@@ -11,10 +11,11 @@ from sentei.policies.intake import (
     fold_observations,
     fold_traffic,
     recent_number,
+    restart_alarm,
 )
-from sentei.policies.judge import GuardrailReport, View, judge
+from sentei.policies.judge import GuardrailReport, View, judge, judge_gain
 from sentei.policies.machine import Event, IllegalEventError, Phase, Wait, is_possible, next_phase
-from sentei.policies.schema.sections import Guardrail
+from sentei.policies.schema.sections import Benefit, Guardrail
 from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Command, DriftSignal, Verdict
 from sentei.policies.state import ALL, ALL_SLICES, ARTIFACT, SERVED, DriftTrack, SliceState
@@ -38,8 +39,12 @@ def observe(tick: Tick) -> Tick:
             waiting_since_s=max(state.waiting_since_s, newest),
             drift=tuple(_follow(track, signals.drift) for track in state.drift),
         )
-    tick = replace(tick, state=state)
-    return replace(tick, reports=_judge_all(tick))
+    return _judged(replace(tick, state=state))
+
+
+def _judged(tick: Tick) -> Tick:
+    """The same tick with the verdicts of its state."""
+    return replace(tick, reports=_judge_all(tick), gains=_judge_gains(tick))
 
 
 def _follow(track: DriftTrack, drift: tuple[DriftSignal, ...]) -> DriftTrack:
@@ -64,6 +69,32 @@ def _judge_all(tick: Tick) -> tuple[GuardrailReport, ...]:
     return tuple(reports)
 
 
+def _judge_gains(tick: Tick) -> tuple[GuardrailReport, ...]:
+    slices = active_slices(tick.policy, tick.state)
+    return tuple(
+        _judge_gain(tick, item, slice_id) for item in tick.policy.spec.benefit for slice_id in slices
+    )
+
+
+def _judge_gain(tick: Tick, benefit: Benefit, slice_id: str) -> GuardrailReport:
+    policy, state = tick.policy, tick.state
+    stage = policy.stage(state.stage_id)
+    rung = effective_rung(policy, state, slice_id)
+    view = View(
+        slice_id=slice_id,
+        rung_id=rung,
+        share=stage.share if policy.spec.mode == "enforce" else 0.0,
+        need=benefit.need,
+        try_number=state.try_number,
+        is_stale=tick.now_s - state.waiting_since_s > policy.spec.data.max_age,
+    )
+    first = deciding_arm(policy, stage, policy.need(stage))
+    arms = (first, *({ALL, SERVED} - {first}))
+    cells = tuple(state.cell(benefit.id, slice_id, rung, arm) for arm in arms)
+    is_asked = state.phase != Phase.PROMOTED and policy.asks_gain(stage)
+    return judge_gain(policy, benefit, cells, view, is_required=is_asked)
+
+
 def _judge_one(tick: Tick, gate: Guardrail, slice_id: str) -> GuardrailReport:
     """The verdict of one guardrail in one place; of quality, harm in either arm, safety in one (F16)."""
     policy, state = tick.policy, tick.state
@@ -79,6 +110,7 @@ def _judge_one(tick: Tick, gate: Guardrail, slice_id: str) -> GuardrailReport:
         try_number=state.try_number,
         is_stale=tick.now_s - state.waiting_since_s > policy.spec.data.max_age,
         recent_from=recent_number(policy, tick.now_s) - RECENT_PARTS + 1,
+        is_left=stage.need is not None,
     )
     first = deciding_arm(policy, stage, need) if is_quality else ALL
     arms = (first, *({ALL, SERVED} - {first})) if is_quality else (first,)
@@ -136,10 +168,11 @@ def _resume(tick: Tick, order: Command) -> Tick:
         paused_at_s=None,
         stage_entered_s=state.stage_entered_s + paused_s,
         waiting_since_s=max(state.waiting_since_s, tick.now_s),
-        cells=tuple(cell for cell in state.cells if cell.guardrail_id != state.by),
+        outcome=None,
+        ended_s=None,
+        cells=restart_alarm(tick.policy, state),
     )
-    tick = replace(tick, state=state).with_action("resume", reason).with_hold(Wait.ORDER, reason)
-    return replace(tick, reports=_judge_all(tick))
+    return _judged(replace(tick, state=state).with_action("resume", reason).with_hold(Wait.ORDER, reason))
 
 
 def _retry(tick: Tick, order: Command) -> Tick:

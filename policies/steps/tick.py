@@ -30,6 +30,7 @@ class Tick:
     signals: Signals
     now_s: float
     reports: tuple[GuardrailReport, ...] = ()
+    gains: tuple[GuardrailReport, ...] = ()  # of benefits
     actions: tuple[Action, ...] = ()
     approvals: tuple[Command, ...] = ()  # orders to approve that wait for the gate
     hold: str | None = None  # why nothing grows
@@ -180,6 +181,21 @@ def pause(tick: Tick, by: str, reason: str) -> Tick:
     phase = next_phase(tick.state.phase, Event.PAUSE)
     state = replace(tick.state, phase=phase.value, by=by, reason=reason, paused_at_s=tick.now_s)
     return replace(tick, state=state).with_action("pause", reason).with_hold(Wait.ORDER, reason)
+
+
+def hold_for_good(tick: Tick, by: str, reason: str) -> Tick:
+    """Paused, with outcome `held`: this stage cannot end by evidence any more, and nobody falls back."""
+    phase = next_phase(tick.state.phase, Event.PAUSE)
+    state = replace(
+        tick.state,
+        phase=phase.value,
+        outcome="held",
+        by=by,
+        reason=reason,
+        paused_at_s=tick.now_s,
+        ended_s=tick.now_s,
+    )
+    return replace(tick, state=state).with_action("held", reason)
 
 
 def is_paused(state: RolloutState) -> bool:

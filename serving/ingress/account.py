@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from sentei.monitors.records import Arrival, RequestRecord
+from sentei.monitors.records import Arrival, Outcome, RequestRecord
 from sentei.serving.engine.attention_use import to_json
 from sentei.serving.engine.request import FinishReason
+from sentei.serving.errors import RequestError
 from sentei.serving.front.journal import Choice, Ticket
 from sentei.serving.ingress.answer import Progress, Question, Sent
 from sentei.serving.ingress.router import Assignment
@@ -67,3 +68,16 @@ def audit_job_of(question: Question, progress: Progress, max_tokens: int) -> Aud
         probability=assigned.audit_probability,
         artifact=assigned.artifact,
     )
+
+
+def is_turned_away(error: RequestError, progress: Progress) -> bool:
+    """Whether a request got no answer for a reason that has nothing to do with what sparse answers.
+
+    It was refused, or there was no room for it, or dense cannot answer it either. Its audit is none that is
+    missing: there is no answer to judge. Where sparse failed first, one is missing.
+    """
+    if progress.ids:
+        return False
+    if progress.outcome is Outcome.UNANSWERABLE:
+        return True
+    return error.status < 500 and (progress.outcome is Outcome.OK or progress.failed_by == "busy")

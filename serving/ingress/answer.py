@@ -88,6 +88,8 @@ class Progress:
     ids: list[int] = field(default_factory=list)
     outcome: Outcome = Outcome.OK
     error: str = ""
+    failed_by: str = ""  # of the newest failed try: its reason
+    is_turned_away: bool = False  # nobody answered, and nobody failed
     first_at_s: float | None = None
     last_at_s: float | None = None
     compute_s: float = 0.0
@@ -96,7 +98,7 @@ class Progress:
     def note_failure(self, error: VariantError) -> None:
         """Remember that a try failed; what comes now is a fallback."""
         self.outcome = Outcome.FALLBACK_MID if self.ids else Outcome.FALLBACK_BEFORE
-        self.error = str(error)
+        self.error, self.failed_by = str(error), error.reason
 
     def note_tokens(self, ids: Sequence[int], now_s: float) -> None:
         """Count new tokens."""

@@ -14,14 +14,14 @@ from contextlib import aclosing, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
+from sentei.monitors.clock import SteadyClock
 from sentei.monitors.errors import MonitorError
 from sentei.monitors.records import ARTIFACT, AuditStatus, Missing, Outcome
 from sentei.policies.signals import RoutingTable
-from sentei.serving.clock import SteadyClock
 from sentei.serving.errors import RequestError, ServingError
 from sentei.serving.front.admission import PromptDesk
 from sentei.serving.front.journal import Journal, Ticket
-from sentei.serving.ingress.account import arrival_of, audit_job_of, record_of, sent_before
+from sentei.serving.ingress.account import arrival_of, audit_job_of, is_turned_away, record_of, sent_before
 from sentei.serving.ingress.answer import Answerer, Delta, Progress, Question
 from sentei.serving.ingress.choices import read_calls
 from sentei.serving.ingress.draw import AuditBudget, AuditDraws, draw_audit
@@ -71,6 +71,7 @@ class Gateway:
         user_key: bytes | None = None,
         created_s: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        now_s: Callable[[], float] | None = None,
     ) -> None:
         self.variants = variants
         self.tokenizer = tokenizer
@@ -86,7 +87,7 @@ class Gateway:
         self._user_key = user_key or secrets.token_bytes(32)
         self._desk = desk
         self._clock = clock
-        self._now_s = SteadyClock()
+        self.now_s = now_s or SteadyClock()  # of records: all processes of a machine should share it
         self._draws, self._budget = AuditDraws(), AuditBudget(wait_s=limits.audit_wait_s)
         self._answerer = Answerer(variants, limits, Breaker())
         self._seen, self._seen_ids = SeenUnits(), SeenUnits()
@@ -199,9 +200,7 @@ class Gateway:
         questions = (first, *(self._sibling(first, i) for i in range(1, request.num_choices())))
         if journal is None:
             return questions
-        sent = {
-            index: sent_before(choice, ticket, self._now_s()) for index, choice in journal.choices.items()
-        }
+        sent = {index: sent_before(choice, ticket, self.now_s()) for index, choice in journal.choices.items()}
         return tuple(replace(item, sent=sent.get(index)) for index, item in enumerate(questions))
 
     def sign(self, question: Question, progress: Progress) -> str:
@@ -212,7 +211,7 @@ class Gateway:
             seed=question.sampling.seed,
             assignment=asdict(question.assignment),
             ttft_s=(progress.ttft_ms() or 0.0) / 1e3,
-            first_at_s=self._now_s(),
+            first_at_s=self.now_s(),
         )
         return ticket.sign(self._user_key)
 
@@ -230,6 +229,8 @@ class Gateway:
     def begin(self, questions: Sequence[Question]) -> list[tuple[Progress, AsyncGenerator[Delta, None]]]:
         """Start answers; raises RequestError when too many run. Each one's record is written when it ends."""
         if self._in_flight + len(questions) > self.limits.max_concurrent:
+            for _ in filter(_is_audited, questions):
+                self._budget.give_back()
             raise RequestError(
                 f"{self._in_flight} requests are in flight (limit {self.limits.max_concurrent}); retry later",
                 status=429,
@@ -272,6 +273,7 @@ class Gateway:
         except RequestError as error:
             # A request that nobody could answer says nothing of the variant that was asked.
             is_callers = error.status < 500 and error.status != 429
+            progress.is_turned_away = is_turned_away(error, progress)
             if progress.outcome is not Outcome.UNANSWERABLE:
                 progress.outcome = Outcome.REFUSED if is_callers else Outcome.FAILED
             progress.error = progress.error or error.message
@@ -286,7 +288,10 @@ class Gateway:
 
     def _write_down(self, question: Question, progress: Progress) -> None:
         total_ms = (time.monotonic() - progress.began_s) * 1e3
-        self.writer.put(record_of(question, progress, at_s=self._now_s(), total_ms=total_ms))
+        if progress.is_turned_away and question.assignment.is_audited:
+            self._budget.give_back()
+            question = replace(question, assignment=replace(question.assignment, is_audited=False))
+        self.writer.put(record_of(question, progress, at_s=self.now_s(), total_ms=total_ms))
         if not question.assignment.is_audited:
             return
         job = audit_job_of(question, progress, self.limits.audit_max_tokens)
@@ -304,7 +309,7 @@ class Gateway:
             self._miss(job, refusal)
 
     def _miss(self, job: AuditJob, reason: Missing) -> None:
-        self.writer.put(job.score(AuditStatus.MISSING, self._now_s(), reason=reason.value))
+        self.writer.put(job.score(AuditStatus.MISSING, self.now_s(), reason=reason.value))
 
     def _request_id(self, wanted: str) -> str:
         """Keep the caller's (or the proxy's) request id if it is usable and new: records are kept by it."""
@@ -316,7 +321,7 @@ class Gateway:
         assigned = assign(self._obeyed(now_s), prompt_tokens=prompt_tokens, unit=unit)
         is_of_rollout = bool(assigned.rollout_id) and assigned.slice_id != NO_SLICE
         if is_of_rollout and self._seen.add((assigned.rollout_id, assigned.slice_id, unit)):
-            self.writer.put(arrival_of(assigned, unit, at_s=self._now_s()))
+            self.writer.put(arrival_of(assigned, unit, at_s=self.now_s()))
         return draw_audit(assigned, unit, draws=self._draws, budget=self._budget, now_s=now_s)
 
     def _obeyed(self, now_s: float) -> RoutingTable | None:
@@ -366,6 +371,10 @@ class Gateway:
             if is_known and name == DENSE:
                 return
             await asyncio.sleep(DESCRIBE_AGAIN_S if is_known else DESCRIBE_RETRY_S)
+
+
+def _is_audited(question: Question) -> bool:
+    return question.assignment.is_audited
 
 
 def session_unit(

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 from sentei.monitors.audit import KL_CAP_NATS, TokenScores, score_audit
+from sentei.monitors.clock import SteadyClock
 from sentei.monitors.errors import AuditError
 from sentei.monitors.records import AuditScore, AuditStatus, Missing
-from sentei.serving.clock import SteadyClock
 from sentei.serving.engine.request import DENSE_RUNG, ScoreRequest, ScoreResult
 from sentei.serving.errors import EngineError, VariantError
 from sentei.serving.ingress.router import DENSE, SPARSE

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
+from sentei.monitors.clock import SteadyClock, machine_id
 from sentei.monitors.events import EventLog
 from sentei.monitors.records import ARTIFACT
 from sentei.monitors.store import Store
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions
-from sentei.serving.clock import SteadyClock
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +46,19 @@ class Controller:
         replicas: Callable[[], Mapping[str, int]] | None = None,
         clock: Callable[[], float] | None = None,
         monotonic: Callable[[], float] | None = None,  # where none is given, `clock` is one
+        machine: str | None = None,
     ) -> None:
         owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        options = RunnerOptions(owner, artifact=lambda: store.read_value(ARTIFACT) or "")
+        options = RunnerOptions(
+            owner,
+            artifact=lambda: store.read_value(ARTIFACT) or "",
+            machine=machine_id() if machine is None else machine,
+        )
         self._options = options if replicas is None else replace(options, replicas=replicas)
         self._store = store
         self._mirror = mirror
         self._reports = reports
-        self._clock = clock or SteadyClock()
+        self._clock = clock or store.clock()
         self._monotonic = monotonic or self._clock
         self._poll_s = 0.0
         self._pace_s = 0.0  # between two looks at the inbox: never more than between two checks

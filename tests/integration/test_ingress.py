@@ -466,6 +466,35 @@ async def test_other_artifact_than_the_proven_one_gets_nobody() -> None:
     assert store.values == {"artifact.sparse": "swapped"}
 
 
+@pytest.mark.parametrize("failure", [EngineBusyError("full"), EngineRefusedError("never fits")])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+async def test_audit_of_a_request_that_was_turned_away_is_none(failure: Exception, share: float) -> None:
+    """Who got a 429 or a refusal got no answer to judge: nothing is missing, and nothing waits."""
+    variants = {name: FakeVariant(name, fail_after=0, failure=failure) for name in ("dense", "sparse")}
+    world = World(**variants, store=FakeStore(routing=(make_table(share=share, audit_share=1.0), 1)))
+    if share and isinstance(failure, EngineRefusedError):
+        world.sparse = FakeVariant("sparse", fail_after=0, failure=EngineBusyError("full"))
+    async with world.run() as client:
+        response = await post_chat(client)
+
+    assert response.status_code in (400, 429)
+    assert [(r.chosen_for_audit, r.audit_probability) for r in world.store.requests] == [(False, 1.0)]
+    assert world.store.audits == []
+
+
+async def test_audit_is_missing_where_sparse_failed_and_dense_had_no_room() -> None:
+    """A 429 does not wipe away that sparse had its try: its answer is missing, the worst case for safety."""
+    world = World(
+        dense=FakeVariant("dense", fail_after=0, failure=EngineBusyError("full")),
+        sparse=FakeVariant("sparse", fail_after=0, failure=crash("sparse")),
+        store=FakeStore(routing=(make_table(audit_share=1.0), 1)),
+    )
+    async with world.run() as client:
+        await post_chat(client)
+
+    assert [(score.status, score.reason) for score in world.store.audits] == [("missing", "no_tokens")]
+
+
 async def test_audit_that_nobody_takes_is_missing() -> None:
     """A refused audit is written as missing, so that silence cannot pass for safety."""
     store = FakeStore(routing=(make_table(audit_share=1.0), 1))

@@ -6,6 +6,7 @@ Ingress, auditor and controller are the real ones, in this process, over a real 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -40,10 +41,10 @@ FAULT = {"kind": "pooled_keys_lost", "past_tokens": 512}
 HEADERS = {"authorization": "Bearer secret"}
 
 
-def shrunk_policy() -> str:
+def shrunk_policy(*, asks_gain: bool = False) -> str:
     """The shipped policy, its guardrails untouched, for prompts from 1k tokens and a test's patience.
 
-    The pocket model saves nothing at this length, so there is no benefit to ask for.
+    The pocket model saves nothing at this length, so where it shall be promoted no benefit is asked for.
     """
     text = resources.files("sentei.policies").joinpath("examples/long-context-only.yaml").read_text()
     document = yaml.safe_load(text)
@@ -59,7 +60,8 @@ def shrunk_policy() -> str:
     ]
     spec["advance"] |= {"min_units": BATCH, "min_served_units": 1}
     spec["schedule"]["check_every"] = "100ms"
-    del spec["benefit"]
+    if not asks_gain:
+        del spec["benefit"]
     return yaml.safe_dump(document, sort_keys=False)
 
 
@@ -112,9 +114,10 @@ class Shop:
         rows = self.store.read_audits(rollout_id)
         return [(row["status"], row["dropped_mass_mean"], row["dropped_mass_p99"]) for row in rows]
 
-    async def run(self, most_batches: int) -> dict[str, Any]:
+    async def run(self, most_batches: int, *, asks_gain: bool = False) -> dict[str, Any]:
         """Start the rollout and serve until it has an outcome."""
-        body = {"policy": shrunk_policy(), "release_quarantine": True, "replace": True}
+        policy = shrunk_policy(asks_gain=asks_gain)
+        body = {"policy": policy, "release_quarantine": True, "replace": True}
         rollout_id = (await self.order("POST", "rollouts", body))["rollout_id"]
         self.controller.tick()
         await self.gateway.read_routing_once()
@@ -181,6 +184,30 @@ async def test_guardrails_promote_on_real_replays_and_roll_back_a_planted_fault(
     assert all(status == "scored" and 0.0 < mean < p99 < 0.3 for status, mean, p99 in dropped[0])
     assert (bad["outcome"], verdict(bad, "worst_rows")) == ("rolled_back", "harm")
     assert all(status == "scored" and mean > 0.3 and p99 > 0.9 for status, mean, p99 in dropped[1])
+
+
+async def test_a_rung_that_saves_nothing_is_held_before_anybody_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As good as dense and dearer: held in shadow, with the ratio that the real replays measured."""
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+
+    async with open_shop(tmp_path) as shop:
+        found = await shop.run(most_batches=12, asks_gain=True)
+        audits = shop.store.read_audits(found["rollout_id"])
+
+    ratios = [row["sparse_compute_s"] / row["dense_compute_s"] for row in audits]
+    assert (found["outcome"], found["phase"], found["by"]) == ("held", "paused", "compute")
+    assert (found["stage_id"], [route["share"] for route in found["routes"]]) == ("shadow", [0.0, 0.0])
+    assert verdict(found, "compute") == "no_gain"
+    mean = sum(min(ratio, 2.0) for ratio in ratios) / len(ratios)
+    said = re.search(
+        r"no gain: ([\d.]+) times dense's model time \(([\d.]+) to ([\d.]+) with 95%\)", found["reason"]
+    )
+    assert said is not None
+    assert float(said[1]) == pytest.approx(mean, rel=0.01)
+    assert float(said[2]) <= mean <= float(said[3])
+    assert all(row["variant_served"] == "dense" for row in audits)
 
 
 def verdict(found: dict[str, Any], guardrail_id: str) -> str:

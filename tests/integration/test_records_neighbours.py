@@ -17,7 +17,7 @@ from sentei.monitors.store import Store
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
 from sentei.pipeline.tracking.mirror import Mirror
 from sentei.pipeline.tracking.register import RegisterError, register_adapter
-from sentei.pipeline.tracking.tracker import MlflowTracker, StepRecord, log_step
+from sentei.pipeline.tracking.tracker import ChildRecord, MlflowTracker, RunSpec, StepRecord, log_step
 from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
 
 # MLflow on SQLite leaves connections to the garbage collector.
@@ -173,6 +173,44 @@ def test_offline_step_is_one_run(tracker: MlflowTracker, tmp_path: Path) -> None
     )
     assert "loss" not in run.data.metrics
     assert names == {"plots"}
+
+
+def test_the_parts_of_a_step_are_runs_below_it(tracker: MlflowTracker) -> None:
+    """Dense and rungs have runs of their own, with the same names, found again by their parent."""
+    parts = tuple(
+        ChildRecord(name, {"rung": name}, {"gain/model_time_ratio": ratio}, {"mlflow.note.content": name})
+        for name, ratio in (("dense", 1.0), ("bold", 0.6))
+    )
+    record = StepRecord("pocket", 1.0, 2.0, {}, {}, tags={"corpus_sha256": "ab"}, children=parts)
+
+    runs = [log_step(tracker, "evaluate", record) for _ in range(2)]
+
+    assert runs[0] == runs[1]
+    with tracker.answering() as client:
+        parent = client.get_run(runs[0])
+        experiment = client.get_experiment(parent.info.experiment_id)
+        below = client.search_runs(
+            [experiment.experiment_id], filter_string=f"tags.`mlflow.parentRunId` = '{runs[0]}'"
+        )
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert parent.data.tags["corpus_sha256"] == "ab"
+    assert {run.info.run_name: run.data.metrics for run in below} == {
+        "dense": {"gain/model_time_ratio": 1.0},
+        "bold": {"gain/model_time_ratio": 0.6},
+    }
+    assert {run.data.tags["mlflow.note.content"] for run in below} == {"dense", "bold"}
+
+
+def test_a_run_is_renamed_by_its_tag(tracker: MlflowTracker) -> None:
+    """The verdict of a rollout stands in the name of its run; its key finds it as before."""
+    spec = RunSpec("rollout:a", "a", 1.0)
+    run_id = tracker.ensure_run("sentei-rollouts", spec)
+
+    tracker.log(run_id, (), {"mlflow.runName": "a: promoted"})
+
+    assert tracker.ensure_run("sentei-rollouts", spec) == run_id
+    with tracker.answering() as client:
+        assert client.get_run(run_id).info.run_name == "a: promoted"
 
 
 def test_adapter_is_registered_under_its_alias(tracker: MlflowTracker, tmp_path: Path) -> None:

@@ -23,6 +23,17 @@ from sentei.pipeline.reports.evaluation_page import render_evaluation
 from sentei.pipeline.reports.plots import save_trade_off
 from sentei.pipeline.steps import evaluation_metrics
 from sentei.pipeline.text.corpus import load_corpus
+from sentei.pipeline.tracking.comparison import (
+    DENSITY,
+    MEMORY,
+    MODEL_TIME_RATIO,
+    MONEY,
+    PPL_COST,
+    RECALL,
+    describe_evaluation,
+    describe_rung,
+    rung_figures,
+)
 
 # torch 2.13 imports modules of its own that it has deprecated, when FlexAttention is compiled.
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"), pytest.mark.timeout(900)]
@@ -110,6 +121,24 @@ def test_the_evaluation_is_a_page_and_flat_numbers(story: Any) -> None:
     )
     assert metrics["evaluate/dense/user_tasks/tasks/mine/num"] == 1
     assert all(set(name) <= set(ascii_letters + digits + "_-./ ") for name in metrics)
+
+
+def test_dense_and_rungs_are_compared_by_the_same_names(story: Any) -> None:
+    """Every rung has the figures that MLflow compares by, dense as the yardstick; memory is a real figure."""
+    document = json.loads(json.dumps(story[1].to_dict()))
+
+    figures = {rung["rung"]: rung_figures(document, rung) for rung in document["rungs"]}
+
+    assert [*figures] == ["dense", "mild", "medium", "bold"]
+    assert len({frozenset(found) for found in figures.values()}) == 1
+    assert {MODEL_TIME_RATIO, MONEY, PPL_COST, RECALL, DENSITY, MEMORY} <= set(figures["bold"])
+    assert next(iter(figures["bold"])) == MODEL_TIME_RATIO  # MLflow draws what was logged first
+    fastest = min(document["rungs"][0]["prefill_s_by_baseline"].values())
+    assert figures["bold"][MODEL_TIME_RATIO] == pytest.approx(document["rungs"][3]["prefill_s"] / fastest)
+    assert all(found[MEMORY] > 1 for found in figures.values())  # a prefill of 2,048 tokens needs its cache
+    table = describe_evaluation(document).splitlines()
+    assert [line.split(" | ")[0] for line in table[-4:]] == ["dense", "mild", "medium", "bold"]
+    assert describe_rung(figures["bold"], "bold", 2048).startswith("**bold**: ")
 
 
 def test_the_evaluation_has_the_promised_keys(story: Any, tmp_path: Path) -> None:

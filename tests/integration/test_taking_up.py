@@ -60,7 +60,7 @@ spec:
          action: rollback_slice, advance: no_harm}
       - {id: srm, value: assignment, test: split_ramp, alpha: 0.001, action: freeze}
   benefit:
-    - {id: compute, value: audit.compute_ratio, want: {max: 0.90}}
+    - {id: compute, value: audit.compute_ratio, want: {max: 0.90}, need: not_disproved}
   signals:
     - {id: kl_drift, column: kl, action: rollback, consecutive: 3, window_units: 10}
   breaker: {variant: {window: 30s, min_requests: 50, failure_share: 50%}}
@@ -239,7 +239,7 @@ def test_the_log_keeps_the_resolved_policy(store: Store) -> None:
     assert payload["policy"]["spec"]["audit"]["missing"] == {"max_share": 0.1, "window": "1h"}
     del payload["policy_text"]  # nothing reads it
     assert read_kept(payload).digest == payload["policy_digest"]
-    with pytest.raises(KeptPolicyError, match=r"kept in schema 4, this Sentei reads up to 3"):
+    with pytest.raises(KeptPolicyError, match=r"kept in schema 5, this Sentei reads up to 4"):
         read_kept({**payload, "policy_schema": SCHEMA + 1})
 
 

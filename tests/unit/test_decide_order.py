@@ -23,7 +23,7 @@ CONDITIONS: list[tuple[str, dict[str, Any], str]] = [
     ("signal", {"drift": drift("drift", 5, "input_drift")}, "input_drift: drift in 1 of 1 windows"),
     ("hold", {"after_s": 1.0}, "stage half-medium holds for"),
     ("safe", {"quality": 0.5}, "quality in mid is"),
-    ("benefit", {"ratio": 1.6}, "a gain of 0.9 is disproved"),
+    ("benefit", {"ratio": 0.9}, "at most 0.9 is not proven"),
     ("approval", {}, "waits for the approval of ann"),
     ("freeze", {"commands": "approve", "freeze": True}, "freeze window Fri 16:00"),
     ("grow", {"commands": "approve"}, "on to full"),

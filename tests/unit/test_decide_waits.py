@@ -18,6 +18,7 @@ from tests.stories_engine import (
     in_evidence,
     in_freeze,
     in_hold,
+    in_no_gain,
     in_pause,
     in_promotion,
     in_resume,
@@ -103,6 +104,7 @@ NAMED: list[tuple[Callable[[], Story], str | None]] = [
     (in_signal_trouble, "signal"),
     (in_alarm, None),
     (in_pause, None),
+    (in_no_gain, None),
     (in_promotion, None),
 ]
 

@@ -24,6 +24,31 @@ def test_every_place_of_a_conversation_is_drawn_alike(probability: float) -> Non
     assert all(abs(count / num - probability) <= off for count in counts)
 
 
+@pytest.mark.parametrize("way", ["in turn", "by lot", "first here, then there", "by length"])
+def test_probability_is_that_of_the_record_whichever_ingress_takes_a_request(way: str) -> None:
+    """Each ingress has windows of its own; no way of sending requests to them changes what any is drawn with.
+
+    So the recorded probability is the right weight with any number of ingresses. What they do not share is
+    that a window has exactly one: two may draw two of a session's requests, or none.
+    """
+    ingresses = [AuditDraws(random.Random(seed)) for seed in range(3)]
+    probability, num, places, lots = 0.25, 4000, 12, random.Random(9)
+    counts, seen = [0] * places, [0] * places
+    for session in range(num):
+        for place in range(places):
+            chosen = {
+                "in turn": place % 3,
+                "by lot": lots.randrange(3),
+                "first here, then there": min(place, 1),
+                "by length": place // 5,
+            }[way]
+            counts[place] += ingresses[chosen].draw(session, probability)
+            seen[place] += 1
+
+    off = 4.5 * (probability * (1 - probability) / num) ** 0.5
+    assert all(abs(count / of - probability) <= off for count, of in zip(counts, seen, strict=True))
+
+
 def test_each_window_has_one() -> None:
     """A quarter means one in each four of a session's requests, so no session is left out."""
     draws = AuditDraws(random.Random(1))

@@ -237,13 +237,14 @@ def test_a_tighter_ratio_keeps_its_evidence_of_harm() -> None:
 
 
 def test_a_tighter_want_keeps_what_speaks_against_the_gain() -> None:
-    """A benefit has one direction, and it goes on."""
+    """Proof of the gain starts afresh under a tighter bound; evidence of its absence goes on."""
     story = running()
     edit(story, put("benefit.0.want.max", 0.8))
     cell = story.state.cell("gain", "mid", "medium")
 
     assert cell is not None
-    assert cell.safe is None
+    assert cell.safe is not None
+    assert cell.safe.units == 0
     assert cell.harm.units == running().state.cell("gain", "mid", "medium").harm.units  # type: ignore[union-attr]
 
 
@@ -293,6 +294,7 @@ def test_a_pinned_slice_leaves_with_its_evidence() -> None:
     routes = {route.slice_id: route.share for route in routing(story.policy, story.state).routes}
     assert routes == {"short": 0.0, "mid": 0.5, "long": 0.0}
     assert {cell.slice_id for cell in story.state.cells} == {"mid", "*"}
+    story.tick(story.served(20, slice_id="mid"))
     assert story.good_tick().state.stage_id == "full"
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
+from sentei.policies.evidence import RATIO_TILTS, BetaBinomial, Split, events_to_notice, log_threshold
 from sentei.policies.intake import new_cell, scaled_bound
-from sentei.policies.judge import GuardrailReport
+from sentei.policies.judge import GuardrailReport, least_served
 from sentei.policies.schema.budget import harm_alpha, num_starts, num_tests
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Verdict
@@ -173,7 +175,42 @@ def test_a_latency_limit_becomes_a_proportion() -> None:
     report = report_of(story, "slo", "long")
     assert report.mean == pytest.approx(0.3)
     assert (report.need, report.bound) == ("no_harm", 0.1)
-    assert report.can_advance
+    assert (report.can_advance, report.verdict) == (False, Verdict.UNDECIDED)
+    assert "10 of the " in report.reason
+    story.tick(story.served(60, value_name="serve.ttft_ms", value=1999.0))
+    assert report_of(story, "slo", "long").can_advance
+
+
+def test_no_harm_of_what_was_served_waits_until_gross_harm_would_have_shown() -> None:
+    """At the number it asks for, 95 % of the candidates that grossly fail have been called harmful."""
+    rng = np.random.default_rng(5)
+    policy = with_gates(SLO)
+    gate = next(item for item in policy.spec.guardrails.items if item.id == "slo")
+    least, alpha = least_served(policy, gate, 0.5), harm_alpha(policy, gate)
+    assert (least_served(policy, gate, 0.0), least > 10) == (0, True)
+
+    noticed = 0
+    for is_slow in rng.random((400, least)) < 4 * 0.1:
+        evidence = BetaBinomial(0.1, "harm")
+        for value in is_slow:
+            evidence = evidence.update(float(value))
+        noticed += evidence.log_e_max >= log_threshold(alpha)
+    assert 0.92 <= noticed / 400 <= 0.99
+
+
+def test_a_ratio_waits_until_a_candidate_that_the_breaker_would_stop_would_have_shown() -> None:
+    """Failures of sparse alone tell less, the more of the traffic sparse has; 95 % have shown by then."""
+    policy, alpha = with_gates(RATIO), 0.001
+    gate = next(item for item in policy.spec.guardrails.items if item.id == "rate")
+    least = [events_to_notice(1.25, share, alpha, 0.5) for share in (0.1, 0.5, 0.95)]
+    assert least == sorted(least)
+    assert least_served(policy, gate, 0.5) > 1
+
+    rng, noticed = np.random.default_rng(6), 0
+    for has_failed in rng.random((400, least[1])) < 0.5:
+        evidence = Split.start(RATIO_TILTS).update(int(has_failed.sum()), int(has_failed.sum()), 1.25 / 2.25)
+        noticed += evidence.log_e_max >= log_threshold(alpha)
+    assert 0.92 <= noticed / 400 <= 1.0
 
 
 def test_a_bounded_mean_without_floor_is_judged_against_max() -> None:
@@ -192,7 +229,7 @@ def test_two_arms_need_both_arms() -> None:
     story.run_to("half")
     story.tick(story.served(15, failed=3))
     one_arm = report_of(story, "rate", "*")
-    story.tick(story.served(100, variant="dense", failed=2))
+    story.tick(story.served(100, variant="dense", failed=2) + story.served(85))
     both = report_of(story, "rate", "*")
     decision = story.tick(story.served(25, failed=25, value_name="serve.failed"))
 

@@ -11,10 +11,12 @@ import pytest
 from sentei.monitors.records import DriftResult
 from sentei.monitors.store import Store
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
+from sentei.pipeline.tracking.comparison import GAIN_PROVEN, MODEL_TIME, MODEL_TIME_RATIO, SAFETY_PROVEN
 from sentei.pipeline.tracking.mirror import Mirror
 from tests.fakes_records import POLICY, ROLLOUT, START_S, FakeTracker, make_audit, make_request
 
 PARENT = f"sentei-rollouts/rollout:{ROLLOUT}"
+COURSE = f"{PARENT}:course"
 
 
 @pytest.fixture
@@ -49,14 +51,36 @@ def test_rollout_is_one_run_with_a_run_per_stage(store: Store) -> None:
     assert result.reason == ""
     assert parent["params"]["model"] == "pocket"
     assert (parent["status"], parent["tags"]["outcome"], parent["name"]) == ("FINISHED", "promoted", ROLLOUT)
+    assert parent["tags"]["mlflow.runName"] == f"{ROLLOUT}: promoted"
     assert set(parent["artifacts"]) == {
         "policy/policy.yaml",
         "reports/comparison.html",
         "reports/comparison.json",
     }
     children = [run for run in tracker.runs.values() if run["parent"] == PARENT]
-    assert [child["name"] for child in children] == ["shadow", "half", "full"]
-    assert [child["status"] for child in children] == ["FINISHED"] * 3
+    assert [child["name"] for child in children] == ["course of events", "shadow", "half", "full"]
+    assert [child["status"] for child in children] == ["FINISHED"] * 4
+
+
+def test_rollouts_are_compared_by_figures_and_words_and_not_by_digests(store: Store) -> None:
+    """Params: policy, rung, model. Metrics: the names that rungs have, too. Digests and people: tags."""
+    play(store, 15)
+    tracker = FakeTracker()
+    Mirror(store, tracker).run_once()
+
+    run = tracker.runs[PARENT]
+    figures = {m.name: m.value for m in run["metrics"]}
+
+    assert run["params"] == {"policy": "test", "rung": "medium", "model": "pocket"}
+    assert len(run["tags"]["policy_digest"]) == 64
+    assert {m.step for m in run["metrics"]} == {0}
+    assert figures[MODEL_TIME_RATIO] == pytest.approx(0.6)
+    assert (figures[GAIN_PROVEN], figures[SAFETY_PROVEN]) == (0.0, 1.0)  # this policy asks for no gain
+    assert figures[f"variants/long/sparse/{MODEL_TIME}"] == pytest.approx(0.6)
+    assert figures[f"variants/long/dense/{MODEL_TIME}"] == pytest.approx(1.0)
+    note = run["tags"]["mlflow.note.content"]
+    assert note.startswith("**Promoted.** Sparse attention passed every gate")
+    assert "It is safe: agree is proven within its bound." in note
 
 
 def test_share_and_evidence_are_charts_over_events(store: Store) -> None:
@@ -65,7 +89,7 @@ def test_share_and_evidence_are_charts_over_events(store: Store) -> None:
     tracker = FakeTracker()
     Mirror(store, tracker).run_once()
 
-    metrics = tracker.runs[PARENT]["metrics"]
+    metrics = tracker.runs[COURSE]["metrics"]
 
     shares = [m.value for m in sorted((m for m in metrics if m.name == "policy/share"), key=lambda m: m.step)]
     assert shares == sorted(shares)
@@ -141,7 +165,10 @@ def test_drift_reports_are_kept_with_the_rollout(store: Store, tmp_path: Path) -
     run = tracker.runs[PARENT]
     assert result.num_drift == 2
     assert run["artifacts"]["evidently/kl-0001.html"] == "<html>drift"
-    assert sorted(m.value for m in run["metrics"] if m.name == "drift/kl/is_drift") == [0.0, 1.0]
+    assert sorted(m.value for m in tracker.runs[COURSE]["metrics"] if m.name == "drift/kl/is_drift") == [
+        0.0,
+        1.0,
+    ]
 
 
 def test_an_edited_policy_goes_on_being_mirrored(store: Store) -> None:
@@ -172,6 +199,6 @@ def test_what_is_refused_for_good_is_said_and_passed_over(store: Store) -> None:
 
     assert (first.reason, first.refused) == ("", ("the fake tracker refuses this step",))
     assert second.num_events == 0
-    steps = {m.step for m in tracker.runs[PARENT]["metrics"]}
+    steps = {m.step for m in tracker.runs[COURSE]["metrics"]}
     assert steps == set(range(1, first.num_events + 1)) - {2}
     assert tracker.runs[PARENT]["tags"]["outcome"] == "promoted"

@@ -43,7 +43,7 @@ def test_a_shipped_policy_loads_and_starts_dense(name: str) -> None:
 
 
 def play(
-    policy: Policy, excess: float, *, seed: int = 0, ticks: int = 240
+    policy: Policy, excess: float, *, seed: int = 0, ticks: int = 240, ratio: float = 0.6
 ) -> tuple[str | None, str | None, int, float]:
     """Two sessions a tick with beta-distributed disagreement and KL: outcome, by, sessions, seconds."""
     rng = np.random.default_rng(seed)
@@ -62,6 +62,7 @@ def play(
             seen += [
                 Observation(seq, "audit.token_disagreement", *place, value=value, floor=0.0),
                 Observation(seq, "audit.kl", *place, value=value, floor=0.0),
+                Observation(seq, "audit.compute_ratio", *place, value=ratio),
                 Observation(seq, "serve.failed", *place, value=0.0),
                 Observation(seq, "serve.ttft_ms", *place, value=400.0),
             ]
@@ -85,6 +86,14 @@ def test_the_demo_promotes_a_good_rung_within_its_time() -> None:
 
     assert sum(outcome == "promoted" for outcome, *_ in runs) >= 19
     assert np.median([seconds for *_, seconds in runs]) <= 75
+
+
+def test_the_demo_holds_a_rung_that_does_not_pay() -> None:
+    """Clean, and as dear as dense: nobody is ever served by it, and it is said within a minute."""
+    runs = [play(example("demo"), 0.02, seed=seed, ratio=1.0) for seed in range(20)]
+
+    assert all((outcome, by) == ("held", "compute") for outcome, by, *_ in runs)
+    assert max(sessions for _, _, sessions, _ in runs) <= 60
 
 
 def test_the_demo_catches_a_real_harm_within_twenty_sessions() -> None:

@@ -38,13 +38,36 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-def play(store: Store, seconds: int, **changes: Any) -> None:
-    """A rollout with sparse twice as fast as dense."""
-    start_rollout(store, POLICY, now_s=START_S, rollout_id=ROLLOUT, about={"model": "<b>pocket</b>"})
+WITH_BENEFIT = POLICY.replace(
+    "  breaker:\n",
+    "  benefit:\n    - {id: compute, value: audit.compute_ratio, want: {max: 0.90}}\n  breaker:\n",
+)
+PRICED = {
+    "model": "pocket",
+    "window_tokens": 4000,
+    "costs": {
+        "machine": {"device": "cpu", "cpus": 2},
+        "rows": [],
+        "setup_s": 0.0,
+        "assumptions": {"one_off_usd": 0, "tokens_per_day": 1, "audited_share": 0.05},
+        "not_measured": [],
+    },
+    "rungs": [
+        {"rung": "dense", "density": 1.0, "peak_mib": 100.0},
+        {"rung": "medium", "density": 0.1, "peak_mib": 80.0, "ppl_cost_pct": 1.2},
+    ],
+}
+
+
+def play(
+    store: Store, seconds: int, *, policy: str = POLICY, variant: str | None = None, **changes: Any
+) -> None:
+    """A rollout with sparse twice as fast as dense; `variant` serves all of it, else both take turns."""
+    start_rollout(store, policy, now_s=START_S, rollout_id=ROLLOUT, about={"model": "<b>pocket</b>"})
     runner = RolloutRunner.open(store, ROLLOUT, RunnerOptions("me"))
     for second in range(seconds):
         for i in range(second * 8, second * 8 + 8):
-            is_sparse = i % 2 == 0
+            is_sparse = i % 2 == 0 if variant is None else variant == "sparse"
             store.add_request(
                 make_request(
                     i,
@@ -55,7 +78,7 @@ def play(store: Store, seconds: int, **changes: Any) -> None:
                     compute_s=1.0 if is_sparse else 2.0,
                 )
             )
-            store.add_audit(make_audit(i, at_s=START_S + second, **changes))
+            store.add_audit(make_audit(i, at_s=START_S + second, prompt_tokens=4000, **changes))
         runner.tick(START_S + second + 0.5)
 
 
@@ -203,13 +226,105 @@ def test_totals_compare_slices_and_not_arms() -> None:
     assert saved.slices_compared == 2
 
 
-def test_few_requests_give_no_percentile() -> None:
-    """A handful of requests is counted and not summed up."""
-    figures = slice_figures(rows(3), ["long"])
+def test_few_answers_show_their_median_and_their_slowest_and_are_said_to_be_few() -> None:
+    """18 sparse answers once showed no latency at all, for want of 20."""
+    slow = rows(1, ttft_ms=900.0)
+    figures = slice_figures([*rows(17), *slow, *rows(30, variant_assigned="dense")], ["long"])
+    sparse, dense = figures[0].sparse, figures[0].dense
 
-    assert figures[0].sparse.requests == 3
-    assert figures[0].sparse.ttft_ms_p95 is None
-    assert savings(figures, []).ttft_p50_change is None
+    assert (sparse.answered, sparse.ttft_ms_p50, sparse.ttft_ms_p95) == (18, 400.0, 900.0)
+    assert (sparse.is_few, dense.is_few) == (True, False)
+    saved = savings(figures, [])
+    assert (saved.ttft_p50_change, saved.is_few) == (pytest.approx(0.0), True)
+    assert savings(slice_figures(rows(3), ["long"]), []).ttft_p50_change is None  # no dense answer
+
+
+def test_the_saving_is_that_of_the_newest_rung() -> None:
+    """A mild rung that was climbed past says nothing of what is served now."""
+    mild = [audit_row(i, rung_id="mild", sparse_compute_s=1.4) for i in range(30)]
+    bold = [audit_row(i, rung_id="bold", sparse_compute_s=0.5) for i in range(10)]
+
+    assert savings([], [*mild, *bold]).paired_compute_change == pytest.approx(-0.5)
+
+
+def audit_row(i: int, **changes: Any) -> dict[str, Any]:
+    """An audit's row as a plain dict."""
+    audit = make_audit(i, **changes)
+    return {name: getattr(audit, name) for name in audit.__dataclass_fields__}
+
+
+def test_the_first_screen_answers_three_questions(store: Store) -> None:
+    """What it saved, what it cost in quality, whether that is proven: as lines, in words and as a picture."""
+    play(store, 15, policy=WITH_BENEFIT)
+
+    report = build_report(store, ROLLOUT, evaluation=PRICED)
+    screen = report.first_screen
+
+    saved = {item.name: item for item in screen.saved}
+    assert [*saved] == ["Model time", "First token", "Answer speed", "Money", "Memory at peak"]
+    time = saved["Model time"]
+    assert (time.dense, time.sparse, time.proof) == (1.0, pytest.approx(0.6), "proven")
+    assert time.ratio == pytest.approx(0.6)
+    assert "0.6 times dense per session" in time.words
+    assert "proven below 0.9" in time.words
+    assert (saved["First token"].dense, saved["First token"].sparse) == (1000.0, 500.0)
+    assert saved["Answer speed"].sparse == pytest.approx(1000 / 30)
+    money = saved["Money"]
+    assert money.dense == pytest.approx(0.0816 / 2 / 3600 * 1e6 * 1.0 / 4050)
+    assert money.ratio == pytest.approx(0.6)
+    assert (saved["Memory at peak"].dense, saved["Memory at peak"].sparse) == (100.0, 80.0)
+    spent = {item.name: item for item in screen.spent}
+    assert spent["tokens that dense would not pick"].proof == "proven"
+    assert spent["perplexity"].measured == 1.2
+    assert screen.saving_in_words.startswith("The saving is proven (long: 0.6 times")
+    assert screen.safety_in_words == "It is safe: agree is proven within its bound."
+    page = render_html(report)
+    first = page[: page.index('id="safe"')]
+    assert "<svg" in first
+    assert "–" not in first
+    assert "proven below 0.9" in first
+
+
+def test_a_first_screen_without_a_served_answer_says_so(store: Store) -> None:
+    """In shadow nobody waits for sparse: no dash, a reason."""
+    play(store, 1, policy=WITH_BENEFIT, variant="dense")
+
+    report = build_report(store, ROLLOUT)
+
+    words = {item.name: item.words for item in report.first_screen.saved}
+    assert words["First token"] == "sparse served nobody yet"
+    assert words["Money"] == "no price: no evaluation is at hand"
+    assert "Memory at peak" not in words
+    page = render_html(report)
+    assert "–" not in page[: page.index('id="safe"')]
+
+
+def test_a_held_rollout_says_that_it_does_not_pay(store: Store) -> None:
+    """The heading, the words and the reason with the ratio and its bounds."""
+    play(store, 12, policy=WITH_BENEFIT, sparse_compute_s=1.3)
+
+    report = build_report(store, ROLLOUT)
+    page = render_html(report)
+
+    assert (report.outcome, report.decided, report.by) == ("held", "held", "compute")
+    assert "compute in long at medium: no gain: 1.3 times dense's model time (" in report.reason
+    assert "Held: no gain" in page
+    assert "Sparse attention does not pay here, with 30% more model time on the same requests" in page
+    assert report.first_screen.saving_in_words.startswith("There is no saving (long: 1.3 times")
+    assert report.first_screen.saved[0].proof == "against"
+
+
+def test_a_promoted_rollout_that_was_replaced_is_still_told_as_promoted(store: Store) -> None:
+    """What it decided stands; that another took its place is a remark."""
+    play(store, 15)
+    start_rollout(store, POLICY, now_s=START_S + 40, rollout_id="r2", replaces=True)
+    RolloutRunner.open(store, "r2", RunnerOptions("me")).tick(START_S + 40)
+
+    report = build_report(store, ROLLOUT)
+
+    assert (report.outcome, report.decided) == ("replaced", "promoted")
+    assert "serves 95% of the routed sessions" in report.headline
+    assert "A newer rollout has taken its place since." in render_html(report)
 
 
 def test_failures_are_counted_and_left_out_of_times() -> None:

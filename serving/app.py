@@ -12,8 +12,8 @@ from ray.serve import Application
 
 from sentei.serving.deployments import AuditorServer, ControllerServer, IngressServer
 from sentei.serving.errors import ConfigError
+from sentei.serving.replica.variant import ModelServer
 from sentei.serving.settings import AppArgs, VariantOptions, launch_folder
-from sentei.serving.variant import ModelServer
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,13 @@ def build(args: AppArgs) -> Application:
         sparse = _model_server("Sparse", args, num_replicas=args.sparse_replicas)
         auditor = _deploy(AuditorServer, "Auditor", max_ongoing_requests=64).bind(args, dense, sparse)
     ingress_class = serve.ingress()(IngressServer)
+    # In a rolling update a new ingress is up before an old one ends: Serve's default is the other way round.
     ingress = _deploy(
-        ingress_class, "Ingress", max_ongoing_requests=INGRESS_SLOTS, num_replicas=args.ingress_replicas
+        ingress_class,
+        "Ingress",
+        max_ongoing_requests=INGRESS_SLOTS,
+        num_replicas=args.ingress_replicas,
+        max_surge_percent=100,
     )
     controller: Any = None
     if args.controller and not note:

@@ -18,17 +18,17 @@ from sentei.monitors.store import Store
 from sentei.pipeline.home import sentei_home
 from sentei.pipeline.models import load_tokenizer
 from sentei.pipeline.rollout.revisions import PolicyBook
-from sentei.serving.access import KeyBook, OperatorBook, read_user_key
-from sentei.serving.admin import add_admin_routes
-from sentei.serving.auditor import Auditor
-from sentei.serving.controller import Controller, Mirror
-from sentei.serving.gateway import Gateway
+from sentei.serving.front.access import KeyBook, OperatorBook, read_user_key
 from sentei.serving.handles import RayAuditDesk, RayVariant, count_running_replicas
-from sentei.serving.ingress import build_api
+from sentei.serving.ingress.api import build_api
+from sentei.serving.ingress.gateway import Gateway
+from sentei.serving.ingress.router import DENSE, SPARSE
+from sentei.serving.ingress.writer import RecordWriter
 from sentei.serving.ports import AuditJob, AuditLoad, Variant
-from sentei.serving.router import DENSE, SPARSE
+from sentei.serving.rollout.auditor import Auditor
+from sentei.serving.rollout.controller import Controller, Mirror
+from sentei.serving.rollout.operations import add_admin_routes
 from sentei.serving.settings import AppArgs
-from sentei.serving.writer import RecordWriter
 
 NO_MIRROR = "off"
 CREATED = "model_created_s"

@@ -18,15 +18,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import httpx
+import psutil
 import yaml
 from pydantic import Field, ValidationError
 
 from sentei.serving.errors import ConfigError, StartError
+from sentei.serving.front.bodies import LIMITS_VARIABLE
 from sentei.serving.settings import AppArgs
 from sentei.serving.startup import StartUp, cause_of, missing
 
@@ -75,6 +77,7 @@ def set_ray_environment() -> None:
 def running_app(options: LocalOptions, say: Callable[[str], None] = lambda _: None) -> Iterator[str]:
     """Run Ray and the app for the length of a `with` block; gives the app's address."""
     set_ray_environment()
+    os.environ[LIMITS_VARIABLE] = options.limits.bodies.model_dump_json()
     import ray
     from ray import serve
 
@@ -86,7 +89,8 @@ def running_app(options: LocalOptions, say: Callable[[str], None] = lambda _: No
     start = StartUp(say)
     failures = (ray.exceptions.RayError, RuntimeError, TimeoutError, ConnectionError)
     try:
-        start.again("Ray", lambda: _start_ray(folder), catch=failures, undo=ray.shutdown)
+        # Of a node that is not up within 30 s Ray says so by a bare Exception.
+        start.again("Ray", lambda: _start_ray(folder), catch=(Exception,), undo=_end_ray)
         http = {"host": options.host, "port": port}
         # Where the proxy died, Serve's controller lives and starts another: a second call finds that one.
         start.again(
@@ -116,6 +120,18 @@ def _start_ray(folder: str) -> None:
         log_to_driver=False,
         _temp_dir=folder,
     )
+
+
+def _end_ray() -> None:
+    """Put away what a failed start has left: Ray forgets the processes of a node that was not up in time."""
+    import ray
+
+    ray.shutdown()
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
 
 
 def _deploy(app: Any) -> None:

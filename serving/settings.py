@@ -22,10 +22,13 @@ class BodyLimits(_Options):
 
     pause_s: float = Field(default=5.0, gt=0, description="longest wait for the next bytes of a body")
     total_s: float = Field(default=30.0, gt=0, description="longest time for a whole body")
-    young_s: float = Field(default=1.0, ge=0, description="a younger body is not given up for another")
+    young_s: float = Field(default=0.2, ge=0, description="a younger body is not given up for another")
     max_per_client: int = Field(default=64, ge=1, description="bodies of one address that are not whole yet")
     max_reading: int = Field(default=256, ge=1, description="bodies of all that are not whole yet")
     max_bytes: int = Field(default=64 << 20, ge=1024, description="bytes of all bodies together")
+    max_client_bytes: int = Field(
+        default=16 << 20, ge=1024, description="bytes of one address's bodies that are not whole yet"
+    )
 
 
 class Limits(_Options):

@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 from sentei.serving.errors import ConfigError
-from sentei.serving.loading import ServedModel
+from sentei.serving.replica.loading import ServedModel
 from sentei.serving.settings import VariantOptions
 from sentei.serving.vllm.options import SCHEDULERS, EngineOptions
 

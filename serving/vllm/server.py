@@ -30,9 +30,9 @@ from sentei.serving.errors import (
     GrammarError,
     ServingError,
 )
-from sentei.serving.loading import ServedModel, artifact_digest, load_served_model
+from sentei.serving.replica.loading import ServedModel, artifact_digest, load_served_model
+from sentei.serving.replica.variant import VariantServer, check_artifact
 from sentei.serving.settings import VariantOptions
-from sentei.serving.variant import VariantServer, check_artifact
 from sentei.serving.vllm.engine import engine_args, set_environment
 from sentei.serving.vllm.meter import Use
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sentei.serving.loading import make_fault
+from sentei.serving.replica.loading import make_fault
 from sentei.serving.vllm.state import WorkerState, find_state
 
 

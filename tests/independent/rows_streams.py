@@ -206,7 +206,7 @@ def _audited_beyond(_trials: int, progress: Progress) -> Count:
     """The product's own draw over growing conversations; before, the rule was the first of a session."""
     requests = [r for tick in streams.conversations(np.random.default_rng(2), 3.0) for r in tick]
     if IS_NOW:
-        from sentei.serving.draw import AuditDraws
+        from sentei.serving.ingress.draw import AuditDraws
 
         draws = AuditDraws()
         audited = [item for item in requests if draws.draw(item.user, 0.02)]

@@ -13,15 +13,15 @@ import openai
 import pytest
 
 from sentei.pipeline.models import load_tokenizer
-from sentei.serving.access import ApiKey, KeyBook
 from sentei.serving.engine.request import EngineRequest, ScoreRequest, ScoreResult, TokenChunk
-from sentei.serving.gateway import Gateway
-from sentei.serving.ingress import build_api
+from sentei.serving.front.access import ApiKey, KeyBook
+from sentei.serving.ingress.api import build_api
+from sentei.serving.ingress.gateway import Gateway
 from sentei.serving.openai.answers import ChatChunk, ChatCompletion, TextChunk, TextCompletion
 from sentei.serving.openai.requests import ChatRequest, CompletionRequest
 from sentei.serving.ports import ModelCard
+from sentei.serving.replica.variant import ModelServer
 from sentei.serving.settings import Limits, VariantOptions
-from sentei.serving.variant import ModelServer
 from tests.fakes_serving import FakeStore, FakeVariant, crash, make_table
 
 KEY = "a-key-of-the-tests"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sentei.pipeline.rollout.runner import start_rollout
-from sentei.serving.controller import Controller
+from sentei.serving.rollout.controller import Controller
 from tests.fakes_records import POLICY, ROLLOUT, FlakyStore
 from tests.fakes_serving import FakeClock
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +14,10 @@ import httpx
 import pytest
 
 from sentei.serving.engine.attention_use import AttentionUse, LayerUse
+from sentei.serving.engine.request import EngineRequest, TokenChunk
 from sentei.serving.errors import EngineBusyError, EngineRefusedError, GrammarError, VariantError
-from sentei.serving.gateway import Gateway
-from sentei.serving.ingress import build_api
+from sentei.serving.ingress.api import build_api
+from sentei.serving.ingress.gateway import Gateway
 from sentei.serving.ports import AuditLoad
 from sentei.serving.settings import Limits
 from tests.fakes_serving import (
@@ -657,3 +658,29 @@ async def test_models_are_listed() -> None:
 
     assert [model["id"] for model in listed["data"]] == [MODEL]
     assert (one.status_code, none.json()["error"]["code"]) == (200, "model_not_found")
+
+
+class Mortal(FakeVariant):
+    """A variant whose replicas die one after the other: each says three tokens more than the one before."""
+
+    deaths = 0
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenChunk, None]:
+        self.fail_after = len(request.sent_ids) + 3 if len(self.requests) < self.deaths else None
+        async for chunk in super().generate(request):
+            yield chunk
+
+
+@pytest.mark.parametrize(("deaths", "status"), [(2, 200), (3, 503)])
+async def test_replicas_of_dense_may_die_one_after_the_other(deaths: int, status: int) -> None:
+    """Sparse dies, then the dense replica that went on, then the next: four tries in all."""
+    dense = Mortal("dense", "a long answer it is", failure=crash("dense"))
+    dense.deaths = deaths
+    world = World(dense, FakeVariant("sparse", "a long answer it is", fail_after=2, failure=crash("sparse")))
+    async with world.run() as client:
+        response = await post_chat(client)
+
+    assert response.status_code == status
+    assert [len(request.sent_ids) for request in dense.requests][:3] == [2, 5, 8]
+    if status == 200:
+        assert response.json()["choices"][0]["message"]["content"] == "a long answer it is"

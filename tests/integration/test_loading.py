@@ -14,9 +14,9 @@ from sentei.pipeline import models
 from sentei.pipeline.models import load_tokenizer
 from sentei.serving.engine.request import EngineRequest, ScoreRequest
 from sentei.serving.errors import ConfigError, WrongArtifactError
-from sentei.serving.loading import artifact_digest, load_served_model, make_fault
+from sentei.serving.replica.loading import artifact_digest, load_served_model, make_fault
+from sentei.serving.replica.variant import ModelServer
 from sentei.serving.settings import VariantOptions
-from sentei.serving.variant import ModelServer
 from tests.fakes_models import make_llama, save_byte_tokenizer
 from tests.trial_ladders import uncalibrated_ladder
 

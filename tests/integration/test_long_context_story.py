@@ -22,15 +22,15 @@ from sentei.kernels.hf.adapter import save_adapter
 from sentei.monitors.store import Store
 from sentei.pipeline.models import resolve_model
 from sentei.pipeline.text.corpus import load_corpus
-from sentei.serving.access import TOKEN_VARIABLE
-from sentei.serving.admin import add_admin_routes
-from sentei.serving.auditor import Auditor
-from sentei.serving.controller import Controller
-from sentei.serving.gateway import Gateway
-from sentei.serving.ingress import build_api
+from sentei.serving.front.access import TOKEN_VARIABLE
+from sentei.serving.ingress.api import build_api
+from sentei.serving.ingress.gateway import Gateway
+from sentei.serving.ingress.writer import RecordWriter
+from sentei.serving.replica.variant import ModelServer
+from sentei.serving.rollout.auditor import Auditor
+from sentei.serving.rollout.controller import Controller
+from sentei.serving.rollout.operations import add_admin_routes
 from sentei.serving.settings import AppArgs, Limits
-from sentei.serving.variant import ModelServer
-from sentei.serving.writer import RecordWriter
 from tests.trial_ladders import exact_adapter
 
 pytestmark = pytest.mark.timeout(900)  # a hundred sessions, four passes over each prompt, on a busy machine

@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from sentei.monitors.store import Store
-from sentei.serving import admission
-from sentei.serving.access import read_user_key
-from sentei.serving.admission import MemoryReturn
+from sentei.serving.front import admission
+from sentei.serving.front.access import read_user_key
+from sentei.serving.front.admission import MemoryReturn
+from sentei.serving.front.bodies import LIMIT_HEADER, BodyGate
+from sentei.serving.front.turns import Turnstile
 from sentei.serving.proxy import middlewares
 from sentei.serving.settings import BodyLimits
 from tests.fakes_serving import MODEL, FakeTokenizer
 from tests.integration.test_ingress import LIMITS, World, post_chat
 
 ASK = "/v1/completions"
+CHUNKED = [(b"transfer-encoding", b"chunked")]
 BODIES = BodyLimits(pause_s=0.2, total_s=0.5, young_s=0.0, max_per_client=4, max_reading=6, max_bytes=4096)
 
 
@@ -43,7 +47,13 @@ class HalfSent:
     """A request whose body never ends: `parts` come at once, or every `every_s`, and then nothing."""
 
     def __init__(
-        self, api: FastAPI, *, who: str = "10.0.0.1", parts: Sequence[bytes] = (b"{",), every_s: float = 0.0
+        self,
+        api: ASGIApp,
+        *,
+        who: str = "10.0.0.1",
+        parts: Sequence[bytes] = (b"{",),
+        every_s: float = 0.0,
+        headers: Sequence[tuple[bytes, bytes]] = (),
     ) -> None:
         self._parts, self._every_s = list(parts), every_s
         self._sent: list[Any] = []
@@ -54,7 +64,7 @@ class HalfSent:
             "path": ASK,
             "raw_path": ASK.encode(),
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), *headers],
             "client": (who, 1),
             "server": ("test", 80),
             "scheme": "http",
@@ -252,7 +262,7 @@ async def test_header_that_is_no_text_is_refused_by_name(header: str) -> None:
     async def inner(scope: Any, receive: Any, send: Any) -> None:
         raise AssertionError("Serve would fail here")
 
-    (made,) = middlewares()
+    made = middlewares()[-1]
     transport = httpx.ASGITransport(app=made.cls(inner, *made.args, **made.kwargs))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         response = await client.get("/", headers=[(header.encode(), b"\xff\xfe")])
@@ -307,3 +317,113 @@ async def test_memory_of_large_bodies_is_given_back_once(monkeypatch: pytest.Mon
     await asyncio.sleep(0.2)
 
     assert (num_after_small, len(calls)) == (0, 1)
+
+
+class Inside:
+    """What Ray's own code sees behind the gate."""
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        self._limit_bytes = limit_bytes
+        self.messages: list[Any] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.messages.append(await receive())
+        headers = [] if self._limit_bytes is None else [(LIMIT_HEADER, str(self._limit_bytes).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+
+async def parts_of_a_body() -> AsyncIterator[bytes]:
+    """A body that comes in three parts."""
+    for part in (b"[1,", b"2,", b"3]"):
+        yield part
+
+
+async def test_gate_hands_a_body_on_whole() -> None:
+    """However many parts a body came in, Ray sees one message."""
+    inside = Inside()
+    transport = httpx.ASGITransport(app=BodyGate(inside, BODIES))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        await client.post(ASK, content=parts_of_a_body())
+
+    assert inside.messages == [{"type": "http.request", "body": b"[1,2,3]", "more_body": False}]
+
+
+async def test_half_sent_bodies_cost_ray_nothing() -> None:
+    """Ray never sees them; orders, and short bodies that come at once, are read beside all there may be."""
+    inside = Inside()
+    gate = BodyGate(inside, BODIES.model_copy(update={"pause_s": 60, "total_s": 60, "young_s": 60}))
+    halves = [HalfSent(gate, who="127.0.0.1", headers=CHUNKED) for _ in range(20)]
+    await asyncio.sleep(0.05)
+    transport = httpx.ASGITransport(app=gate)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        order = await asyncio.wait_for(client.post("/admin/v1/rollouts", json={}), 2)
+        short = await client.post(ASK, json={})
+        refused = await client.post(ASK, content=parts_of_a_body())
+    for half in halves:
+        await half.end()
+
+    assert (order.status_code, short.status_code, refused.status_code) == (200, 200, 429)
+    assert len(inside.messages) == 2
+
+
+async def test_gate_learns_what_is_too_long() -> None:
+    """Once an ingress has said what its model takes, longer bodies are refused unread, in front of Ray."""
+    inside = Inside(limit_bytes=100)
+    transport = httpx.ASGITransport(app=BodyGate(inside, BODIES))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        before = await client.post(ASK, content=b"x" * 200)
+        after = await client.post(ASK, content=b"x" * 200)
+
+    assert (before.status_code, after.status_code) == (200, 413)
+    assert after.json()["error"]["code"] == "request_too_large"
+
+
+async def test_announced_bytes_are_bounded_before_they_come() -> None:
+    """Long bodies beyond a bound, of one address or all, are refused unread; short ones pass."""
+    inside = Inside()
+    limits = BodyLimits(max_client_bytes=100_000, max_bytes=150_000)
+    gate = BodyGate(inside, limits)
+    long = [(b"content-length", b"60000")]
+    halves = [HalfSent(gate, who=who, headers=long) for who in ("a", "a", "b", "c")]
+    await asyncio.sleep(0.05)
+    refused = [half.task.done() for half in halves]
+    transport = httpx.ASGITransport(app=gate)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        short = await client.post(ASK, content=b"x" * 100)
+    for half in halves:
+        await half.end()
+
+    assert refused == [False, True, False, True]
+    assert short.status_code == 200
+
+
+async def test_health_and_orders_do_not_stand_behind_a_crowd() -> None:
+    """Of a crowd a few are let in at a time; who waits long for an answer does not keep others out."""
+    inside = list[str]()
+    may_end = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        inside.append(scope["path"])
+        if scope["path"] == ASK:
+            await may_end.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    transport = httpx.ASGITransport(app=Turnstile(slow, at_once=2, for_s=0.3))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        crowd = [asyncio.create_task(client.get(ASK)) for _ in range(6)]
+        await asyncio.sleep(0.1)
+        first = inside.count(ASK)
+        statuses = [
+            (await asyncio.wait_for(client.get(path), 0.1)).status_code
+            for path in ("/healthz", "/admin/v1/routing")
+        ]
+        await asyncio.sleep(0.4)
+        later = inside.count(ASK)
+        may_end.set()
+        ended = [(await task).status_code for task in crowd]
+
+    assert (first, later) == (2, 4)
+    assert statuses == [200, 200]
+    assert ended == [200] * 6

@@ -26,8 +26,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from sentei.serving.gateway import Gateway
-from sentei.serving.ingress import build_api
+from sentei.serving.ingress.api import build_api
+from sentei.serving.ingress.gateway import Gateway
 from sentei.serving.settings import Limits
 from tests.fakes_serving import MODEL, FakeStore, FakeTokenizer, FakeVariant, make_table
 

@@ -15,12 +15,12 @@ import pytest
 
 from sentei.monitors.signals_reader import SignalQuery, read_signals
 from sentei.monitors.store import Store
-from sentei.serving.access import Operator, OperatorBook, Role
-from sentei.serving.admin import add_admin_routes
-from sentei.serving.controller import Controller
 from sentei.serving.errors import VariantError
-from sentei.serving.gateway import Gateway
-from sentei.serving.ingress import build_api
+from sentei.serving.front.access import Operator, OperatorBook, Role
+from sentei.serving.ingress.api import build_api
+from sentei.serving.ingress.gateway import Gateway
+from sentei.serving.rollout.controller import Controller
+from sentei.serving.rollout.operations import add_admin_routes
 from sentei.serving.settings import Limits
 from tests.fakes_records import make_request
 from tests.fakes_serving import MODEL, FakeClock, FakeTokenizer, FakeVariant, make_table

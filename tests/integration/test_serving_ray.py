@@ -19,7 +19,7 @@ from sentei.kernels.hf.adapter import new_adapter, save_adapter
 from sentei.monitors.store import Store
 from sentei.pipeline.demo.local_server import LocalServer
 from sentei.pipeline.rollout.client import AdminClient, AdminError
-from sentei.serving.router import position
+from sentei.serving.ingress.router import position
 from tests.fakes_models import save_byte_tokenizer
 from tests.trial_ladders import uncalibrated_ladder
 

@@ -10,8 +10,12 @@ import pytest
 
 from sentei.pipeline.demo import local_server
 from sentei.pipeline.demo.local_server import LocalServer, ServerError
+from sentei.serving import local
 from sentei.serving.errors import StartError
 from sentei.serving.startup import StartUp, cause_of, missing
+
+# Importing Ray Serve warns inside pydantic; it is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
 
 
 class Flaky:
@@ -47,6 +51,31 @@ def test_start_that_never_works_names_its_cause() -> None:
     """The last try's own words are in the error."""
     with pytest.raises(StartError, match=r"Ray did not start in 5 tries.*killed by ray\.kill"):
         StartUp(lambda _: None).again("Ray", Flaky(99), catch=(RuntimeError,))
+
+
+def test_node_that_is_slow_to_come_up_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray says so by a bare Exception; what such a try has left running is ended before the next one."""
+    left: list[subprocess.Popen[bytes]] = []
+
+    def start_ray(_: str) -> None:
+        left.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(local, "_start_ray", start_ray)
+
+    with (
+        pytest.raises(StartError, match=r"Ray did not start in 5 tries.*timed out during startup"),
+        local.running_app(local.LocalOptions(model="pocket")),
+    ):
+        pass
+
+    assert len(left) == 5
+    for process in left:
+        assert process.poll() is not None
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 def test_wrong_settings_are_not_tried_again() -> None:

@@ -24,7 +24,7 @@ from sentei.policies.judge import GuardrailReport
 from sentei.policies.machine import TRANSITIONS, Event, Phase, SliceEvent, is_possible
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Observation, Signals, Verdict
-from sentei.serving.router import assign, position
+from sentei.serving.ingress.router import assign, position
 from tests.evidence_paths import betting_paths, update_all
 from tests.strategies_policy import (
     Story,

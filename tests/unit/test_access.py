@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sentei.serving.access import (
+from sentei.serving.errors import ConfigError, RequestError
+from sentei.serving.front.access import (
     KEYS_VARIABLE,
     MAX_FAILURES,
     TOKEN_VARIABLE,
@@ -17,7 +18,6 @@ from sentei.serving.access import (
     OperatorBook,
     Role,
 )
-from sentei.serving.errors import ConfigError, RequestError
 from tests.fakes_serving import FakeClock
 
 KEY, OTHER = "k" * 20, "o" * 20

@@ -10,7 +10,7 @@ from sentei.monitors.clock import SteadyClock
 from sentei.monitors.events import EventLog
 from sentei.monitors.store import Store
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
-from sentei.serving.controller import Controller
+from sentei.serving.rollout.controller import Controller
 from tests.fakes_records import POLICY, make_audit, make_request
 from tests.fakes_serving import FakeClock
 

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from sentei.serving.draw import AuditBudget, AuditDraws, draw_audit
+from sentei.serving.ingress.draw import AuditBudget, AuditDraws, draw_audit
+from sentei.serving.ingress.router import assign
 from sentei.serving.ports import AuditLoad
-from sentei.serving.router import assign
 from tests.fakes_serving import make_table
 
 

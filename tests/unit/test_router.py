@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sentei.policies.signals import SliceRoute
-from sentei.serving.router import NO_SLICE, Breaker, Lease, SeenUnits, assign, position
+from sentei.serving.ingress.router import NO_SLICE, Breaker, Lease, SeenUnits, assign, position
 from tests.fakes_serving import make_table
 
 UNITS = [f"session-{i}" for i in range(2000)]

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from sentei.monitors.records import AuditStatus, Missing
-from sentei.serving.auditor import Auditor
 from sentei.serving.engine.request import ScoreResult
 from sentei.serving.errors import EngineBusyError
+from sentei.serving.ingress.writer import RecordWriter
 from sentei.serving.ports import AuditJob, AuditLoad
-from sentei.serving.writer import RecordWriter
+from sentei.serving.rollout.auditor import Auditor
 from tests.fakes_serving import FakeClock, FakeStore, FakeVariant, crash, perfect_scores
 
 SERVED = (10, 11, 12, 13)

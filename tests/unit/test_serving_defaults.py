@@ -8,7 +8,7 @@ import pytest
 from transformers import GenerationConfig
 
 from sentei.serving.engine.request import NEUTRAL, Sampling
-from sentei.serving.loading import default_sampling
+from sentei.serving.replica.loading import default_sampling
 
 
 @pytest.mark.parametrize(

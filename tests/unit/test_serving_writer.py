@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sentei.monitors.records import RequestRecord
-from sentei.serving.writer import RETRY_S, RecordWriter
+from sentei.serving.ingress.writer import RETRY_S, RecordWriter
 from tests.fakes_serving import FakeStore
 
 

@@ -73,7 +73,7 @@ def test_arguments_of_the_engine_are_known() -> None:
     """Every argument that a variant hands to vLLM exists."""
     from vllm import AsyncEngineArgs
 
-    from sentei.serving.loading import ServedModel
+    from sentei.serving.replica.loading import ServedModel
     from sentei.serving.settings import VariantOptions
     from sentei.serving.vllm.engine import engine_args
 

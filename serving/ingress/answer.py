@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -26,15 +27,26 @@ from sentei.serving.errors import (
     RequestError,
     VariantError,
 )
+from sentei.serving.ingress.router import DENSE, SPARSE, Assignment, Breaker
 from sentei.serving.ports import Tokenizer, Variant
-from sentei.serving.router import DENSE, SPARSE, Assignment, Breaker
 from sentei.serving.settings import Limits
 from sentei.serving.text.pieces import Detokenizer, StopScanner, ToolCall
 from sentei.serving.text.tools import NO_TOOLS, ToolUse
 
 log = logging.getLogger(__name__)
 
+MAX_TRIES = 4
 REQUESTS_OWN = frozenset({"nan_logits", "error", "empty"})  # failures of dense that come with the request
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """The beginning of an answer that a client has already, from an ingress that is gone."""
+
+    ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    ttft_s: float
+    ago_s: float  # since its first token
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,7 @@ class Question:
     stop_ids: frozenset[int]
     assignment: Assignment
     tools: ToolUse = NO_TOOLS
+    sent: Sent | None = None  # what another ingress sent of the answer before it went away
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +74,8 @@ class Delta:
     offsets: tuple[int, ...] = ()  # of each log-probability's token: characters of the answer before it
     finish_reason: FinishReason | None = None
     calls: tuple[ToolCall, ...] = ()
+    num_tokens: int = 0  # of the answer so far, this piece included
+    was_sent: bool = False  # the client has it already
 
 
 @dataclass(slots=True)
@@ -109,17 +124,32 @@ class Answerer:
         self._variants = variants
         self._limits = limits
         self._breaker = breaker
+        self._own = uuid.uuid4().hex[:8]  # an engine may still be busy with a try of an ingress that is gone
 
     def begin(self, question: Question) -> Progress:
         """Start the account of one answer."""
-        assigned = question.assignment
-        return Progress(assigned.variant, assigned.serving_rung_id, time.monotonic())
+        assigned, now_s = question.assignment, time.monotonic()
+        progress = Progress(assigned.variant, assigned.serving_rung_id, now_s)
+        if (sent := question.sent) is not None:
+            progress.note_tokens(sent.ids, now_s - sent.ago_s)
+            progress.began_s = now_s - sent.ago_s - sent.ttft_s
+        return progress
 
     async def deltas(
         self, question: Question, progress: Progress, tokenizer: Tokenizer
     ) -> AsyncGenerator[Delta, None]:
         """Yield the answer as text; stop strings end it, and half characters wait for their rest."""
         detokenizer, scanner = Detokenizer(tokenizer), StopScanner(question.stops)
+        if (sent := question.sent) is not None:
+            text = "".join(scanner.add(detokenizer.add([token_id])) for token_id in sent.ids)
+            num_sent = len(sent.ids)
+            yield Delta(text, finish_reason=sent.finish_reason, num_tokens=num_sent, was_sent=True)
+            if sent.finish_reason is not None:
+                return
+            if num_sent >= question.max_tokens:  # an engine that says its last token before its end
+                text = scanner.add(detokenizer.flush()) + scanner.flush()
+                yield Delta(text, finish_reason=FinishReason.LENGTH, num_tokens=num_sent)
+                return
         async with aclosing(self._tokens(question, progress)) as chunks:
             async for chunk in chunks:
                 offsets, text = list[int](), ""
@@ -130,13 +160,19 @@ class Answerer:
                     text += scanner.add(detokenizer.flush())
                     text += "" if scanner.has_stopped else scanner.flush()
                 finish = FinishReason.STOP if scanner.has_stopped else chunk.finish_reason
-                yield Delta(text, chunk.logprobs, tuple(offsets[: len(chunk.logprobs)]), finish)
+                kept = tuple(offsets[: len(chunk.logprobs)])
+                yield Delta(text, chunk.logprobs, kept, finish, num_tokens=len(progress.ids))
                 if finish is not None:
                     return
 
     async def _tokens(self, question: Question, progress: Progress) -> AsyncGenerator[TokenChunk, None]:
-        """Yield token chunks: one try on the assigned variant, and one on dense if it fails."""
-        for i_try in range(2):
+        """Yield token chunks: one try on the assigned variant, then dense; again where a replica of it dies.
+
+        Each further try goes on behind what was sent, so replicas may die one after the other. A request that
+        gains nothing by a try is not tried on and on: it may be what they die of.
+        """
+        for i_try in range(MAX_TRIES):
+            num_before = len(progress.ids)
             name = question.assignment.variant if i_try == 0 else DENSE
             if name == SPARSE and self._breaker.is_open(time.monotonic()):
                 progress.note_failure(VariantError(SPARSE, "breaker_open"))
@@ -148,8 +184,9 @@ class Answerer:
                 return
             except VariantError as error:
                 self._note_failure(error, question, progress)
-                is_worth_another = i_try == 0 and (name == SPARSE or error.reason == "crash")
-                if not is_worth_another:
+                has_gained = i_try == 0 or len(progress.ids) > num_before
+                is_worth_another = name == SPARSE or (error.reason == "crash" and has_gained)
+                if not is_worth_another or i_try + 1 == MAX_TRIES:
                     if name == DENSE and error.reason in REQUESTS_OWN:
                         progress.outcome = Outcome.UNANSWERABLE
                     raise RequestError(
@@ -168,7 +205,7 @@ class Answerer:
         """Yield what one variant gives, going on behind what was sent; every failure is a VariantError."""
         progress.variant = name
         progress.rung_id = question.assignment.rung_id if name == SPARSE else DENSE_RUNG
-        request = _engine_request(question, progress)
+        request = _engine_request(question, progress, self._own)
         spent_s, has_token = progress.compute_s, False
         async with aclosing(self._generate(name, request)) as chunks:
             while True:
@@ -215,10 +252,10 @@ class Answerer:
             raise VariantError(name, "timeout", f"no {what} within {limit_s:g} s") from error
 
 
-def _engine_request(question: Question, progress: Progress) -> EngineRequest:
+def _engine_request(question: Question, progress: Progress, own: str) -> EngineRequest:
     request = EngineRequest(
         # A try of its own: the failed one may still be on its way out of the same engine.
-        request_id=f"{question.request_id}/{progress.variant}/{len(progress.ids)}/{progress.outcome}",
+        request_id=f"{question.request_id}/{progress.variant}/{len(progress.ids)}/{progress.outcome}/{own}",
         prompt_ids=question.prompt_ids,
         max_tokens=question.max_tokens,
         rung_id=progress.rung_id,

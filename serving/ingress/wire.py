@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sentei.serving.answer import Delta, Progress
 from sentei.serving.engine.request import TokenLogprob
 from sentei.serving.errors import RequestError
+from sentei.serving.ingress.answer import Delta, Progress
 from sentei.serving.openai.fields import error_body
 from sentei.serving.text.pieces import TokenTexts, ToolCall
 

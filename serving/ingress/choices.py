@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 
-from sentei.serving.answer import Delta
 from sentei.serving.engine.request import FinishReason
+from sentei.serving.ingress.answer import Delta
 from sentei.serving.text.tools import CallReader
 
 MAX_AHEAD = 16  # pieces that wait for a slow reader, all answers together

@@ -10,6 +10,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 from sentei.policies.signals import RoutingTable, SliceRoute
 from sentei.serving.engine.request import DENSE_RUNG
@@ -82,6 +83,7 @@ class Lease:
         self._table: RoutingTable | None = None
         self._renewals: int | None = None
         self._renewed_at_s: float | None = None
+        self._read_at_s: float | None = None
         self._stopped: set[str] = set()
 
     def stop(self, rollout_id: str) -> None:
@@ -98,7 +100,18 @@ class Lease:
             self._renewed_at_s = now_s
         elif self._renewals is not None and renewals < self._renewals:
             self._renewed_at_s = None  # another store or a restored one: start from nothing
-        self._table, self._renewals = table, renewals
+        self._table, self._renewals, self._read_at_s = table, renewals, now_s
+
+    def stamp(self, now_s: float) -> dict[str, Any]:
+        """Say which table this is, and how long ago the store was asked for it."""
+        if self._table is None or self._read_at_s is None:
+            return {}
+        return {
+            "rollout_id": self._table.rollout_id,
+            "version": self._table.version,
+            "renewals": self._renewals,
+            "read_ago_s": round(now_s - self._read_at_s, 3),
+        }
 
     def table(self, now_s: float) -> RoutingTable | None:
         """Return the table while its lease lasts and nobody stopped its rollout here, else None."""

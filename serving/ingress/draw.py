@@ -10,8 +10,8 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
+from sentei.serving.ingress.router import Assignment
 from sentei.serving.ports import AuditLoad
-from sentei.serving.router import Assignment
 
 MAX_STREAMS = 50_000
 

@@ -19,14 +19,14 @@ from sentei.serving.engine.request import (
     TokenChunk,
 )
 from sentei.serving.errors import ConfigError, ServingError, WrongArtifactError
-from sentei.serving.loading import (
+from sentei.serving.ports import ModelCard
+from sentei.serving.replica.loading import (
     ServedModel,
     artifact_digest,
     attach_retrofit,
     load_served_model,
     make_fault,
 )
-from sentei.serving.ports import ModelCard
 from sentei.serving.settings import VariantOptions
 
 if TYPE_CHECKING:

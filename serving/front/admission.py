@@ -32,7 +32,13 @@ class _Reading:
     client: str
     began_s: float
     timer: asyncio.Timeout
+    announced_bytes: int  # of a long body; what short ones announce is not reserved
     num_bytes: int = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """What came, or what will come if that is more."""
+        return max(self.num_bytes, self.announced_bytes)
 
 
 class BodyDesk:
@@ -65,22 +71,25 @@ class BodyDesk:
         Raises RequestError: 413 for too long a body, before it is read where its length was announced; 408
         for one that does not come; 429 for one too many.
         """
-        announced = http.headers.get("content-length", "0")
-        if announced.isdigit() and int(announced[:20]) > limit_bytes:
-            raise _too_large(limit_bytes)
-        found = await self._read(http, limit_bytes)
+        length = http.headers.get("content-length", "0")
+        announced = int(length[:20]) if length.isdigit() else 0
+        if announced > limit_bytes:
+            raise _too_large(limit_bytes, headers=CLOSE)
+        found = await self._read(http, limit_bytes, announced if announced > SHORT_BYTES else 0)
         try:
             yield found
         finally:
             self._bytes -= len(found)
             self._memory.note(len(found))
 
-    async def _read(self, http: Request, limit_bytes: int) -> bytes:
+    async def _read(self, http: Request, limit_bytes: int, announced: int) -> bytes:
         now_s = asyncio.get_running_loop().time()
         client = http.client.host if http.client is not None else "unknown"
+        if announced:
+            self._check_bytes(client, announced)
         self._make_room(client, now_s)
         timer = asyncio.timeout_at(now_s + self._limits.pause_s)
-        reading = _Reading(client, now_s, timer)
+        reading = _Reading(client, now_s, timer, announced)
         self._reading.append(reading)
         is_whole = False
         try:
@@ -112,6 +121,17 @@ class BodyDesk:
                 now_s = asyncio.get_running_loop().time()
                 reading.timer.reschedule(min(last_s, now_s + self._limits.pause_s))
             yield part
+
+    def _check_bytes(self, client: str, announced: int) -> None:
+        """Raise 429 for a long body that would be too much beside what is held and was announced."""
+        own = sum(reading.held_bytes for reading in self._reading if reading.client == client)
+        to_come = sum(reading.held_bytes - reading.num_bytes for reading in self._reading)
+        for held, limit in (
+            (own, self._limits.max_client_bytes),
+            (self._bytes + to_come, self._limits.max_bytes),
+        ):
+            if held + announced > limit:
+                raise _too_many(f"{held} bytes of bodies are on their way (limit {limit})")
 
     def _make_room(self, client: str, now_s: float) -> None:
         """Give up the oldest body where there is one too many, of this client or of all; or raise 429."""

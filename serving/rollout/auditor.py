@@ -20,9 +20,9 @@ from sentei.monitors.errors import AuditError
 from sentei.monitors.records import AuditScore, AuditStatus, Missing
 from sentei.serving.engine.request import DENSE_RUNG, ScoreRequest, ScoreResult
 from sentei.serving.errors import EngineError, VariantError
+from sentei.serving.ingress.router import DENSE, SPARSE
+from sentei.serving.ingress.writer import RecordWriter
 from sentei.serving.ports import AuditJob, AuditLoad, Variant
-from sentei.serving.router import DENSE, SPARSE
-from sentei.serving.writer import RecordWriter
 
 log = logging.getLogger(__name__)
 

@@ -11,22 +11,33 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from sentei.monitors.clock import SteadyClock
 from sentei.monitors.errors import MonitorError
-from sentei.monitors.records import ARTIFACT, Arrival, AuditStatus, Missing, Outcome, RequestRecord
+from sentei.monitors.records import ARTIFACT, AuditStatus, Missing, Outcome
 from sentei.policies.signals import RoutingTable
-from sentei.serving.admission import PromptDesk
-from sentei.serving.answer import Answerer, Delta, Progress, Question
-from sentei.serving.choices import read_calls
-from sentei.serving.draw import AuditBudget, AuditDraws, draw_audit
-from sentei.serving.engine.attention_use import to_json
 from sentei.serving.errors import RequestError, ServingError
+from sentei.serving.front.admission import PromptDesk
+from sentei.serving.front.journal import Journal, Ticket
+from sentei.serving.ingress.account import arrival_of, audit_job_of, is_turned_away, record_of, sent_before
+from sentei.serving.ingress.answer import Answerer, Delta, Progress, Question
+from sentei.serving.ingress.choices import read_calls
+from sentei.serving.ingress.draw import AuditBudget, AuditDraws, draw_audit
+from sentei.serving.ingress.router import (
+    DENSE,
+    NO_SLICE,
+    SPARSE,
+    Assignment,
+    Breaker,
+    Lease,
+    SeenUnits,
+    assign,
+)
+from sentei.serving.ingress.writer import RecordWriter
 from sentei.serving.openai.requests import ChatRequest, GenerationRequest, TokenizeRequest, sampling_of
 from sentei.serving.ports import AuditDesk, AuditJob, ModelCard, RecordStore, Tokenizer, Variant
-from sentei.serving.router import DENSE, NO_SLICE, SPARSE, Assignment, Breaker, Lease, SeenUnits, assign
 from sentei.serving.settings import Limits
 from sentei.serving.text.bounded import body_limit_bytes, longest_token_bytes
 from sentei.serving.text.chat import template_of
@@ -34,7 +45,6 @@ from sentei.serving.text.pieces import TokenTexts
 from sentei.serving.text.prompts import check_biases, check_ending, prompt_ids, room_for_answer, tokenize
 from sentei.serving.text.schemas import SchemaChecker
 from sentei.serving.text.tools import NO_TOOLS, ToolUse, tool_use
-from sentei.serving.writer import RecordWriter
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +94,7 @@ class Gateway:
         self._schemas = SchemaChecker()
         self._prompts = PromptDesk(threads=limits.tokenizer_threads, max_waiting=limits.max_concurrent)
         self._token_bytes = longest_token_bytes(tokenizer)
+        self._reading = asyncio.Lock()
         self._in_flight = 0
         self._loops: list[asyncio.Task[None]] = []
         self._audits: set[asyncio.Task[None]] = set()
@@ -121,6 +132,7 @@ class Gateway:
             "note": self.note,
             "variants": {name: name in self.cards for name in self.variants},
             "lease_is_fresh": self.lease.is_fresh(self._clock()),
+            "routing": self.lease.stamp(self._clock()),
             "artifact": {"runs": self._artifact(), "bound": self.lease.artifact()},
             "records": {
                 "written": self.writer.written,
@@ -130,11 +142,16 @@ class Gateway:
         }
 
     async def read_routing_once(self) -> None:
-        """Look at the routing table once; a store that cannot be read lets the lease run out."""
-        now_s = self._clock()  # before the read: what comes back may be older, never younger
-        found = await asyncio.to_thread(self._store.read_routing)
-        if found is not None:
-            self.lease.observe(*found, now_s)
+        """Look at the routing table once; a store that cannot be read lets the lease run out.
+
+        One read at a time: an older one that ended after a newer one would bring the older table back, and
+        with it a share that an abort has just taken away.
+        """
+        async with self._reading:
+            now_s = self._clock()  # before the read: what comes back may be older, never younger
+            found = await asyncio.to_thread(self._store.read_routing)
+            if found is not None:
+                self.lease.observe(*found, now_s)
 
     async def introduce_once(self, name: str) -> None:
         """Ask one variant who it is; what sparse runs is written down for the controller."""
@@ -144,11 +161,17 @@ class Gateway:
             await asyncio.to_thread(self._store.save_value, ARTIFACT, card.artifact)
 
     async def check(
-        self, request: GenerationRequest, headers: Mapping[str, str], *, num_bytes: int = 0
+        self,
+        request: GenerationRequest,
+        headers: Mapping[str, str],
+        *,
+        num_bytes: int = 0,
+        journal: Journal | None = None,
     ) -> tuple[Question, ...]:
         """Turn a parsed request into its questions, one for each wanted answer; raises RequestError.
 
-        All have one unit and one assignment, and the first alone is audited: the unit is what counts.
+        All have one unit and one assignment, and the first alone is audited: the unit is what counts. With a
+        journal they are those of an ingress that is gone, as far as it had answered them.
         """
         card = self._card(request.model)
         use = self._tool_use(request)
@@ -161,26 +184,47 @@ class Gateway:
             await self._schemas.check(sampling.json_schema)
         ids = await self._prompts.run(num_bytes, prompt_ids, request, use, self.tokenizer, card)
         max_tokens = room_for_answer(request, len(ids), card, self.limits.default_max_tokens)
-        request_id = self._request_id(headers.get(REQUEST_HEADER, ""))
-        unit = session_unit(headers, request.user, request_id, user_key=self._user_key)
+        ticket = Ticket.check(journal.ticket, self._user_key) if journal is not None else None
+        ticket = ticket or self._ticket(headers, request.user, len(ids), sampling.seed)
         first = Question(
-            request_id=request_id,
-            unit=unit,
+            request_id=ticket.request_id,
+            unit=ticket.unit,
             prompt_ids=ids,
             max_tokens=max_tokens,
-            sampling=sampling,
+            sampling=replace(sampling, seed=ticket.seed),
             stops=request.stops(),
             stop_ids=frozenset() if request.ignore_eos else frozenset(card.eos_ids),
-            assignment=self._assign(len(ids), unit),
+            assignment=Assignment(**ticket.assignment),
             tools=use,
         )
-        return (first, *(self._sibling(first, i) for i in range(1, request.num_choices())))
+        questions = (first, *(self._sibling(first, i) for i in range(1, request.num_choices())))
+        if journal is None:
+            return questions
+        sent = {index: sent_before(choice, ticket, self.now_s()) for index, choice in journal.choices.items()}
+        return tuple(replace(item, sent=sent.get(index)) for index, item in enumerate(questions))
+
+    def sign(self, question: Question, progress: Progress) -> str:
+        """Return the ticket with which another ingress can take an answer up whose first token is there."""
+        ticket = Ticket(
+            request_id=question.request_id,
+            unit=question.unit,
+            seed=question.sampling.seed,
+            assignment=asdict(question.assignment),
+            ttft_s=(progress.ttft_ms() or 0.0) / 1e3,
+            first_at_s=self.now_s(),
+        )
+        return ticket.sign(self._user_key)
 
     async def tokenize(self, request: TokenizeRequest, *, num_bytes: int = 0) -> dict[str, Any]:
         """Return a prompt's ids, and how long prompt and answer may be together."""
         card = self._card(self.model_name if request.model is None else request.model)
         ids = await self._prompts.run(num_bytes, tokenize, request, self.tokenizer, card)
         return {"count": len(ids), "max_model_len": card.max_context_tokens, "tokens": list(ids)}
+
+    def _ticket(self, headers: Mapping[str, str], user: str | None, num_tokens: int, seed: int) -> Ticket:
+        request_id = self._request_id(headers.get(REQUEST_HEADER, ""))
+        unit = session_unit(headers, user, request_id, user_key=self._user_key)
+        return Ticket(request_id, unit, seed, asdict(self._assign(num_tokens, unit)))
 
     def begin(self, questions: Sequence[Question]) -> list[tuple[Progress, AsyncGenerator[Delta, None]]]:
         """Start answers; raises RequestError when too many run. Each one's record is written when it ends."""
@@ -247,10 +291,10 @@ class Gateway:
         if progress.is_turned_away and question.assignment.is_audited:
             self._budget.give_back()
             question = replace(question, assignment=replace(question.assignment, is_audited=False))
-        self.writer.put(_record(question, progress, at_s=self.now_s(), total_ms=total_ms))
+        self.writer.put(record_of(question, progress, at_s=self.now_s(), total_ms=total_ms))
         if not question.assignment.is_audited:
             return
-        job = _audit_job(question, progress, self.limits.audit_max_tokens)
+        job = audit_job_of(question, progress, self.limits.audit_max_tokens)
         if self._desk is None or not job.served_ids:
             self._budget.give_back()
             self._miss(job, Missing.NO_TOKENS if self._desk is not None else Missing.NO_AUDITOR)
@@ -277,7 +321,7 @@ class Gateway:
         assigned = assign(self._obeyed(now_s), prompt_tokens=prompt_tokens, unit=unit)
         is_of_rollout = bool(assigned.rollout_id) and assigned.slice_id != NO_SLICE
         if is_of_rollout and self._seen.add((assigned.rollout_id, assigned.slice_id, unit)):
-            self.writer.put(_arrival(assigned, unit, at_s=self.now_s()))
+            self.writer.put(arrival_of(assigned, unit, at_s=self.now_s()))
         return draw_audit(assigned, unit, draws=self._draws, budget=self._budget, now_s=now_s)
 
     def _obeyed(self, now_s: float) -> RoutingTable | None:
@@ -329,19 +373,6 @@ class Gateway:
             await asyncio.sleep(DESCRIBE_AGAIN_S if is_known else DESCRIBE_RETRY_S)
 
 
-def is_turned_away(error: RequestError, progress: Progress) -> bool:
-    """Whether a request got no answer for a reason that has nothing to do with what sparse answers.
-
-    It was refused, or there was no room for it, or dense cannot answer it either. Its audit is none that is
-    missing: there is no answer to judge. Where sparse failed first, one is missing.
-    """
-    if progress.ids:
-        return False
-    if progress.outcome is Outcome.UNANSWERABLE:
-        return True
-    return error.status < 500 and (progress.outcome is Outcome.OK or progress.failed_by == "busy")
-
-
 def _is_audited(question: Question) -> bool:
     return question.assignment.is_audited
 
@@ -367,52 +398,3 @@ def session_unit(
     with suppress(UnicodeEncodeError):
         return f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}" if key else request_id
     return request_id
-
-
-def _arrival(assigned: Assignment, unit: str, *, at_s: float) -> Arrival:
-    return Arrival(assigned.rollout_id, unit, assigned.slice_id, at_s, assigned.share, assigned.variant)
-
-
-def _record(question: Question, progress: Progress, *, at_s: float, total_ms: float) -> RequestRecord:
-    assigned = question.assignment
-    return RequestRecord(
-        request_id=question.request_id,
-        session_id=question.unit,
-        rollout_id=assigned.rollout_id,
-        at_s=at_s,
-        slice_id=assigned.slice_id,
-        variant_assigned=assigned.variant,
-        variant_served=progress.variant,
-        rung_id=assigned.rung_id,
-        share=assigned.share,
-        prompt_tokens=len(question.prompt_ids),
-        completion_tokens=len(progress.ids),
-        ttft_ms=progress.ttft_ms(),
-        tpot_ms=progress.tpot_ms(),
-        total_ms=total_ms,
-        outcome=progress.outcome,
-        error=progress.error[:500],
-        chosen_for_audit=assigned.is_audited,
-        audit_probability=assigned.audit_probability,
-        compute_s=progress.compute_s,
-        attention=to_json(progress.attention),
-    )
-
-
-def _audit_job(question: Question, progress: Progress, max_tokens: int) -> AuditJob:
-    assigned = question.assignment
-    start = int(assigned.span_place * (max(0, len(progress.ids) - max_tokens) + 1))
-    return AuditJob(
-        request_id=question.request_id,
-        session_id=question.unit,
-        rollout_id=assigned.rollout_id,
-        slice_id=assigned.slice_id,
-        rung_id=assigned.rung_id,
-        variant_served=progress.variant,
-        prompt_ids=question.prompt_ids,
-        served_ids=tuple(progress.ids[start : start + max_tokens]),
-        earlier_ids=tuple(progress.ids[:start]),
-        share=assigned.share,
-        probability=assigned.audit_probability,
-        artifact=assigned.artifact,
-    )

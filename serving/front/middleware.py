@@ -10,8 +10,8 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sentei.serving.access import KeyBook
 from sentei.serving.errors import RequestError
+from sentei.serving.front.access import KeyBook
 from sentei.serving.openai.fields import error_body
 
 KEYED_PATHS = ("/v1/", "/tokenize")

@@ -13,14 +13,16 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Receive, Scope, Send
 
-from sentei.serving import wire
-from sentei.serving.access import KeyBook
-from sentei.serving.admission import BodyDesk
-from sentei.serving.answer import Delta, Progress, Question
-from sentei.serving.choices import interleave
 from sentei.serving.errors import RequestError
-from sentei.serving.gateway import REQUEST_HEADER, Gateway
-from sentei.serving.middleware import add_middleware, error_response
+from sentei.serving.front.access import KeyBook
+from sentei.serving.front.admission import BodyDesk
+from sentei.serving.front.bodies import LIMIT_HEADER
+from sentei.serving.front.journal import HEADER, NEW, Journal, JournalWriter
+from sentei.serving.front.middleware import add_middleware, error_response
+from sentei.serving.ingress import wire
+from sentei.serving.ingress.answer import Delta, Progress, Question
+from sentei.serving.ingress.choices import interleave
+from sentei.serving.ingress.gateway import REQUEST_HEADER, Gateway
 from sentei.serving.openai.answers import (
     ChatChunk,
     ChatCompletion,
@@ -109,15 +111,19 @@ def _add_health_routes(api: FastAPI, gateway: Gateway) -> None:
     @api.get("/readyz", responses={503: {"description": "the model is still loading"}})
     async def readyz() -> JSONResponse:
         readiness = gateway.readiness()
-        return JSONResponse(readiness, status_code=200 if readiness["ready"] else 503)
+        # Ray's proxy reads the header: what is longer is refused there (`front/bodies.py`).
+        headers = {LIMIT_HEADER.decode(): str(gateway.body_limit_bytes())} if readiness["ready"] else None
+        return JSONResponse(readiness, status_code=200 if readiness["ready"] else 503, headers=headers)
 
 
 async def _answer(
     gateway: Gateway, desk: BodyDesk, http: Request, *, kind: type[ChatRequest] | type[CompletionRequest]
 ) -> JSONResponse | StreamingResponse:
+    wanted = http.headers.get(HEADER)
+    journal = None if wanted in (None, NEW) else Journal.read(wanted)
     async with desk.body(http, gateway.body_limit_bytes()) as body:
         request: GenerationRequest = parse_request(kind, body)
-        questions = await gateway.check(request, http.headers, num_bytes=len(body))
+        questions = await gateway.check(request, http.headers, num_bytes=len(body), journal=journal)
     del body  # an answer takes long, and a prompt may be large
     begun = gateway.begin(questions)
     progresses = [progress for progress, _ in begun]
@@ -140,7 +146,10 @@ async def _answer(
     # The first piece decides the status and the headers, so it is awaited before anything is sent.
     first = await anext(deltas)
     usage_for = num_prompt if request.wants_usage() else None
-    events = _events(writer, deltas, progresses, first=first, usage_for=usage_for)
+    if journal is not None and journal.has_usage:
+        usage_for = None
+    lines = JournalWriter(gateway.sign(questions[0], progresses[0]), journal) if wanted is not None else None
+    events = _events(writer, deltas, progresses, first=first, usage_for=usage_for, lines=lines)
     headers = _headers(http, questions[0], progresses[first[0]])
     return _EventStream(events, media_type="text/event-stream", headers=headers)
 
@@ -152,26 +161,37 @@ async def _events(
     *,
     first: tuple[int, Delta],
     usage_for: int | None,
+    lines: JournalWriter | None,
 ) -> AsyncGenerator[str, None]:
     begun: set[int] = set()
 
-    def piece(index: int, delta: Delta) -> str:
+    def piece(index: int, delta: Delta, *, is_wanted: bool) -> str:
+        if delta.was_sent or not is_wanted:
+            begun.update({index} if delta.was_sent else ())
+            return ""
         body = writer.chunk(index, delta, progresses[index], is_first=index not in begun)
         begun.add(index)
-        return wire.event(body)
+        if lines is None:
+            return wire.event(body)
+        return lines.piece(index, progresses[index].ids, delta.num_tokens, delta.finish_reason) + wire.event(
+            body
+        )
 
     async with aclosing(deltas):
-        yield piece(*first)
+        if text := piece(*first, is_wanted=True):
+            yield text
         try:
             async for index, delta in deltas:
-                if delta.text or delta.logprobs or delta.calls or delta.finish_reason is not None:
-                    yield piece(index, delta)
+                says = delta.text or delta.logprobs or delta.calls or delta.finish_reason is not None
+                if text := piece(index, delta, is_wanted=bool(says)):
+                    yield text
         except RequestError as error:  # headers are out: the error must travel inside the stream
             yield wire.error_event(error)
             return
         if usage_for is not None:
-            yield wire.event(writer.usage_chunk(progresses, usage_for))
-        yield wire.DONE
+            line = lines.usage() if lines is not None else ""
+            yield line + wire.event(writer.usage_chunk(progresses, usage_for))
+        yield (lines.end() if lines is not None else "") + wire.DONE
 
 
 def _headers(http: Request, question: Question, progress: Progress) -> dict[str, str]:

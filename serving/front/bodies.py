@@ -1,0 +1,102 @@
+"""Bodies are read whole, in Ray's proxy, before Ray sees the request: half-sent ones cost it nothing.
+
+What passes here has its body in one message. Who sends half of one waits at the desk of this process, by its
+time-outs and numbers; what is announced as too long, or as too much beside all others, is refused unread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import suppress
+
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sentei.serving.errors import ConfigError, RequestError
+from sentei.serving.front.admission import SHORT_BYTES, BodyDesk
+from sentei.serving.front.middleware import error_response
+from sentei.serving.settings import BodyLimits, Limits
+
+LIMITS_VARIABLE = "SENTEI_BODY_LIMITS"  # JSON of `limits.bodies`, for processes that Ray starts
+LIMIT_HEADER = b"x-sentei-body-limit"  # bytes; an ingress says it with its readiness
+OPERATIONS = "/admin/"
+AT_ONCE_S = 0.05  # no crowd keeps out what is here by then
+
+
+def read_limits() -> BodyLimits:
+    """Return the limits that this process was given; raises ConfigError for what are none."""
+    text = os.environ.get(LIMITS_VARIABLE, "{}")
+    try:
+        return BodyLimits.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"{LIMITS_VARIABLE} is {text[:200]!r}: {error}") from error
+
+
+class BodyGate:
+    """Hands requests on with their whole bodies; operations have a desk of their own."""
+
+    def __init__(self, app: ASGIApp, limits: BodyLimits | None = None) -> None:
+        self._app = app
+        limits = limits or read_limits()
+        self._desk, self._operations = BodyDesk(limits), BodyDesk(limits)
+        # Until an ingress says what its model can take, it is the ingress that refuses what is too long.
+        self._limit_bytes = Limits().max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or not _has_body(scope):
+            await self._app(scope, receive, self._learning(send))
+            return
+        desk = self._operations if scope["path"].startswith(OPERATIONS) else self._desk
+        come = await _come_at_once(scope, receive, min(SHORT_BYTES, self._limit_bytes))
+
+        async def receive_next() -> Message:
+            return come.pop(0) if come else await receive()
+
+        try:
+            if not _is_whole(come):
+                async with desk.body(Request(scope, receive_next), self._limit_bytes) as body:
+                    come = [{"type": "http.request", "body": body, "more_body": False}]
+                del body
+        except RequestError as error:
+            if error.code != "disconnected":
+                await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive_next, self._learning(send))
+
+    def _learning(self, send: Send) -> Send:
+        async def learn(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                for name, value in message.get("headers", ()):
+                    if name.lower() == LIMIT_HEADER and value.isdigit():
+                        self._limit_bytes = int(value)
+            await send(message)
+
+        return learn
+
+
+async def _come_at_once(scope: Scope, receive: Receive, most_bytes: int) -> list[Message]:
+    """Return what comes with the head of a short body: whole, it needs no place at the desk."""
+    length = dict(scope["headers"]).get(b"content-length", b"")
+    if not length.isdigit() or int(length[:20]) > most_bytes:
+        return []
+    come: list[Message] = []
+    with suppress(TimeoutError):
+        async with asyncio.timeout(AT_ONCE_S):
+            while not _is_whole(come):
+                come.append(await receive())
+    if not _is_whole(come) or come[-1]["type"] == "http.disconnect":
+        return come
+    body = b"".join(message.get("body", b"") for message in come)
+    return [{"type": "http.request", "body": body, "more_body": False}]
+
+
+def _is_whole(come: list[Message]) -> bool:
+    return bool(come) and not come[-1].get("more_body", False)
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = dict(scope["headers"])
+    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"

@@ -1,0 +1,169 @@
+"""Answers outlive the ingress that they pass through: Ray's proxy asks another one to go on.
+
+An ingress that dies before the first byte of an answer is asked anew. In the middle of a stream the journal
+(`journal.py`) says what was sent, and the next ingress goes on behind it. Orders are never asked twice: an
+order that was taken and not answered would be given again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sentei.serving.front.journal import HEADER, MARK, NEW, Journal
+
+log = logging.getLogger(__name__)
+
+KEEP_BYTES = (
+    64 << 20
+)  # of bodies of answers under way, all together; beyond it an answer ends with its ingress
+AGAIN_FOR_S = 60.0
+AGAIN_AFTER_S = 0.1, 2.0  # the first pause and the longest
+ASKED_AGAIN = ("/v1/", "/tokenize")
+RAYS_OWN = "/-/"  # pages of Serve itself: no ingress takes part
+MAY_COME = (429, 500, 503)  # an ingress that says so may be able to go on with a stream later
+
+
+class AnswerKeeper:
+    """Asks again where an ingress died before its answer was whole."""
+
+    def __init__(self, app: ASGIApp, *, again_for_s: float = AGAIN_FOR_S) -> None:
+        self._app = app
+        self._again_for_s = again_for_s
+        self._kept_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        scope = {**scope, "headers": [item for item in scope.get("headers", ()) if item[0] != _NAME]}
+        if not _can_be_asked_again(scope):
+            await self._app(scope, receive, send)
+            return
+        first = await receive()
+        body = first.get("body", b"")
+        if first.get("more_body", False) or self._kept_bytes + len(body) > KEEP_BYTES:
+            waiting = [first]
+            await self._app(scope, lambda: _next(waiting, receive), send)
+            return
+        self._kept_bytes += len(body)
+        try:
+            await self._ask(scope, first, receive, send)
+        finally:
+            self._kept_bytes -= len(body)
+
+    async def _ask(self, scope: Scope, first: Message, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        attempt, pause_s, deadline_s = _Attempt(send), AGAIN_AFTER_S[0], 0.0
+        has_gone = False
+        while True:
+            waiting = [first]
+
+            async def receive_again(waiting: list[Message] = waiting) -> Message:
+                nonlocal has_gone
+                message = await _next(waiting, receive)
+                has_gone = has_gone or message["type"] == "http.disconnect"
+                return message
+
+            header = NEW if attempt.journal is None else attempt.journal.write()
+            num_sent = attempt.num_sent
+            headers = [*scope["headers"], (_NAME, header.encode())]
+            await self._app({**scope, "headers": headers}, receive_again, attempt.send)
+            if attempt.is_whole or has_gone:
+                return
+            if (
+                not deadline_s or attempt.num_sent > num_sent
+            ):  # it went on for a while: another death, not one
+                deadline_s, pause_s = loop.time() + self._again_for_s, AGAIN_AFTER_S[0]
+            if not attempt.can_go_on() or loop.time() + pause_s > deadline_s:
+                await attempt.give_up()
+                return
+            log.warning("the ingress of %s went away; asking another one", scope["path"])
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, AGAIN_AFTER_S[1])
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """What of an answer has reached the client, over all tries."""
+
+    to_client: Send
+    journal: Journal | None = None
+    has_started: bool = False
+    is_whole: bool = False
+    num_sent: int = 0  # messages with a body
+    _start: Message | None = None  # waits for its first piece: without one the answer can begin anew
+    _is_rays: bool = False  # what waits is Ray's own answer, for want of an ingress
+    _said_by_ray: bytes = b""
+    _refusal: int | None = None  # status of an ingress that does not go on with the stream
+
+    def begin(self) -> None:
+        """Forget what the last try had not sent."""
+        self._start, self._is_rays, self._said_by_ray, self._refusal = None, False, b"", None
+
+    def can_go_on(self) -> bool:
+        """Whether another try may begin: nothing was sent, or a journal says what."""
+        if not self.has_started:
+            return True
+        return self.journal is not None and (self._refusal is None or self._refusal in MAY_COME)
+
+    async def finish(self) -> bool:
+        """End an answer of which only the end was not sent; returns whether it is whole."""
+        if not self.is_whole and self.journal is not None and self.journal.has_end:
+            await self.to_client({"type": "http.response.body", "body": b"", "more_body": False})
+            self.is_whole = True
+        return self.is_whole
+
+    async def give_up(self) -> None:
+        """Send what Ray said instead of an answer, where nothing else was sent."""
+        if self._start is not None and not self.has_started:
+            await self.to_client(self._start)
+            await self.to_client({"type": "http.response.body", "body": self._said_by_ray})
+
+    async def send(self, message: Message) -> None:
+        """Pass one message on, without its line of the journal."""
+        if message["type"] == "http.response.start":
+            if self.has_started:  # the client has its status already
+                self._refusal = message["status"] if message["status"] != 200 else None
+            else:
+                self._start, self._is_rays = message, _is_rays(message)
+        elif message["type"] != "http.response.body":
+            await self.to_client(message)
+        elif self._is_rays:
+            self._said_by_ray += message.get("body", b"")
+        elif self._refusal is None:
+            await self._send_body(message)
+
+    async def _send_body(self, message: Message) -> None:
+        body = message.get("body", b"")
+        if body.startswith(MARK):
+            line, _, body = body.partition(b"\n")
+            self.journal = self.journal or Journal("")
+            self.journal.take(line.removeprefix(MARK))
+        if not self.has_started and self._start is not None:
+            await self.to_client(self._start)
+            self.has_started = True
+        await self.to_client({**message, "body": body})
+        self.num_sent += bool(body)
+        self.is_whole = not message.get("more_body", False)
+
+
+def _can_be_asked_again(scope: Scope) -> bool:
+    if scope["type"] != "http" or scope["path"].startswith(RAYS_OWN):
+        return False
+    return scope["method"] in ("GET", "HEAD") or scope["path"].startswith(ASKED_AGAIN)
+
+
+async def _next(waiting: list[Message], receive: Receive) -> Message:
+    return waiting.pop() if waiting else await receive()
+
+
+def _is_rays(start: Message) -> bool:
+    """Whether an answer is Ray's own, said because no ingress could: ours are always JSON."""
+    kinds: list[Any] = [value for name, value in start.get("headers", ()) if name.lower() == b"content-type"]
+    return start["status"] in (500, 503) and not any(kind.startswith(b"application/json") for kind in kinds)
+
+
+_NAME = HEADER.encode()

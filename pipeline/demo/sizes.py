@@ -34,8 +34,8 @@ POCKET_SIZE = DemoSize(
         num_windows=3,
         blocks_per_window=24,
         targets=tuple(
-            RungTarget(name, missed_needles=0.01, density=share)
-            for name, share in (("mild", 0.4), ("medium", 0.2), ("bold", 0.12))
+            RungTarget(name, missed_needles=0.03, density=share)
+            for name, share in (("mild", 0.4), ("medium", 0.2), ("bold", 0.1))
         ),
         verify=VerifyOptions(window_tokens=8192, num_windows=2, blocks_per_window=12),
     ),
@@ -49,14 +49,16 @@ POCKET_SIZE = DemoSize(
     # Prompts where it pays: below some 4,000 tokens there is little attention to save.
     mix=MixOptions(prompt_tokens=(256, 8192, 8192, 8192), answer_tokens=8, text_tokens=16, text_share=0.25),
     clients=1,
-    think_s=0.5,
+    think_s=0.2,
     fault_past_tokens=1024,
     attention="best",
-    max_rollout_s=420.0,
+    max_rollout_s=600.0,
     policy_changes={
         # A wider bound is proven in half as many sessions; one of 8,192 tokens takes 3 s with its audit.
         "spec.guardrails.items.0.bound": {"excess_over_floor": 0.20, "floor_cap": 0.20},
         "spec.advance.min_units": 32,
+        "spec.data.max_age": "180s",  # on a busy machine an audit of such a prompt takes a minute
+        "spec.breaker.variant.window": "120s",
         "spec.ladder": [{"id": "mild"}, {"id": "bold"}],
         # Climbed in shadow, where a rung that is too mild to pay may be passed; only bold serves anybody.
         "spec.stages": [

@@ -41,7 +41,8 @@ class Verified:
 class Rung:
     """One step of the ladder: mass-share thresholds per layer, KV group and length bin.
 
-    It was made for a bound on the mean dropped mass, or for a density; the other one is what was verified.
+    It was made for a bound on the mean dropped mass, or for a density past the break-even; the other one is
+    what was verified.
     """
 
     id: str
@@ -70,11 +71,22 @@ class Rung:
         checks = self.verified.by_length
         if self.target_density is not None:
             reach = DENSITY_TOLERANCE * self.target_density
-            return all(abs(check.density - self.target_density) <= reach for check in checks)
+            chosen = (self.chosen_density(check) for check in checks)
+            return all(abs(found - self.target_density) <= reach for found in chosen if found is not None)
         bound = self.bound_dropped_mass or 0.0
         return self.verified.dropped_mass_mean <= bound and all(
             check.dropped_mass_mean <= bound for check in checks
         )
+
+    def chosen_density(self, check: LengthCheck) -> float | None:
+        """Share kept of what rows past the break-even could read; None where a prompt has hardly any of them.
+
+        Rows before it keep everything, (break-even / tokens)^2 of all pairs; a density is for the rest.
+        """
+        if check.tokens < 1.5 * self.break_even_tokens:
+            return None
+        early = (self.break_even_tokens / check.tokens) ** 2
+        return (check.density - early) / (1 - early)
 
     def thins(self, layer: int) -> bool:
         """Whether any KV group of a layer may drop blocks at any length."""

@@ -14,6 +14,7 @@ from sentei.pipeline.cli.output import Output, check_choice
 from sentei.pipeline.home import sentei_home
 
 if TYPE_CHECKING:
+    from sentei.kernels.hf.ladder import Rung
     from sentei.pipeline.experiments.study import StudyOptions, StudyRow
 
 DTYPES = ("float32", "bfloat16")
@@ -148,7 +149,6 @@ def run_calibrate(
 ) -> None:
     """Turn scores into a ladder of rungs, each verified on held-out text."""
     from sentei.pipeline.ladder.calibrate import CalibrateOptions, density_targets
-    from sentei.pipeline.plain import to_plain
     from sentei.pipeline.steps import calibrate_step
 
     if missed_needles is not None and not density:
@@ -167,9 +167,18 @@ def run_calibrate(
     bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:
         ladder = calibrate_step(bench, options, progress)
-    rungs = [to_plain(rung) | {"is_kept": rung.is_kept} for rung in ladder.rungs]
+    rungs = [_with_verdict(rung) for rung in ladder.rungs]
     output.say(_ladder_table(rungs))
     output.emit({"model": model, "adapter": str(bench.adapter_dir), "rungs": rungs})
+
+
+def _with_verdict(rung: Rung) -> dict[str, Any]:
+    """Return a rung as plain values, with whether it kept what it was made for, and at which density."""
+    from sentei.pipeline.plain import to_plain
+
+    checks = rung.verified.by_length if rung.verified is not None else ()
+    chosen = [rung.chosen_density(check) for check in checks]
+    return dict(to_plain(rung)) | {"is_kept": rung.is_kept, "chosen_density": chosen}
 
 
 def run_study(
@@ -283,7 +292,12 @@ def open_bench(model: str, corpus: list[str] | None, output: Output, dtype: str 
 
 def _ladder_table(rungs: list[dict[str, Any]]) -> Table:
     table = Table(
-        "rung", "made for", "kept", "density by length", "dropped mass: mean, p99", "NLL difference (CI)"
+        "rung",
+        "made for",
+        "kept",
+        "density by length (past the break-even)",
+        "dropped mass: mean, p99",
+        "NLL difference (CI)",
     )
     for rung in rungs:
         found = rung["verified"]
@@ -299,11 +313,16 @@ def _ladder_table(rungs: list[dict[str, Any]]) -> Table:
             rung["id"],
             aim,
             "yes" if rung["is_kept"] else "no",
-            ", ".join(f"{check['density']:.1%} at {check['tokens']:,}" for check in found["by_length"]),
+            ", ".join(map(_density_at, found["by_length"], rung["chosen_density"])),
             f"{found['dropped_mass_mean']:.3f}, {found['dropped_mass_p99']:.3f}",
             f"{found['nll_delta']:+.4f} ({low:+.4f} to {high:+.4f})",
         )
     return table
+
+
+def _density_at(check: dict[str, Any], chosen: float | None) -> str:
+    past = "" if chosen is None else f" ({chosen:.1%})"
+    return f"{check['density']:.1%}{past} at {check['tokens']:,}"
 
 
 def changed(options: Any, **changes: Any) -> Any:

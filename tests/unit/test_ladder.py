@@ -9,7 +9,7 @@ from sentei.kernels.hf.ladder import DENSE, Ladder, LengthCheck, Rung, Verified,
 
 def make_rung(**changes: object) -> Rung:
     """A rung that was made for a fifth of the blocks and verified up to 4,096 tokens."""
-    checks = (LengthCheck(2048, 0.21, 0.03), LengthCheck(4096, 0.19, 0.05))
+    checks = (LengthCheck(2048, 0.4, 0.03), LengthCheck(4096, 0.25, 0.05))  # 0.2 past the break-even
     verified = Verified(0.05, 0.4, 0.001, (-0.002, 0.004), 0.19, checks)
     rung = Rung(
         "d20",
@@ -37,7 +37,10 @@ def test_without_limits_a_rung_runs_at_any_length() -> None:
     assert not ladder.find(DENSE).covers(1_000_000)
 
 
-@pytest.mark.parametrize(("density", "is_kept"), [(0.22, True), (0.181, True), (0.221, False), (0.17, False)])
+# Of 8,192 tokens 1/64 lies before the break-even: 0.234 and 0.193 are 0.222 and 0.18 of the rest.
+@pytest.mark.parametrize(
+    ("density", "is_kept"), [(0.231, True), (0.194, True), (0.234, False), (0.19, False)]
+)
 def test_a_density_is_kept_within_a_tenth_at_every_length(density: float, is_kept: bool) -> None:
     """One length that strays is enough to lose the name."""
     rung = make_rung()
@@ -47,6 +50,14 @@ def test_a_density_is_kept_within_a_tenth_at_every_length(density: float, is_kep
     strayed = replace(rung, verified=replace(rung.verified, by_length=checks))
 
     assert strayed.is_kept is is_kept
+
+
+def test_prompts_hardly_longer_than_the_break_even_say_nothing_of_a_density() -> None:
+    """What is kept there is kept by the break-even."""
+    rung = make_rung()
+
+    assert rung.chosen_density(LengthCheck(1500, 0.6, 0.0)) is None
+    assert rung.chosen_density(LengthCheck(2048, 0.4, 0.0)) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(("bound", "is_kept"), [(0.05, True), (0.049, False)])

@@ -11,7 +11,7 @@ from sentei.kernels.ops.block_mask import DEFAULT_BLOCK
 from sentei.kernels.scorer.selection import Thresholds
 
 DENSE = "dense"
-
+NEVER = (1 << 53) - 1  # a break-even length for steps that paid at no length; JSON keeps it exactly
 
 DENSITY_TOLERANCE = 0.1  # relative: a rung of a density keeps its name within it on text it was not made from
 
@@ -52,6 +52,7 @@ class Rung:
     verified: Verified | None = None
     target_density: float | None = None
     verified_tokens: int | None = None  # the longest prompt that it was verified at; None: no limit
+    decode_break_even_tokens: int | None = None  # the same for single rows; None: as for a prompt's; NEVER
 
     @property
     def is_dense(self) -> bool:
@@ -62,6 +63,15 @@ class Rung:
         """Whether a context of this length runs sparse; shorter does not pay, longer was never looked at."""
         is_known = self.verified_tokens is None or tokens <= self.verified_tokens
         return not self.is_dense and is_known and tokens >= self.break_even_tokens
+
+    def covers_step(self, tokens: int) -> bool:
+        """Whether a decode step (one row) runs sparse in a context of this length, its own token included."""
+        return self.covers(tokens) and tokens >= self.step_break_even_tokens
+
+    @property
+    def step_break_even_tokens(self) -> int:
+        """The shortest context in which a decode step runs sparse; never shorter than for a prompt."""
+        return max(self.break_even_tokens, self.decode_break_even_tokens or 0)
 
     @property
     def is_kept(self) -> bool | None:
@@ -171,4 +181,5 @@ def _rung_from_dict(item: Mapping[str, Any]) -> Rung:
         # Ladders of before 2026-11-27 name neither.
         target_density=item.get("target_density"),
         verified_tokens=item.get("verified_tokens"),
+        decode_break_even_tokens=item.get("decode_break_even_tokens"),
     )

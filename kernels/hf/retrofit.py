@@ -7,6 +7,7 @@ the attention modules to learn which KV cache a call belongs to, and takes all o
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -41,7 +42,9 @@ from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.kernels.hf.versions import CACHE_KEYWORD
 from sentei.kernels.ops.attention import attend, dense_attend
 from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.limits import DECODE_ROWS_MAX
 from sentei.kernels.scorer.faults import Fault
+from sentei.kernels.scorer.packed_keys import PackedKeys
 from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import keep_before, per_head_thresholds, score_blocks, select_blocks
 
@@ -51,6 +54,14 @@ AttentionResult = tuple[torch.Tensor, None]
 # Chooses blocks in place of the learned scorer, from (layer, q, k): for baselines.
 Selector = Callable[[LayerInfo, torch.Tensor, torch.Tensor], BlockMask]
 _serial = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class PooledKeys:
+    """A layer's encoded pooled keys [B, Hkv, P, features], and where decode steps keep them packed."""
+
+    keys: torch.Tensor
+    packed: PackedKeys
 
 
 class Retrofit:
@@ -227,7 +238,7 @@ class Retrofit:
             if self._rung.thins(layer.index) or self.fault is not None:
                 with self._part(FEATURES):
                     pooled = self._update_pooled(layer, query, key)
-                if self._rung.covers(key.shape[2]):
+                if self._is_covered(query.shape[2], key.shape[2]):
                     return self._attend_sparse(layer, query, key, value, pooled)
         if layer is not None:
             self._record(layer, query, key, None)
@@ -256,7 +267,7 @@ class Retrofit:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        pooled: torch.Tensor,
+        pooled: PooledKeys,
     ) -> AttentionResult:
         if self.selector is not None:
             mask = self.selector(layer, query, key)
@@ -274,6 +285,23 @@ class Retrofit:
                 self._record(layer, query, key, lse)
         return out.transpose(1, 2).contiguous(), None
 
+    def _is_covered(self, num_rows: int, kv_len: int) -> bool:
+        """Whether a call runs sparse; one row is a decode step, which pays from another length on."""
+        return self._rung.covers_step(kv_len) if num_rows == 1 else self._rung.covers(kv_len)
+
+    def _keep_short(self, shares: torch.Tensor, starts: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Let query blocks below their break-even keep everything; one row alone has that of a decode step.
+
+        So what a block keeps does not depend on where the prompt was cut, even if one row is left over.
+        """
+        if num_rows == 1:
+            return shares  # `_is_covered` has looked at its length
+        shares = keep_before(shares, starts, self._rung.break_even_tokens)
+        if num_rows % self._ladder.query_block_tokens == 1:
+            last = keep_before(shares[:, :, -1:], starts[-1:], self._rung.step_break_even_tokens)
+            shares = torch.cat((shares[:, :, :-1], last), dim=2)
+        return shares
+
     def _record(
         self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None
     ) -> None:
@@ -282,7 +310,7 @@ class Retrofit:
 
     @torch.no_grad()
     def _select(
-        self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor, pooled: torch.Tensor
+        self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor, pooled: PooledKeys
     ) -> BlockMask:
         assert self.adapter is not None
         scorer = self.adapter.scorers[layer.index]
@@ -291,10 +319,14 @@ class Retrofit:
         thresholds = self._thresholds[layer.index]
         table = self._rotary.table(key.shape[2], key.device)
         with self._part(SCORING):
-            shares, starts = score_blocks(scorer, query, key, pooled, table=table, block_q=block_q)
+            # Panels of a prompt would stay beside its features; those of decode steps are worth their memory.
+            packed = pooled.packed if query.shape[2] <= DECODE_ROWS_MAX else None
+            shares, starts = score_blocks(
+                scorer, query, key, pooled.keys, table=table, block_q=block_q, packed=packed
+            )
         if self.fault is not None:
             shares = self.fault.shift(shares, starts)
-        shares = keep_before(shares, starts, self._rung.break_even_tokens)
+        shares = self._keep_short(shares, starts, query.shape[2])
         with self._part(SELECTION):
             mask = select_blocks(
                 shares,
@@ -312,14 +344,15 @@ class Retrofit:
         return mask
 
     @torch.no_grad()
-    def _update_pooled(self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def _update_pooled(self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor) -> PooledKeys:
         assert self.adapter is not None
         scorer = self.adapter.scorers[layer.index]
         pooled = PooledCache(scorer)
         if self._cache is not None:
             pooled = self._pooled.setdefault(self._cache, {}).setdefault(layer.index, pooled)
             pooled.follow(self._cached_keys)
-        return pooled.update(key, query.shape[2], self._rotary.table(key.shape[2], key.device))
+        keys = pooled.update(key, query.shape[2], self._rotary.table(key.shape[2], key.device))
+        return PooledKeys(keys, pooled.packed)
 
     def _read_thresholds(self) -> dict[int, Any]:
         if self._rung.is_dense:
@@ -385,9 +418,10 @@ def _match_layers(model: nn.Module, adapter: Adapter | None) -> dict[nn.Module, 
 
 
 def _density_by_group(mask: BlockMask, kv_heads: int) -> tuple[float, ...]:
-    batch, heads, _ = mask.counts.shape
-    kept = mask.counts.sum(dim=(0, 2)).view(kv_heads, heads // kv_heads).sum(dim=1)
-    causal = int(mask.limits().sum()) * batch * (heads // kv_heads)
+    batch, heads, num = mask.counts.shape
+    kept = mask.counts.view(batch, kv_heads, -1).sum(dim=(0, 2))
+    one_row = (mask.q_offset + mask.q_len - 1) // mask.block_k + 1
+    causal = (one_row if num == 1 else int(mask.limits().sum())) * batch * (heads // kv_heads)
     return tuple(count / causal for count in kept.tolist())
 
 

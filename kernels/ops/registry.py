@@ -163,9 +163,15 @@ def _why_no_native(block_k: int) -> str | None:
 
 
 def _why_no_cxx() -> str | None:
-    if shutil.which(compiler()) is None:
+    if not _is_on_path(compiler(), os.environ.get("PATH")):
         return f"it needs a C++ compiler and {compiler()!r} is not on the path (install g++ or set CXX)"
     return None
+
+
+@cache
+def _is_on_path(program: str, path: str | None) -> bool:
+    """Looked up once per path: a decode step asks four times in each layer."""
+    return shutil.which(program, path=path) is not None
 
 
 def _refuse_triton(request: Request) -> str | None:

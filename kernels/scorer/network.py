@@ -10,6 +10,7 @@ keys are single tokens, a few neighbouring queries may be scored as one by their
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -96,12 +97,26 @@ class BlockScorer(nn.Module):
         self.query_map = nn.Parameter(torch.zeros(shape.query_heads, shape.map_rows, shape.rank))
         self.log_gain = nn.Parameter(torch.zeros(shape.query_heads))
         self.distance_bias = nn.Parameter(torch.zeros(shape.query_heads, NUM_DISTANCES))
+        self._derived: dict[str, torch.Tensor] = {}
+        self._stamp: tuple[tuple[int, int], ...] = ()
 
     def with_query_pool(self, size: int) -> "BlockScorer":
         """Return a scorer with the same weights that scores as many queries as one."""
         other = BlockScorer(replace(self.shape, query_pool=size), self.scale)
         other.load_state_dict(self.state_dict())
         return other.train(self.training)
+
+    def frozen(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return what `make` derives from the weights; without gradients it is kept while these stay."""
+        weights = (self.query_map, self.key_map, self.log_gain, self.distance_bias)
+        if torch.is_grad_enabled() or any(weight.is_inference() for weight in weights):
+            return make()
+        stamp = tuple((weight.data_ptr(), weight._version) for weight in weights)
+        if stamp != self._stamp:
+            self._derived, self._stamp = {}, stamp
+        if name not in self._derived:
+            self._derived[name] = make()
+        return self._derived[name]
 
     @property
     def dims_per_token(self) -> float:
@@ -136,7 +151,7 @@ class BlockScorer(nn.Module):
 
     def encode_keys(self, pooled: torch.Tensor, pooled_plain: torch.Tensor) -> torch.Tensor:
         """Return [B, Hkv, P, features] from pooled rotated and unrotated keys [B, Hkv, P, D]."""
-        maps = self.key_map.to(pooled.dtype)
+        maps = self.frozen(f"key map {pooled.dtype}", lambda: self.key_map.to(pooled.dtype))
         if not self.shape.is_residual:
             return torch.cat([pooled, pooled_plain], dim=-1) @ maps
         return torch.cat([pooled, _normalise(pooled_plain) @ maps], dim=-1)

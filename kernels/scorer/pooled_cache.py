@@ -7,6 +7,7 @@ import torch
 from sentei.kernels.ops.registry import is_native_usable
 from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.kernels.scorer.packed_keys import PackedKeys
 
 
 class PooledCache:
@@ -18,6 +19,7 @@ class PooledCache:
     """
 
     def __init__(self, scorer: BlockScorer) -> None:
+        self.packed = PackedKeys()  # of the keys that `update` returned last
         self._scorer = scorer
         self._keys: torch.Tensor | None = None  # a view of the first pools of `_room`
         self._room: torch.Tensor | None = None
@@ -40,6 +42,7 @@ class PooledCache:
         kv_len = k.shape[2]
         if not self._is_continued_by(k, kv_len - num_new):
             self._keys = self._room = None
+            self.packed = PackedKeys()
         size = self._scorer.shape.pool_tokens
         done = 0 if self._keys is None else self._keys.shape[2]
         if self._keys is None or kv_len // size > done:

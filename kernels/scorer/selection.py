@@ -5,6 +5,7 @@ other block's share has a sound denominator. Rows are handled in chunks: no matr
 """
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from sentei.kernels.ops.rules import Grid, Threshold
 from sentei.kernels.ops.select import select_lists
 from sentei.kernels.scorer.features import RotaryTable, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
+from sentei.kernels.scorer.packed_keys import PackedKeys
 
 # 2 MB of fp32. Swept on one AVX2 core with 32 MB of cache at 0.25M, 0.5M, 1M, 2M and 4M:
 # 286, 279, 318, 379 and 416 ms with heads 4:1 of 256 at 8192 tokens (SDPA: 2370 ms);
@@ -28,6 +30,12 @@ class Thresholds:
 
     log_share: torch.Tensor
     bin_edges: tuple[int, ...]
+
+    def at(self, position: int, query_heads: int) -> torch.Tensor:
+        """Return the threshold of one query block that starts at a position: [Hq, 1]."""
+        i_bin = min(bisect_right(self.bin_edges, position), self.log_share.shape[1] - 1)
+        per_group = self.log_share[:, i_bin : i_bin + 1]
+        return per_group.repeat_interleave(query_heads // per_group.shape[0], dim=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +144,7 @@ def score_blocks(
     *,
     table: RotaryTable,
     block_q: int | None = None,
+    packed: PackedKeys | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the neediest row's estimated log share per query block and key block, and the blocks' starts.
 
@@ -144,6 +153,8 @@ def score_blocks(
         k: all keys [B, Hkv, Tk, D].
         keys: their encoded pools [B, Hkv, P, E].
         block_q: rows of a query block; as long as a key block if None.
+        packed: where the keys are kept as the native program reads them, from one decode step to the next;
+            packed anew for this call if None.
 
     Returns:
         [B, Hq, n, blocks] and [n].
@@ -160,7 +171,7 @@ def score_blocks(
     starts = block_starts(q_len, block_q, q_offset, q.device)
     result = torch.full((B, Hq, len(starts), -(-kv_len // block)), float("-inf"), device=q.device)
     if scorer.has_native_program and is_native_usable(q.device.type, block):
-        _fill_native(scorer, q, k, keys, table, result, block_q)
+        _fill_native(scorer, q, k, keys, table, result, block_q, packed)
     else:
         _fill_chunks(scorer, q, k, keys, table, starts, result, block_q)
     if torch.isnan(result).any():
@@ -215,13 +226,22 @@ def _fill_native(
     table: RotaryTable,
     result: torch.Tensor,
     block_q: int,
+    packed: PackedKeys | None,
 ) -> None:
-    from sentei.kernels.ops.native.calls import ScorerWeights, best_shares_native
+    from sentei.kernels.ops.native.calls import (
+        ScorerWeights,
+        best_shares_native,
+        byte_shares_native,
+        fit_bytes,
+    )
 
+    distances = 1 << result.shape[-1].bit_length()  # seldom another number while a context grows
     weights = ScorerWeights(
-        maps=scorer.scaled_query_map().float().contiguous(),
-        gains=scorer.query_gains().float().contiguous(),
-        bias=scorer.bias(torch.arange(result.shape[-1] + 1)).float().contiguous(),
+        maps=scorer.frozen("maps", lambda: scorer.scaled_query_map().float().contiguous()),
+        gains=scorer.frozen("gains", lambda: scorer.query_gains().float().contiguous()),
+        bias=scorer.frozen(
+            f"bias {distances}", lambda: scorer.bias(torch.arange(distances)).float().contiguous()
+        ),
         cos=table.cos.float().contiguous(),
         sin=table.sin.float().contiguous(),
         scale=scorer.scale,
@@ -229,8 +249,11 @@ def _fill_native(
         pool_tokens=scorer.shape.pool_tokens,
         query_pool=scorer.shape.query_pool,
     )
-    for b in range(q.shape[0]):
-        best_shares_native(q[b], k[b], keys[b], weights, result[b], block_q)
+    if fit_bytes(weights):
+        panels = (packed or PackedKeys()).panels(keys, q.dtype, weights)
+        byte_shares_native(q, k, panels, weights, result, block_q)
+    else:
+        best_shares_native(q, k, keys, weights, result, block_q)
 
 
 def _chunk_blocks(before: int, room: int) -> int:
@@ -263,7 +286,10 @@ def select_blocks(
     block_k: int,
 ) -> BlockMask:
     """Keep every block whose share passes the threshold, plus sink and diagonal."""
-    cut = per_head_thresholds(thresholds, starts, shares.shape[1])[..., 0]
+    if shares.shape[2] == 1:
+        cut = thresholds.at(q_offset, shares.shape[1]).to(shares.device)
+    else:
+        cut = per_head_thresholds(thresholds, starts, shares.shape[1])[..., 0]
     grid = Grid(q_len=q_len, kv_len=kv_len, block_q=block_q, block_k=block_k, q_offset=q_offset)
     return select_lists(shares, Threshold(cut), grid)
 

@@ -140,7 +140,7 @@ def test_odd_heads_and_negative_scales(dtype: torch.dtype, dim: int, scale: floa
 @pytest.fixture
 def without_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Features are scored as they are, as on a processor without VNNI."""
-    monkeypatch.setattr(calls, "_fit_bytes", lambda _weights: False)
+    monkeypatch.setattr(calls, "fit_bytes", lambda _weights: False)
 
 
 def make_scorer(block: int, pool: int, form: Form = "residual", query_pool: int = 1) -> BlockScorer:

@@ -126,85 +126,114 @@ inline ByteRow pack_byte_query(const float* x, int64_t rank, int64_t cells, floa
   return {step, 128.0f * float(total), std::isfinite(all) ? forced : NAN, 127.0f * all - forced < 75.0f};
 }
 
-// What `scores` gives for single tokens without the residual, from bytes; the heads of a KV group share each panel.
+inline int64_t byte_cells(int64_t rank) { return rank <= 16 ? 4 : rank <= 32 ? 8 : rank <= 48 ? 12 : 16; }
+
+// Cells of one KV head's panels, floats of one query head's map: [columns of NR][2 D][NR].
+inline int64_t byte_panel_size(const Scores& p) { return up(p.blocks, VL) * p.block * byte_cells(p.rank); }
+inline int64_t byte_map_size(const Scores& p) { return up(p.rank, NR) * 2 * p.D; }
+
+// Features of all keys to bytes, panels [Hkv, byte_panel_size]; each query map times the steps of those bytes, packed
+// [H, byte_map_size]. Both are a function of the features of the full blocks alone.
+template <class S>
+void pack_byte_panels(const Scores& p, const S* pooled, const float* maps, uint32_t* panels, float* packed,
+                      int threads) {
+  const int64_t group = p.H / p.Hkv, columns = up(p.blocks, VL), cells = byte_cells(p.rank), W = 2 * p.D;
+  std::vector<float> steps(p.Hkv * p.rank), inverse(p.Hkv * p.rank);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t h_kv = 0; h_kv < p.Hkv; ++h_kv) {
+      float* step = steps.data() + h_kv * p.rank;
+      find_steps(pooled + h_kv * p.pooled_h, std::min(p.block, p.blocks * p.block), p.blocks * p.block, p.rank, step);
+      for (int64_t d = 0; d < p.rank; ++d) inverse[h_kv * p.rank + d] = 1.0f / step[d];
+    }
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < p.Hkv * columns / VL; ++task) {
+      const int64_t h_kv = task / (columns / VL), c = task % (columns / VL) * VL;
+      pack_bytes(pooled + h_kv * p.pooled_h, c, p.blocks, p.block, p.rank, cells, inverse.data() + h_kv * p.rank,
+                 panels + h_kv * byte_panel_size(p) + c * p.block * cells);
+    }
+#pragma omp for schedule(static)
+    for (int64_t h = 0; h < p.H; ++h) {
+      const float* step = steps.data() + h / group * p.rank;
+      float* map = packed + h * byte_map_size(p);
+      for (int64_t c = 0; c < up(p.rank, NR); ++c)
+        for (int64_t d = 0; d < W; ++d)
+          map[c / NR * NR * W + d * NR + c % NR] = c < p.rank ? maps[(h * W + d) * p.rank + c] * step[c] : 0.0f;
+    }
+  }
+}
+
+// What `scores` gives for single tokens without the residual, from what pack_byte_panels made; the heads of a KV group
+// share each panel. `batch` sequences lie q_b and k_b apart, their panels, maps and shares one behind the other.
 template <class P, class S>
-void byte_scores(const Scores& p, const S* q, const S* k, const S* pooled, const float* cos, const float* sin,
-                 const float* maps, const float* bias, float scale, float* out, int threads) {
+void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, const S* k_all, int64_t k_b,
+                 const uint32_t* panels_all, const float* maps_all, const float* cos, const float* sin,
+                 const float* bias, float scale, float* out_all, int threads) {
   typedef typename P::Cell Cell;
   const int64_t group = p.H / p.Hkv, columns = up(p.blocks, VL), wide = up(p.block, NR), W = 2 * p.D;
   const int64_t padded = up(p.rank, NR), raw_cells = up(p.D, P::PER) / P::PER, all = group * p.rows;
-  const int64_t cells = p.rank <= 16 ? 4 : p.rank <= 32 ? 8 : p.rank <= 48 ? 12 : 16;
-  std::vector<uint32_t> panels(columns * p.block * cells);
-  std::vector<Cell> sink(wide * raw_cells);
-  std::vector<float> map(group * padded * W), steps(p.rank), inverse(p.rank);
+  const int64_t cells = byte_cells(p.rank), panel = wide * raw_cells;
+  std::vector<Cell> sinks(batch * p.Hkv * panel);
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> logits(all * columns), exact(p.rows * wide), scratch(2 * p.D), plain(p.rows * W),
         encoded(p.rows * padded), forced(all), far(columns), most(columns);
-    std::vector<Cell> near(2 * wide * raw_cells), raw_query(p.rows * raw_cells);
+    std::vector<Cell> near(2 * panel), raw_query(p.rows * raw_cells);
     std::vector<uint32_t> query(all * cells);
     std::vector<ByteRow> how(all);
-    for (int64_t h_kv = 0; h_kv < p.Hkv; ++h_kv) {
-      const S* keys = pooled + h_kv * p.pooled_h;
-      const S* raw = k + h_kv * p.k_h;
-#pragma omp single
-      {
-        find_steps(keys, std::min(p.block, p.blocks * p.block), p.blocks * p.block, p.rank, steps.data());
-        for (int64_t d = 0; d < p.rank; ++d) inverse[d] = 1.0f / steps[d];
-        for (int64_t t = 0; t < wide; t += NR)
-          P::pack_key_panel(raw, p.k_t, t, std::min(p.block, p.T), p.D, sink.data() + t * raw_cells);
-        for (int64_t g = 0; g < group; ++g)
-          for (int64_t c = 0; c < padded; ++c)
-            for (int64_t d = 0; d < W; ++d)
-              map[(g * padded + c / NR * NR) * W + d * NR + c % NR] =
-                  c < p.rank ? maps[((h_kv * group + g) * W + d) * p.rank + c] * steps[c] : 0.0f;
-      }
 #pragma omp for schedule(static)
-      for (int64_t c = 0; c < columns; c += VL)
-        pack_bytes(keys, c, p.blocks, p.block, p.rank, cells, inverse.data(), panels.data() + c * p.block * cells);
+    for (int64_t bh = 0; bh < batch * p.Hkv; ++bh)
+      for (int64_t t = 0; t < wide; t += NR)
+        P::pack_key_panel(k_all + bh / p.Hkv * k_b + bh % p.Hkv * p.k_h, p.k_t, t, std::min(p.block, p.T), p.D,
+                          sinks.data() + bh * panel + t * raw_cells);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < p.n; ++task) {
-        const int64_t i_q = p.n - 1 - task, row0 = i_q * p.rows * p.row_tokens, start = p.first + row0;
-        const int64_t home = start / p.block, open = std::min(home, p.blocks);
-        const int rows = int(p.row_tokens > 1 ? p.rows : std::min(p.rows, p.num_rows - row0));
-        if (open <= 1) continue;
-        const int64_t end = std::min(start + p.rows * p.row_tokens, p.first + p.num_rows);
+    for (int64_t task = 0; task < batch * p.Hkv * p.n; ++task) {
+      const int64_t bh = task / p.n, b = bh / p.Hkv, h_kv = bh % p.Hkv, i_q = p.n - 1 - task % p.n;
+      const int64_t row0 = i_q * p.rows * p.row_tokens, start = p.first + row0;
+      const int64_t home = start / p.block, open = std::min(home, p.blocks);
+      const int rows = int(p.row_tokens > 1 ? p.rows : std::min(p.rows, p.num_rows - row0));
+      if (open <= 1) continue;
+      const S* raw = k_all + b * k_b + h_kv * p.k_h;
+      const int64_t end = std::min(start + p.rows * p.row_tokens, p.first + p.num_rows);
+      for (int64_t i = home; i * p.block < end; ++i)
+        for (int64_t t = 0; t < wide; t += NR)
+          P::pack_key_panel(raw + i * p.block * p.k_t, p.k_t, t, std::min(p.block, p.T - i * p.block), p.D,
+                            near.data() + (i - home) * panel + t * raw_cells);
+      for (int64_t g = 0; g < group; ++g) {
+        const int64_t h = h_kv * group + g;
+        const S* own = q_all + b * q_b + h * p.q_h;
+        const float* map = maps_all + (b * p.H + h) * byte_map_size(p);
+        float* seen = forced.data() + g * rows;
+        for (int r = 0; r < rows; ++r) {
+          float* row = &plain[r * W];
+          mean_query(p, own, row0 + r * p.row_tokens, cos, sin, scratch.data(), row, row + p.D);
+          P::pack_features(row, p.D, raw_query.data() + r * raw_cells);
+        }
+        for (int64_t c = 0; c < padded; c += NR)
+          rows_by_panel(rows, int(W), plain.data(), W, map + c * W, encoded.data() + c, padded);
+        std::fill(seen, seen + rows, -INF);
+        measure_block<P>(p, raw_query.data(), sinks.data() + bh * panel, rows, start, 0, scale, exact.data(), seen);
         for (int64_t i = home; i * p.block < end; ++i)
-          for (int64_t t = 0; t < wide; t += NR)
-            P::pack_key_panel(raw + i * p.block * p.k_t, p.k_t, t, std::min(p.block, p.T - i * p.block), p.D,
-                              near.data() + ((i - home) * wide + t) * raw_cells);
-        for (int64_t g = 0; g < group; ++g) {
-          const S* own = q + (h_kv * group + g) * p.q_h;
-          float* seen = forced.data() + g * rows;
-          for (int r = 0; r < rows; ++r) {
-            float* row = &plain[r * W];
-            mean_query(p, own, row0 + r * p.row_tokens, cos, sin, scratch.data(), row, row + p.D);
-            P::pack_features(row, p.D, raw_query.data() + r * raw_cells);
-          }
-          for (int64_t c = 0; c < padded; c += NR)
-            rows_by_panel(rows, int(W), plain.data(), W, &map[(g * padded + c) * W], encoded.data() + c, padded);
-          std::fill(seen, seen + rows, -INF);
-          measure_block<P>(p, raw_query.data(), sink.data(), rows, start, 0, scale, exact.data(), seen);
-          for (int64_t i = home; i * p.block < end; ++i)
-            measure_block<P>(p, raw_query.data(), near.data() + (i - home) * wide * raw_cells, rows, start, i, scale,
-                             exact.data(), seen);
-          for (int r = 0; r < rows; ++r)
-            how[g * rows + r] = pack_byte_query(encoded.data() + r * padded, p.rank, cells, seen[r],
-                                                query.data() + (g * rows + r) * cells);
-        }
-        auto sum_up = [&](auto c) {
-          sum_panels<c>(int(group * rows), up(open, VL), p.block, panels.data(), query.data(), how.data(),
-                        logits.data(), columns);
-        };
-        if (cells == 4) sum_up(std::integral_constant<int, 4>{});
-        if (cells == 8) sum_up(std::integral_constant<int, 8>{});
-        if (cells == 12) sum_up(std::integral_constant<int, 12>{});
-        if (cells == 16) sum_up(std::integral_constant<int, 16>{});
-        for (int64_t g = 0; g < group; ++g) {
-          const int64_t h = h_kv * group + g;
-          best_shares(p, rows, columns, open, bias + h * p.num_bias + home, forced.data() + g * rows,
-                      logits.data() + g * rows * columns, far.data(), most.data(), out + (h * p.n + i_q) * p.out_blocks);
-        }
+          measure_block<P>(p, raw_query.data(), near.data() + (i - home) * panel, rows, start, i, scale, exact.data(),
+                           seen);
+        for (int r = 0; r < rows; ++r)
+          how[g * rows + r] = pack_byte_query(encoded.data() + r * padded, p.rank, cells, seen[r],
+                                              query.data() + (g * rows + r) * cells);
+      }
+      auto sum_up = [&](auto c) {
+        sum_panels<c>(int(group * rows), up(open, VL), p.block, panels_all + bh * byte_panel_size(p), query.data(),
+                      how.data(), logits.data(), columns);
+      };
+      if (cells == 4) sum_up(std::integral_constant<int, 4>{});
+      if (cells == 8) sum_up(std::integral_constant<int, 8>{});
+      if (cells == 12) sum_up(std::integral_constant<int, 12>{});
+      if (cells == 16) sum_up(std::integral_constant<int, 16>{});
+      for (int64_t g = 0; g < group; ++g) {
+        const int64_t h = h_kv * group + g;
+        best_shares(p, rows, columns, open, bias + h * p.num_bias + home, forced.data() + g * rows,
+                    logits.data() + g * rows * columns, far.data(), most.data(),
+                    out_all + ((b * p.H + h) * p.n + i_q) * p.out_blocks);
       }
     }
   }
@@ -213,8 +242,12 @@ void byte_scores(const Scores& p, const S* q, const S* k, const S* pooled, const
 #else
 
 inline bool has_byte_scores(int64_t) { return false; }
+inline int64_t byte_panel_size(const Scores&) { return 0; }
+inline int64_t byte_map_size(const Scores&) { return 0; }
+template <class S>
+void pack_byte_panels(const Scores&, const S*, const float*, uint32_t*, float*, int) {}
 template <class P, class S>
-void byte_scores(const Scores&, const S*, const S*, const S*, const float*, const float*, const float*, const float*,
-                 float, float*, int) {}
+void byte_scores(const Scores&, int64_t, const S*, int64_t, const S*, int64_t, const uint32_t*, const float*,
+                 const float*, const float*, const float*, float, float*, int) {}
 
 #endif

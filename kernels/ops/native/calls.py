@@ -14,10 +14,11 @@ from sentei.kernels.ops.block_mask import BlockMask, num_blocks
 from sentei.kernels.ops.errors import BackendError
 from sentei.kernels.ops.limits import DECODE_ROWS_MAX
 from sentei.kernels.ops.native.build import load_native
-from sentei.kernels.ops.native.structs import fill_struct
+from sentei.kernels.ops.native.structs import fill_struct, struct_fields
 from sentei.kernels.ops.rules import Softmax
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_FEW_KEYS = 256  # so few are pooled in less time than a second thread takes to start
 
 
 def attend_native(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, how: Softmax) -> tuple[Tensor, Tensor]:
@@ -99,56 +100,130 @@ class ScorerWeights:
         return self.maps.shape[1] == self.cos.shape[1]
 
 
+@dataclass(frozen=True, slots=True)
+class BytePanels:
+    """Features of the keys of full blocks in 8 bits, for processors and scorers that `fit_bytes`.
+
+    cells [B, Hkv, size] int32; maps [B, Hq, size] fp32 are the query maps times the steps of those bytes.
+    Both are a function of the features of these blocks alone: they hold until another block is full.
+    """
+
+    blocks: int
+    cells: Tensor
+    maps: Tensor
+
+
 def best_shares_native(
     q: Tensor, k: Tensor, pooled: Tensor, weights: ScorerWeights, out: Tensor, block_q: int
 ) -> None:
-    """Fill `out` [Hq, n, blocks] with the log share of the neediest of `block_q` rows, of each open block.
+    """Fill `out` [B, Hq, n, blocks] with the log share of the neediest of `block_q` rows, of each open block.
 
-    q [Hq, R, D] are the newest rows, k [Hkv, T, D] all keys, pooled [Hkv, P, features] what stands for them.
+    q [B, Hq, R, D] are the newest rows, k [B, Hkv, T, D] all keys, pooled [B, Hkv, P, features] what stands
+    for them.
     """
-    q, k, pooled = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, pooled.to(q.dtype)))
-    if q.dtype not in DTYPES:
-        q, k, pooled = q.float(), k.float(), pooled.float()
-    pools = weights.block // weights.pool_tokens
-    if pooled.stride(1) != pooled.shape[2]:
-        pooled = pooled.contiguous()
-    row_tokens = min(weights.query_pool, block_q, q.shape[1])
-    rows = -(-min(block_q, q.shape[1]) // row_tokens)
-    shape = fill_struct(
-        "Scores",
-        H=q.shape[0],
-        Hkv=k.shape[0],
-        n=out.shape[1],
-        rows=rows,
-        row_tokens=row_tokens,
-        num_rows=q.shape[1],
-        D=q.shape[2],
-        rank=weights.maps.shape[2],
-        is_residual=weights.is_residual,
-        pools=pools,
-        blocks=pooled.shape[1] // pools,
-        block=weights.block,
-        **_strides("ht", q=q, k=k),
-        T=k.shape[1],
-        first=k.shape[1] - q.shape[1],
-        out_blocks=out.shape[2],
-        num_bias=weights.bias.shape[1],
-        pooled_h=pooled.stride(0),
-    )
-    tables = (weights.cos, weights.sin, weights.maps, weights.gains, weights.bias)
-    program = "byte_scores" if _fit_bytes(weights) else "scores"
-    call = getattr(load_native(), f"sentei_{program}_{DTYPES[q.dtype]}")
-    call(
+    q, k, pooled = _as_native(q), _as_native(k), _as_rows(pooled, q.dtype)
+    blocks = pooled.shape[2] * weights.pool_tokens // weights.block
+    shape = _scores_shape(q, k, weights, out, block_q, blocks=blocks, pooled_h=pooled.stride(1))
+    tables = [_pointer(t) for t in (weights.cos, weights.sin, weights.maps, weights.gains, weights.bias)]
+    call = getattr(load_native(), f"sentei_scores_{DTYPES[q.dtype]}")
+    for b in range(q.shape[0]):
+        call(
+            shape,
+            *map(_pointer, (q[b], k[b], pooled[b])),
+            *tables,
+            c_float(weights.scale),
+            c_float(math.log(weights.pool_tokens)),
+            _pointer(out[b]),
+            c_int(_threads()),
+        )
+
+
+def pack_bytes_native(pooled: Tensor, dtype: torch.dtype, weights: ScorerWeights) -> BytePanels:
+    """Pack the features [B, Hkv, P, rank] of the full blocks, rounded to `dtype`, for byte_shares_native."""
+    pooled = _as_rows(pooled, dtype)
+    batch, kv_heads, tokens, rank = pooled.shape
+    heads, blocks = weights.maps.shape[0], tokens // weights.block
+    known = {"H": heads, "Hkv": kv_heads, "D": weights.cos.shape[1], "rank": rank, "block": weights.block}
+    shape = _fill_scores(**known, blocks=blocks, pooled_h=pooled.stride(1))
+    library = load_native()
+    library.sentei_byte_panel_size.restype = library.sentei_byte_map_size.restype = c_int64
+    cells = torch.empty(batch, kv_heads, library.sentei_byte_panel_size(shape), dtype=torch.int32)
+    maps = torch.empty(batch, heads, library.sentei_byte_map_size(shape))
+    call = getattr(library, f"sentei_pack_bytes_{DTYPES[pooled.dtype]}")
+    for b in range(batch):
+        call(shape, *map(_pointer, (pooled[b], weights.maps, cells[b], maps[b])), c_int(_threads()))
+    return BytePanels(blocks, cells, maps)
+
+
+def byte_shares_native(
+    q: Tensor, k: Tensor, panels: BytePanels, weights: ScorerWeights, out: Tensor, block_q: int
+) -> None:
+    """Do what best_shares_native does, in 8 bits, from the packed features of the full blocks of k."""
+    q, k = _as_native(q), _as_native(k)
+    shape = _scores_shape(q, k, weights, out, block_q, blocks=panels.blocks, pooled_h=0)
+    tables = (panels.cells, panels.maps, weights.cos, weights.sin, weights.bias)
+    getattr(load_native(), f"sentei_byte_scores_{DTYPES[q.dtype]}")(
         shape,
-        *map(_pointer, (q, k, pooled, *tables)),
+        c_int64(q.shape[0]),
+        _pointer(q),
+        c_int64(q.stride(0)),
+        _pointer(k),
+        c_int64(k.stride(0)),
+        *map(_pointer, tables),
         c_float(weights.scale),
-        c_float(math.log(weights.pool_tokens)),
         _pointer(out),
         c_int(_threads()),
     )
 
 
-def _fit_bytes(weights: ScorerWeights) -> bool:
+def _as_native(x: Tensor) -> Tensor:
+    """The tensor in a dtype of the programs, its last axis contiguous."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.dtype in DTYPES else x.float()
+
+
+def _as_rows(pooled: Tensor, dtype: torch.dtype) -> Tensor:
+    """Features [B, Hkv, P, E] as rows that lie one behind the other within a head."""
+    pooled = _as_native(pooled.to(dtype))
+    return pooled if pooled.stride(2) == pooled.shape[3] else pooled.contiguous()
+
+
+def _scores_shape(
+    q: Tensor, k: Tensor, weights: ScorerWeights, out: Tensor, block_q: int, *, blocks: int, pooled_h: int
+) -> ctypes.Array[c_int64]:
+    tokens = q.shape[2]
+    row_tokens = min(weights.query_pool, block_q, tokens)
+    return _fill_scores(
+        H=q.shape[1],
+        Hkv=k.shape[1],
+        n=out.shape[2],
+        rows=-(-min(block_q, tokens) // row_tokens),
+        row_tokens=row_tokens,
+        num_rows=tokens,
+        D=q.shape[3],
+        rank=weights.maps.shape[2],
+        is_residual=weights.is_residual,
+        pools=weights.block // weights.pool_tokens,
+        blocks=blocks,
+        block=weights.block,
+        q_h=q.stride(1),
+        q_t=q.stride(2),
+        k_h=k.stride(1),
+        k_t=k.stride(2),
+        T=k.shape[2],
+        first=k.shape[2] - tokens,
+        out_blocks=out.shape[3],
+        num_bias=weights.bias.shape[1],
+        pooled_h=pooled_h,
+    )
+
+
+def _fill_scores(**values: int) -> ctypes.Array[c_int64]:
+    """The struct Scores; packing needs a few of its fields alone."""
+    return fill_struct("Scores", **{**dict.fromkeys(struct_fields("Scores"), 0), **values})
+
+
+def fit_bytes(weights: ScorerWeights) -> bool:
     """Whether features are scored in 8 bits: single tokens in few dimensions, if there is VNNI."""
     rank = weights.maps.shape[2]
     is_single = weights.pool_tokens == 1 and not weights.is_residual
@@ -165,15 +240,16 @@ def pool_native(k: Tensor, cos: Tensor, sin: Tensor, size: int) -> tuple[Tensor,
 
     `cos` and `sin` [T, D] are fp32 and contiguous, and start at the first key's position.
     """
-    k = k.float() if k.stride(-1) == 1 else k.float().contiguous()
     batch, heads, tokens, dim = k.shape
+    k = k.float() if k.stride(-1) == 1 else k.float().contiguous()
+    k = k.flatten(0, 1)  # a copy only where sequences do not lie a whole number of heads apart
     pooled, plain = (torch.empty(batch, heads, tokens // size, dim) for _ in range(2))
-    for b in range(batch):
-        load_native().sentei_pool(
-            _pointer(k[b]), *map(c_int64, k.stride()[1:3]),
-            *map(_pointer, (cos, sin, pooled[b], plain[b])),
-            *map(c_int64, (heads, tokens, dim, size)), c_int(_threads()),
-        )  # fmt: skip
+    threads = _threads() if batch * heads * tokens > _FEW_KEYS else 1
+    load_native().sentei_pool(
+        _pointer(k), *map(c_int64, k.stride()[:2]),
+        *map(_pointer, (cos, sin, pooled, plain)),
+        *map(c_int64, (batch * heads, tokens, dim, size)), c_int(threads),
+    )  # fmt: skip
     return pooled, plain
 
 

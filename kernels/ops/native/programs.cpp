@@ -923,18 +923,31 @@ void sentei_scores_bf16(const Scores* p, const uint16_t* q, const uint16_t* k, c
 // Whether features of this rank can be scored in 8 bits here.
 int sentei_has_byte_scores(int64_t rank) { return has_byte_scores(rank); }
 
-void sentei_byte_scores_f32(const Scores* p, const float* q, const float* k, const float* pooled, const float* cos,
-                            const float* sin, const float* maps, const float* gains, const float* bias, float scale,
-                            float log_pool, float* out, int threads) {
-  byte_scores<FullCells>(*p, q, k, pooled, cos, sin, maps, bias, scale, out, threads);
+// Cells of one KV head's panels and floats of one query head's map, as the packing programs write them.
+int64_t sentei_byte_panel_size(const Scores* p) { return byte_panel_size(*p); }
+int64_t sentei_byte_map_size(const Scores* p) { return byte_map_size(*p); }
+
+void sentei_pack_bytes_f32(const Scores* p, const float* pooled, const float* maps, uint32_t* panels, float* packed,
+                           int threads) {
+  pack_byte_panels(*p, pooled, maps, panels, packed, threads);
 }
-void sentei_byte_scores_bf16(const Scores* p, const uint16_t* q, const uint16_t* k, const uint16_t* pooled,
-                             const float* cos, const float* sin, const float* maps, const float* gains,
-                             const float* bias, float scale, float log_pool, float* out, int threads) {
+void sentei_pack_bytes_bf16(const Scores* p, const uint16_t* pooled, const float* maps, uint32_t* panels,
+                            float* packed, int threads) {
+  pack_byte_panels(*p, pooled, maps, panels, packed, threads);
+}
+
+void sentei_byte_scores_f32(const Scores* p, int64_t batch, const float* q, int64_t q_b, const float* k, int64_t k_b,
+                            const uint32_t* panels, const float* maps, const float* cos, const float* sin,
+                            const float* bias, float scale, float* out, int threads) {
+  byte_scores<FullCells>(*p, batch, q, q_b, k, k_b, panels, maps, cos, sin, bias, scale, out, threads);
+}
+void sentei_byte_scores_bf16(const Scores* p, int64_t batch, const uint16_t* q, int64_t q_b, const uint16_t* k,
+                             int64_t k_b, const uint32_t* panels, const float* maps, const float* cos,
+                             const float* sin, const float* bias, float scale, float* out, int threads) {
 #if defined(__AVX512BF16__)
-  byte_scores<PairCells>(*p, q, k, pooled, cos, sin, maps, bias, scale, out, threads);
+  byte_scores<PairCells>(*p, batch, q, q_b, k, k_b, panels, maps, cos, sin, bias, scale, out, threads);
 #else
-  byte_scores<FullCells>(*p, q, k, pooled, cos, sin, maps, bias, scale, out, threads);
+  byte_scores<FullCells>(*p, batch, q, q_b, k, k_b, panels, maps, cos, sin, bias, scale, out, threads);
 #endif
 }
 

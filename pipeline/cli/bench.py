@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sentei.kernels.bench.cases import Shape
     from sentei.kernels.bench.machine import Machine
     from sentei.kernels.bench.run import Options, Row
+    from sentei.kernels.hf.adapter import Adapter
     from sentei.pipeline.measure.budget import Budget
 
 app = typer.Typer(no_args_is_help=True)
@@ -191,10 +192,7 @@ def prefill(
     output = Output(as_json=as_json)
     check_choice("--dense", dense or (), DENSE_FORMS)
     bench = open_bench(model, corpus, output, dtype)
-    adapter = bench.adapter()
-    if rung:
-        kept = tuple(adapter.ladder.find(rung_id) for rung_id in ("dense", *rung))
-        adapter = adapter.with_ladder(replace(adapter.ladder, rungs=kept))
+    adapter = _with_rungs(bench.adapter(), rung)
     known = {found.id: found.verified_tokens for found in adapter.ladder.rungs}
     if unverified:
         adapter = adapter.with_ladder(adapter.ladder.without_limits())
@@ -222,26 +220,28 @@ def prefill(
             is_verified = (known.get(name) or len(text)) >= len(text)
             rows.append({"tokens": len(text), "variant": name, "is_verified": is_verified} | asdict(timing))
         parts += [{"tokens": len(text)} | asdict(budget) for budget in budgets]
-        output.say(_prefill_table(rows[-len(timings) :]), _budget_table(budgets, len(text)))
+        title = f"ms of {len(text):,} tokens (floor)"
+        output.say(_prefill_table(rows[-len(timings) :]), _budget_table(budgets, title))
         page = sentei_home().create().root / "bench" / f"{short_name(model)}-{len(text)}.html"
         title = f"{model}: where {len(text):,} tokens of prefill spend their time"
         output.say(f"picture {save_budgets(budgets, title, page)}")
     output.emit({"model": model, "machine": machine.to_dict(), "rows": rows, "parts": parts})
 
 
-def _budget_table(budgets: Sequence[Budget], tokens: int) -> Table:
+def _budget_table(budgets: Sequence[Budget], title: str, digits: int = 0) -> Table:
     """Show milliseconds by part, and in brackets what the machine's peaks would allow."""
     names = (f"{b.variant}" + ("" if b.density is None else f" ({b.density:.1%})") for b in budgets)
-    table = Table(f"ms of {tokens:,} tokens (floor)", *names)
+    table = Table(title, *names)
     for part in budgets[0].seconds:
         if not any(budget.seconds[part] for budget in budgets):
             continue
         cells = []
         for budget in budgets:
             floor = budget.floor_s.get(part)
-            cells.append(f"{1e3 * budget.seconds[part]:.0f}" + (f" ({1e3 * floor:.0f})" if floor else ""))
+            spent = f"{1e3 * budget.seconds[part]:.{digits}f}"
+            cells.append(spent + (f" ({1e3 * floor:.{digits}f})" if floor else ""))
         table.add_row(part, *cells)
-    table.add_row("all", *(f"{1e3 * budget.total_s:.0f}" for budget in budgets))
+    table.add_row("all", *(f"{1e3 * budget.total_s:.{digits}f}" for budget in budgets))
     return table
 
 
@@ -259,6 +259,83 @@ def _prefill_table(rows: Sequence[dict[str, object]]) -> Table:
             f"{seconds:.2f} ({row['lowest_s']:.2f}-{row['highest_s']:.2f})",
             *(f"{float(str(other['median_s'])) / seconds:.2f}" if other else "" for other in dense),
             f"{row['peak_mib']:.0f}",
+        )
+    return table
+
+
+def _with_rungs(adapter: Adapter, rungs: Sequence[str] | None) -> Adapter:
+    """Leave dense and the rungs asked for; all of them where none is named."""
+    if not rungs:
+        return adapter
+    kept = tuple(adapter.ladder.find(rung_id) for rung_id in ("dense", *rungs))
+    return adapter.with_ladder(replace(adapter.ladder, rungs=kept))
+
+
+@app.command()
+def decode(
+    model: Model = "pocket",
+    corpus: CorpusName = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Context length; repeatable.", min=256)] = None,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 4,
+    rung: Annotated[list[str] | None, typer.Option(help="Rung; repeatable [default: all].")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of a turn; 64 see a block close.", min=1)] = 64,
+    runs: Annotated[int, typer.Option(help="Turns of each variant.", min=1)] = 3,
+    unverified: Annotated[
+        bool,
+        typer.Option("--unverified", help="Run rungs sparse at lengths that nobody verified too."),
+    ] = False,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Time a whole model's decode steps, scorer included, beside our own dense: tokens per second.
+
+    Below its break-even length and past the longest one verified, a rung decodes dense, here as in serving.
+    """
+    from sentei.kernels.bench.machine import measure_machine
+    from sentei.pipeline.measure.decode import Steps, decode_budgets, time_decodes
+    from sentei.pipeline.measure.texts import make_windows
+    from sentei.pipeline.text.splits import split_text
+
+    output = Output(as_json=as_json)
+    bench = open_bench(model, corpus, output, dtype)
+    adapter = _with_rungs(bench.adapter(), rung)
+    if unverified:
+        adapter = adapter.with_ladder(adapter.ladder.without_limits())
+    machine = measure_machine()
+    held_out = split_text(bench.corpus).evaluate
+    rows: list[dict[str, Any]] = []
+    parts: list[dict[str, object]] = []
+    for length in tokens or (8192,):
+        (text,) = make_windows(bench.loaded, held_out, window_tokens=length, num=1, seed=3)
+        with output.progress() as progress:
+            timings = time_decodes(
+                bench.loaded, adapter, text, Steps(steps, runs), batch=batch, progress=progress
+            )
+            few = Steps(min(steps, 8), min(runs, 3))
+            budgets = decode_budgets(
+                bench.loaded, adapter, text, machine, few, batch=batch, progress=progress
+            )
+        sizes = {"tokens": len(text), "batch": batch}
+        found = [sizes | {"variant": name} | asdict(timing) for name, timing in timings.items()]
+        rows += found
+        parts += [sizes | asdict(budget) for budget in budgets]
+        output.say(_decode_table(found))
+        output.say(_budget_table(budgets, f"ms of a step at {len(text):,} x {batch} (floor)", digits=1))
+    output.emit({"model": model, "machine": machine.to_dict(), "rows": rows, "parts": parts})
+
+
+def _decode_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Show one context length's variants; the first row is our own dense."""
+    table = Table("context", "variant", "tokens/s (lowest-highest)", "ms per step", "vs dense", "density")
+    for row in rows:
+        low, high = row["lowest_tokens_per_s"], row["highest_tokens_per_s"]
+        table.add_row(
+            f"{row['tokens']:,} x {row['batch']}",
+            row["variant"],
+            f"{row['median_tokens_per_s']:.2f} ({low:.2f}-{high:.2f})",
+            f"{row['step_ms']:.1f}",
+            f"{row['median_tokens_per_s'] / rows[0]['median_tokens_per_s']:.2f}",
+            "dense" if row["density"] is None else f"{row['density']:.1%}",
         )
     return table
 

@@ -298,11 +298,12 @@ def _ladder_table(rungs: list[dict[str, Any]]) -> Table:
         "density by length (past the break-even)",
         "dropped mass: mean, p99",
         "NLL difference (CI)",
+        "decodes sparse from",
     )
     for rung in rungs:
         found = rung["verified"]
         if found is None:
-            table.add_row(rung["id"], "", "", "100%", "0", "")
+            table.add_row(rung["id"], "", "", "100%", "0", "", "")
             continue
         low, high = found["nll_delta_ci"]
         density = rung["target_density"]
@@ -316,6 +317,7 @@ def _ladder_table(rungs: list[dict[str, Any]]) -> Table:
             ", ".join(map(_density_at, found["by_length"], rung["chosen_density"])),
             f"{found['dropped_mass_mean']:.3f}, {found['dropped_mass_p99']:.3f}",
             f"{found['nll_delta']:+.4f} ({low:+.4f} to {high:+.4f})",
+            _break_even_text(rung["decode_break_even_tokens"]),
         )
     return table
 
@@ -323,6 +325,14 @@ def _ladder_table(rungs: list[dict[str, Any]]) -> Table:
 def _density_at(check: dict[str, Any], chosen: float | None) -> str:
     past = "" if chosen is None else f" ({chosen:.1%})"
     return f"{check['density']:.1%}{past} at {check['tokens']:,}"
+
+
+def _break_even_text(tokens: int | None) -> str:
+    from sentei.kernels.hf.ladder import NEVER
+
+    if tokens is None:
+        return "as prompts"
+    return "never" if tokens == NEVER else f"{tokens:,} tokens"
 
 
 def changed(options: Any, **changes: Any) -> Any:

@@ -18,9 +18,11 @@ from sentei.kernels.hf.adapter import Adapter, save_ladder
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
 from sentei.kernels.scorer.network import BlockScorer
 from sentei.kernels.scorer.selection import pick_query_block
+from sentei.pipeline.ladder.break_even import measure_decode_break_even
 from sentei.pipeline.ladder.density import fit_densities
 from sentei.pipeline.ladder.verify import VerifyOptions, verify_ladder
 from sentei.pipeline.measure.capture import Sampling, capture
+from sentei.pipeline.measure.decode import Steps
 from sentei.pipeline.measure.needs import (
     MAX_SHARE,
     MIN_SHARE,
@@ -81,6 +83,7 @@ class CalibrateOptions:
     # Rows that choose together; None: what suits the device. A divisor of the adapter's blocks.
     query_block_tokens: int | None = None
     verify: VerifyOptions = field(default_factory=VerifyOptions)
+    decode: Steps = field(default_factory=lambda: Steps(4, 5))  # what times each rung's break-even
     seed: int = 1
 
 
@@ -91,7 +94,10 @@ def calibrate(
     options: CalibrateOptions | None = None,
     progress: Progress = silent,
 ) -> Ladder:
-    """Fit the ladder on one part of the held-out text and verify it on another; save and return it."""
+    """Fit the ladder on one part of the held-out text and verify it on another; save and return it.
+
+    On a CPU the context length from which each rung's decode steps pay is timed, too.
+    """
     options = options if options is not None else CalibrateOptions()
     window = min(options.window_tokens, loaded.max_tokens)
     parts = split_text(corpus)
@@ -116,7 +122,8 @@ def calibrate(
     )
     device = next(loaded.model.parameters()).device.type
     fitted = adapter.with_ladder(fit_ladder(adapter.scorers, records, options, device))
-    ladder = verify_ladder(loaded, fitted, windows, verify, progress)
+    verified = fitted.with_ladder(verify_ladder(loaded, fitted, windows, verify, progress))
+    ladder = measure_decode_break_even(loaded, verified, windows[0], options.decode, progress)
     if adapter.folder is not None:
         save_ladder(ladder, adapter.folder)
     return ladder

@@ -118,9 +118,12 @@ def prefill_floor(
 
 
 def _linear_flops(module: nn.Module, tokens: int) -> float:
-    return sum(
-        2.0 * tokens * inner.weight.numel() for inner in module.modules() if isinstance(inner, nn.Linear)
-    )
+    return 2.0 * tokens * weight_count(module)
+
+
+def weight_count(module: nn.Module) -> int:
+    """Return how many weights a module's matrix products read."""
+    return sum(inner.weight.numel() for inner in module.modules() if isinstance(inner, nn.Linear))
 
 
 def _peak(loaded: LoadedModel, machine: Machine) -> float:

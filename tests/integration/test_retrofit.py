@@ -210,6 +210,43 @@ def test_what_is_kept_does_not_depend_on_how_a_prompt_was_cut() -> None:
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("break_even", [300, 386])
+def test_one_row_keeps_the_same_as_a_piece_or_at_the_end_of_a_prompt(break_even: int) -> None:
+    """A last block of one row, cut off or not, has the break-even of a decode step."""
+    model, ids = make_llama(), make_ids(385)
+    adapter = make_adapter(model, break_even_tokens=128, query_block=16)
+    rungs = tuple(replace(rung, decode_break_even_tokens=break_even) for rung in adapter.ladder.rungs)
+    adapter = adapter.with_ladder(replace(adapter.ladder, rungs=rungs))
+    cache = DynamicCache(config=model.config)
+    with retrofit(model, adapter, "bold") as handle:
+        whole = run(model, ids)
+        pieces = [
+            model(input_ids=ids[:, a:b], **cache_argument(cache), use_cache=True).logits
+            for a, b in ((0, 48), (48, 384), (384, 385))
+        ]
+        last = [call.path for call in handle.stats().calls][-1]
+
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
+    assert last == ("sparse" if break_even <= 385 else "dense")
+
+
+@torch.no_grad()
+def test_a_step_below_the_decode_break_even_runs_dense_and_says_so() -> None:
+    """Prompts are thinned from one length on, steps from another: the position alone decides."""
+    model, ids = make_llama(), make_ids(140)
+    adapter = make_adapter(model, break_even_tokens=64)
+    rungs = tuple(replace(rung, decode_break_even_tokens=136) for rung in adapter.ladder.rungs)
+    adapter = adapter.with_ladder(replace(adapter.ladder, rungs=rungs))
+    with retrofit(model, adapter, "all") as handle:
+        found = run_stepwise(model, ids, 130)
+        calls = [(call.q_tokens, call.path) for call in handle.stats().calls if call.layer == 0]
+
+    steps = ["dense"] * 5 + ["sparse"] * 5  # contexts of 131 to 140 tokens
+    assert calls == [(130, "sparse"), *((1, path) for path in steps)]
+    torch.testing.assert_close(found, run(model, ids), rtol=1e-3, atol=1e-4)
+
+
 def test_decoding_across_the_break_even_length_equals_dense_when_everything_is_kept() -> None:
     """The side cache follows while the dense path still runs, so switching over loses nothing."""
     model, ids = make_llama(), make_ids(140)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from sentei.kernels.hf.ladder import DENSE, Ladder, LengthCheck, Rung, Verified, ladder_from_dict
+from sentei.kernels.hf.ladder import DENSE, NEVER, Ladder, LengthCheck, Rung, Verified, ladder_from_dict
 
 
 def make_rung(**changes: object) -> Rung:
@@ -27,6 +27,16 @@ def make_rung(**changes: object) -> Rung:
 def test_a_rung_runs_from_break_even_to_the_longest_verified_length(tokens: int, is_sparse: bool) -> None:
     """Shorter contexts do not pay; of longer ones nobody knows what is lost."""
     assert make_rung().covers(tokens) is is_sparse
+
+
+@pytest.mark.parametrize(("measured", "shortest"), [(None, 1024), (512, 1024), (2048, 2048), (NEVER, None)])
+def test_steps_run_sparse_from_their_own_break_even_on(measured: int | None, shortest: int | None) -> None:
+    """As prompts do where none was measured, never earlier than prompts, and never at all by name."""
+    rung = make_rung(decode_break_even_tokens=measured)
+
+    sparse = [tokens for tokens in (512, 1023, 1024, 2047, 2048, 4096, 4097) if rung.covers_step(tokens)]
+
+    assert sparse == [tokens for tokens in (1024, 2047, 2048, 4096) if shortest and tokens >= shortest]
 
 
 def test_without_limits_a_rung_runs_at_any_length() -> None:
@@ -75,7 +85,7 @@ def test_a_rung_that_nobody_verified_says_neither() -> None:
 
 def test_a_ladder_survives_its_file() -> None:
     """Target, lengths and limits are read back as they were written."""
-    ladder = Ladder((Rung(DENSE), make_rung()), (2048,), 16)
+    ladder = Ladder((Rung(DENSE), make_rung(decode_break_even_tokens=2048)), (2048,), 16)
 
     assert ladder_from_dict(ladder.to_dict()) == ladder
 
@@ -84,12 +94,13 @@ def test_a_ladder_of_before_has_no_limit() -> None:
     """Ladders that name no verified length run as they did."""
     data = Ladder((Rung(DENSE), make_rung()), (2048,), 16).to_dict()
     for rung in data["rungs"]:
-        del rung["target_density"], rung["verified_tokens"]
+        del rung["target_density"], rung["verified_tokens"], rung["decode_break_even_tokens"]
         if rung["verified"] is not None:
             del rung["verified"]["by_length"]
 
     rung = ladder_from_dict(data).find("d20")
 
     assert rung.covers(1_000_000)
+    assert rung.decode_break_even_tokens is None
     assert rung.verified is not None
     assert rung.verified.by_length == ()

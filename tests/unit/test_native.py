@@ -273,6 +273,39 @@ def test_byte_scores_are_near_the_plain_ones(
 
 
 @pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_panels_score_as_panels_packed_anew_do(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps across block borders, after a crop and after a reordering: the same bits, packed seldom."""
+    generator = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(2, heads, 400, 32, generator=generator).to(dtype) for heads in (4, 2))
+    scorer, table = BlockScorer(ScorerShape(4, 2, 32, 12, 1, 64, "low_rank"), 32**-0.5), make_table(400)
+    scorer.start_from(q[0].float(), k[0].float())
+    cache, packed = PooledCache(scorer), []
+    pack = calls.pack_bytes_native
+
+    def step(q: torch.Tensor, k: torch.Tensor, num_new: int) -> None:
+        keys = cache.update(k, num_new, table)
+        kept, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16, packed=cache.packed)
+        before = len(packed)
+        anew, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
+        del packed[before:]
+        assert torch.equal(kept, anew)
+
+    monkeypatch.setattr(calls, "pack_bytes_native", lambda *args: packed.append(1) or pack(*args))
+    with torch.no_grad():
+        step(q[:, :, 249:250], k[:, :, :250], 250)
+        for end in range(251, 325):  # blocks close at 256 and 320
+            step(q[:, :, end - 1 : end], k[:, :, :end], 1)
+        assert len(packed) == 3
+        for end, order in ((300, [0, 1]), (301, [1, 0])):
+            step(q[order, :, end - 1 : end], k[order, :, :end], 1)
+
+    assert len(packed) == 5
+
+
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
 @pytest.mark.parametrize("where", ["query", "key"])
 def test_bytes_do_not_hide_what_is_no_number(where: str) -> None:
     """NaN has no byte: it must come out as an error, never as a share."""

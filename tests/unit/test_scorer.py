@@ -315,6 +315,27 @@ def test_a_decode_step_copies_only_its_own_pools() -> None:
     torch.testing.assert_close(grown, PooledCache(scorer).update(k, 80, table))
 
 
+@torch.no_grad()
+def test_what_is_derived_from_weights_is_kept_until_they_change() -> None:
+    """One computation per state of the weights: in place, by loading, or by a copy of the scorer."""
+    scorer = BlockScorer(SHAPE, SCALE)
+    made: list[float] = []
+
+    def read(scorer: BlockScorer) -> float:
+        def make() -> torch.Tensor:
+            made.append(1.0)
+            return scorer.log_gain.exp()
+
+        return float(scorer.frozen("gain", make)[0])
+
+    assert [read(scorer), read(scorer)] == [1.0, 1.0]
+    scorer.log_gain.add_(1.0)
+    assert read(scorer) == pytest.approx(2.71828, abs=1e-4)
+    scorer.load_state_dict(BlockScorer(SHAPE, SCALE).state_dict())
+    assert read(scorer) == 1.0
+    assert len(made) == 3
+
+
 def test_an_unknown_form_is_refused() -> None:
     """A manifest from elsewhere cannot name a form that nobody computes."""
     with pytest.raises(ScorerError, match="form is 'cubic'; it must be one of residual, low_rank"):

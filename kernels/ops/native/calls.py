@@ -18,9 +18,9 @@ from sentei.kernels.ops.native.structs import fill_struct, struct_fields
 from sentei.kernels.ops.rules import Softmax
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-# Work of so few items is done before a second thread has started, and on a machine with other work that one may be
-# waited for: a step at 8,192 tokens of 4 sequences, heads 9:3 of 64, two cores with a load of 6, pooled its keys in
-# 37 ms with two threads and in 0.3 ms with one, scored in 66 and 0.4 ms, selected in 12 and 0.2 ms.
+# So little work is done before a second thread has started, and a busy machine lets it wait: a step at 8,192
+# tokens of 4 sequences, heads 9:3 of 64, two cores at a load of 6, pooled its keys in 37 ms with two threads
+# and in 0.3 ms with one, scored in 66 and 0.4 ms, selected in 12 and 0.2 ms.
 _FEW_KEYS = 256  # to pool
 _FEW_SCORES = 1 << 16  # tokens of all KV heads and query blocks
 _FEW_SHARES = 1 << 16  # to select from

@@ -135,6 +135,15 @@ async def test_stream_outlives_several_ingresses() -> None:
     assert [len(request.sent_ids) for world in worlds for request in world.sparse.requests] == [0, 3, 5]  # type: ignore[union-attr]
 
 
+async def test_each_death_is_logged_once_with_what_was_sent(caplog: pytest.LogCaptureFixture) -> None:
+    """Two deaths in mid-stream and one without a byte in between: the log tells an operator which cut what."""
+    await ask([4, 0, 3], keys=(KEY,) * 4, stream=True)
+
+    lines = [record.getMessage() for record in caplog.records if "went away" in record.getMessage()]
+    pieces = [line.split(" after ")[1] for line in lines]
+    assert pieces == ["3 pieces; asking another one", "5 pieces; asking another one"]
+
+
 async def test_whole_answer_is_asked_for_again() -> None:
     """An answer of which nothing was sent comes from the next ingress."""
     response, _, ingresses = await ask([0])

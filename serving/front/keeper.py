@@ -71,7 +71,7 @@ class AnswerKeeper:
             num_sent = attempt.num_sent
             headers = [*scope["headers"], (_NAME, header.encode())]
             await self._app({**scope, "headers": headers}, receive_again, attempt.send)
-            if attempt.is_whole or has_gone:
+            if has_gone or await attempt.finish():
                 return
             # It went on for a while: another death, not one.
             is_death = not deadline_s or attempt.num_sent > num_sent

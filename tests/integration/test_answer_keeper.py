@@ -138,7 +138,7 @@ async def test_stream_outlives_several_ingresses() -> None:
 
 
 async def test_each_death_is_logged_once_with_what_was_sent(caplog: pytest.LogCaptureFixture) -> None:
-    """Two deaths in mid-stream and one without a byte in between: the log tells an operator which cut what."""
+    """Two deaths in mid-stream, and one without a byte in between: the log tells what each cut."""
     await ask([4, 0, 3], keys=(KEY,) * 4, stream=True)
 
     lines = [record.getMessage() for record in caplog.records if "went away" in record.getMessage()]
@@ -155,7 +155,7 @@ async def test_whole_answer_is_asked_for_again() -> None:
 
 
 async def test_journal_of_another_house_starts_nothing() -> None:
-    """A ticket that was signed with another key is refused, and the stream stays cut: nobody takes it for whole."""
+    """A ticket that was signed with another key is refused, and the stream stays cut: none takes it for whole."""
     world, other = make_world(KEY), make_world(b"other")
     async with world.run() as first, other.run() as second:
         ingresses = Ingresses([api_of(first), api_of(second)], [4])

@@ -155,7 +155,7 @@ async def test_whole_answer_is_asked_for_again() -> None:
 
 
 async def test_journal_of_another_house_starts_nothing() -> None:
-    """A ticket that was signed with another key is refused, and the stream stays cut: none takes it for whole."""
+    """A ticket that was signed with another key is refused; the stream stays cut: none takes it for whole."""
     world, other = make_world(KEY), make_world(b"other")
     async with world.run() as first, other.run() as second:
         ingresses = Ingresses([api_of(first), api_of(second)], [4])

@@ -71,6 +71,8 @@ def set_ray_environment() -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "600")
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
     os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", "600")
+    # Ray runs its workers at niceness 15: any other work on the machine starves them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @contextmanager

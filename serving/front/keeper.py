@@ -71,16 +71,21 @@ class AnswerKeeper:
             num_sent = attempt.num_sent
             headers = [*scope["headers"], (_NAME, header.encode())]
             await self._app({**scope, "headers": headers}, receive_again, attempt.send)
-            if attempt.is_whole or has_gone:
+            if has_gone or await attempt.finish():
                 return
-            if (
-                not deadline_s or attempt.num_sent > num_sent
-            ):  # it went on for a while: another death, not one
+            # It went on for a while: another death, not one.
+            is_death = not deadline_s or attempt.num_sent > num_sent
+            if is_death:
                 deadline_s, pause_s = loop.time() + self._again_for_s, AGAIN_AFTER_S[0]
             if not attempt.can_go_on() or loop.time() + pause_s > deadline_s:
                 await attempt.give_up()
                 return
-            log.warning("the ingress of %s went away; asking another one", scope["path"])
+            if is_death:
+                log.warning(
+                    "the ingress of %s went away after %d pieces; asking another one",
+                    scope["path"],
+                    attempt.num_sent,
+                )
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, AGAIN_AFTER_S[1])
 

@@ -70,7 +70,7 @@ async def ask(
     async with AsyncExitStack() as stack:
         apis = [api_of(await stack.enter_async_context(world.run())) for world in worlds]
         ingresses = Ingresses(list(apis), cuts)
-        keeper = BodyGate(AnswerKeeper(ingresses, again_for_s=0.5), BodyLimits())
+        keeper = BodyGate(AnswerKeeper(ingresses), BodyLimits())
         transport = httpx.ASGITransport(app=keeper)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             response = await client.post(path, json=chat(**body), headers={"x-session-id": "ann"})
@@ -112,15 +112,17 @@ async def test_stream_is_whole_wherever_its_ingress_dies(options: dict[str, Any]
     """After each message of a stream in turn: the client sees what it would have seen, once."""
     undisturbed, _, _ = await ask([], stream=True, **options)
     expected = by_choice(told(undisturbed))
-    num_messages = sum(map(len, expected.values())) + 2  # the start, and the end mark
+    num_messages = sum(map(len, expected.values())) + 3  # the start, the end mark, the end
 
     for cut in range(num_messages):
         response, worlds, ingresses = await ask([cut], stream=True, **options)
 
         assert response.status_code == 200
         assert by_choice(told(response)) == expected, f"cut after {cut} messages"
-        assert len(ingresses.asked) == 2
-        records = worlds[1].store.requests
+        assert response.text.count("[DONE]") == 1
+        has_all = cut == num_messages - 1  # nothing is left to ask for
+        assert len(ingresses.asked) == (1 if has_all else 2)
+        records = worlds[0 if has_all else 1].store.requests
         assert {record.outcome for record in records} == {"ok"}
 
 
@@ -135,6 +137,15 @@ async def test_stream_outlives_several_ingresses() -> None:
     assert [len(request.sent_ids) for world in worlds for request in world.sparse.requests] == [0, 3, 5]  # type: ignore[union-attr]
 
 
+async def test_each_death_is_logged_once_with_what_was_sent(caplog: pytest.LogCaptureFixture) -> None:
+    """Two deaths in mid-stream, and one without a byte in between: the log tells what each cut."""
+    await ask([4, 0, 3], keys=(KEY,) * 4, stream=True)
+
+    lines = [record.getMessage() for record in caplog.records if "went away" in record.getMessage()]
+    pieces = [line.split(" after ")[1] for line in lines]
+    assert pieces == ["3 pieces; asking another one", "5 pieces; asking another one"]
+
+
 async def test_whole_answer_is_asked_for_again() -> None:
     """An answer of which nothing was sent comes from the next ingress."""
     response, _, ingresses = await ask([0])
@@ -144,11 +155,17 @@ async def test_whole_answer_is_asked_for_again() -> None:
 
 
 async def test_journal_of_another_house_starts_nothing() -> None:
-    """A ticket that was signed with another key is refused, and the stream ends as cut."""
-    response, worlds, _ = await ask([4], keys=(KEY, b"other", b"other"), stream=True)
+    """A ticket that was signed with another key is refused; the stream stays cut: none takes it for whole."""
+    world, other = make_world(KEY), make_world(b"other")
+    async with world.run() as first, other.run() as second:
+        ingresses = Ingresses([api_of(first), api_of(second)], [4])
+        transport = httpx.ASGITransport(app=BodyGate(AnswerKeeper(ingresses), BodyLimits()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            with pytest.raises(AssertionError):  # the transport's word for an answer that never ended
+                await client.post("/v1/chat/completions", json=chat(stream=True))
 
-    assert not response.text.endswith("[DONE]\n\n")
-    assert worlds[1].store.requests == []
+    assert len(ingresses.asked) == 2
+    assert other.store.requests == []
 
 
 async def test_journal_that_a_client_sends_is_dropped() -> None:

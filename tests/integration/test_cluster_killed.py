@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from sentei.monitors.events import EventLog
 from sentei.monitors.store import Store
 from sentei.serving.ingress.router import position
 from tests.integration.test_serving_ray import save_tiny_model
-from tests.soak.cluster import Cluster, kill, wait_for
+from tests.soak.cluster import TITLES, Cluster, kill, wait_for
 from tests.soak.streams import Answer, ask
 
 NUM_TOKENS = 500
@@ -111,6 +112,15 @@ def start(cluster: Cluster, text: str) -> str:
     rollout_id = str(cluster.admin.start_rollout(text, release_quarantine=True)["rollout_id"])
     wait_for(lambda: stream(cluster).makers[:1] == ["sparse/mild"], "sparse answers its share")
     return rollout_id
+
+
+@pytest.mark.timeout(600)
+def test_replicas_have_the_priority_of_their_program(cluster: Cluster) -> None:
+    """Ray would run them at niceness 15: a single busy process beside the app would take all the time."""
+    program = cluster.processes()[0].nice()
+    replicas = [psutil.Process(pid).nice() for part in TITLES for pid in cluster.pids(part)]
+
+    assert replicas == [program] * 7
 
 
 @pytest.mark.timeout(600)

@@ -110,11 +110,12 @@ def test_rollout_lands_in_mlflow_with_stages_charts_and_reports(store: Store, tr
     with tracker.answering() as client:
         experiment = client.get_experiment_by_name("sentei-rollouts")
         runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-        parent = runs["shown"].info.run_id
-        shares = [metric.value for metric in client.get_metric_history(parent, "policy/share")]
+        parent = runs["shown: promoted"].info.run_id
+        course = runs["course of events"]
+        shares = [metric.value for metric in client.get_metric_history(course.info.run_id, "policy/share")]
         report = Path(client.download_artifacts(parent, "reports/comparison.json"))
     assert {"shadow", "half", "full"} <= set(runs)
-    assert runs["full"].data.tags["mlflow.parentRunId"] == parent
+    assert {run.data.tags["mlflow.parentRunId"] for run in (course, runs["full"])} == {parent}
     assert (min(shares), max(shares)) == (0.0, 0.95)
     assert json.loads(report.read_text())["outcome"] == "promoted"
 
@@ -181,7 +182,7 @@ def test_the_parts_of_a_step_are_runs_below_it(tracker: MlflowTracker) -> None:
         ChildRecord(name, {"rung": name}, {"gain/model_time_ratio": ratio}, {"mlflow.note.content": name})
         for name, ratio in (("dense", 1.0), ("bold", 0.6))
     )
-    record = StepRecord("pocket", 1.0, 2.0, {}, {}, tags={"corpus_sha256": "ab"}, children=parts)
+    record = StepRecord("in parts", 1.0, 2.0, {}, {}, tags={"corpus_sha256": "ab"}, children=parts)
 
     runs = [log_step(tracker, "evaluate", record) for _ in range(2)]
 

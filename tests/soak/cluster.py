@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import time
@@ -25,6 +26,7 @@ TITLES = {
     "ingress": "ray::ServeReplica:sentei:Ingress",
     "proxy": "ray::ProxyActor",
 }
+CUT = re.compile(r"the ingress of \S+ went away after (\d+) pieces")
 TOKEN = "soak-token-of-a-drill"
 
 
@@ -79,6 +81,12 @@ class Cluster:
                 if "".join(process.cmdline()[:1]).startswith(TITLES[part]):
                     found.append((process.create_time(), process.pid))
         return [pid for _, pid in sorted(found)]
+
+    def num_cut_streams(self) -> int:
+        """How many streams lost their ingress after their first piece, by what the proxy logged."""
+        logs = [Path(f"/proc/{pid}/fd/2").resolve() for pid in self.pids("proxy")]
+        found = [int(n) for log in logs for n in CUT.findall(log.read_text(errors="replace"))]
+        return sum(num_pieces > 0 for num_pieces in found)
 
     def kill_everything(self) -> int:
         """SIGKILL to every process at once, Ray's daemons included; returns how many there were."""

@@ -80,7 +80,7 @@ class Blow:
     pid: int
     share: float
     streams: int  # answers in mid-stream, of all
-    streams_hit: int  # of these, those that pass through the part: an ingress has some of them, at most
+    streams_hit: int | None  # of these, those through the part; None where nobody can tell
     well_after_s: float = -1.0
 
 
@@ -153,7 +153,8 @@ class Story:
             time.sleep(1)
             return
         pid = self._rng.choice(pids)
-        hit, streams = len(self._through(through)), len(self._traffic.in_mid_stream())
+        streams = len(self._traffic.in_mid_stream())
+        hit = len(self._through(through)) if through else None
         stop_s = STOP_S[(round_ // 2) % len(STOP_S)] if round_ % 2 else 0.0
         blow = Blow(
             round(self._now_s(), 1),
@@ -165,6 +166,7 @@ class Story:
             hit,
         )
         self.blows.append(blow)
+        num_cut = self._cluster.num_cut_streams() if part == "ingress" else 0
         struck_s = time.monotonic()
         if stop_s:
             kill(pid, signal.SIGSTOP)
@@ -178,6 +180,8 @@ class Story:
         except TimeoutError:
             self._say(f"{part} was not well within {WELL_WITHIN_S:g} s")
         time.sleep(CALM_S)
+        if part == "ingress" and not stop_s:  # the proxy alone knows which streams passed through it
+            blow.streams_hit = self._cluster.num_cut_streams() - num_cut
 
     def _through(self, maker: str) -> list[Answer]:
         return self._traffic.in_mid_stream(lambda found: found.startswith(maker))
@@ -264,7 +268,7 @@ class Story:
             "kills": dict(Counter(blow.part for blow in kills)),
             "stops": dict(Counter(blow.part for blow in self.blows if blow.kind != "kill")),
             "kills_in_mid_stream": sum(
-                blow.streams_hit > 0 for blow in kills if blow.part in ("dense", "sparse", "ingress")
+                (blow.streams_hit or 0) > 0 for blow in kills if blow.part in ("dense", "sparse", "ingress")
             ),
             "never_well": sum(blow.well_after_s < 0 for blow in self.blows),
             "blows": [asdict(blow) for blow in self.blows],

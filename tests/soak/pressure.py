@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def run(folder: Path, given: argparse.Namespace, say: Any) -> dict[str, Any]:
                 took = asked.took_s
                 honest[kind] += took
                 faults += [*asked.faults, *health.faults, *abort.faults] if kind == "attacked" else []
-                found[kind].append({"n": len(took), "median_s": round(statistics.median(took), 4)})
+                found[kind].append({"n": len(took), "median_s": median(took)})
                 if kind == "attacked":
                     slowest["healthz"] = max([slowest["healthz"], *health.took_s])
                     slowest["abort"] = max([slowest["abort"], *abort.took_s])
@@ -197,19 +198,28 @@ def run(folder: Path, given: argparse.Namespace, say: Any) -> dict[str, Any]:
             environment = {**os.environ, "SENTEI_ADMIN_TOKEN": TOKEN}
             done = subprocess.run(given.then, shell=True, env=environment, capture_output=True, text=True)
             found["then"] = (done.stdout + done.stderr).splitlines()
-    medians = {kind: [item["median_s"] for item in found[kind]] for kind in ("calm", "attacked")}
+    # A round in which nobody got an answer has no median, and no ratio may pass over it.
+    rounds = {kind: [item["median_s"] for item in found[kind]] for kind in ("calm", "attacked")}
+    calm, attacked = (None if None in each else statistics.median(each) for each in rounds.values())
     return {
         **found,
         "honest": {kind: spread(took) for kind, took in honest.items()},
-        "times_slower": round(statistics.median(medians["attacked"]) / statistics.median(medians["calm"]), 2),
+        "times_slower": round(attacked / calm, 2) if attacked is not None and calm is not None else None,
         "slowest_s": {name: round(value, 3) for name, value in slowest.items()},
-        "faults": faults,
+        "faults": dict(Counter(faults)),
         "memory_mib": {"before": before, "a_minute_after": after},
     }
 
 
+def median(took_s: list[float]) -> float | None:
+    """The median; None of nothing."""
+    return round(statistics.median(took_s), 4) if took_s else None
+
+
 def spread(took_s: list[float]) -> dict[str, float]:
-    """Median, and the 20th, 80th and 95th percentile."""
+    """Median, and the 20th, 80th and 95th percentile; the count alone where there is nothing."""
+    if not took_s:
+        return {"n": 0}
     ranked = sorted(took_s)
     at = {f"p{p}_s": round(ranked[int(p / 100 * (len(ranked) - 1))], 4) for p in (20, 50, 80, 95)}
     return {"n": len(ranked), **at}

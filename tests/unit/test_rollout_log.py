@@ -88,7 +88,7 @@ def test_mirror_and_report_use_the_policy_of_each_moment(store: FlakyStore) -> N
 
     assert Mirror(store, tracker).run_once().reason == ""
 
-    points = tracker.runs[f"sentei-rollouts/rollout:{ROLLOUT}"]["metrics"]
+    points = tracker.runs[f"sentei-rollouts/rollout:{ROLLOUT}:course"]["metrics"]
     shares = [p.value for p in sorted(points, key=lambda p: p.step) if p.name == "policy/share"]
     report = [share for _, share in build_report(store, ROLLOUT).shares]
     assert shares == report

@@ -235,11 +235,12 @@ class Retrofit:
             _check_mask(attention_mask)
             _check_positions(kwargs.get("position_ids"), key.shape[2])
             # A planted fault strikes the side cache, so layers that the rung leaves dense are not spared.
-            if self._rung.thins(layer.index) or self.fault is not None:
+            is_thinned = self._rung.thins(layer.index) or self.fault is not None
+            # What runs dense pays for no features: the side cache is made from the keys when it is asked for.
+            if is_thinned and self._is_covered(query.shape[2], key.shape[2]):
                 with self._part(FEATURES):
                     pooled = self._update_pooled(layer, query, key)
-                if self._is_covered(query.shape[2], key.shape[2]):
-                    return self._attend_sparse(layer, query, key, value, pooled)
+                return self._attend_sparse(layer, query, key, value, pooled)
         if layer is not None:
             self._record(layer, query, key, None)
             density = (1.0,) * layer.kv_heads

@@ -9,7 +9,7 @@ from sentei.kernels.bench.machine import Machine
 from sentei.kernels.hf.adapter import Adapter, new_adapter
 from sentei.kernels.hf.ladder import DENSE, NEVER
 from sentei.kernels.hf.models import fingerprint
-from sentei.kernels.hf.parts import FULL_ATTENTION, HEAD, MLP, SCORING
+from sentei.kernels.hf.parts import FEATURES, FULL_ATTENTION, HEAD, MLP, SCORING
 from sentei.kernels.hf.retrofit import retrofit
 from sentei.pipeline.ladder.break_even import decode_lengths, measure_decode_break_even, shortest_that_pays
 from sentei.pipeline.measure.decode import Steps, decode_budgets, fill_cache, take_turn, time_decodes
@@ -58,6 +58,18 @@ def test_a_rung_below_its_decode_break_even_is_timed_dense() -> None:
     found = time_decodes(loaded, adapter, make_ids(300)[0], Steps(2, 1), batch=1, progress=silent)
 
     assert found["bold"].density is None
+
+
+def test_a_step_that_runs_dense_pays_for_no_features() -> None:
+    """Neither scored nor pooled: under a rung that never decodes sparse a step is dense's own."""
+    loaded, adapter = make_bench()
+    rungs = tuple(replace(rung, decode_break_even_tokens=NEVER) for rung in adapter.ladder.rungs)
+    adapter = adapter.with_ladder(replace(adapter.ladder, rungs=rungs))
+
+    found = decode_budgets(loaded, adapter, make_ids(300)[0], MACHINE, Steps(2, 1), batch=1, progress=silent)
+
+    assert [budget.variant for budget in found] == [BEST_DENSE, "all", "bold"]
+    assert {budget.seconds[part] for budget in found for part in (FEATURES, SCORING)} == {0.0}
 
 
 def test_a_turn_decodes_as_one_pass_would_and_leaves_the_cache_alone() -> None:

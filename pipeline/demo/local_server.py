@@ -81,13 +81,14 @@ class LocalServer:
             _end_group(process)
 
     def _read(self, stdout: IO[str]) -> None:
-        for line in stdout:
-            try:
-                decoded = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(decoded, dict):
-                self._answers.put(decoded)
+        with stdout:
+            for line in stdout:
+                try:
+                    decoded = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(decoded, dict):
+                    self._answers.put(decoded)
 
     def _wait_for_url(self) -> str:
         deadline = time.monotonic() + READY_TIMEOUT_S

@@ -217,7 +217,7 @@ def test_mirror_report_and_replay_read_the_old_log(store: Store) -> None:
     result = Mirror(store, tracker).run_once()
 
     assert (result.num_events, result.reason) == (22, "")
-    digests = {run["params"].get("policy_digest") for run in tracker.runs.values()} - {None}
+    digests = {run["tags"].get("policy_digest") for run in tracker.runs.values()} - {None}
     started = {e.payload["policy_digest"] for e in EventLog(store).read(kinds=("started",))}
     assert digests == started
     report = build_report(store, "failed")

@@ -71,8 +71,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     config = {
         "model": str(folder / "tiny"),
         "adapter": str(folder / "adapter"),
-        # In bf16 two tokens of a random model tie every few dozen, and one pass over what was sent breaks such a
-        # tie otherwise than the steps did.
+        # In bf16 two tokens of a random model tie every few dozen, and one pass over what was sent breaks
+        # such a tie otherwise than the steps did.
         "dtype": "float32",
         "store_url": store_url(folder),
         "mlflow_uri": "off",

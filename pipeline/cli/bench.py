@@ -182,9 +182,11 @@ def prefill(
     Past the longest length that a rung was verified at, it runs dense, here as in serving.
     """
     from sentei.kernels.bench.machine import measure_machine
+    from sentei.kernels.hf.ladder import DENSE
     from sentei.pipeline.home import sentei_home
     from sentei.pipeline.measure.budget import prefill_budgets
-    from sentei.pipeline.measure.latency import DENSE_FORMS, time_prefills
+    from sentei.pipeline.measure.latency import BEST_DENSE, DENSE_FORMS, time_prefills
+    from sentei.pipeline.measure.memory import prefill_peaks
     from sentei.pipeline.measure.texts import make_windows
     from sentei.pipeline.reports.plots import save_budgets
     from sentei.pipeline.text.splits import split_text
@@ -216,9 +218,12 @@ def prefill(
             budgets = prefill_budgets(
                 bench.loaded, adapter, text, machine, runs=min(runs, 3), progress=progress
             )
+            peaks = prefill_peaks(bench.loaded, adapter, text, runs=min(runs, 3), progress=progress)
         for name, timing in timings.items():
             is_verified = (known.get(name) or len(text)) >= len(text)
-            rows.append({"tokens": len(text), "variant": name, "is_verified": is_verified} | asdict(timing))
+            peak = peaks.get(DENSE if name == BEST_DENSE else name)
+            facts = {"tokens": len(text), "variant": name, "is_verified": is_verified, "peak_mib": peak}
+            rows.append(facts | asdict(timing))
         parts += [{"tokens": len(text)} | asdict(budget) for budget in budgets]
         title = f"ms of {len(text):,} tokens (floor)"
         output.say(_prefill_table(rows[-len(timings) :]), _budget_table(budgets, title))
@@ -258,7 +263,7 @@ def _prefill_table(rows: Sequence[dict[str, object]]) -> Table:
             str(row["variant"]) + ("" if row["is_verified"] else " (unverified here)"),
             f"{seconds:.2f} ({row['lowest_s']:.2f}-{row['highest_s']:.2f})",
             *(f"{float(str(other['median_s'])) / seconds:.2f}" if other else "" for other in dense),
-            f"{row['peak_mib']:.0f}",
+            "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
         )
     return table
 

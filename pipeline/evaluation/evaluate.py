@@ -16,7 +16,6 @@ from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE
 from sentei.kernels.hf.models import rotary_table
 from sentei.pipeline.evaluation.costs import CostReport, Measured, reckon_costs, this_machine
-from sentei.pipeline.evaluation.memory import prefill_peaks
 from sentei.pipeline.evaluation.prices import PRICES_FILE, load_prices
 from sentei.pipeline.evaluation.recall import (
     TASK_NAMES,
@@ -29,6 +28,7 @@ from sentei.pipeline.evaluation.user_tasks import UserAnswer, UserSummary, answe
 from sentei.pipeline.measure.baselines import KINDS, RankSelector
 from sentei.pipeline.measure.capture import Sampling
 from sentei.pipeline.measure.latency import BEST_DENSE, DENSE_FORMS, Timing, time_prefills
+from sentei.pipeline.measure.memory import prefill_peaks
 from sentei.pipeline.measure.needs import dropped_by_rung
 from sentei.pipeline.measure.rungs import Variant, run_each, rung_variants
 from sentei.pipeline.measure.scores import (

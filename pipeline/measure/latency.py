@@ -1,7 +1,6 @@
-"""Prefill time and peak memory, the variants taking turns in one run."""
+"""Prefill time, the variants taking turns in one run."""
 
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
-import psutil
 import torch
 
 from sentei.kernels.hf.adapter import Adapter
@@ -18,7 +16,6 @@ from sentei.kernels.hf.retrofit import Base, retrofit
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, counted
 
-SAMPLE_S = 0.005
 SDPA, FLEX_DENSE, BEST_DENSE = "sdpa", "flex_dense", "best_dense"
 DENSE_BASES: Mapping[str, Base] = {FLEX_DENSE: "flex", BEST_DENSE: "best"}
 DENSE_FORMS = (SDPA, *DENSE_BASES)
@@ -26,13 +23,12 @@ DENSE_FORMS = (SDPA, *DENSE_BASES)
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Prefill seconds of one variant over its runs, and the memory it added at its peak."""
+    """Prefill seconds of one variant over its runs."""
 
     median_s: float
     lowest_s: float
     highest_s: float
     runs: int
-    peak_mib: float
 
 
 def time_prefills(
@@ -51,15 +47,13 @@ def time_prefills(
     """
     variants = [*dense, *(rung.id for rung in adapter.ladder.rungs if not rung.is_dense)]
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
-    peaks: dict[str, float] = {}
     for i_run, variant in counted(list(product(range(runs + 1), variants)), "time prefill", progress):
         prompt = text if i_run else text[:warm_up_tokens]
-        with variant_of(loaded, adapter, variant), measured_memory() as peak_mib:
+        with variant_of(loaded, adapter, variant):
             spent = time_once(partial(prefill, loaded, prompt))
         if i_run:
             seconds[variant].append(spent)
-            peaks[variant] = max(peaks.get(variant, 0.0), peak_mib())
-    return {variant: _summarise(seconds[variant], peaks[variant]) for variant in variants}
+    return {variant: _summarise(seconds[variant]) for variant in variants}
 
 
 @contextmanager
@@ -91,26 +85,5 @@ def time_once(work: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-@contextmanager
-def measured_memory() -> Iterator[Callable[[], float]]:
-    """Watch this process's resident memory; the value given back says by how many MiB it rose at its peak."""
-    process = psutil.Process()
-    before = highest = process.memory_info().rss
-    is_done = threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not is_done.wait(SAMPLE_S):
-            highest = max(highest, process.memory_info().rss)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield lambda: (highest - before) / 2**20
-    finally:
-        is_done.set()
-        thread.join()
-
-
-def _summarise(seconds: list[float], peak_mib: float) -> Timing:
-    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds), peak_mib)
+def _summarise(seconds: list[float]) -> Timing:
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))

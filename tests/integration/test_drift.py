@@ -59,6 +59,16 @@ def test_candidate_within_its_bound_never_drifts(store: Store, tmp_path: Path) -
     assert run_stream(store, tmp_path, None) == [(i, "clear") for i in range(1, 11)]
 
 
+def test_an_excess_within_the_bound_is_no_drift_however_it_is_spread() -> None:
+    """A quarter of the answers differ, the others not at all: an allowed mean, and three times of it."""
+    spread, silent = np.array([0.06, 0.0, 0.0, 0.0] * 5), (1e-5, 2e-5) * 20
+
+    within = check_drift(SPEC, DriftWindow(1, tuple(spread), silent))
+    beyond = check_drift(SPEC, DriftWindow(1, tuple(3 * spread), silent))
+
+    assert (within.status, beyond.status) == ("clear", "drift")
+
+
 def test_page_is_whole_and_needs_no_network(tmp_path: Path) -> None:
     """The saved page carries its own scripts."""
     path = tmp_path / "kl.html"

@@ -152,16 +152,23 @@ def _stays_in(policy: Policy, row: dict[str, Any]) -> str | None:
 
 
 def _stuck(rows: list[dict[str, Any]]) -> list[Text]:
-    """What a column of zeros does not say: nothing was promoted because nothing had begun to be routed."""
+    """What a column of zeros does not say: nothing was routed, or hardly anything had ended."""
     stuck = [row for row in rows if row["stays_in"] is not None]
-    if not stuck:
-        return []
-    names = ", ".join(row["scenario"] for row in stuck)
-    text = (
-        f"no rollout ever left stage {stuck[0]['stays_in']} in: {names}. These figures say nothing about the "
-        "stages after it: give more --sessions"
-    )
-    return [Text(text, style="bold yellow")]
+    told = []
+    if stuck:
+        names = ", ".join(row["scenario"] for row in stuck)
+        told.append(
+            f"no rollout ever left stage {stuck[0]['stays_in']} in: {names}. These figures say nothing about "
+            "the stages after it: give more --sessions"
+        )
+    open_ = [row for row in rows if row["undecided"] > 0.5 and row not in stuck]
+    if open_:
+        names = ", ".join(f"{row['scenario']} ({row['undecided']:.0%})" for row in open_)
+        told.append(
+            f"most rollouts had no end yet in: {names}. What is not promoted yet is not promoted wrongly: "
+            "give more --sessions before reading a false promotion off these"
+        )
+    return [Text(text, style="bold yellow") for text in told]
 
 
 def rules_table(rows: list[dict[str, Any]]) -> Table:

@@ -138,5 +138,11 @@ def test_a_policy_that_never_leaves_shadow_says_so(exposed: float, stays_in: str
 
     said = [str(text) for text in _stuck([row])]
     assert row["stays_in"] == stays_in
-    assert len(said) == (stays_in is not None)
-    assert all("no rollout ever left stage shadow in: healthy" in text for text in said)
+    (told,) = said
+    assert ("no rollout ever left stage shadow in: healthy" in told) == (stays_in is not None)
+    assert ("most rollouts had no end yet in: healthy (100%)" in told) == (stays_in is None)
+
+
+def test_rollouts_that_have_ended_say_nothing_more() -> None:
+    """Most have an end: their columns may be read as they are."""
+    assert _stuck([{"scenario": "healthy", "stays_in": None, "undecided": 0.4}]) == []

@@ -46,7 +46,6 @@ class DemoSize:
     max_rollout_s: float
     threads: int = 1
     engine: str = "builtin"
-    policy_changes: Mapping[str, Any] | None = None  # dotted path -> value, over policies/examples/demo.yaml
     expected: str = "promoted"  # how the rollout of the calibrated rung has to end
 
 
@@ -58,7 +57,6 @@ class Story:
     title: str
     expected: str
     fault: Mapping[str, Any] | None
-    policy_changes: Mapping[str, Any] | None = None  # on top of the size's
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +150,11 @@ def stories(size: DemoSize) -> tuple[Story, Story]:
     )
 
 
-def demo_policy(name: str, size: DemoSize, changes: Mapping[str, Any] | None = None) -> str:
-    """Return the shipped demo policy under another name, with the changes of a size and of a story."""
+def demo_policy(name: str) -> str:
+    """Return the shipped demo policy under another name."""
     text = resources.files("sentei.policies").joinpath("examples/demo.yaml").read_text(encoding="utf-8")
     document = yaml.safe_load(text)
     document["metadata"]["name"] = name
-    for path, value in {**(size.policy_changes or {}), **(changes or {})}.items():
-        *parents, last = path.split(".")
-        place = document
-        for key in parents:
-            place = place[int(key) if isinstance(place, list) else key]
-        place[last] = value
     return yaml.safe_dump(document, sort_keys=False)
 
 
@@ -223,7 +215,7 @@ def _run_story(
     with driver as traffic:
         time.sleep(LEAD_S)
         started = time.monotonic()
-        policy = demo_policy(f"demo-{story.name}", size, story.policy_changes)
+        policy = demo_policy(f"demo-{story.name}")
         # An earlier demo in the same home has left the second story's policy in quarantine, and the first
         # story is promoted when the second one begins. The fault comes after the start, not before: what the
         # first story's sessions meet belongs to the first story.

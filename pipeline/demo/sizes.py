@@ -53,21 +53,6 @@ POCKET_SIZE = DemoSize(
     fault_past_tokens=1024,
     attention="best",
     max_rollout_s=600.0,
-    policy_changes={
-        # A wider bound is proven in half as many sessions; one of 8,192 tokens takes 3 s with its audit.
-        "spec.guardrails.items.0.bound": {"excess_over_floor": 0.20, "floor_cap": 0.20},
-        "spec.advance.min_units": 32,
-        "spec.data.max_age": "180s",  # on a busy machine an audit of such a prompt takes a minute
-        "spec.breaker.variant.window": "120s",
-        "spec.ladder": [{"id": "mild"}, {"id": "bold"}],
-        # Climbed in shadow, where a rung that is too mild to pay may be passed; only bold serves anybody.
-        "spec.stages": [
-            {"id": "shadow", "share": 0, "rung": "mild", "hold_min": "2s", "need": "no_harm"},
-            {"id": "shadow-bold", "share": 0, "rung": "bold", "hold_min": "2s"},
-            {"id": "c50", "share": "50%", "rung": "bold", "hold_min": "8s", "need": "no_harm"},
-            {"id": "full", "share": "95%", "rung": "bold", "hold_min": "5s", "bake": "15s"},
-        ],
-    },
 )
 
 # Models of some hundred million parameters: a forward pass over 8k tokens takes 4 s on two cores with
@@ -105,12 +90,6 @@ LARGE_SIZE = DemoSize(
     threads=2,
     # At these lengths nothing is saved: the rollout is held, as it has to be (docs/measured.md, prefill).
     expected="held",
-    policy_changes={
-        "spec.breaker.variant.window": "120s",
-        "spec.data.max_age": "180s",
-        # A wider bound is proven in half as many sessions, and sessions are what is slow here.
-        "spec.guardrails.items.0.bound": {"excess_over_floor": 0.20, "floor_cap": 0.20},
-    },
 )
 
 

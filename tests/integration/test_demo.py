@@ -50,13 +50,12 @@ def tiny_bench(folder: Path) -> Workbench:
 
 
 def test_a_rung_that_is_too_mild_to_pay_ends_held(tmp_path: Path) -> None:
-    """Traffic, audits, controller, report and MLflow are those of `sentei demo`; nobody gets sparse."""
+    """Traffic, policy, audits, controller and report are those of `sentei demo`; nobody gets sparse."""
     bench = tiny_bench(tmp_path)
     size = replace(
         POCKET_SIZE,
         mix=MixOptions(prompt_tokens=(PROMPT_TOKENS,), text_tokens=4, text_share=1.0),
         think_s=0.0,
-        policy_changes=None,
     )
     story = Story("too-mild", "a rung that is too mild to pay", "held", None)
     seen: list[dict[str, Any]] = []
@@ -68,12 +67,12 @@ def test_a_rung_that_is_too_mild_to_pay_ends_held(tmp_path: Path) -> None:
     (end,) = ends
     assert (end.outcome, end.by, end.failed) == ("held", "compute", 0), end.reason
     assert end.is_as_expected
-    assert "compute in long at mild: no gain: " in end.reason
+    assert "compute in long at bold: no gain: " in end.reason
     assert "times dense's model time (" in end.reason
     assert all(route["share"] == 0 for found in seen for route in found["routes"])
     document = DemoResult("tiny", ends, None, bench.home.mlflow_uri, end.report, 1.0).to_dict()
     (told,) = document["rollouts"]
-    assert (told["outcome"], told["rung"], told["gain_proven"]) == ("held", "mild", False)
+    assert (told["outcome"], told["rung"], told["gain_proven"]) == ("held", "bold", False)
     assert told["model_time_ratio"] > 0.9
     assert {told[name] for name in ("ppl_cost_pct", "recall", "recall_dense")} == {None}  # no evaluation
     page = Path(end.report).read_text(encoding="utf-8")

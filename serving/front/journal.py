@@ -4,7 +4,8 @@ Ray's proxy asks for a journal by a header. The ingress then puts one line befor
 ids of the tokens in it and, before the first, a *ticket*, which says how the request was understood: its id,
 seeds and assignment. The proxy keeps what the lines say and sends none of them on. When the stream breaks, it
 asks again with the journal in the header. The ticket is signed with the key that all ingresses share: what a
-client makes up starts no answer at a rung of the client's choice.
+client makes up starts no answer at a rung of the client's choice. It holds the hash of the request's body, so
+it goes on with that request alone. The ids are not signed: an ingress takes a journal from our proxy only.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Ticket:
     unit: str
     seed: int
     assignment: dict[str, Any]  # the fields of a `router.Assignment`
+    body_sha256: str = ""  # hexadecimal
     ttft_s: float = 0.0
     first_at_s: float = 0.0  # epoch seconds of the first token
 
@@ -84,20 +86,23 @@ class Ticket:
         return f"{word.decode()}.{_mac(key, word)}"
 
     @classmethod
-    def check(cls, text: str, key: bytes) -> Ticket:
-        """Read a signed ticket; raises RequestError if it is none of ours."""
+    def check(cls, text: str, key: bytes, body_sha256: str) -> Ticket:
+        """Read a signed ticket; raises RequestError if it is none of ours, or of a request with another body."""
         word, _, mac = text.rpartition(".")
         is_ours = text.isascii() and len(text) <= MAX_TICKET_BYTES
         if not is_ours or not hmac.compare_digest(mac, _mac(key, word.encode())):
             raise RequestError(f"header {HEADER} was not made here; leave it out", param=HEADER)
-        return cls(**json.loads(base64.urlsafe_b64decode(word)))
+        ticket = cls(**json.loads(base64.urlsafe_b64decode(word)))
+        if not hmac.compare_digest(ticket.body_sha256, body_sha256):
+            raise RequestError(f"header {HEADER} is of a request with another body; leave it out", param=HEADER)
+        return ticket
 
 
 class JournalWriter:
     """Writes the lines of one stream, each before its event."""
 
-    def __init__(self, ticket: str, sent: Journal | None) -> None:
-        self._ticket = None if sent is not None else ticket
+    def __init__(self, ticket: str | None, sent: Journal | None) -> None:
+        self._ticket = ticket  # None: whoever reads the lines has it
         choices = sent.choices if sent is not None else {}
         self._num_told = {index: len(choice.ids) for index, choice in choices.items()}
 

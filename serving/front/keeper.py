@@ -14,14 +14,16 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sentei.serving.errors import RequestError
 from sentei.serving.front.journal import HEADER, MARK, NEW, Journal
+from sentei.serving.front.middleware import error_response
 
 log = logging.getLogger(__name__)
 
-KEEP_BYTES = (
-    64 << 20
-)  # of bodies of answers under way, all together; beyond it an answer ends with its ingress
+# Of bodies of answers under way, all together; beyond it an answer ends with its ingress.
+KEEP_BYTES = 64 << 20
 AGAIN_FOR_S = 60.0
+MAX_TRIES = 4  # in a row that gain nothing: as with replicas (`ingress/answer.py`), it may be what they die of
 AGAIN_AFTER_S = 0.1, 2.0  # the first pause and the longest
 ASKED_AGAIN = ("/v1/", "/tokenize")
 RAYS_OWN = "/-/"  # pages of Serve itself: no ingress takes part
@@ -57,7 +59,7 @@ class AnswerKeeper:
     async def _ask(self, scope: Scope, first: Message, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
         attempt, pause_s, deadline_s = _Attempt(send), AGAIN_AFTER_S[0], 0.0
-        has_gone = False
+        num_vain, has_gone = 0, False
         while True:
             waiting = [first]
 
@@ -69,16 +71,20 @@ class AnswerKeeper:
 
             header = NEW if attempt.journal is None else attempt.journal.write()
             num_sent = attempt.num_sent
+            attempt.begin()
             headers = [*scope["headers"], (_NAME, header.encode())]
             await self._app({**scope, "headers": headers}, receive_again, attempt.send)
             if has_gone or await attempt.finish():
                 return
+            has_gained = attempt.num_sent > num_sent
+            num_vain = 0 if has_gained else num_vain + (not attempt.is_for_later)
             # It went on for a while: another death, not one.
-            is_death = not deadline_s or attempt.num_sent > num_sent
+            is_death = not deadline_s or has_gained
             if is_death:
                 deadline_s, pause_s = loop.time() + self._again_for_s, AGAIN_AFTER_S[0]
-            if not attempt.can_go_on() or loop.time() + pause_s > deadline_s:
-                await attempt.give_up()
+            is_over = num_vain >= MAX_TRIES or loop.time() + pause_s > deadline_s
+            if is_over or not attempt.can_go_on():
+                await attempt.give_up(scope, receive)
                 return
             if is_death:
                 log.warning(
@@ -97,6 +103,7 @@ class _Attempt:
     to_client: Send
     journal: Journal | None = None
     has_started: bool = False
+    is_for_later: bool = False  # no ingress took the last try up: Ray had none, or one is busy or loading
     is_whole: bool = False
     num_sent: int = 0  # messages with a body
     _start: Message | None = None  # waits for its first piece: without one the answer can begin anew
@@ -106,7 +113,8 @@ class _Attempt:
 
     def begin(self) -> None:
         """Forget what the last try had not sent."""
-        self._start, self._is_rays, self._said_by_ray, self._refusal = None, False, b"", None
+        self._start, self._is_rays, self._said_by_ray = None, False, b""
+        self._refusal, self.is_for_later = None, False
 
     def can_go_on(self) -> bool:
         """Whether another try may begin: nothing was sent, or a journal says what."""
@@ -121,19 +129,27 @@ class _Attempt:
             self.is_whole = True
         return self.is_whole
 
-    async def give_up(self) -> None:
-        """Send what Ray said instead of an answer, where nothing else was sent."""
-        if self._start is not None and not self.has_started:
+    async def give_up(self, scope: Scope, receive: Receive) -> None:
+        """Say that there is no answer: in Ray's words, or in ours; one that has started stays cut."""
+        if self.has_started:
+            return
+        if self._start is not None and self._is_rays:
             await self.to_client(self._start)
             await self.to_client({"type": "http.response.body", "body": self._said_by_ray})
+            return
+        text = "every ingress that took the request went away before its answer began; try again"
+        refusal = error_response(RequestError(text, status=503, code="unavailable"))
+        await refusal(scope, receive, self.to_client)
 
     async def send(self, message: Message) -> None:
         """Pass one message on, without its line of the journal."""
         if message["type"] == "http.response.start":
+            status, self._is_rays = message["status"], _is_rays(message)
+            self.is_for_later = _has_retry_after(message) or (self._is_rays and status == 503)
             if self.has_started:  # the client has its status already
-                self._refusal = message["status"] if message["status"] != 200 else None
+                self._refusal = status if status != 200 else None
             else:
-                self._start, self._is_rays = message, _is_rays(message)
+                self._start = message
         elif message["type"] != "http.response.body":
             await self.to_client(message)
         elif self._is_rays:
@@ -169,6 +185,10 @@ def _is_rays(start: Message) -> bool:
     """Whether an answer is Ray's own, said because no ingress could: ours are always JSON."""
     kinds: list[Any] = [value for name, value in start.get("headers", ()) if name.lower() == b"content-type"]
     return start["status"] in (500, 503) and not any(kind.startswith(b"application/json") for kind in kinds)
+
+
+def _has_retry_after(start: Message) -> bool:
+    return any(name.lower() == b"retry-after" for name, _ in start.get("headers", ()))
 
 
 _NAME = HEADER.encode()

@@ -63,6 +63,8 @@ class Question:
     assignment: Assignment
     tools: ToolUse = NO_TOOLS
     sent: Sent | None = None  # what another ingress sent of the answer before it went away
+    is_resumed: bool = False  # another ingress began it, and drew its audit
+    is_stopped: bool = False  # since then its rollout was stopped, so dense goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,7 @@ class Answerer:
         """
         for i_try in range(MAX_TRIES):
             num_before = len(progress.ids)
-            name = question.assignment.variant if i_try == 0 else DENSE
+            name = question.assignment.variant if i_try == 0 and not question.is_stopped else DENSE
             if name == SPARSE and self._breaker.is_open(time.monotonic()):
                 progress.note_failure(VariantError(SPARSE, "breaker_open"))
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -50,8 +51,18 @@ class _EventStream(StreamingResponse):
                 await self.body_iterator.aclose()
 
 
-def build_api(gateway: Gateway, *, keys: KeyBook | None = None, cors_origins: Sequence[str] = ()) -> FastAPI:
-    """Return the ASGI app over a gateway; its lifespan starts and stops the gateway."""
+def build_api(
+    gateway: Gateway,
+    *,
+    keys: KeyBook | None = None,
+    cors_origins: Sequence[str] = (),
+    has_keeper: bool = False,
+) -> FastAPI:
+    """Return the ASGI app over a gateway; its lifespan starts and stops the gateway.
+
+    `has_keeper` says that `front/keeper.py` stands before it and takes journals away that clients send; without
+    it nobody is given a journal, and none is taken.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -65,14 +76,14 @@ def build_api(gateway: Gateway, *, keys: KeyBook | None = None, cors_origins: Se
     api.add_exception_handler(RequestError, _answer_request_error)
     api.add_exception_handler(StarletteHTTPException, _answer_http_error)
     api.add_exception_handler(Exception, _answer_surprise)
-    _add_openai_routes(api, gateway)
+    _add_openai_routes(api, gateway, has_keeper=has_keeper)
     _add_health_routes(api, gateway)
     add_middleware(api, keys or KeyBook(), cors_origins)
     add_document(api)
     return api
 
 
-def _add_openai_routes(api: FastAPI, gateway: Gateway) -> None:
+def _add_openai_routes(api: FastAPI, gateway: Gateway, *, has_keeper: bool) -> None:
     desk = BodyDesk(gateway.limits.bodies)
 
     @api.get("/v1/models", **describe(answer=ModelList, errors=(401, 429)))
@@ -89,11 +100,11 @@ def _add_openai_routes(api: FastAPI, gateway: Gateway) -> None:
 
     @api.post("/v1/chat/completions", **describe(ChatRequest, answer=ChatCompletion, piece=ChatChunk))
     async def chat(request: Request) -> Any:
-        return await _answer(gateway, desk, request, kind=ChatRequest)
+        return await _answer(gateway, desk, request, kind=ChatRequest, has_keeper=has_keeper)
 
     @api.post("/v1/completions", **describe(CompletionRequest, answer=TextCompletion, piece=TextChunk))
     async def completions(request: Request) -> Any:
-        return await _answer(gateway, desk, request, kind=CompletionRequest)
+        return await _answer(gateway, desk, request, kind=CompletionRequest, has_keeper=has_keeper)
 
     @api.post("/tokenize", **describe(TokenizeRequest, answer=Tokens))
     async def tokenize(request: Request) -> JSONResponse:
@@ -117,13 +128,21 @@ def _add_health_routes(api: FastAPI, gateway: Gateway) -> None:
 
 
 async def _answer(
-    gateway: Gateway, desk: BodyDesk, http: Request, *, kind: type[ChatRequest] | type[CompletionRequest]
+    gateway: Gateway,
+    desk: BodyDesk,
+    http: Request,
+    *,
+    kind: type[ChatRequest] | type[CompletionRequest],
+    has_keeper: bool,
 ) -> JSONResponse | StreamingResponse:
-    wanted = http.headers.get(HEADER)
+    wanted = http.headers.get(HEADER) if has_keeper else None
     journal = None if wanted in (None, NEW) else Journal.read(wanted)
     async with desk.body(http, gateway.body_limit_bytes()) as body:
         request: GenerationRequest = parse_request(kind, body)
-        questions = await gateway.check(request, http.headers, num_bytes=len(body), journal=journal)
+        digest = hashlib.sha256(body).hexdigest() if wanted is not None else ""
+        questions = await gateway.check(
+            request, http.headers, num_bytes=len(body), journal=journal, body_sha256=digest
+        )
     del body  # an answer takes long, and a prompt may be large
     begun = gateway.begin(questions)
     progresses = [progress for progress, _ in begun]
@@ -148,7 +167,10 @@ async def _answer(
     usage_for = num_prompt if request.wants_usage() else None
     if journal is not None and journal.has_usage:
         usage_for = None
-    lines = JournalWriter(gateway.sign(questions[0], progresses[0]), journal) if wanted is not None else None
+    lines = None
+    if wanted is not None:
+        ticket = gateway.sign(questions[0], progresses[0], digest) if journal is None else None
+        lines = JournalWriter(ticket, journal)
     events = _events(writer, deltas, progresses, first=first, usage_for=usage_for, lines=lines)
     headers = _headers(http, questions[0], progresses[first[0]])
     return _EventStream(events, media_type="text/event-stream", headers=headers)

@@ -167,12 +167,15 @@ class Gateway:
         *,
         num_bytes: int = 0,
         journal: Journal | None = None,
+        body_sha256: str = "",
     ) -> tuple[Question, ...]:
         """Turn a parsed request into its questions, one for each wanted answer; raises RequestError.
 
         All have one unit and one assignment, and the first alone is audited: the unit is what counts. With a
-        journal they are those of an ingress that is gone, as far as it had answered them.
+        journal they are those of an ingress that is gone, as far as it had answered them; its ticket must be of
+        this body. What sparse began goes on on sparse only where a new request would go there, too.
         """
+        ticket = None if journal is None else Ticket.check(journal.ticket, self._user_key, body_sha256)
         card = self._card(request.model)
         use = self._tool_use(request)
         check_biases(request, card)
@@ -184,8 +187,8 @@ class Gateway:
             await self._schemas.check(sampling.json_schema)
         ids = await self._prompts.run(num_bytes, prompt_ids, request, use, self.tokenizer, card)
         max_tokens = room_for_answer(request, len(ids), card, self.limits.default_max_tokens)
-        ticket = Ticket.check(journal.ticket, self._user_key) if journal is not None else None
         ticket = ticket or self._ticket(headers, request.user, len(ids), sampling.seed)
+        assignment = Assignment(**ticket.assignment)
         first = Question(
             request_id=ticket.request_id,
             unit=ticket.unit,
@@ -194,8 +197,10 @@ class Gateway:
             sampling=replace(sampling, seed=ticket.seed),
             stops=request.stops(),
             stop_ids=frozenset() if request.ignore_eos else frozenset(card.eos_ids),
-            assignment=Assignment(**ticket.assignment),
+            assignment=assignment,
             tools=use,
+            is_resumed=journal is not None,
+            is_stopped=journal is not None and self._is_stopped(assignment, len(ids), ticket.unit),
         )
         questions = (first, *(self._sibling(first, i) for i in range(1, request.num_choices())))
         if journal is None:
@@ -203,13 +208,14 @@ class Gateway:
         sent = {index: sent_before(choice, ticket, self.now_s()) for index, choice in journal.choices.items()}
         return tuple(replace(item, sent=sent.get(index)) for index, item in enumerate(questions))
 
-    def sign(self, question: Question, progress: Progress) -> str:
+    def sign(self, question: Question, progress: Progress, body_sha256: str) -> str:
         """Return the ticket with which another ingress can take an answer up whose first token is there."""
         ticket = Ticket(
             request_id=question.request_id,
             unit=question.unit,
             seed=question.sampling.seed,
             assignment=asdict(question.assignment),
+            body_sha256=body_sha256,
             ttft_s=(progress.ttft_ms() or 0.0) / 1e3,
             first_at_s=self.now_s(),
         )
@@ -229,8 +235,8 @@ class Gateway:
     def begin(self, questions: Sequence[Question]) -> list[tuple[Progress, AsyncGenerator[Delta, None]]]:
         """Start answers; raises RequestError when too many run. Each one's record is written when it ends."""
         if self._in_flight + len(questions) > self.limits.max_concurrent:
-            for _ in filter(_is_audited, questions):
-                self._budget.give_back()
+            for question in questions:
+                self._give_back_audit(question)
             raise RequestError(
                 f"{self._in_flight} requests are in flight (limit {self.limits.max_concurrent}); retry later",
                 status=429,
@@ -289,19 +295,24 @@ class Gateway:
     def _write_down(self, question: Question, progress: Progress) -> None:
         total_ms = (time.monotonic() - progress.began_s) * 1e3
         if progress.is_turned_away and question.assignment.is_audited:
-            self._budget.give_back()
+            self._give_back_audit(question)
             question = replace(question, assignment=replace(question.assignment, is_audited=False))
         self.writer.put(record_of(question, progress, at_s=self.now_s(), total_ms=total_ms))
         if not question.assignment.is_audited:
             return
         job = audit_job_of(question, progress, self.limits.audit_max_tokens)
         if self._desk is None or not job.served_ids:
-            self._budget.give_back()
+            self._give_back_audit(question)
             self._miss(job, Missing.NO_TOKENS if self._desk is not None else Missing.NO_AUDITOR)
             return
         task = asyncio.get_running_loop().create_task(self._submit_audit(self._desk, job))
         self._audits.add(task)
         task.add_done_callback(self._audits.discard)
+
+    def _give_back_audit(self, question: Question) -> None:
+        """Give the budget back what this ingress took for a question; of a resumed one another ingress took it."""
+        if question.assignment.is_audited and not question.is_resumed:
+            self._budget.give_back()
 
     async def _submit_audit(self, desk: AuditDesk, job: AuditJob) -> None:
         if (refusal := await desk.submit(job)) is not None:
@@ -323,6 +334,12 @@ class Gateway:
         if is_of_rollout and self._seen.add((assigned.rollout_id, assigned.slice_id, unit)):
             self.writer.put(arrival_of(assigned, unit, at_s=self.now_s()))
         return draw_audit(assigned, unit, draws=self._draws, budget=self._budget, now_s=now_s)
+
+    def _is_stopped(self, begun: Assignment, prompt_tokens: int, unit: str) -> bool:
+        """Whether sparse may not go on with what another ingress began there: a new request would go elsewhere."""
+        now = assign(self._obeyed(self._clock()), prompt_tokens=prompt_tokens, unit=unit)
+        places = [(each.variant, each.rollout_id, each.rung_id, each.artifact) for each in (begun, now)]
+        return begun.variant == SPARSE and places[0] != places[1]
 
     def _obeyed(self, now_s: float) -> RoutingTable | None:
         """Return the table, unless its lease ran out or sparse runs something else than what was proven."""
@@ -371,10 +388,6 @@ class Gateway:
             if is_known and name == DENSE:
                 return
             await asyncio.sleep(DESCRIBE_AGAIN_S if is_known else DESCRIBE_RETRY_S)
-
-
-def _is_audited(question: Question) -> bool:
-    return question.assignment.is_audited
 
 
 def session_unit(

@@ -46,6 +46,7 @@ class World:
     clock: FakeClock = field(default_factory=FakeClock)
     limits: Limits = LIMITS
     user_key: bytes | None = None
+    has_keeper: bool = False
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[httpx.AsyncClient]:
@@ -61,7 +62,7 @@ class World:
             clock=self.clock,
             user_key=self.user_key,
         )
-        api = build_api(self.gateway)
+        api = build_api(self.gateway, has_keeper=self.has_keeper)
         async with api.router.lifespan_context(api):
             for name in variants:
                 await self.gateway.introduce_once(name)

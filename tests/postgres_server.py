@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.machine import free_port
 
 USER = "sentei"
 START_S = 30.0
@@ -63,7 +64,7 @@ def run_postgres() -> Iterator[PostgresServer]:
     if user is not None:
         shutil.chown(folder, user)
     _run([_binary("initdb"), "-D", str(data), "-U", USER, "-A", "trust", "--no-sync", "-E", "UTF8"], user)
-    port = _free_port()
+    port = free_port()
     # Nothing here must survive a power cut; what a killed client leaves behind does not depend on fsync.
     options = ["-h", "127.0.0.1", "-p", str(port), "-k", str(folder), "-c", "fsync=off"]
     with (folder / "log").open("w") as log:
@@ -101,12 +102,6 @@ def _run(command: list[str], user: str | None) -> None:
     done = subprocess.run(command, user=user, cwd="/", capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed: {done.stderr}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:

@@ -94,7 +94,9 @@ class Ticket:
             raise RequestError(f"header {HEADER} was not made here; leave it out", param=HEADER)
         ticket = cls(**json.loads(base64.urlsafe_b64decode(word)))
         if not hmac.compare_digest(ticket.body_sha256, body_sha256):
-            raise RequestError(f"header {HEADER} is of a request with another body; leave it out", param=HEADER)
+            raise RequestError(
+                f"header {HEADER} is of a request with another body; leave it out", param=HEADER
+            )
         return ticket
 
 

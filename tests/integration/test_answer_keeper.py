@@ -357,7 +357,9 @@ async def test_ticket_goes_on_with_its_own_request_alone() -> None:
             if line.startswith(MARK):
                 journal.take(line.removeprefix(MARK))
         again = {HEADER: Journal(journal.ticket).write()}
-        other = await client.post("/v1/chat/completions", json=chat("another one", stream=True), headers=again)
+        other = await client.post(
+            "/v1/chat/completions", json=chat("another one", stream=True), headers=again
+        )
         same = await client.post("/v1/chat/completions", json=chat(stream=True), headers=again)
 
     assert (other.status_code, other.json()["error"]["param"]) == (400, HEADER)

@@ -44,7 +44,7 @@ def api_of(client: httpx.AsyncClient) -> FastAPI:
 
 
 class HalfSent:
-    """A request whose body never ends: `parts` come at once, or every `every_s`, and then nothing."""
+    """A request whose body never ends: `parts` come at once, or every `every_s`, and then nothing or the end."""
 
     def __init__(
         self,
@@ -53,9 +53,10 @@ class HalfSent:
         who: str = "10.0.0.1",
         parts: Sequence[bytes] = (b"{",),
         every_s: float = 0.0,
+        hangs_up: bool = False,
         headers: Sequence[tuple[bytes, bytes]] = (),
     ) -> None:
-        self._parts, self._every_s = list(parts), every_s
+        self._parts, self._every_s, self._hangs_up = list(parts), every_s, hangs_up
         self._sent: list[Any] = []
         scope = {
             "type": "http",
@@ -75,6 +76,8 @@ class HalfSent:
     async def _receive(self) -> dict[str, Any]:
         await asyncio.sleep(self._every_s)
         if not self._parts:
+            if self._hangs_up:
+                return {"type": "http.disconnect"}
             await asyncio.Event().wait()
         return {"type": "http.request", "body": self._parts.pop(0), "more_body": True}
 
@@ -271,6 +274,30 @@ async def test_header_that_is_no_text_is_refused_by_name(header: str) -> None:
     assert (response.status_code, error["param"].lower()) == (400, header.lower())
 
 
+async def test_client_does_not_steer_serve() -> None:
+    """How long a request may take, and whether Serve looks if its client is there, is not the client's to say."""
+    seen: list[dict[str, str]] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        seen.append({name.decode(): value.decode() for name, value in scope["headers"]})
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    made = middlewares()[-1]
+    transport = httpx.ASGITransport(app=made.cls(inner, *made.args, **made.kwargs))
+    given = {
+        "x-request-timeout-seconds": "0.001",
+        "X_Request_Disconnect_Disabled": "?1",
+        "x-session-id": "ann",
+    }
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=given) as client:
+        await client.get("/")
+
+    names = {name.replace("_", "-") for name in seen[0]}
+    assert not names & {"x-request-timeout-seconds", "x-request-disconnect-disabled"}
+    assert seen[0]["x-session-id"] == "ann"
+
+
 async def test_user_is_kept_as_a_keyed_hash() -> None:
     """Two ingresses with one key tell one user from another, and no record says who it is."""
     worlds = [World(user_key=key) for key in (b"k1", b"k1", b"k2")]
@@ -367,15 +394,28 @@ async def test_half_sent_bodies_cost_ray_nothing() -> None:
     assert len(inside.messages) == 2
 
 
+async def test_body_that_ends_with_its_client_never_reaches_ray() -> None:
+    """Half of a short body, and then the client hangs up: that is no whole body."""
+    inside = Inside()
+    for parts in ([b"[1,"], []):
+        half = HalfSent(
+            BodyGate(inside, BODIES), parts=parts, hangs_up=True, headers=[(b"content-length", b"7")]
+        )
+        await asyncio.wait_for(half.task, 2)
+
+    assert inside.messages == []
+
+
 async def test_gate_learns_what_is_too_long() -> None:
-    """Once an ingress has said what its model takes, longer bodies are refused unread, in front of Ray."""
+    """Once an ingress has said with its readiness what its model takes, longer bodies are refused unread."""
     inside = Inside(limit_bytes=100)
     transport = httpx.ASGITransport(app=BodyGate(inside, BODIES))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        before = await client.post(ASK, content=b"x" * 200)
+        before = [await client.post(ASK, content=b"x" * 200) for _ in range(2)]
+        await client.get("/readyz")
         after = await client.post(ASK, content=b"x" * 200)
 
-    assert (before.status_code, after.status_code) == (200, 413)
+    assert [response.status_code for response in (*before, after)] == [200, 200, 413]
     assert after.json()["error"]["code"] == "request_too_large"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sentei.pipeline.demo.local_server import LocalServer
 from sentei.pipeline.rollout.client import AdminClient, AdminError
 from sentei.serving.ingress.router import position
 from tests.fakes_models import save_byte_tokenizer
+from tests.machine import wait_for
 from tests.trial_ladders import uncalibrated_ladder
 
 TOKEN = "test-token"
@@ -137,14 +138,6 @@ def operator(server: LocalServer) -> Iterator[AdminClient]:
     made = AdminClient(server.url, TOKEN)
     yield made
     made.close()
-
-
-def wait_for(is_done: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
-    """Poll until something is so."""
-    deadline = time.monotonic() + timeout_s
-    while not is_done():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.2)
 
 
 def session(*, candidate: bool) -> str:

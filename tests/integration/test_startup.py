@@ -56,8 +56,9 @@ def test_start_that_never_works_names_its_cause() -> None:
 def test_node_that_is_slow_to_come_up_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray says so by a bare Exception; what such a try has left running is ended before the next one."""
+    """Ray says so by a bare Exception; what such a try has left running, and no more, is ended before the next."""
     left: list[subprocess.Popen[bytes]] = []
+    callers_own = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 
     def start_ray(_: str) -> None:
         left.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
@@ -71,9 +72,13 @@ def test_node_that_is_slow_to_come_up_is_started_again(
     ):
         pass
 
+    is_spared = callers_own.poll() is None
+    callers_own.kill()
+    callers_own.wait(10)
     assert len(left) == 5
-    for process in left:
-        assert process.poll() is not None
+    assert all(process.poll() is not None for process in left)
+    assert is_spared, "what ran before the start is the caller's"
+    for process in (*left, callers_own):
         assert process.stdin is not None
         process.stdin.close()
 

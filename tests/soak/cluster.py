@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import psutil
 
 from sentei.pipeline.demo.local_server import LocalServer
 from sentei.pipeline.rollout.client import AdminClient
+from tests.machine import free_port
 
 # The titles that Ray gives its processes; the names of the parts are ours.
 TITLES = {
@@ -105,23 +104,6 @@ class Cluster:
         _close_pipes(process)
         self._server = None
         return len(found)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for(is_done: Callable[[], bool], what: str, timeout_s: float = 60.0) -> float:
-    """Poll until something is so; returns how many seconds it took."""
-    began_s = time.monotonic()
-    while not is_done():
-        if time.monotonic() - began_s > timeout_s:
-            raise TimeoutError(f"not within {timeout_s:g} s: {what}")
-        time.sleep(0.2)
-    return time.monotonic() - began_s
 
 
 def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:

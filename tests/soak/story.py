@@ -19,7 +19,8 @@ import httpx
 
 from sentei.pipeline.rollout.client import AdminError
 from tests.integration.test_serving_ray import save_tiny_model
-from tests.soak.cluster import Cluster, kill, wait_for
+from tests.machine import wait_for
+from tests.soak.cluster import Cluster, kill
 from tests.soak.streams import Answer, ask
 from tests.soak.traffic import Traffic
 

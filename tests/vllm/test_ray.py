@@ -21,9 +21,9 @@ from tests.integration.test_serving_ray import (
     admin,
     save_tiny_model,
     session,
-    wait_for,
     who_answers,
 )
+from tests.machine import wait_for
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(1500)]
 NUM_TOKENS = 650  # so many that the answer is not over before the kill

@@ -40,7 +40,6 @@ from sentei.policies.schema.policy import Policy
 from sentei.policies.state import RolloutState, state_from_json
 
 EVENT_KINDS_HIDDEN = frozenset({EVIDENCE, HOLD})
-ENDS = frozenset({"promote", "held", "rollback"})
 ADAPTER_NAME = "adapter"  # in what is kept about a rollout: the folder that sparse was started with
 EVALUATION_FILE = "evaluation.json"
 
@@ -150,7 +149,7 @@ def build_report(
     saved, quality = savings(slices, audits), quality_figures(audits)
     own = next((i for i in range(len(states) - 1, -1, -1) if states[i].outcome != REPLACED), len(states) - 1)
     outcome, decided = (state.outcome or state.phase for state in (last, states[own]))
-    verdicts, gains = _verdicts(policy, events)
+    verdicts, gains = _verdicts(policy, events, states)
     measured = evaluation if evaluation is not None else _evaluation_of(rollout)
     return Report(
         rollout=rollout,
@@ -221,17 +220,29 @@ def routed_share(policy: Policy, state: RolloutState) -> float:
 Verdicts = tuple[Mapping[str, Any], ...]
 
 
-def _verdicts(policy: Policy, events: Sequence[Event]) -> tuple[Verdicts, Verdicts]:
-    """The verdicts on guardrails and on benefits: of the newest event that ended it, else the newest."""
+def _verdicts(
+    policy: Policy, events: Sequence[Event], states: Sequence[RolloutState]
+) -> tuple[Verdicts, Verdicts]:
+    """The verdicts on guardrails and on benefits that stand."""
     guardrails = {item.id: item for item in policy.spec.guardrails.items}
     benefits = {item.id: item for item in policy.spec.benefit}
-    told = [event for event in events if event.payload.get("verdicts")]
-    ends = [event for event in told if event.kind in ENDS]
-    if not told:
-        return (), ()
-    found = [dict(verdict) for verdict in (ends or told)[-1].payload["verdicts"]]
+    found = [dict(verdict) for verdict in _standing_verdicts(events, states)]
     own = (_described(verdict, guardrails[verdict["id"]]) for verdict in found if verdict["id"] in guardrails)
     return tuple(own), tuple(verdict for verdict in found if verdict["id"] in benefits)
+
+
+def _standing_verdicts(events: Sequence[Event], states: Sequence[RolloutState]) -> Verdicts:
+    """Those of the newest event that ended it, unless it goes on since; else the newest of this try."""
+    past = [state.outcome for state in states]
+    went_on = max((i for i, outcome in enumerate(past) if outcome is None), default=-1)
+    told = [
+        i
+        for i, event in enumerate(events)
+        if event.payload.get("verdicts") and states[i].retries == states[-1].retries
+    ]
+    ends = [i for i in told if i > went_on and (i == 0 or past[i] != past[i - 1])]
+    chosen = (ends or told)[-1:]
+    return tuple(events[chosen[0]].payload["verdicts"]) if chosen else ()
 
 
 def _evaluation_of(rollout: Rollout) -> Mapping[str, Any] | None:

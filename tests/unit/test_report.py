@@ -314,6 +314,44 @@ def test_a_held_rollout_says_that_it_does_not_pay(store: Store) -> None:
     assert report.first_screen.saved[0].proof == "against"
 
 
+def test_a_resumed_rollout_is_not_told_by_the_end_that_was_undone(store: Store) -> None:
+    """Held for want of a gain and resumed: it goes on, and its verdicts are the newest."""
+    play(store, 12, policy=WITH_BENEFIT, sparse_compute_s=1.3)
+    store.add_command(ROLLOUT, "resume", by="ann", at_s=START_S + 12)
+    RolloutRunner.open(store, ROLLOUT, RunnerOptions("me")).tick(START_S + 12.5)
+
+    report = build_report(store, ROLLOUT)
+
+    assert report.outcome == "running"
+    assert [item["verdict"] for item in report.gains] == ["undecided"]
+    assert report.first_screen.saving_in_words.startswith("The saving is not proven")
+
+
+def test_a_retried_rollout_is_told_by_its_own_try(store: Store) -> None:
+    """Nothing is judged until the second try has evidence; then its own verdicts are shown."""
+    retry = POLICY + "  rollback: {retry: {max: 3, cool_off: 0s}}\n"
+    play(store, 10, policy=retry, token_disagreement=0.6)
+    first = build_report(store, ROLLOUT)
+    store.add_command(ROLLOUT, "retry", by="ann", at_s=START_S + 11)
+    runner = RolloutRunner.open(store, ROLLOUT, RunnerOptions("me"))
+    runner.tick(START_S + 12)
+    retried = build_report(store, ROLLOUT)
+    for i in range(200, 208):
+        store.add_request(make_request(i, at_s=START_S + 13, variant_assigned="dense"))
+        store.add_audit(make_audit(i, at_s=START_S + 13, variant_served="dense"))
+    runner.tick(START_S + 14)
+    second_try = build_report(store, ROLLOUT)
+    store.add_command(ROLLOUT, "abort", by="ann", at_s=START_S + 15)
+    runner.tick(START_S + 16)
+    aborted = build_report(store, ROLLOUT)
+
+    assert [item["verdict"] for item in first.verdicts] == ["harm"]
+    assert (retried.outcome, retried.verdicts) == ("running", ())
+    assert "harm" not in retried.first_screen.safety_in_words
+    assert (second_try.outcome, second_try.verdicts[0]["units"]) == ("running", 8)
+    assert (aborted.outcome, aborted.verdicts[0]["units"]) == ("rolled_back", 8)
+
+
 def test_a_promoted_rollout_that_was_replaced_is_still_told_as_promoted(store: Store) -> None:
     """What it decided stands; that another took its place is a remark."""
     play(store, 15)

@@ -23,6 +23,8 @@ from sentei.pipeline.reports.figures import (
     Savings,
     SliceFigures,
     audit_overhead,
+    find_rung,
+    newest_quality,
     quality_figures,
     savings,
     slice_figures,
@@ -95,6 +97,7 @@ class Report:
     routes: tuple[RouteEntry, ...]
     slices: tuple[SliceFigures, ...]
     quality: tuple[QualityFigures, ...]
+    rung_id: str  # the rung that it reached: of the newest score, whose saving and quality are shown; "" before
     savings: Savings
     audit: AuditOverhead
     drift: tuple[DriftResult, ...]
@@ -105,9 +108,9 @@ class Report:
     evaluation: Mapping[str, Any] | None
 
     @property
-    def rung_id(self) -> str:
-        """The rung that was audited last, whose saving and quality are shown; "" before an audit."""
-        return self.quality[-1].rung_id if self.quality else ""
+    def evaluated_rung(self) -> Mapping[str, Any] | None:
+        """What the evaluation has measured of the rung that it reached."""
+        return find_rung(self.evaluation, self.rung_id)
 
     @property
     def is_gain_proven(self) -> bool:
@@ -146,7 +149,9 @@ def build_report(
         requests, audits = ([row for row in rows if row["seq"] <= last.cursor] for rows in (requests, audits))
         drift = [result for result in drift if result.at_s <= events[-1].at_s]
     slices = slice_figures(requests, [item.id for item in policy.spec.slices.buckets])
-    saved, quality = savings(slices, audits), quality_figures(audits)
+    quality = quality_figures(audits)
+    newest = newest_quality(quality)
+    saved, rung_id = savings(slices, newest), newest[-1].rung_id if newest else ""
     own = next((i for i in range(len(states) - 1, -1, -1) if states[i].outcome != REPLACED), len(states) - 1)
     outcome, decided = (state.outcome or state.phase for state in (last, states[own]))
     verdicts, gains = _verdicts(policy, events, states)
@@ -164,7 +169,13 @@ def build_report(
         reason=states[own].reason if states[own].outcome else str(events[own].payload.get("reason", "")),
         headline=headline(decided if states[own].outcome else outcome, shares[own], saved),
         first_screen=first_screen(
-            slices=slices, quality=quality, savings=saved, verdicts=verdicts, gains=gains, evaluation=measured
+            slices=slices,
+            newest=newest,
+            rung_id=rung_id,
+            savings=saved,
+            verdicts=verdicts,
+            gains=gains,
+            evaluation=measured,
         ),
         stage_id=last.stage_id,
         share_now=shares[-1],
@@ -174,6 +185,7 @@ def build_report(
         routes=_routes(policy, last),
         slices=slices,
         quality=quality,
+        rung_id=rung_id,
         savings=saved,
         audit=audit_overhead(requests, audits),
         drift=tuple(drift),

@@ -255,12 +255,10 @@ def _with_report(bench: Workbench, store: Store, end: StoryEnd) -> StoryEnd:
 
 def _measured(report: Report) -> Measured:
     """What the rollout's newest rung takes, from its report, and what it costs, from the evaluation."""
-    rung_id = report.rung_id
-    rungs = report.evaluation["rungs"] if report.evaluation is not None else []
-    rung = next((item for item in rungs if item["rung"] == rung_id), None)
+    rung = report.evaluated_rung
     change = report.savings.paired_compute_change
     return Measured(
-        rung=rung_id,
+        rung=report.rung_id,
         model_time_ratio=None if change is None else 1 + change,
         ppl_cost_pct=None if rung is None else rung["ppl_cost_pct"],
         recall=None if rung is None else rung["recall"]["mean"],

@@ -83,8 +83,6 @@ class Savings:
     """
 
     ttft_p50_change: float | None
-    ttft_p95_change: float | None
-    compute_change: float | None
     paired_compute_change: float | None  # the same requests through both, from the audits
     tpot_p50_change: float | None
     slices_compared: int
@@ -125,27 +123,34 @@ def slice_figures(requests: Sequence[Row], slice_ids: Sequence[str]) -> tuple[Sl
 
 
 def quality_figures(audits: Sequence[Row]) -> tuple[QualityFigures, ...]:
-    """Return the audited quality of each slice and rung; the one that was audited last comes last."""
+    """Return the audited quality of each slice and rung; the one whose score came last comes last."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in audits:
         key = (row["slice_id"], row["rung_id"])
-        rows = groups.pop(key, [])
+        rows = groups.setdefault(key, [])
         rows.append(row)
-        groups[key] = rows
+        if row["status"] == AuditStatus.SCORED:
+            groups[key] = groups.pop(key)
     return tuple(_quality(slice_id, rung_id, rows) for (slice_id, rung_id), rows in groups.items())
 
 
-def savings(figures: Sequence[SliceFigures], audits: Sequence[Row]) -> Savings:
-    """Return what sparse saves, compared slice by slice."""
+def newest_quality(quality: Sequence[QualityFigures]) -> tuple[QualityFigures, ...]:
+    """Return the newest group with a score of each slice, in their order: the last is of the reached rung."""
+    newest: dict[str, QualityFigures] = {}
+    for item in quality:
+        if item.scored:
+            newest.pop(item.slice_id, None)
+            newest[item.slice_id] = item
+    return tuple(newest.values())
+
+
+def savings(figures: Sequence[SliceFigures], newest: Sequence[QualityFigures]) -> Savings:
+    """Return what sparse saves, compared slice by slice; `newest` is that of newest_quality()."""
     compared = [f for f in figures if f.dense.answered and f.sparse.answered]
-    newest = {row["slice_id"]: row["rung_id"] for row in audits}
-    scored = [row for row in audits if row["rung_id"] == newest[row["slice_id"]]]
-    dense_s = sum(row["dense_compute_s"] for row in scored)
-    sparse_s = sum(row["sparse_compute_s"] for row in scored)
+    dense_s = sum(item.scored * (item.dense_compute_s_mean or 0.0) for item in newest)
+    sparse_s = sum(item.scored * (item.sparse_compute_s_mean or 0.0) for item in newest)
     return Savings(
         ttft_p50_change=_change(compared, lambda arm: arm.ttft_ms_p50),
-        ttft_p95_change=_change(compared, lambda arm: arm.ttft_ms_p95),
-        compute_change=_change(compared, lambda arm: arm.compute_s_per_1k_tokens),
         paired_compute_change=sparse_s / dense_s - 1 if dense_s and sparse_s else None,
         tpot_p50_change=_change(compared, lambda arm: arm.tpot_ms_p50),
         slices_compared=len(compared),
@@ -222,14 +227,39 @@ def _quality(slice_id: str, rung_id: str, rows: Sequence[Row]) -> QualityFigures
     )
 
 
+def mean_of_arms(
+    figures: Sequence[SliceFigures], value_of: Callable[[ArmFigures], float | None]
+) -> tuple[float, float] | None:
+    """Return dense's and sparse's mean over the slices where both have a value, weighted by all their traffic."""
+    both = [
+        (item.requests, before, after)
+        for item in figures
+        if (before := value_of(item.dense)) is not None and (after := value_of(item.sparse)) is not None
+    ]
+    total = sum(num for num, _, _ in both)
+    if not total:
+        return None
+    return sum(num * dense for num, dense, _ in both) / total, sum(num * sp for num, _, sp in both) / total
+
+
+def mean_of_audits(
+    quality: Sequence[QualityFigures], value_of: Callable[[QualityFigures], float | None]
+) -> float | None:
+    """Return the mean over the groups that have a value, weighted by their scored audits."""
+    known = [(item.scored, value) for item in quality if (value := value_of(item)) is not None]
+    total = sum(num for num, _ in known)
+    return sum(num * value for num, value in known) / total if total else None
+
+
+def find_rung(evaluation: Mapping[str, Any] | None, rung_id: str) -> Mapping[str, Any] | None:
+    """Return what the document of `sentei evaluate` says of a rung, if there is one and it knows the rung."""
+    rungs = evaluation.get("rungs", []) if evaluation is not None else []
+    return next((item for item in rungs if item.get("rung") == rung_id), None)
+
+
 def _change(figures: Sequence[SliceFigures], value_of: Callable[[ArmFigures], float | None]) -> float | None:
-    dense = sparse = 0.0
-    for item in figures:
-        before, after = value_of(item.dense), value_of(item.sparse)
-        if before is not None and after is not None:
-            dense += item.requests * before
-            sparse += item.requests * after
-    return sparse / dense - 1 if dense else None
+    means = mean_of_arms(figures, value_of)
+    return means[1] / means[0] - 1 if means is not None and means[0] else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -5,15 +5,24 @@ Everything here is taken from figures and verdicts that the rest of the report s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sentei.pipeline.evaluation.prices import Price, load_prices
-from sentei.pipeline.reports.figures import ArmFigures, QualityFigures, Savings, SliceFigures
+from sentei.pipeline.reports.figures import (
+    QualityFigures,
+    Savings,
+    SliceFigures,
+    find_rung,
+    mean_of_arms,
+    mean_of_audits,
+)
 
 Verdict = Mapping[str, Any]
 PROVEN, MEASURED, OPEN, AGAINST = "proven", "measured", "open", "against"
+MODEL_TIME, FIRST_TOKEN, ANSWER_SPEED = "model_time", "first_token", "answer_speed"
+MONEY, MEMORY = "money", "memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +32,8 @@ class Saved:
     Of a rate it is the ratio of the times behind it.
     """
 
-    name: str
+    key: str  # MODEL_TIME, FIRST_TOKEN, ANSWER_SPEED, MONEY or MEMORY
+    name: str  # for readers
     about: str
     unit: str  # "s", "ms", "tokens/s", "usd", "mib"
     dense: float | None
@@ -62,38 +72,41 @@ class FirstScreen:
 def first_screen(
     *,
     slices: Sequence[SliceFigures],
-    quality: Sequence[QualityFigures],
+    newest: Sequence[QualityFigures],
+    rung_id: str,
     savings: Savings,
     verdicts: Sequence[Verdict],
     gains: Sequence[Verdict],
     evaluation: Mapping[str, Any] | None,
 ) -> FirstScreen:
-    """Gather the first screen; `evaluation` is the document of `sentei evaluate`, if there is one."""
-    newest = {item.slice_id: item for item in quality if item.scored}
-    rung = next((item.rung_id for item in reversed(tuple(newest.values()))), "")
-    known = _rung_of(evaluation, rung)
+    """Gather the first screen; `evaluation` is the document of `sentei evaluate`, if there is one.
+
+    `newest` is that of newest_quality(), and `rung_id` the rung that the rollout reached, "" before an audit.
+    """
+    known = find_rung(evaluation, rung_id)
     return FirstScreen(
         saved=(
-            _model_time(tuple(newest.values()), savings, gains),
+            _model_time(newest, savings, _gain_proof(verdicts, gains)),
             *_latency(slices, savings),
-            _money(tuple(newest.values()), evaluation),
-            *_memory(evaluation, known, rung),
+            _money(newest, evaluation),
+            *_memory(evaluation, known, rung_id),
         ),
-        spent=(*_guardrails(verdicts), *_offline(known, rung)),
-        saving_in_words=_saving_in_words(gains),
-        safety_in_words=_safety_in_words(verdicts),
+        spent=(*_guardrails(verdicts), *_offline(known, rung_id)),
+        saving_in_words=_saving_in_words(gains) if verdicts else "Whether it saves was not judged yet.",
+        safety_in_words=_safety_in_words(verdicts) if verdicts else "Whether it is safe was not judged yet.",
     )
 
 
-def _model_time(newest: Sequence[QualityFigures], saved: Savings, gains: Sequence[Verdict]) -> Saved:
+def _model_time(newest: Sequence[QualityFigures], saved: Savings, proven: tuple[str, str]) -> Saved:
     num = sum(item.scored for item in newest)
-    dense = _weighted(newest, lambda item: item.dense_compute_s_mean)
-    sparse = _weighted(newest, lambda item: item.sparse_compute_s_mean)
+    dense = mean_of_audits(newest, lambda item: item.dense_compute_s_mean)
+    sparse = mean_of_audits(newest, lambda item: item.sparse_compute_s_mean)
     change = saved.paired_compute_change
-    proof, words = _gain_proof(gains)
+    proof, words = proven
     if change is None:
         words = "no request was replayed through both yet"
     return Saved(
+        MODEL_TIME,
         "Model time",
         f"per request, the same {num:,} through both" if num else "the same requests through both",
         "s",
@@ -105,7 +118,9 @@ def _model_time(newest: Sequence[QualityFigures], saved: Savings, gains: Sequenc
     )
 
 
-def _gain_proof(gains: Sequence[Verdict]) -> tuple[str, str]:
+def _gain_proof(verdicts: Sequence[Verdict], gains: Sequence[Verdict]) -> tuple[str, str]:
+    if not verdicts:
+        return OPEN, "not judged yet"
     if not gains:
         return MEASURED, "the policy asks for no gain"
     proofs = [({"gain": PROVEN, "no_gain": AGAINST}.get(item["verdict"], OPEN), item) for item in gains]
@@ -136,23 +151,24 @@ def _latency(slices: Sequence[SliceFigures], saved: Savings) -> Iterator[Saved]:
         words = (
             "dense answered nobody in the slices that sparse served" if served else "sparse served nobody yet"
         )
+    first = mean_of_arms(compared, lambda arm: arm.ttft_ms_p50)
     yield Saved(
+        FIRST_TOKEN,
         "First token",
         "median wait",
         "ms",
-        _median(compared, lambda arm: arm.ttft_ms_p50, "dense"),
-        _median(compared, lambda arm: arm.ttft_ms_p50, "sparse"),
+        None if first is None else first[0],
+        None if first is None else first[1],
         _ratio(saved.ttft_p50_change),
         MEASURED,
         words,
     )
-    dense_ms, sparse_ms = (
-        _median(compared, lambda arm: arm.tpot_ms_p50, name) for name in ("dense", "sparse")
-    )
+    dense_ms, sparse_ms = mean_of_arms(compared, lambda arm: arm.tpot_ms_p50) or (None, None)
     if compared and saved.tpot_p50_change is None:
         words = "every answer was a single token"
     change = _ratio(saved.tpot_p50_change)
     yield Saved(
+        ANSWER_SPEED,
         "Answer speed",
         "after the first token, median",
         "tokens/s",
@@ -168,11 +184,11 @@ def _money(newest: Sequence[QualityFigures], evaluation: Mapping[str, Any] | Non
     name, about = "Money", "per million tokens, the same requests"
     tokens = sum(item.tokens for item in newest)
     if evaluation is None or not evaluation.get("costs"):
-        return Saved(name, about, "usd", None, None, None, OPEN, "no price: no evaluation is at hand")
+        return Saved(MONEY, name, about, "usd", None, None, None, OPEN, "no price: no evaluation is at hand")
     price = _price(evaluation["costs"])
     if price is None or not tokens:
         why = "no price for this kind of machine" if price is None else "no request was replayed yet"
-        return Saved(name, about, "usd", None, None, None, OPEN, why)
+        return Saved(MONEY, name, about, "usd", None, None, None, OPEN, why)
     dense = sum(item.scored * (item.dense_compute_s_mean or 0.0) for item in newest)
     sparse = sum(item.scored * (item.sparse_compute_s_mean or 0.0) for item in newest)
     usd_per_s = price.usd_per_hour / (price.cpus or 1) / 3600 / tokens * 1e6
@@ -180,7 +196,7 @@ def _money(newest: Sequence[QualityFigures], evaluation: Mapping[str, Any] | Non
         f"{price.label} at {price.usd_per_hour:g} USD an hour, list price of {price.as_of}; without audits"
     )
     ratio = sparse / dense if dense else None
-    return Saved(name, about, "usd", usd_per_s * dense, usd_per_s * sparse, ratio, MEASURED, words)
+    return Saved(MONEY, name, about, "usd", usd_per_s * dense, usd_per_s * sparse, ratio, MEASURED, words)
 
 
 def _price(costs: Mapping[str, Any]) -> Price | None:
@@ -193,13 +209,14 @@ def _price(costs: Mapping[str, Any]) -> Price | None:
 def _memory(
     evaluation: Mapping[str, Any] | None, known: Mapping[str, Any] | None, rung: str
 ) -> Iterator[Saved]:
-    dense = _rung_of(evaluation, "dense")
+    dense = find_rung(evaluation, "dense")
     peaks = [item.get("peak_mib") if item else None for item in (dense, known)]
     if evaluation is None or None in peaks or not peaks[0]:
         return
     about = f"beyond the model, prefill of {evaluation['window_tokens']:,} tokens"
     words = f"offline, rung {rung}"
-    yield Saved("Memory at peak", about, "mib", peaks[0], peaks[1], peaks[1] / peaks[0], MEASURED, words)
+    ratio = peaks[1] / peaks[0]
+    yield Saved(MEMORY, "Memory at peak", about, "mib", peaks[0], peaks[1], ratio, MEASURED, words)
 
 
 def _guardrails(verdicts: Sequence[Verdict]) -> Iterator[Spent]:
@@ -264,31 +281,6 @@ def _safety_in_words(verdicts: Sequence[Verdict]) -> str:
         return f"It is safe: {', '.join(names)} {proven}."
     missing = dict.fromkeys(item["id"] for item in asked if item["verdict"] != "safe")
     return f"Safety is not proven yet: {', '.join(missing)} still open; no harm was seen."
-
-
-def _rung_of(evaluation: Mapping[str, Any] | None, rung: str) -> Mapping[str, Any] | None:
-    rungs = evaluation.get("rungs", []) if evaluation is not None else []
-    return next((item for item in rungs if item.get("rung") == rung), None)
-
-
-def _weighted(
-    items: Sequence[QualityFigures], value_of: Callable[[QualityFigures], float | None]
-) -> float | None:
-    known = [(item.scored, value) for item in items if (value := value_of(item)) is not None]
-    return sum(num * value for num, value in known) / sum(num for num, _ in known) if known else None
-
-
-def _median(
-    items: Sequence[SliceFigures], value_of: Callable[[ArmFigures], float | None], arm: str
-) -> float | None:
-    """Medians of slices, weighted by all their traffic, where both arms have one."""
-    both = [
-        (item.requests, value_of(getattr(item, arm)))
-        for item in items
-        if value_of(item.dense) is not None and value_of(item.sparse) is not None
-    ]
-    total = sum(num for num, _ in both)
-    return sum(num * (value or 0.0) for num, value in both) / total if total else None
 
 
 def _ratio(change: float | None) -> float | None:

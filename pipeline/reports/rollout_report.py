@@ -23,6 +23,8 @@ from sentei.pipeline.reports.figures import (
     Savings,
     SliceFigures,
     audit_overhead,
+    find_rung,
+    newest_quality,
     quality_figures,
     savings,
     slice_figures,
@@ -40,7 +42,6 @@ from sentei.policies.schema.policy import Policy
 from sentei.policies.state import RolloutState, state_from_json
 
 EVENT_KINDS_HIDDEN = frozenset({EVIDENCE, HOLD})
-ENDS = frozenset({"promote", "held", "rollback"})
 ADAPTER_NAME = "adapter"  # in what is kept about a rollout: the folder that sparse was started with
 EVALUATION_FILE = "evaluation.json"
 
@@ -96,6 +97,7 @@ class Report:
     routes: tuple[RouteEntry, ...]
     slices: tuple[SliceFigures, ...]
     quality: tuple[QualityFigures, ...]
+    rung_id: str  # the rung that it reached: of the newest score, whose saving and quality are shown; "" before
     savings: Savings
     audit: AuditOverhead
     drift: tuple[DriftResult, ...]
@@ -106,9 +108,9 @@ class Report:
     evaluation: Mapping[str, Any] | None
 
     @property
-    def rung_id(self) -> str:
-        """The rung that was audited last, whose saving and quality are shown; "" before an audit."""
-        return self.quality[-1].rung_id if self.quality else ""
+    def evaluated_rung(self) -> Mapping[str, Any] | None:
+        """What the evaluation has measured of the rung that it reached."""
+        return find_rung(self.evaluation, self.rung_id)
 
     @property
     def is_gain_proven(self) -> bool:
@@ -147,10 +149,12 @@ def build_report(
         requests, audits = ([row for row in rows if row["seq"] <= last.cursor] for rows in (requests, audits))
         drift = [result for result in drift if result.at_s <= events[-1].at_s]
     slices = slice_figures(requests, [item.id for item in policy.spec.slices.buckets])
-    saved, quality = savings(slices, audits), quality_figures(audits)
+    quality = quality_figures(audits)
+    newest = newest_quality(quality)
+    saved, rung_id = savings(slices, newest), newest[-1].rung_id if newest else ""
     own = next((i for i in range(len(states) - 1, -1, -1) if states[i].outcome != REPLACED), len(states) - 1)
     outcome, decided = (state.outcome or state.phase for state in (last, states[own]))
-    verdicts, gains = _verdicts(policy, events)
+    verdicts, gains = _verdicts(policy, events, states)
     measured = evaluation if evaluation is not None else _evaluation_of(rollout)
     return Report(
         rollout=rollout,
@@ -165,7 +169,13 @@ def build_report(
         reason=states[own].reason if states[own].outcome else str(events[own].payload.get("reason", "")),
         headline=headline(decided if states[own].outcome else outcome, shares[own], saved),
         first_screen=first_screen(
-            slices=slices, quality=quality, savings=saved, verdicts=verdicts, gains=gains, evaluation=measured
+            slices=slices,
+            newest=newest,
+            rung_id=rung_id,
+            savings=saved,
+            verdicts=verdicts,
+            gains=gains,
+            evaluation=measured,
         ),
         stage_id=last.stage_id,
         share_now=shares[-1],
@@ -175,6 +185,7 @@ def build_report(
         routes=_routes(policy, last),
         slices=slices,
         quality=quality,
+        rung_id=rung_id,
         savings=saved,
         audit=audit_overhead(requests, audits),
         drift=tuple(drift),
@@ -221,17 +232,29 @@ def routed_share(policy: Policy, state: RolloutState) -> float:
 Verdicts = tuple[Mapping[str, Any], ...]
 
 
-def _verdicts(policy: Policy, events: Sequence[Event]) -> tuple[Verdicts, Verdicts]:
-    """The verdicts on guardrails and on benefits: of the newest event that ended it, else the newest."""
+def _verdicts(
+    policy: Policy, events: Sequence[Event], states: Sequence[RolloutState]
+) -> tuple[Verdicts, Verdicts]:
+    """The verdicts on guardrails and on benefits that stand."""
     guardrails = {item.id: item for item in policy.spec.guardrails.items}
     benefits = {item.id: item for item in policy.spec.benefit}
-    told = [event for event in events if event.payload.get("verdicts")]
-    ends = [event for event in told if event.kind in ENDS]
-    if not told:
-        return (), ()
-    found = [dict(verdict) for verdict in (ends or told)[-1].payload["verdicts"]]
+    found = [dict(verdict) for verdict in _standing_verdicts(events, states)]
     own = (_described(verdict, guardrails[verdict["id"]]) for verdict in found if verdict["id"] in guardrails)
     return tuple(own), tuple(verdict for verdict in found if verdict["id"] in benefits)
+
+
+def _standing_verdicts(events: Sequence[Event], states: Sequence[RolloutState]) -> Verdicts:
+    """Those of the newest event that ended it, unless it goes on since; else the newest of this try."""
+    past = [state.outcome for state in states]
+    went_on = max((i for i, outcome in enumerate(past) if outcome is None), default=-1)
+    told = [
+        i
+        for i, event in enumerate(events)
+        if event.payload.get("verdicts") and states[i].retries == states[-1].retries
+    ]
+    ends = [i for i in told if i > went_on and (i == 0 or past[i] != past[i - 1])]
+    chosen = (ends or told)[-1:]
+    return tuple(events[chosen[0]].payload["verdicts"]) if chosen else ()
 
 
 def _evaluation_of(rollout: Rollout) -> Mapping[str, Any] | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from sentei.pipeline.reports.first_screen import AGAINST, MEASURED, OPEN, PROVEN, FirstScreen
+from sentei.pipeline.reports.first_screen import AGAINST, MEASURED, MONEY, OPEN, PROVEN, FirstScreen
 
 WIDTH, HALF, GAP = 960, 470, 20
 LABEL, ROW, TOP = 168, 30, 44
@@ -20,7 +20,7 @@ def draw_saving(screen: FirstScreen) -> Markup:
     saved = [
         (item.name, item.ratio, item.proof, f"{item.ratio:.0%}")
         for item in screen.saved
-        if item.ratio is not None and item.name != "Money"  # the same as model time, by construction
+        if item.ratio is not None and item.key != MONEY  # the same as model time, by construction
     ]
     spent = [
         (_short(item.name, item.where), item.used, item.proof, f"{item.used:.0%}")

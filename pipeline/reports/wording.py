@@ -57,8 +57,6 @@ def need_words(verdict: str) -> str:
 def _gain(saved: Savings) -> str:
     change = saved.paired_compute_change
     if change is None:
-        change = saved.compute_change
-    if change is None:
         return ""
     return f", with {abs(change):.0%} {'less' if change < 0 else 'more'} model time on the same requests"
 

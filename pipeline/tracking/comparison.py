@@ -11,7 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sentei.pipeline.reports.figures import ArmFigures, QualityFigures
+from sentei.pipeline.reports import first_screen
+from sentei.pipeline.reports.figures import ArmFigures, QualityFigures, mean_of_audits, newest_quality
 from sentei.pipeline.reports.rollout_report import Report
 from sentei.pipeline.reports.wording import outcome_words
 
@@ -107,9 +108,9 @@ def describe_evaluation(document: Mapping[str, Any]) -> str:
 def decision_figures(report: Report) -> Figures:
     """A rollout by the same names: of all its routed slices, and as variants/<slice>/<variant>/<name>."""
     values: dict[str, float | None] = {}
-    saved = {item.name: item for item in report.first_screen.saved}
+    saved = {item.key: item for item in report.first_screen.saved}
     time, first, speed, money = (
-        saved[name] for name in ("Model time", "First token", "Answer speed", "Money")
+        saved[key] for key in (first_screen.MODEL_TIME, first_screen.FIRST_TOKEN, first_screen.ANSWER_SPEED, first_screen.MONEY)
     )
     values |= {MODEL_TIME_RATIO: time.ratio, MODEL_TIME: time.sparse, TTFT: first.sparse}
     values |= {
@@ -117,13 +118,13 @@ def decision_figures(report: Report) -> Figures:
         MONEY: None if money.sparse is None else 1000 * money.sparse,
         SHARE: report.share_peak,
     }
-    if (memory := saved.get("Memory at peak")) is not None:
+    if (memory := saved.get(first_screen.MEMORY)) is not None:
         values[MEMORY] = memory.sparse
     values[GAIN_PROVEN] = float(report.is_gain_proven)
     asked = [v for v in report.verdicts if v["need"] == "all_safe" and v["is_required"]]
     values[SAFETY_PROVEN] = float(bool(asked) and all(v["verdict"] == "safe" for v in asked))
     values |= _offline(report)
-    newest = {item.slice_id: item for item in report.quality if item.scored}
+    newest = {item.slice_id: item for item in newest_quality(report.quality)}
     values |= _mean_quality(tuple(newest.values()))
     densities = [item.sparse.density for item in report.slices if item.sparse.density is not None]
     values[DENSITY] = sum(densities) / len(densities) if densities else None
@@ -159,24 +160,19 @@ def describe_decision(report: Report) -> str:
 
 
 def _offline(report: Report) -> dict[str, float | None]:
-    """What the evaluation has measured of the rung that was audited last."""
-    rungs = report.evaluation.get("rungs", []) if report.evaluation is not None else []
-    rung = next((item for item in rungs if item.get("rung") == report.rung_id), None)
+    """What the evaluation has measured of the rung that it reached."""
+    rung = report.evaluated_rung
     if rung is None or "ppl_cost_pct" not in rung:
         return {}
     return {PPL_COST: rung["ppl_cost_pct"], RECALL: (rung.get("recall") or {}).get("mean")}
 
 
 def _mean_quality(items: tuple[QualityFigures, ...]) -> dict[str, float | None]:
-    total = sum(item.scored for item in items)
-
-    def mean(name: str) -> float | None:
-        known = [(item.scored, getattr(item, name)) for item in items if getattr(item, name) is not None]
-        return sum(num * value for num, value in known) / sum(num for num, _ in known) if known else None
-
-    if not total:
-        return {}
-    return {KL: mean("kl"), OTHER_TOKEN: mean("token_disagreement"), DROPPED: mean("dropped_mass_mean")}
+    return {
+        KL: mean_of_audits(items, lambda item: item.kl),
+        OTHER_TOKEN: mean_of_audits(items, lambda item: item.token_disagreement),
+        DROPPED: mean_of_audits(items, lambda item: item.dropped_mass_mean),
+    }
 
 
 def _arm(arm: ArmFigures) -> dict[str, float | None]:

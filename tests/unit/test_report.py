@@ -13,7 +13,13 @@ import sqlalchemy as sa
 from sentei.monitors.records import DriftResult
 from sentei.monitors.store import Store
 from sentei.monitors.tables import EVENTS
-from sentei.pipeline.reports.figures import audit_overhead, quality_figures, savings, slice_figures
+from sentei.pipeline.reports.figures import (
+    audit_overhead,
+    newest_quality,
+    quality_figures,
+    savings,
+    slice_figures,
+)
 from sentei.pipeline.reports.rollout_report import (
     ReportError,
     build_report,
@@ -22,6 +28,7 @@ from sentei.pipeline.reports.rollout_report import (
     render_json,
     save_report,
 )
+from sentei.pipeline.reports.wording import headline
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
 from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
 
@@ -96,7 +103,6 @@ def test_promoted_rollout_in_numbers(store: Store) -> None:
 
     assert (report.outcome, report.share_now, report.chain) == ("promoted", 0.95, "verified")
     assert report.savings.ttft_p50_change == pytest.approx(-0.5)
-    assert report.savings.compute_change == pytest.approx(-0.5)
     assert report.savings.paired_compute_change == pytest.approx(-0.4)
     assert [v["verdict"] for v in report.verdicts] == ["safe"]
     assert [entry.kind for entry in report.timeline] == ["started", "advance", "advance", "promote"]
@@ -244,7 +250,44 @@ def test_the_saving_is_that_of_the_newest_rung() -> None:
     mild = [audit_row(i, rung_id="mild", sparse_compute_s=1.4) for i in range(30)]
     bold = [audit_row(i, rung_id="bold", sparse_compute_s=0.5) for i in range(10)]
 
-    assert savings([], [*mild, *bold]).paired_compute_change == pytest.approx(-0.5)
+    newest = newest_quality(quality_figures([*mild, *bold]))
+    assert savings([], newest).paired_compute_change == pytest.approx(-0.5)
+
+
+def test_the_rung_is_the_one_of_the_newest_score_in_figures_words_and_evaluation(store: Store) -> None:
+    """Two slices climb, each in its turn, and a late audit of the mild rung has no score: it counts nowhere."""
+    policy = POLICY.replace("ladder: [{id: medium}]", "ladder: [{id: mild}, {id: medium}]").replace(
+        "buckets: [{id: long, range: [0, 32768]}]",
+        "buckets: [{id: long, range: [0, 32768]}, {id: huge, range: [32768, 65536]}]",
+    )
+    start_rollout(store, policy, now_s=START_S, rollout_id=ROLLOUT)
+    audits = [("long", "mild"), ("huge", "mild"), ("long", "medium"), ("huge", "mild")]
+    for i, (slice_id, rung_id) in enumerate(audits):
+        is_last = i == len(audits) - 1
+        store.add_audit(
+            make_audit(i, slice_id=slice_id, rung_id=rung_id, status="missing" if is_last else "scored")
+        )
+    RolloutRunner.open(store, ROLLOUT, RunnerOptions("me")).tick(START_S + 9)
+
+    report = build_report(store, ROLLOUT, evaluation=PRICED)
+
+    assert report.rung_id == "medium"
+    assert report.evaluated_rung == PRICED["rungs"][1]
+    saved = {item.key: item for item in report.first_screen.saved}
+    assert saved["memory"].words == "offline, rung medium"
+    assert report.savings.paired_compute_change == pytest.approx(-0.4)
+    assert saved["model_time"].ratio == pytest.approx(0.6)
+
+
+def test_the_headline_speaks_of_the_same_requests_only_where_they_were_replayed() -> None:
+    """Two arms of different requests prove nothing of one request."""
+    faster = [*rows(30, compute_s=1.0), *rows(30, variant_assigned="dense", compute_s=2.0)]
+
+    saved = savings(slice_figures(faster, ["long"]), ())
+
+    assert headline("promoted", 0.95, saved) == (
+        "Sparse attention passed every gate and serves 95% of the routed sessions."
+    )
 
 
 def audit_row(i: int, **changes: Any) -> dict[str, Any]:
@@ -312,6 +355,44 @@ def test_a_held_rollout_says_that_it_does_not_pay(store: Store) -> None:
     assert "Sparse attention does not pay here, with 30% more model time on the same requests" in page
     assert report.first_screen.saving_in_words.startswith("There is no saving (long: 1.3 times")
     assert report.first_screen.saved[0].proof == "against"
+
+
+def test_a_resumed_rollout_is_not_told_by_the_end_that_was_undone(store: Store) -> None:
+    """Held for want of a gain and resumed: it goes on, and its verdicts are the newest."""
+    play(store, 12, policy=WITH_BENEFIT, sparse_compute_s=1.3)
+    store.add_command(ROLLOUT, "resume", by="ann", at_s=START_S + 12)
+    RolloutRunner.open(store, ROLLOUT, RunnerOptions("me")).tick(START_S + 12.5)
+
+    report = build_report(store, ROLLOUT)
+
+    assert report.outcome == "running"
+    assert [item["verdict"] for item in report.gains] == ["undecided"]
+    assert report.first_screen.saving_in_words.startswith("The saving is not proven")
+
+
+def test_a_retried_rollout_is_told_by_its_own_try(store: Store) -> None:
+    """Nothing is judged until the second try has evidence; then its own verdicts are shown."""
+    retry = POLICY + "  rollback: {retry: {max: 3, cool_off: 0s}}\n"
+    play(store, 10, policy=retry, token_disagreement=0.6)
+    first = build_report(store, ROLLOUT)
+    store.add_command(ROLLOUT, "retry", by="ann", at_s=START_S + 11)
+    runner = RolloutRunner.open(store, ROLLOUT, RunnerOptions("me"))
+    runner.tick(START_S + 12)
+    retried = build_report(store, ROLLOUT)
+    for i in range(200, 208):
+        store.add_request(make_request(i, at_s=START_S + 13, variant_assigned="dense"))
+        store.add_audit(make_audit(i, at_s=START_S + 13, variant_served="dense"))
+    runner.tick(START_S + 14)
+    second_try = build_report(store, ROLLOUT)
+    store.add_command(ROLLOUT, "abort", by="ann", at_s=START_S + 15)
+    runner.tick(START_S + 16)
+    aborted = build_report(store, ROLLOUT)
+
+    assert [item["verdict"] for item in first.verdicts] == ["harm"]
+    assert (retried.outcome, retried.verdicts) == ("running", ())
+    assert retried.first_screen.safety_in_words == "Whether it is safe was not judged yet."
+    assert (second_try.outcome, second_try.verdicts[0]["units"]) == ("running", 8)
+    assert (aborted.outcome, aborted.verdicts[0]["units"]) == ("rolled_back", 8)
 
 
 def test_a_promoted_rollout_that_was_replaced_is_still_told_as_promoted(store: Store) -> None:

@@ -19,7 +19,7 @@ CALLBACK = "sentei.serving.proxy:middlewares"
 
 
 def is_configured() -> bool:
-    """Return whether Serve puts `middlewares` around its proxies: they and all replicas inherit the variable."""
+    """Return whether Serve puts `middlewares` around its proxies; they and all replicas inherit it."""
     return os.environ.get(CALLBACK_VARIABLE) == CALLBACK
 
 

@@ -1,4 +1,4 @@
-"""What tests of real processes need of this machine: a port that is free, and to wait until something is so."""
+"""What tests of real processes need of this machine: a free port, and to wait until something is so."""
 
 from __future__ import annotations
 

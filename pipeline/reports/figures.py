@@ -230,7 +230,7 @@ def _quality(slice_id: str, rung_id: str, rows: Sequence[Row]) -> QualityFigures
 def mean_of_arms(
     figures: Sequence[SliceFigures], value_of: Callable[[ArmFigures], float | None]
 ) -> tuple[float, float] | None:
-    """Return dense's and sparse's mean over the slices where both have a value, weighted by all their traffic."""
+    """Return dense's and sparse's mean over slices where both have a value, weighted by all their traffic."""
     both = [
         (item.requests, before, after)
         for item in figures

@@ -97,7 +97,9 @@ class Report:
     routes: tuple[RouteEntry, ...]
     slices: tuple[SliceFigures, ...]
     quality: tuple[QualityFigures, ...]
-    rung_id: str  # the rung that it reached: of the newest score, whose saving and quality are shown; "" before
+    rung_id: (
+        str  # the rung that it reached: of the newest score, whose saving and quality are shown; "" before
+    )
     savings: Savings
     audit: AuditOverhead
     drift: tuple[DriftResult, ...]

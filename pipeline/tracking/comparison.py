@@ -110,7 +110,13 @@ def decision_figures(report: Report) -> Figures:
     values: dict[str, float | None] = {}
     saved = {item.key: item for item in report.first_screen.saved}
     time, first, speed, money = (
-        saved[key] for key in (first_screen.MODEL_TIME, first_screen.FIRST_TOKEN, first_screen.ANSWER_SPEED, first_screen.MONEY)
+        saved[key]
+        for key in (
+            first_screen.MODEL_TIME,
+            first_screen.FIRST_TOKEN,
+            first_screen.ANSWER_SPEED,
+            first_screen.MONEY,
+        )
     )
     values |= {MODEL_TIME_RATIO: time.ratio, MODEL_TIME: time.sparse, TTFT: first.sparse}
     values |= {

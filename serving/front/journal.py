@@ -87,7 +87,7 @@ class Ticket:
 
     @classmethod
     def check(cls, text: str, key: bytes, body_sha256: str) -> Ticket:
-        """Read a signed ticket; raises RequestError if it is none of ours, or of a request with another body."""
+        """Read a signed ticket; raises RequestError if it is none of ours, or of another body."""
         word, _, mac = text.rpartition(".")
         is_ours = text.isascii() and len(text) <= MAX_TICKET_BYTES
         if not is_ours or not hmac.compare_digest(mac, _mac(key, word.encode())):

@@ -23,9 +23,8 @@ log = logging.getLogger(__name__)
 # Of bodies of answers under way, all together; beyond it an answer ends with its ingress.
 KEEP_BYTES = 64 << 20
 AGAIN_FOR_S = 60.0
-MAX_TRIES = (
-    4  # in a row that gain nothing: as with replicas (`ingress/answer.py`), it may be what they die of
-)
+# Tries in a row that gain nothing: as with replicas (`ingress/answer.py`), it may be what they die of.
+MAX_TRIES = 4
 AGAIN_AFTER_S = 0.1, 2.0  # the first pause and the longest
 ASKED_AGAIN = ("/v1/", "/tokenize")
 RAYS_OWN = "/-/"  # pages of Serve itself: no ingress takes part

@@ -60,8 +60,8 @@ def build_api(
 ) -> FastAPI:
     """Return the ASGI app over a gateway; its lifespan starts and stops the gateway.
 
-    `has_keeper` says that `front/keeper.py` stands before it and takes journals away that clients send; without
-    it nobody is given a journal, and none is taken.
+    `has_keeper` says that `front/keeper.py` stands before it and takes journals away that clients send;
+    without it nobody is given a journal, and none is taken.
     """
 
     @asynccontextmanager

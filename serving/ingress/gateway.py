@@ -172,8 +172,8 @@ class Gateway:
         """Turn a parsed request into its questions, one for each wanted answer; raises RequestError.
 
         All have one unit and one assignment, and the first alone is audited: the unit is what counts. With a
-        journal they are those of an ingress that is gone, as far as it had answered them; its ticket must be of
-        this body. What sparse began goes on on sparse only where a new request would go there, too.
+        journal they are those of an ingress that is gone, as far as it had answered them; its ticket must be
+        of this body. What sparse began goes on on sparse only where a new request would go there, too.
         """
         ticket = None if journal is None else Ticket.check(journal.ticket, self._user_key, body_sha256)
         card = self._card(request.model)
@@ -310,7 +310,7 @@ class Gateway:
         task.add_done_callback(self._audits.discard)
 
     def _give_back_audit(self, question: Question) -> None:
-        """Give the budget back what this ingress took for a question; of a resumed one another ingress took it."""
+        """Give back what this ingress took for a question; for a resumed one another ingress took it."""
         if question.assignment.is_audited and not question.is_resumed:
             self._budget.give_back()
 
@@ -336,7 +336,7 @@ class Gateway:
         return draw_audit(assigned, unit, draws=self._draws, budget=self._budget, now_s=now_s)
 
     def _is_stopped(self, begun: Assignment, prompt_tokens: int, unit: str) -> bool:
-        """Whether sparse may not go on with what another ingress began there: a new request would go elsewhere."""
+        """Whether sparse may not go on with what another ingress began: a new request would go elsewhere."""
         now = assign(self._obeyed(self._clock()), prompt_tokens=prompt_tokens, unit=unit)
         places = [(each.variant, each.rollout_id, each.rung_id, each.artifact) for each in (begun, now)]
         return begun.variant == SPARSE and places[0] != places[1]

@@ -117,8 +117,8 @@ async def ask(
 ) -> tuple[httpx.Response, list[World], Ingresses]:
     """Ask ingresses that die one after the other, through what stands in Ray's proxy.
 
-    `prepare` may change the ingresses once all are up. What the worlds hold afterwards is what stood there when
-    the answer had come.
+    `prepare` may change the ingresses once all are up. What the worlds hold afterwards is what stood there
+    when the answer had come.
     """
     worlds = [make_world(key) for key in keys]
     async with AsyncExitStack() as stack:

@@ -44,7 +44,7 @@ def api_of(client: httpx.AsyncClient) -> FastAPI:
 
 
 class HalfSent:
-    """A request whose body never ends: `parts` come at once, or every `every_s`, and then nothing or the end."""
+    """A request whose body never ends: `parts` come at once, or every `every_s`, then nothing or the end."""
 
     def __init__(
         self,
@@ -275,7 +275,7 @@ async def test_header_that_is_no_text_is_refused_by_name(header: str) -> None:
 
 
 async def test_client_does_not_steer_serve() -> None:
-    """How long a request may take, and whether Serve looks if its client is there, is not the client's to say."""
+    """How long a request may take, and whether Serve watches for a client that left, is not its to say."""
     seen: list[dict[str, str]] = []
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:

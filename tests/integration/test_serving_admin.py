@@ -174,7 +174,7 @@ async def test_command_acts_at_the_next_tick(tmp_path: Path) -> None:
     [
         ("rollouts", {"policy": POLICY.replace("stages:", "stagse:")}, 400, "stages"),
         ("rollouts", {"policy": "["}, 400, "policy.yaml"),
-        ("rollouts", {"policy": POLICY.replace("id: bold", "id: wild")}, 400, "'wild'"),
+        ("rollouts", {"policy": POLICY.replace("rung: bold", "rung: wild")}, 400, "'wild'"),
         ("rollouts", {}, 400, "policy is missing"),
         ("rollouts", {"policy": POLICY, "rollout_id": "../x"}, 400, "rollout_id"),
         ("rollouts/none/commands", {"kind": "abort"}, 404, "'none'"),
@@ -305,16 +305,16 @@ async def test_safer_edit_is_taken_at_the_next_tick(tmp_path: Path) -> None:
     """The answer lists what changes; the controller takes it, and goes on under it."""
     async with open_office(tmp_path) as office:
         rollout_id = (await start(office)).json()["rollout_id"]
-        early = await edit(office, rollout_id, POLICY.replace("share: 25%", "share: 10%"))
+        early = await edit(office, rollout_id, POLICY.replace("c50, share: 50%", "c50, share: 10%"))
         office.controller.tick()
-        taken = await edit(office, rollout_id, POLICY.replace("share: 25%", "share: 10%"))
+        taken = await edit(office, rollout_id, POLICY.replace("c50, share: 50%", "c50, share: 10%"))
         office.clock.now_s += 1
         office.controller.tick()
         found = (await office.client.get(f"/admin/v1/rollouts/{rollout_id}")).json()
 
     assert (early.status_code, early.json()["error"]["code"]) == (409, "not_begun")
     assert taken.status_code == 202
-    assert taken.json()["changes"] == ["spec.stages[c25].share: 0.25 -> 0.1"]
+    assert taken.json()["changes"] == ["spec.stages[c50].share: 0.5 -> 0.1"]
     assert [event["kind"] for event in found["events"]] == ["started", "hold", "edit", "hold"]
     assert (found["rung_id"], found["waits_for"]) == ("mild", "signal")
 
@@ -329,10 +329,10 @@ async def edit(office: Office, rollout_id: str, policy: str) -> httpx.Response:
     ("change", "status", "code", "words"),
     [
         (
-            ("share: 25%", "share: 40%"),
+            ("c50, share: 50%", "c50, share: 60%"),
             409,
             "unsafe_edit",
-            "spec.stages[c25].share: 0.25 -> 0.4 may only fall",
+            "spec.stages[c50].share: 0.5 -> 0.6 may only fall",
         ),
         (("salt: demo", "salt: other"), 409, "unsafe_edit", "spec.assignment.salt"),
         (("salt: demo", "salt: demo"), 409, "unsafe_edit", "nothing would change"),
@@ -357,7 +357,7 @@ async def test_edit_that_cannot_apply_is_refused_by_field(
 
 async def test_policy_that_failed_before_cannot_be_edited_into(tmp_path: Path) -> None:
     """The quarantine holds for edits too."""
-    failed = POLICY.replace("share: 25%", "share: 10%")
+    failed = POLICY.replace("c50, share: 50%", "c50, share: 10%")
     async with open_office(tmp_path) as office:
         first = (await start(office, policy=failed, rollout_id="first")).json()["rollout_id"]
         office.controller.tick()

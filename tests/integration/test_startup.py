@@ -56,7 +56,7 @@ def test_start_that_never_works_names_its_cause() -> None:
 def test_node_that_is_slow_to_come_up_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray says so by a bare Exception; what such a try has left running, and no more, is ended before the next."""
+    """Ray says so by a bare Exception; what such a try has left, and no more, is ended before the next."""
     left: list[subprocess.Popen[bytes]] = []
     callers_own = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 

@@ -122,7 +122,7 @@ def test_edit_prints_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def take(self: AdminClient, rollout_id: str, text: str, source: str) -> dict[str, object]:
         sent.append(rollout_id)
-        return {"rollout_id": rollout_id, "seq": 3, "changes": ["spec.stages[c25].share: 0.25 -> 0.1"]}
+        return {"rollout_id": rollout_id, "seq": 3, "changes": ["spec.stages[c50].share: 0.5 -> 0.1"]}
 
     monkeypatch.setattr(AdminClient, "rollouts", lambda self: [{"rollout_id": "newest"}])
     monkeypatch.setattr(AdminClient, "edit_policy", take)
@@ -131,7 +131,7 @@ def test_edit_prints_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert done.exit_code == ExitCode.OK
     assert sent == ["newest"]
-    assert json.loads(done.stdout)["changes"] == ["spec.stages[c25].share: 0.25 -> 0.1"]
+    assert json.loads(done.stdout)["changes"] == ["spec.stages[c50].share: 0.5 -> 0.1"]
 
 
 def test_lint_says_how_long_a_policy_takes() -> None:
@@ -150,9 +150,9 @@ def test_lint_says_how_long_a_policy_takes() -> None:
     found = json.loads(CliRunner().invoke(app, arguments).stdout)
 
     assert found["ok"] is True
-    assert found["duration_best"] == "104s"
+    assert found["duration_best"] == "128s"
     assert found["duration_worst"] == "unbounded"
-    assert [stage["needs"][0]["audits"] for stage in found["stages"]] == [39, 30, 30, 39]
+    assert [stage["needs"][0]["audits"] for stage in found["stages"]] == [32, 39, 32, 39]
     lines = DEMO_POLICY.read_text(encoding="utf-8").splitlines()
     assert all(str(item["value"]) in lines[item["line"] - 1] for item in found["warnings"])
 
@@ -175,7 +175,7 @@ def test_explain_draws_and_tells(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     html = page.read_text(encoding="utf-8")
     assert "<svg" in html
-    assert "c25" in html
+    assert "shadow-bold" in html
     assert html.count("<li>") >= len(found["sentences"]) > 10
 
 

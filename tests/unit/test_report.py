@@ -255,7 +255,7 @@ def test_the_saving_is_that_of_the_newest_rung() -> None:
 
 
 def test_the_rung_is_the_one_of_the_newest_score_in_figures_words_and_evaluation(store: Store) -> None:
-    """Two slices climb, each in its turn, and a late audit of the mild rung has no score: it counts nowhere."""
+    """Two slices climb, each in its turn; a late audit of the mild rung has no score: it counts nowhere."""
     policy = POLICY.replace("ladder: [{id: medium}]", "ladder: [{id: mild}, {id: medium}]").replace(
         "buckets: [{id: long, range: [0, 32768]}]",
         "buckets: [{id: long, range: [0, 32768]}, {id: huge, range: [32768, 65536]}]",

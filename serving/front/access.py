@@ -22,11 +22,12 @@ from sentei.serving.errors import ConfigError, RequestError
 KEYS_VARIABLE = "SENTEI_API_KEYS"  # `name=key`, or `key` alone, separated by commas
 TOKEN_VARIABLE = "SENTEI_ADMIN_TOKEN"
 USER_KEY_VARIABLE, USER_KEY_FILE = "SENTEI_USER_KEY", "user.key"
+MIN_KEY_CHARACTERS = 16
 MAX_FAILURES, FAILURES_WINDOW_S = 10, 60.0
 MAX_CALLERS = 10_000
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Secret = Annotated[str, Field(min_length=16, max_length=512)]
+Secret = Annotated[str, Field(min_length=MIN_KEY_CHARACTERS, max_length=512)]
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 
 
@@ -79,8 +80,14 @@ Entry = TypeVar("Entry", ApiKey, Operator)
 
 
 def read_user_key(folder: Path) -> bytes:
-    """Return the key that makes `user` unreadable in records: the environment's, else a file's, made once."""
+    """Return the key that hashes `user` and signs tickets: the environment's, else a file's, made once.
+
+    Raises ConfigError for one so short that it can be guessed.
+    """
     if key := os.environ.get(USER_KEY_VARIABLE, ""):
+        if len(key) < MIN_KEY_CHARACTERS:
+            text = f"{USER_KEY_VARIABLE} has {len(key)} characters; give at least {MIN_KEY_CHARACTERS}"
+            raise ConfigError(text)
         return key.encode()
     path = folder / USER_KEY_FILE
     if not path.exists():

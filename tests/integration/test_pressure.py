@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from sentei.monitors.store import Store
+from sentei.serving.errors import ConfigError
 from sentei.serving.front import admission
 from sentei.serving.front.access import read_user_key
 from sentei.serving.front.admission import MemoryReturn
@@ -318,6 +319,14 @@ def test_key_of_users_is_made_once_and_private(tmp_path: Path) -> None:
     assert (len(found), len(found.pop())) == (1, 64)
     assert [path.name for path in tmp_path.iterdir()] == ["user.key"]
     assert (tmp_path / "user.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_key_of_users_that_can_be_guessed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It signs what one ingress lets another go on with; the message names variable and length."""
+    monkeypatch.setenv("SENTEI_USER_KEY", "short")
+
+    with pytest.raises(ConfigError, match="SENTEI_USER_KEY has 5 characters; give at least 16"):
+        read_user_key(tmp_path)
 
 
 def test_database_is_its_owners_alone(tmp_path: Path) -> None:

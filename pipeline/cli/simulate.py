@@ -39,7 +39,7 @@ def run_simulate(
     rollouts: Annotated[int, typer.Option(min=1, help="Simulated rollouts per scenario.")] = 2000,
     sessions: Annotated[
         int, typer.Option(min=1, help="Sessions per rollout, over all routed slices.")
-    ] = 5000,
+    ] = 9000,
     sessions_per_hour: Annotated[float, typer.Option(min=1, help="Traffic of the routed slices.")] = 600.0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same figures.")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: all cores.")] = None,

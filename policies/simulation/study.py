@@ -24,7 +24,7 @@ class Traffic:
     """What arrives: sessions of all routed slices together, and how they fall on the slices."""
 
     sessions_per_hour: float = 600.0
-    sessions: int = 5000
+    sessions: int = 9000
     mix: tuple[float, ...] = ()  # by routed slice; empty: evenly
 
     def shares(self, plan: Plan) -> Floats:

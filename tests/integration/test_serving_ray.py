@@ -145,6 +145,11 @@ def session(*, candidate: bool) -> str:
     return next(s for s in map(str, range(1000)) if (position(s, SALT) < 0.5) == candidate)
 
 
+def candidates(num: int) -> list[str]:
+    """Sessions that the half share gives to sparse."""
+    return [s for s in map(str, range(100)) if position(s, SALT) < 0.5][:num]
+
+
 def who_answers(client: openai.OpenAI) -> str:
     """The variant that a candidate session gets now."""
     raw = client.completions.with_raw_response.create(
@@ -207,7 +212,7 @@ def test_rollout_sends_candidates_to_sparse_and_audits_them(
     )
 
     assert control.headers["x-sentei-variant"] == "dense"
-    for candidate in [s for s in map(str, range(100)) if position(s, SALT) < 0.5][:3]:
+    for candidate in candidates(3):
         headers = {"x-session-id": candidate}
         client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4, extra_headers=headers)
 

@@ -20,6 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 VOCAB = 256
 RUNGS = {"mild": 0.01, "bold": 0.05}
+# Seeds under which no step of a test's prompts has two best tokens that rounding alone would tell apart.
+SEEDS = {"llama": 0, "gemma": 1}
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Tiny:
 
 def make_tiny(folder: Path, *, kind: str = "llama") -> Tiny:
     """Three layers whose attention is peaked enough that rungs drop blocks; `gemma` has sliding ones."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEEDS[kind])
     model = _llama() if kind == "llama" else _gemma()
     with torch.no_grad():
         for name, weight in model.named_parameters():

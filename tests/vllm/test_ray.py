@@ -19,6 +19,7 @@ from tests.integration.test_serving_ray import (
     PROMPT,
     TOKEN,
     admin,
+    candidates,
     save_tiny_model,
     session,
     who_answers,
@@ -75,10 +76,15 @@ def test_a_rollout_reaches_sparse_and_its_audits_are_scored(
 
     assert control.headers["x-sentei-variant"] == "dense"
 
+    for name in candidates(3):
+        client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=4, extra_headers={"x-session-id": name}
+        )
+
     def units() -> int:
         return sum(v["units"] for v in operator.rollout(started["rollout_id"])["verdicts"])
 
-    wait_for(lambda: units() >= 2, "two audited sessions reach the evidence", SLOW_S)
+    wait_for(lambda: units() >= 2, "two sessions that sparse served reach the evidence", SLOW_S)
     operator.close()
 
 

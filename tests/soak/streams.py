@@ -20,6 +20,7 @@ class Answer:
     max_tokens: int
     tokens: list[str] = field(default_factory=list)  # by name, which tells every token from every other
     makers: list[str] = field(default_factory=list)  # variant/rung of each token
+    lead: float = float("inf")  # the least of the best token over the next, in nats; needs `logprobs=2`
     text: str = ""
     finish: str | None = None
     error: str = ""
@@ -46,7 +47,7 @@ class Answer:
 
 
 def body_of(answer: Answer, *, stream: bool, **fields: Any) -> dict[str, Any]:
-    """The request of an answer: greedy, with the name of every token."""
+    """The request of an answer: greedy, with the name of every token; `logprobs=2` to learn its lead."""
     return {
         "model": "tiny",
         "prompt": answer.prompt,
@@ -109,7 +110,11 @@ def _take(answer: Answer, piece: dict[str, Any]) -> None:
         answer.error = f"error in the stream after {len(answer.tokens)} tokens: {piece['error']}"
         return
     for choice in piece["choices"]:
-        names = (choice["logprobs"] or {}).get("tokens") or []
+        logprobs = choice["logprobs"] or {}
+        names = logprobs.get("tokens") or []
+        for top in logprobs.get("top_logprobs") or []:
+            best = sorted(top.values(), reverse=True)
+            answer.lead = min(answer.lead, best[0] - best[1]) if len(best) > 1 else answer.lead
         answer.tokens += names
         answer.makers += [str(piece["system_fingerprint"])] * len(names)
         answer.text += choice["text"]

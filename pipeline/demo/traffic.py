@@ -69,7 +69,8 @@ def prompt_mix(
 def _source_text(tokenizer: Any, documents: Sequence[Document], tokens: int, rng: random.Random) -> str:
     document = rng.choice([d for d in documents if len(d.text) > 8 * tokens] or list(documents))
     start = rng.randrange(max(1, len(document.text) - 8 * tokens))
-    ids = tokenizer(document.text[start : start + 8 * tokens], add_special_tokens=False)["input_ids"]
+    text = document.text[start : start + 8 * tokens]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return str(tokenizer.decode(ids[:tokens]))
 
 

@@ -30,7 +30,7 @@ from sentei.pipeline.reports.rollout_report import (
 )
 from sentei.pipeline.reports.wording import headline
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
-from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
+from tests.fakes_records import POLICY, ROLLOUT, START_S, WITH_BENEFIT, make_audit, make_request
 
 EVALUATION = {
     "model": "pocket",
@@ -45,10 +45,6 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-WITH_BENEFIT = POLICY.replace(
-    "  breaker:\n",
-    "  benefit:\n    - {id: compute, value: audit.compute_ratio, want: {max: 0.90}}\n  breaker:\n",
-)
 PRICED = {
     "model": "pocket",
     "window_tokens": 4000,

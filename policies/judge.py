@@ -211,7 +211,8 @@ def _explain_gain(
 def least_served(policy: Policy, guardrail: Guardrail, share: float, try_number: int = 1) -> int:
     """How many units of sparse a stage must see before `no_harm` of a served value lets it end (F10).
 
-    0 for quality, whose `min_units` the loader holds to a floor of its own, and where nobody is served.
+    0 for quality, whose `min_units` the loader holds to a floor of its own, and where nobody is served. Failures
+    that are rarer than the breaker's share may not have shown by then.
     """
     if guardrail.metric.family != "operational" or share == 0 or guardrail.bound is None:
         return 0

@@ -144,14 +144,20 @@ def newest_quality(quality: Sequence[QualityFigures]) -> tuple[QualityFigures, .
     return tuple(newest.values())
 
 
+def paired_quality(newest: Sequence[QualityFigures]) -> tuple[QualityFigures, ...]:
+    """Return the groups whose requests have the model time of both: only these compare the same requests."""
+    return tuple(item for item in newest if item.compute_ratio is not None)
+
+
 def savings(figures: Sequence[SliceFigures], newest: Sequence[QualityFigures]) -> Savings:
     """Return what sparse saves, compared slice by slice; `newest` is that of newest_quality()."""
     compared = [f for f in figures if f.dense.answered and f.sparse.answered]
-    dense_s = sum(item.scored * (item.dense_compute_s_mean or 0.0) for item in newest)
-    sparse_s = sum(item.scored * (item.sparse_compute_s_mean or 0.0) for item in newest)
+    paired = paired_quality(newest)
+    dense = mean_of_audits(paired, lambda item: item.dense_compute_s_mean)
+    sparse = mean_of_audits(paired, lambda item: item.sparse_compute_s_mean)
     return Savings(
         ttft_p50_change=_change(compared, lambda arm: arm.ttft_ms_p50),
-        paired_compute_change=sparse_s / dense_s - 1 if dense_s and sparse_s else None,
+        paired_compute_change=sparse / dense - 1 if dense and sparse else None,
         tpot_p50_change=_change(compared, lambda arm: arm.tpot_ms_p50),
         slices_compared=len(compared),
         is_few=any(arm.is_few for item in compared for arm in (item.dense, item.sparse)),

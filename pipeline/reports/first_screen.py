@@ -17,6 +17,7 @@ from sentei.pipeline.reports.figures import (
     find_rung,
     mean_of_arms,
     mean_of_audits,
+    paired_quality,
 )
 
 Verdict = Mapping[str, Any]
@@ -98,9 +99,10 @@ def first_screen(
 
 
 def _model_time(newest: Sequence[QualityFigures], saved: Savings, proven: tuple[str, str]) -> Saved:
-    num = sum(item.scored for item in newest)
-    dense = mean_of_audits(newest, lambda item: item.dense_compute_s_mean)
-    sparse = mean_of_audits(newest, lambda item: item.sparse_compute_s_mean)
+    paired = paired_quality(newest)
+    num = sum(item.scored for item in paired)
+    dense = mean_of_audits(paired, lambda item: item.dense_compute_s_mean)
+    sparse = mean_of_audits(paired, lambda item: item.sparse_compute_s_mean)
     change = saved.paired_compute_change
     proof, words = proven
     if change is None:
@@ -108,7 +110,7 @@ def _model_time(newest: Sequence[QualityFigures], saved: Savings, proven: tuple[
     return Saved(
         MODEL_TIME,
         "Model time",
-        f"per request, the same {num:,} through both" if num else "the same requests through both",
+        f"per request, the same {num:,} through both" if num else "per request",
         "s",
         dense,
         sparse,
@@ -181,16 +183,18 @@ def _latency(slices: Sequence[SliceFigures], saved: Savings) -> Iterator[Saved]:
 
 
 def _money(newest: Sequence[QualityFigures], evaluation: Mapping[str, Any] | None) -> Saved:
-    name, about = "Money", "per million tokens, the same requests"
-    tokens = sum(item.tokens for item in newest)
+    name, about = "Money", "per million tokens"
+    paired = paired_quality(newest)
+    tokens = sum(item.tokens for item in paired)
     if evaluation is None or not evaluation.get("costs"):
         return Saved(MONEY, name, about, "usd", None, None, None, OPEN, "no price: no evaluation is at hand")
     price = _price(evaluation["costs"])
     if price is None or not tokens:
         why = "no price for this kind of machine" if price is None else "no request was replayed yet"
         return Saved(MONEY, name, about, "usd", None, None, None, OPEN, why)
-    dense = sum(item.scored * (item.dense_compute_s_mean or 0.0) for item in newest)
-    sparse = sum(item.scored * (item.sparse_compute_s_mean or 0.0) for item in newest)
+    about += f", the same {sum(item.scored for item in paired):,} requests through both"
+    dense = sum(item.scored * (item.dense_compute_s_mean or 0.0) for item in paired)
+    sparse = sum(item.scored * (item.sparse_compute_s_mean or 0.0) for item in paired)
     usd_per_s = price.usd_per_hour / (price.cpus or 1) / 3600 / tokens * 1e6
     words = (
         f"{price.label} at {price.usd_per_hour:g} USD an hour, list price of {price.as_of}; without audits"

@@ -60,14 +60,19 @@ def num_tests(policy: Tested, guardrail: Guardrail) -> int:
     return len(policy.routed_slices) * (2 if has_arms else 1)
 
 
-def _num_rungs(policy: Tested) -> int:
-    """At how many rungs one slice may be audited within one try: those of the stages.
+def rungs_in_reach(policy: Tested) -> tuple[str, ...]:
+    """The rungs that a slice may be served at within one try, mild to aggressive: those of the stages.
 
     Where a guardrail may send a slice a rung down, every rung from the mildest to the boldest of the stages.
     """
     used = {policy.rung_ids.index(stage.rung) for stage in policy.spec.stages}
     has_rung_down = any(item.action == "previous_rung" for item in policy.spec.guardrails.items)
-    return max(used) + 1 if has_rung_down else len(used)
+    places = range(max(used) + 1) if has_rung_down else sorted(used)
+    return tuple(policy.rung_ids[place] for place in places)
+
+
+def _num_rungs(policy: Tested) -> int:
+    return len(rungs_in_reach(policy))
 
 
 def num_starts(policy: Tested, guardrail: Guardrail) -> int:

@@ -242,19 +242,21 @@ def mean_of_arms(
         for item in figures
         if (before := value_of(item.dense)) is not None and (after := value_of(item.sparse)) is not None
     ]
-    total = sum(num for num, _, _ in both)
-    if not total:
-        return None
-    return sum(num * dense for num, dense, _ in both) / total, sum(num * sp for num, _, sp in both) / total
+    dense = _weighted([(num, before) for num, before, _ in both])
+    sparse = _weighted([(num, after) for num, _, after in both])
+    return None if dense is None or sparse is None else (dense, sparse)
 
 
 def mean_of_audits(
     quality: Sequence[QualityFigures], value_of: Callable[[QualityFigures], float | None]
 ) -> float | None:
     """Return the mean over the groups that have a value, weighted by their scored audits."""
-    known = [(item.scored, value) for item in quality if (value := value_of(item)) is not None]
-    total = sum(num for num, _ in known)
-    return sum(num * value for num, value in known) / total if total else None
+    return _weighted([(item.scored, value) for item in quality if (value := value_of(item)) is not None])
+
+
+def _weighted(values: Sequence[tuple[int, float]]) -> float | None:
+    total = sum(weight for weight, _ in values)
+    return sum(weight * value for weight, value in values) / total if total else None
 
 
 def find_rung(evaluation: Mapping[str, Any] | None, rung_id: str) -> Mapping[str, Any] | None:

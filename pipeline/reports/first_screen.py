@@ -24,6 +24,7 @@ Verdict = Mapping[str, Any]
 PROVEN, MEASURED, OPEN, AGAINST = "proven", "measured", "open", "against"
 MODEL_TIME, FIRST_TOKEN, ANSWER_SPEED = "model_time", "first_token", "answer_speed"
 MONEY, MEMORY = "money", "memory"
+PERPLEXITY, RECALL = "perplexity", "recall"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ class Saved:
 class Spent:
     """One line of what it cost in quality; `used` is the part of its bound, None where it has none."""
 
-    name: str
+    key: str  # of a guardrail its metric, such as "audit.kl"; else PERPLEXITY or RECALL
+    name: str  # for readers
     where: str
     measured: float | None
     low: float | None
@@ -235,6 +237,7 @@ def _guardrails(verdicts: Sequence[Verdict]) -> Iterator[Spent]:
         }.get(item["verdict"], item["verdict"].replace("_", " "))
         is_asked = item.get("need") != "no_harm"
         yield Spent(
+            key=item["value"],
             name=item["about"],
             where="all slices" if item["slice_id"] == "*" else item["slice_id"],
             measured=item["mean"],
@@ -254,11 +257,23 @@ def _offline(known: Mapping[str, Any] | None, rung: str) -> Iterator[Spent]:
     if known.get("ppl_cost_pct") is not None:
         words = f"offline, on held-out text, rung {rung}"
         yield Spent(
-            "perplexity", "", known["ppl_cost_pct"], None, None, None, None, "percent", MEASURED, words
+            PERPLEXITY,
+            "perplexity",
+            "",
+            known["ppl_cost_pct"],
+            None,
+            None,
+            None,
+            None,
+            "percent",
+            MEASURED,
+            words,
         )
     if (recall := known.get("recall")) is not None:
         words = f"offline recall tasks; dense {recall['dense_mean']:.0%}"
-        yield Spent("right answers", "", recall["mean"], None, None, None, None, "share", MEASURED, words)
+        yield Spent(
+            RECALL, "right answers", "", recall["mean"], None, None, None, None, "share", MEASURED, words
+        )
 
 
 def _saving_in_words(gains: Sequence[Verdict]) -> str:

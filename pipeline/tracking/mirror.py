@@ -277,7 +277,7 @@ def _points(values: Mapping[str, float | None], step: int, at_s: float) -> Itera
 
 
 def _tags(moment: Moment) -> dict[str, str]:
-    """What stands after an event; "" where nothing does, as a tracker keeps a tag until it has another value."""
+    """What stands after an event; "" where nothing does, as a tag stays until it has another value."""
     state = moment.state
     return {
         "phase": state.phase,

@@ -175,7 +175,7 @@ def test_the_rung_of_a_rollout_is_the_one_that_it_reached(store: Store) -> None:
     """The policy's last rung is bold; this rollout failed at the mild one, and before that names no rung."""
     two = POLICY.replace("ladder: [{id: medium}]", "ladder: [{id: medium}, {id: bold}]").replace(
         "full, share: 95%, rung: medium, bake: 2s}\n  advance:",
-        "full, share: 95%, rung: medium}\n    - {id: full-bold, share: 95%, rung: bold, bake: 2s}\n  advance:"
+        "full, share: 95%, rung: medium}\n    - {id: bold, share: 95%, rung: bold, bake: 2s}\n  advance:",
     )
     tracker = FakeTracker()
     mirror = Mirror(store, tracker)

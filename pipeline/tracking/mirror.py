@@ -138,7 +138,7 @@ class Mirror:
             self._mirror_stage(parent, stage, list(members))
         for moment in moments:
             if moment.has_turned:
-                self._describe(parent, rollout, moment)
+                self._describe(parent, moment)
 
     def _mirror_stage(self, parent: str, stage: StageKey, members: Sequence[Moment]) -> None:
         first, last = members[0], members[-1]
@@ -152,12 +152,12 @@ class Mirror:
         run = self._tracker.ensure_run(_experiment(policy), _stage_spec(policy, stage, parent, first.event))
         self._tracker.log(run, [point for moment in members for point in moment.points], _tags(last))
         if last.state.outcome or any(moment.has_turned for moment in members):
-            self._end([run], last)
+            self._set_status([run], last)
 
-    def _describe(self, parent: str, rollout: Rollout, moment: Moment) -> None:
+    def _describe(self, parent: str, moment: Moment) -> None:
         """Say of the rollout's run what stands now, also where a decision stands no more."""
+        rollout, policy = self._rollout(moment.event.rollout_id)
         report = build_report(self._store, rollout.rollout_id, upto_event=moment.event.seq)
-        policy = self._policy(moment.state)
         if moment.state.outcome and report.rung_id:
             self._tracker.ensure_run(_experiment(policy), _parent_spec(rollout, policy, report.rung_id))
         self._tracker.save_text(parent, render_html(report), "reports/comparison.html")
@@ -169,9 +169,9 @@ class Mirror:
             "decided": report.decided,
         }
         self._tracker.log(parent, points, tags)
-        self._end([self._ensure_course(parent, rollout, policy), parent], moment)
+        self._set_status([self._ensure_course(parent, rollout, policy), parent], moment)
 
-    def _end(self, run_ids: Sequence[str], moment: Moment) -> None:
+    def _set_status(self, run_ids: Sequence[str], moment: Moment) -> None:
         """Mark runs as ended, or as going on where the rollout does."""
         for run_id in run_ids:
             if moment.state.outcome is None:

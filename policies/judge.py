@@ -73,14 +73,14 @@ def own_bound(policy: Policy, guardrail: Guardrail) -> float:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Where and when a guardrail is judged."""
+    """Where and when a guardrail or a benefit is judged; what follows `is_stale` is of guardrails alone."""
 
     slice_id: str  # "*" for a guardrail over all slices
     rung_id: str
-    share: float  # of the sessions that sparse really serves
     need: str
     try_number: int = 1
     is_stale: bool = False
+    share: float = 0.0  # of the sessions that sparse really serves
     recent_from: int = 0  # the oldest part of the window in which missing audits count
     is_left: bool = False  # the stage leaves its proof to a later one, in so many words
 
@@ -174,7 +174,7 @@ def judge_gain(
         threshold=lost,
         threshold_safe=proven,
         action="held",
-        need=benefit.need,
+        need=view.need,
         is_required=is_required,
     )
 
@@ -212,6 +212,7 @@ def least_served(policy: Policy, guardrail: Guardrail, share: float, try_number:
     """How many units of sparse a stage must see before `no_harm` of a served value lets it end (F10).
 
     0 for quality, whose `min_units` the loader holds to a floor of its own, and where nobody is served.
+    Failures that are rarer than the breaker's share may not have shown by then.
     """
     if guardrail.metric.family != "operational" or share == 0 or guardrail.bound is None:
         return 0

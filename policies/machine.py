@@ -12,7 +12,8 @@ sparse keeps its share, at its mildest rung, and somebody is alerted; when dense
 owed is carried out. In `sheltered` nothing else is possible but an operator's abort, which does not wait.
 
 Where the gain that a policy asks for is proven absent, the rollout is paused with the outcome `held`: its
-stage can never end by evidence any more. An operator resumes, edits or aborts it, or starts another.
+stage can never end by evidence any more. An operator resumes or aborts it, or starts another in its place; an
+`edit` leaves it paused.
 
 An `edit` of a running policy is legal while it can only make things safer (`policies.edits`).
 

@@ -44,6 +44,11 @@ spec:
   schedule: {check_every: 1s}
 """
 
+WITH_BENEFIT = POLICY.replace(
+    "  breaker:\n",
+    "  benefit:\n    - {id: compute, value: audit.compute_ratio, want: {max: 0.90}}\n  breaker:\n",
+)
+
 
 def make_request(i: int, **changes: Any) -> RequestRecord:
     """One request of session `s<i>`; by default answered by sparse."""
@@ -155,6 +160,11 @@ class FakeTracker:
         """Mark the run as ended."""
         self._answer()
         self.runs[run_id]["status"] = "FINISHED" if is_ok else "FAILED"
+
+    def reopen(self, run_id: str) -> None:
+        """Mark the run as going on."""
+        self._answer()
+        self.runs[run_id]["status"] = "RUNNING"
 
     def _answer(self) -> None:
         if self.failures:

@@ -181,10 +181,19 @@ def read_adapter(path: str | Path, device: torch.device | str = "cpu") -> Adapte
         index: _load_scorer(index, shape, float(data["scales"][str(index)]), weights, folder).to(device)
         for index, shape in manifest.shapes.items()
     }
+    return Adapter(manifest, scorers, _read_ladder(folder, manifest), folder)
+
+
+def read_ladder(path: str | Path) -> Ladder:
+    """Read the ladder alone, as it was sealed: to look at it, without weights and without a model."""
+    folder = Path(path)
+    return _read_ladder(folder, _manifest_from_dict(_read_json(folder / MANIFEST_FILE), folder))
+
+
+def _read_ladder(folder: Path, manifest: Manifest) -> Ladder:
     # Ladders of before 2026-11-26 do not name their query blocks: they were as long as key blocks.
     ladder_json = _parse_json(_read_sealed(folder, LADDER_FILE, manifest), folder / LADDER_FILE)
-    named = {"query_block_tokens": _block_tokens(manifest)} | ladder_json
-    return Adapter(manifest, scorers, ladder_from_dict(named), folder)
+    return ladder_from_dict({"query_block_tokens": _block_tokens(manifest)} | ladder_json)
 
 
 def _block_tokens(manifest: Manifest) -> int:

@@ -241,18 +241,32 @@ def run_register(
     model: Model = "pocket",
     alias: Annotated[str, typer.Option(help="Alias of the new version.")] = "candidate",
     adapter: Annotated[Path | None, typer.Option(help="The adapter's folder [default: home's].")] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="A policy that it is meant for: refuse slices past what the ladder was verified at."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Register the adapter in MLflow under an alias."""
+    from sentei.pipeline.cli.policy_file import check_coverage, read_policy_file
     from sentei.pipeline.plain import to_plain
     from sentei.pipeline.tracking.register import register_adapter
     from sentei.pipeline.tracking.tracker import MlflowTracker
+    from sentei.policies.schema.load import load_policy
 
     output = Output(as_json=as_json)
     home = sentei_home().create()
-    tracker = MlflowTracker(home.mlflow_uri, home.mlflow_artifacts)
     folder = (adapter or home.find_adapter(model)).resolve()
-    version = register_adapter(tracker, folder, name=f"sentei-{folder.name}", alias=alias)
+    tags = {}
+    if policy is not None:
+        text = read_policy_file(policy)
+        meant_for = load_policy(text, source=str(policy))
+        check_coverage(meant_for, text, str(policy), folder)
+        tags = {"policy": meant_for.metadata.name, "policy_digest": meant_for.digest}
+    tracker = MlflowTracker(home.mlflow_uri, home.mlflow_artifacts)
+    version = register_adapter(tracker, folder, name=f"sentei-{folder.name}", alias=alias, tags=tags)
     output.say(f"registered: {to_plain(version)}")
     output.emit(to_plain(version))
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sentei.pipeline.cli.output import ExitCode, Output
-from sentei.pipeline.cli.policy_file import read_policy_file
+from sentei.pipeline.cli.policy_file import check_coverage, read_policy_file
 from sentei.pipeline.cli.simulate import run_simulate
 from sentei.pipeline.reports.policy_page import said, save_explanation
 from sentei.policies.review.advice import Advice, find_advice, readable
@@ -40,13 +40,22 @@ Mix = Annotated[
 
 @app.command()
 def lint(
-    policy: PolicyFile, sessions_per_hour: Rate = None, mix: Mix = None, as_json: AsJson = False
+    policy: PolicyFile,
+    sessions_per_hour: Rate = None,
+    mix: Mix = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="An adapter's folder: refuse slices past what its ladder was verified at."),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check a policy file: every error in one run; else its duration, needs, and what can never happen."""
     output = Output(as_json=as_json)
     text = read_policy_file(policy)
     try:
         loaded = load_policy(text, source=str(policy))
+        if adapter is not None:
+            check_coverage(loaded, text, str(policy), adapter)
     except PolicyError as error:
         output.say(errors_table(error))
         errors = [vars_of(item) for item in error.errors]

@@ -144,14 +144,20 @@ def newest_quality(quality: Sequence[QualityFigures]) -> tuple[QualityFigures, .
     return tuple(newest.values())
 
 
+def paired_quality(newest: Sequence[QualityFigures]) -> tuple[QualityFigures, ...]:
+    """Return the groups whose requests have the model time of both: only these compare the same requests."""
+    return tuple(item for item in newest if item.compute_ratio is not None)
+
+
 def savings(figures: Sequence[SliceFigures], newest: Sequence[QualityFigures]) -> Savings:
     """Return what sparse saves, compared slice by slice; `newest` is that of newest_quality()."""
     compared = [f for f in figures if f.dense.answered and f.sparse.answered]
-    dense_s = sum(item.scored * (item.dense_compute_s_mean or 0.0) for item in newest)
-    sparse_s = sum(item.scored * (item.sparse_compute_s_mean or 0.0) for item in newest)
+    paired = paired_quality(newest)
+    dense = mean_of_audits(paired, lambda item: item.dense_compute_s_mean)
+    sparse = mean_of_audits(paired, lambda item: item.sparse_compute_s_mean)
     return Savings(
         ttft_p50_change=_change(compared, lambda arm: arm.ttft_ms_p50),
-        paired_compute_change=sparse_s / dense_s - 1 if dense_s and sparse_s else None,
+        paired_compute_change=sparse / dense - 1 if dense and sparse else None,
         tpot_p50_change=_change(compared, lambda arm: arm.tpot_ms_p50),
         slices_compared=len(compared),
         is_few=any(arm.is_few for item in compared for arm in (item.dense, item.sparse)),
@@ -236,19 +242,21 @@ def mean_of_arms(
         for item in figures
         if (before := value_of(item.dense)) is not None and (after := value_of(item.sparse)) is not None
     ]
-    total = sum(num for num, _, _ in both)
-    if not total:
-        return None
-    return sum(num * dense for num, dense, _ in both) / total, sum(num * sp for num, _, sp in both) / total
+    dense = _weighted([(num, before) for num, before, _ in both])
+    sparse = _weighted([(num, after) for num, _, after in both])
+    return None if dense is None or sparse is None else (dense, sparse)
 
 
 def mean_of_audits(
     quality: Sequence[QualityFigures], value_of: Callable[[QualityFigures], float | None]
 ) -> float | None:
     """Return the mean over the groups that have a value, weighted by their scored audits."""
-    known = [(item.scored, value) for item in quality if (value := value_of(item)) is not None]
-    total = sum(num for num, _ in known)
-    return sum(num * value for num, value in known) / total if total else None
+    return _weighted([(item.scored, value) for item in quality if (value := value_of(item)) is not None])
+
+
+def _weighted(values: Sequence[tuple[int, float]]) -> float | None:
+    total = sum(weight for weight, _ in values)
+    return sum(weight * value for weight, value in values) / total if total else None
 
 
 def find_rung(evaluation: Mapping[str, Any] | None, rung_id: str) -> Mapping[str, Any] | None:

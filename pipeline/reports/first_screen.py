@@ -17,12 +17,14 @@ from sentei.pipeline.reports.figures import (
     find_rung,
     mean_of_arms,
     mean_of_audits,
+    paired_quality,
 )
 
 Verdict = Mapping[str, Any]
 PROVEN, MEASURED, OPEN, AGAINST = "proven", "measured", "open", "against"
 MODEL_TIME, FIRST_TOKEN, ANSWER_SPEED = "model_time", "first_token", "answer_speed"
 MONEY, MEMORY = "money", "memory"
+PERPLEXITY, RECALL = "perplexity", "recall"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,8 @@ class Saved:
 class Spent:
     """One line of what it cost in quality; `used` is the part of its bound, None where it has none."""
 
-    name: str
+    key: str  # of a guardrail its metric, such as "audit.kl"; else PERPLEXITY or RECALL
+    name: str  # for readers
     where: str
     measured: float | None
     low: float | None
@@ -98,9 +101,10 @@ def first_screen(
 
 
 def _model_time(newest: Sequence[QualityFigures], saved: Savings, proven: tuple[str, str]) -> Saved:
-    num = sum(item.scored for item in newest)
-    dense = mean_of_audits(newest, lambda item: item.dense_compute_s_mean)
-    sparse = mean_of_audits(newest, lambda item: item.sparse_compute_s_mean)
+    paired = paired_quality(newest)
+    num = sum(item.scored for item in paired)
+    dense = mean_of_audits(paired, lambda item: item.dense_compute_s_mean)
+    sparse = mean_of_audits(paired, lambda item: item.sparse_compute_s_mean)
     change = saved.paired_compute_change
     proof, words = proven
     if change is None:
@@ -108,7 +112,7 @@ def _model_time(newest: Sequence[QualityFigures], saved: Savings, proven: tuple[
     return Saved(
         MODEL_TIME,
         "Model time",
-        f"per request, the same {num:,} through both" if num else "the same requests through both",
+        f"per request, the same {num:,} through both" if num else "per request",
         "s",
         dense,
         sparse,
@@ -181,16 +185,18 @@ def _latency(slices: Sequence[SliceFigures], saved: Savings) -> Iterator[Saved]:
 
 
 def _money(newest: Sequence[QualityFigures], evaluation: Mapping[str, Any] | None) -> Saved:
-    name, about = "Money", "per million tokens, the same requests"
-    tokens = sum(item.tokens for item in newest)
+    name, about = "Money", "per million tokens"
+    paired = paired_quality(newest)
+    tokens = sum(item.tokens for item in paired)
     if evaluation is None or not evaluation.get("costs"):
         return Saved(MONEY, name, about, "usd", None, None, None, OPEN, "no price: no evaluation is at hand")
     price = _price(evaluation["costs"])
     if price is None or not tokens:
         why = "no price for this kind of machine" if price is None else "no request was replayed yet"
         return Saved(MONEY, name, about, "usd", None, None, None, OPEN, why)
-    dense = sum(item.scored * (item.dense_compute_s_mean or 0.0) for item in newest)
-    sparse = sum(item.scored * (item.sparse_compute_s_mean or 0.0) for item in newest)
+    about += f", the same {sum(item.scored for item in paired):,} requests through both"
+    dense = sum(item.scored * (item.dense_compute_s_mean or 0.0) for item in paired)
+    sparse = sum(item.scored * (item.sparse_compute_s_mean or 0.0) for item in paired)
     usd_per_s = price.usd_per_hour / (price.cpus or 1) / 3600 / tokens * 1e6
     words = (
         f"{price.label} at {price.usd_per_hour:g} USD an hour, list price of {price.as_of}; without audits"
@@ -231,6 +237,7 @@ def _guardrails(verdicts: Sequence[Verdict]) -> Iterator[Spent]:
         }.get(item["verdict"], item["verdict"].replace("_", " "))
         is_asked = item.get("need") != "no_harm"
         yield Spent(
+            key=item["value"],
             name=item["about"],
             where="all slices" if item["slice_id"] == "*" else item["slice_id"],
             measured=item["mean"],
@@ -250,11 +257,23 @@ def _offline(known: Mapping[str, Any] | None, rung: str) -> Iterator[Spent]:
     if known.get("ppl_cost_pct") is not None:
         words = f"offline, on held-out text, rung {rung}"
         yield Spent(
-            "perplexity", "", known["ppl_cost_pct"], None, None, None, None, "percent", MEASURED, words
+            PERPLEXITY,
+            "perplexity",
+            "",
+            known["ppl_cost_pct"],
+            None,
+            None,
+            None,
+            None,
+            "percent",
+            MEASURED,
+            words,
         )
     if (recall := known.get("recall")) is not None:
         words = f"offline recall tasks; dense {recall['dense_mean']:.0%}"
-        yield Spent("right answers", "", recall["mean"], None, None, None, None, "share", MEASURED, words)
+        yield Spent(
+            RECALL, "right answers", "", recall["mean"], None, None, None, None, "share", MEASURED, words
+        )
 
 
 def _saving_in_words(gains: Sequence[Verdict]) -> str:

@@ -6,12 +6,22 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from sentei.pipeline.reports.first_screen import AGAINST, MEASURED, MONEY, OPEN, PROVEN, FirstScreen
+from sentei.pipeline.reports.first_screen import AGAINST, MEASURED, MONEY, OPEN, PROVEN, FirstScreen, Spent
 
 WIDTH, HALF, GAP = 960, 470, 20
 LABEL, ROW, TOP = 168, 30, 44
 MOST = 1.6  # longer bars are cut, and say so by their number
 _COLOR = {PROVEN: "safe", AGAINST: "harm", OPEN: "hold", MEASURED: "plain"}
+_SHORT = {  # by metric
+    "audit.token_disagreement": "other token",
+    "audit.kl": "KL",
+    "audit.dropped_mass_mean": "dropped mass",
+    "audit.dropped_mass_p99": "dropped mass, p99",
+    "serve.failed": "failures",
+    "serve.ttft_ms": "slow first token",
+    "serve.tpot_ms": "slow tokens",
+    "serve.total_ms": "slow answers",
+}
 Bar = tuple[str, float, str, str]  # name, part of the line at 100 %, proof, number
 
 
@@ -23,7 +33,7 @@ def draw_saving(screen: FirstScreen) -> Markup:
         if item.ratio is not None and item.key != MONEY  # the same as model time, by construction
     ]
     spent = [
-        (_short(item.name, item.where), item.used, item.proof, f"{item.used:.0%}")
+        (_label(item), item.used, item.proof, f"{item.used:.0%}")
         for item in screen.spent
         if item.used is not None
     ]
@@ -65,16 +75,6 @@ def _panel(x: float, title: str, bars: Sequence[Bar]) -> Markup:
     return Markup("").join(parts)
 
 
-def _short(name: str, where: str) -> str:
-    """A label that fits: the metric's first words and its slice."""
-    words = {
-        "tokens that dense would not pick": "other token",
-        "mean KL(dense || sparse) over served tokens": "KL",
-        "attention mass dropped, mean": "dropped mass",
-        "attention mass dropped, p99 row": "dropped mass, p99",
-        "failed, also when dense rescued it": "failures",
-        "time to first token": "slow first token",
-        "time per output token": "slow tokens",
-        "time of the whole answer": "slow answers",
-    }.get(name, name)
-    return f"{words}, {where}"
+def _label(item: Spent) -> str:
+    """A label that fits: the metric in two words, and its slice."""
+    return f"{_SHORT.get(item.key, item.name)}, {item.where}"

@@ -10,7 +10,15 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 920, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 26, 34
 _GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
-_MARKS = {"rollback": "harm", "to_dense": "harm", "rung_down": "harm", "promote": "safe", "pause": "hold"}
+_MARKS = {
+    "rollback": "harm",
+    "to_dense": "harm",
+    "rung_down": "harm",
+    "shelter": "harm",
+    "promote": "safe",
+    "pause": "hold",
+    "held": "hold",
+}
 
 
 class Mark(Protocol):

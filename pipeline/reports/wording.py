@@ -15,6 +15,7 @@ OUTCOMES = {
     "replaced": "Replaced by a newer rollout",
     "running": "Still running",
     "paused": "Paused",
+    "sheltered": "Sheltered: dense is down",
 }
 VERDICT_WORDS = {
     "safe": "proven safe",

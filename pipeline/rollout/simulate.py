@@ -114,14 +114,10 @@ def figures(scenario: Scenario, tally: Tally, seconds: float) -> dict[str, Any]:
         "paused": outcomes.count(PAUSED) / num,
         "undecided": outcomes.count(RUNNING) / num,
         "timed_out": sum(tally.timed_out) / num,
-        "sessions_to_promotion_p50": _median([at for at in tally.promoted_at if at >= 0]),
+        "sessions_to_promotion_p50": median_of([at for at in tally.promoted_at if at >= 0]),
         "thresholds": _thresholds(tally, has_harm=has_harm),
         "seconds": seconds,
     }
-
-
-def _median(values: list[int]) -> int | None:
-    return int(np.median(values)) if values else None
 
 
 def _thresholds(tally: Tally, *, has_harm: bool) -> list[dict[str, Any]]:

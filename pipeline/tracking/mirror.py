@@ -53,11 +53,17 @@ class StageKey:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """One event, the state that it left behind, and its points on the charts."""
+    """One event, the outcome before it, the state that it left behind, and its points on the charts."""
 
     event: Event
+    former: str | None  # the outcome that stood until then; None: it was under way
     state: RolloutState
     points: tuple[MetricPoint, ...]
+
+    @property
+    def has_turned(self) -> bool:
+        """Whether it ended, went on after an end, or ended in another way."""
+        return self.state.outcome != self.former
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,32 +130,36 @@ class Mirror:
     def _mirror_batch(self, batch: Sequence[Event]) -> None:
         rollout, policy = self._rollout(batch[0].rollout_id)
         parent = self._ensure_parent(rollout, policy)
-        moments = [self._moment(event) for event in batch]
+        moments = self._moments(batch)
         self._tracker.log(parent, (), _tags(moments[-1]))
         course = self._ensure_course(parent, rollout, policy)
         self._tracker.log(course, [p for m in moments for p in m.points], {})
         for stage, members in groupby(moments, key=lambda moment: _stage_key(moment.state)):
             self._mirror_stage(parent, stage, list(members))
         for moment in moments:
-            if moment.state.outcome and moment.state.ended_s == moment.event.at_s:
-                self._finish(parent, rollout, moment)
+            if moment.has_turned:
+                self._describe(parent, moment)
 
     def _mirror_stage(self, parent: str, stage: StageKey, members: Sequence[Moment]) -> None:
         first, last = members[0], members[-1]
         policy = self._policy(first.state)
         left = _stage_key_before(first.event)
-        if left is not None and left != stage:
+        if left is not None and left != stage and first.former is None:  # else it has ended, well or not
             run = self._tracker.ensure_run(
                 _experiment(policy), _stage_spec(policy, left, parent, first.event)
             )
             self._tracker.finish(run, first.event.at_s, is_ok=True)
         run = self._tracker.ensure_run(_experiment(policy), _stage_spec(policy, stage, parent, first.event))
         self._tracker.log(run, [point for moment in members for point in moment.points], _tags(last))
-        if last.state.outcome:
-            self._tracker.finish(run, last.event.at_s, is_ok=last.state.outcome != "rolled_back")
+        if last.state.outcome or any(moment.has_turned for moment in members):
+            self._set_status([run], last)
 
-    def _finish(self, parent: str, rollout: Rollout, moment: Moment) -> None:
+    def _describe(self, parent: str, moment: Moment) -> None:
+        """Say of the rollout's run what stands now, also where a decision stands no more."""
+        rollout, policy = self._rollout(moment.event.rollout_id)
         report = build_report(self._store, rollout.rollout_id, upto_event=moment.event.seq)
+        if moment.state.outcome and report.rung_id:
+            self._tracker.ensure_run(_experiment(policy), _parent_spec(rollout, policy, report.rung_id))
         self._tracker.save_text(parent, render_html(report), "reports/comparison.html")
         self._tracker.save_text(parent, render_json(report), "reports/comparison.json")
         points = list(_points(decision_figures(report), 0, moment.event.at_s))
@@ -159,9 +169,16 @@ class Mirror:
             "decided": report.decided,
         }
         self._tracker.log(parent, points, tags)
-        course = self._ensure_course(parent, rollout, self._policy(moment.state))
-        self._tracker.finish(course, moment.event.at_s, is_ok=moment.state.outcome != "rolled_back")
-        self._tracker.finish(parent, moment.event.at_s, is_ok=moment.state.outcome != "rolled_back")
+        self._set_status([self._ensure_course(parent, rollout, policy), parent], moment)
+
+    def _set_status(self, run_ids: Sequence[str], moment: Moment) -> None:
+        """Mark runs as ended, or as going on where the rollout does."""
+        for run_id in run_ids:
+            if moment.state.outcome is None:
+                self._tracker.reopen(run_id)
+            else:
+                is_ok = moment.state.outcome != "rolled_back"
+                self._tracker.finish(run_id, moment.event.at_s, is_ok=is_ok)
 
     def _mirror_drift(self) -> int:
         num_results = 0
@@ -206,24 +223,7 @@ class Mirror:
         return self._book.find(state.rollout_id, state.policy_digest)
 
     def _ensure_parent(self, rollout: Rollout, policy: Policy) -> str:
-        spec = RunSpec(
-            key=f"rollout:{rollout.rollout_id}",
-            name=rollout.rollout_id,
-            start_s=rollout.created_at_s,
-            # Params are what runs are compared by; digests, folders and people are tags.
-            params={
-                "policy": policy.metadata.name,
-                "rung": policy.spec.stages[-1].rung,
-                **{name: value for name, value in rollout.about.items() if name in _COMPARED},
-            },
-            tags={
-                "sentei.kind": "rollout",
-                "rollout_id": rollout.rollout_id,
-                "policy_digest": policy.digest,
-                **{name: value for name, value in rollout.about.items() if name not in _COMPARED},
-            },
-        )
-        run_id = self._tracker.ensure_run(_experiment(policy), spec)
+        run_id = self._tracker.ensure_run(_experiment(policy), _parent_spec(rollout, policy))
         if rollout.rollout_id not in self._has_policy_file:
             self._tracker.save_text(run_id, rollout.policy_text, "policy/policy.yaml")
             self._has_policy_file.add(rollout.rollout_id)
@@ -240,7 +240,18 @@ class Mirror:
         )
         return self._tracker.ensure_run(_experiment(policy), spec)
 
-    def _moment(self, event: Event) -> Moment:
+    def _moments(self, batch: Sequence[Event]) -> list[Moment]:
+        """The events of one rollout, each with the outcome that stood before it."""
+        first = batch[0]
+        before = self._log.decisions(first.rollout_id, before=first.seq, limit=1)
+        former = state_from_json(before[0].state).outcome if before else None
+        moments = []
+        for event in batch:
+            moments.append(self._moment(event, former))
+            former = moments[-1].state.outcome
+        return moments
+
+    def _moment(self, event: Event, former: str | None) -> Moment:
         state = state_from_json(event.state)
         policy = self._policy(state)
         values: dict[str, float | None] = {
@@ -256,7 +267,7 @@ class Mirror:
                 values[f"evidence/{verdict['id']}/{slice_id}/{name}"] = verdict[name]
         after = event.payload.get("before", {}).get("cursor", state.cursor)
         values |= read_means(self._store, event.rollout_id, after=after, upto=state.cursor)
-        return Moment(event, state, tuple(_points(values, event.seq, event.at_s)))
+        return Moment(event, former, state, tuple(_points(values, event.seq, event.at_s)))
 
 
 def _points(values: Mapping[str, float | None], step: int, at_s: float) -> Iterator[MetricPoint]:
@@ -266,19 +277,42 @@ def _points(values: Mapping[str, float | None], step: int, at_s: float) -> Itera
 
 
 def _tags(moment: Moment) -> dict[str, str]:
+    """What stands after an event; "" where nothing does, as a tag stays until it has another value."""
     state = moment.state
-    tags = {
+    return {
         "phase": state.phase,
         "stage": state.stage_id,
         "reason": str(moment.event.payload.get("reason", "")),
+        "outcome": state.outcome or "",
+        "by": state.by or "",
     }
-    if state.outcome:
-        tags |= {"outcome": state.outcome, "by": state.by or ""}
-    return tags
 
 
 def _experiment(policy: Policy) -> str:
     return policy.spec.record.mlflow.experiment
+
+
+def _parent_spec(rollout: Rollout, policy: Policy, rung_id: str = "") -> RunSpec:
+    """The run of a rollout; `rung_id` is the rung that it reached, "" before it has ended.
+
+    Params are what runs are compared by; digests, folders and people are tags.
+    """
+    return RunSpec(
+        key=f"rollout:{rollout.rollout_id}",
+        name=rollout.rollout_id,
+        start_s=rollout.created_at_s,
+        params={
+            "policy": policy.metadata.name,
+            **({"rung": rung_id} if rung_id else {}),
+            **{name: value for name, value in rollout.about.items() if name in _COMPARED},
+        },
+        tags={
+            "sentei.kind": "rollout",
+            "rollout_id": rollout.rollout_id,
+            "policy_digest": policy.digest,
+            **{name: value for name, value in rollout.about.items() if name not in _COMPARED},
+        },
+    )
 
 
 def _stage_key(state: RolloutState) -> StageKey:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,13 @@ def register_adapter(
     *,
     name: str,
     alias: str = "candidate",
+    tags: Mapping[str, str] | None = None,
     now_s: float | None = None,
 ) -> RegisteredVersion:
-    """Copy the adapter into a new version and move the alias to it; raises RegisterError or TrackingError."""
+    """Copy the adapter into a new version and move the alias to it; raises RegisterError or TrackingError.
+
+    `tags` are said of run and version, beside the manifest's plain values.
+    """
     if alias not in ALIASES:
         raise RegisterError(f"alias {alias!r} is not known: use one of {', '.join(ALIASES)}.")
     missing = [file for file in _NEEDED if not (folder / file).is_file()]
@@ -54,18 +59,18 @@ def register_adapter(
             f"{folder} is no adapter: {', '.join(missing)} is missing. Run `sentei distill` first."
         )
     started_s = time.time() if now_s is None else now_s
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    said = _flat(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))) | dict(tags or {})
     spec = RunSpec(
         key=f"register:{name}:{started_s:.6f}",
         name=f"{name} {folder.name}",
         start_s=started_s,
-        tags={"sentei.kind": "register", **_flat(manifest)},
+        tags={"sentei.kind": "register", **said},
     )
     run_id = tracker.ensure_run(EXPERIMENT, spec)
     tracker.save_file(run_id, folder, _FOLDER)
     with tracker.answering() as client:
         source = f"{client.get_run(run_id).info.artifact_uri}/{_FOLDER}"
-        version = _create_version(client, name, source, run_id, _flat(manifest))
+        version = _create_version(client, name, source, run_id, said)
         client.set_registered_model_alias(name, alias, version)
     tracker.finish(run_id, started_s, is_ok=True)
     return RegisteredVersion(name, version, alias, run_id, source)

@@ -102,6 +102,9 @@ class Tracker(Protocol):
     def finish(self, run_id: str, end_s: float, *, is_ok: bool) -> None:
         """Mark the run as ended."""
 
+    def reopen(self, run_id: str) -> None:
+        """Mark a run as going on, whether it had ended or not."""
+
 
 SQLITE = "sqlite:///"
 
@@ -162,6 +165,11 @@ class MlflowTracker:
         """End the run as FINISHED or FAILED."""
         with self.answering() as client:
             client.set_terminated(run_id, "FINISHED" if is_ok else "FAILED", int(end_s * 1000))
+
+    def reopen(self, run_id: str) -> None:
+        """Set the status back to RUNNING; MLflow keeps the last end time."""
+        with self.answering() as client:
+            client.update_run(run_id, status="RUNNING")
 
     @contextmanager
     def answering(self) -> Iterator[Any]:

@@ -2,8 +2,9 @@
 
 Served values cannot be asked for proof in a healthy service, and twice their bound shows late: at 5 % it
 takes a fast stage twice as many sessions as all else. So what must have had the time to show is *gross* harm,
-in 95 % of the candidates that do it: GROSS times the bound, and of failures what the breaker calls failing,
-of which a ratio is told while dense does not fail at all.
+in 95 % of the candidates that do it: GROSS times the bound, and of failures what the breaker calls failing
+where that is more (so less than that may pass unseen, F10 says how often); of a ratio while dense does not
+fail at all.
 """
 
 from __future__ import annotations

@@ -60,6 +60,21 @@ def num_tests(policy: Tested, guardrail: Guardrail) -> int:
     return len(policy.routed_slices) * (2 if has_arms else 1)
 
 
+def rungs_in_reach(policy: Tested) -> tuple[str, ...]:
+    """The rungs that a slice may be served at within one try, mild to aggressive: those of the stages.
+
+    Where a guardrail may send a slice a rung down, every rung from the mildest to the boldest of the stages.
+    """
+    used = {policy.rung_ids.index(stage.rung) for stage in policy.spec.stages}
+    has_rung_down = any(item.action == "previous_rung" for item in policy.spec.guardrails.items)
+    places = range(max(used) + 1) if has_rung_down else sorted(used)
+    return tuple(policy.rung_ids[place] for place in places)
+
+
+def _num_rungs(policy: Tested) -> int:
+    return len(rungs_in_reach(policy))
+
+
 def num_starts(policy: Tested, guardrail: Guardrail) -> int:
     """How often its evidence of harm may start afresh within one try."""
     family = guardrail.metric.family
@@ -67,9 +82,7 @@ def num_starts(policy: Tested, guardrail: Guardrail) -> int:
         return 1
     if family == "operational":
         return max(1, sum(stage.share > 0 for stage in policy.spec.stages))
-    used = {policy.rung_ids.index(stage.rung) for stage in policy.spec.stages}
-    has_rung_down = any(item.action == "previous_rung" for item in policy.spec.guardrails.items)
-    return max(used) + 1 if has_rung_down else len(used)
+    return _num_rungs(policy)
 
 
 def harm_alpha(policy: Tested, guardrail: Guardrail, try_number: int = 1) -> float:
@@ -93,12 +106,12 @@ def harm_alpha(policy: Tested, guardrail: Guardrail, try_number: int = 1) -> flo
 def no_gain_alpha(policy: Tested, try_number: int = 1) -> float:
     """What one test may spend on calling a gain absent that is there (F17).
 
-    Source: docs/statistics.md F17, the union bound over benefits, slices, arms and the rungs of the stages.
+    Source: docs/statistics.md F17, the union bound over benefits, slices, arms and the rungs that a slice may
+    come to, also by falling back.
     Guarantee: all tests of all tries together hold a candidate that has its gains with probability at most
     alpha_total, beside and not out of what guardrails may spend: it stops growth and takes nobody off sparse.
     A proof of the gain is made at `try_alpha`, as every proof of safety is.
     """
     arms = 2 if policy.spec.mode == "enforce" else 1
-    rungs = {stage.rung for stage in policy.spec.stages}
-    tests = max(1, len(policy.spec.benefit)) * max(1, len(policy.routed_slices)) * arms * len(rungs)
+    tests = max(1, len(policy.spec.benefit)) * max(1, len(policy.routed_slices)) * arms * _num_rungs(policy)
     return try_alpha(policy, try_number) / tests

@@ -83,7 +83,6 @@ def _judge_gain(tick: Tick, benefit: Benefit, slice_id: str) -> GuardrailReport:
     view = View(
         slice_id=slice_id,
         rung_id=rung,
-        share=stage.share if policy.spec.mode == "enforce" else 0.0,
         need=benefit.need,
         try_number=state.try_number,
         is_stale=tick.now_s - state.waiting_since_s > policy.spec.data.max_age,

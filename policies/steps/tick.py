@@ -16,7 +16,7 @@ from sentei.policies.state import ARTIFACT, Quarantined, RolloutState, SliceStat
 class Action:
     """Something that happened and that the world should hear of; the routing table follows from the state."""
 
-    kind: str  # an Event or SliceEvent of the machine, or "refuse", or "alert"
+    kind: str  # an Event or SliceEvent of the machine, or "held", "bind" (an artifact), "refuse" or "alert"
     detail: str
     slice_id: str | None = None
 

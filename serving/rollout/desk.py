@@ -248,7 +248,7 @@ class RolloutDesk:
             "stage_entered_s": state.get("stage_entered_s"),
             "ended_s": state.get("ended_s"),
             "approved_by": state.get("approved_by"),
-            "rung_id": next((s.rung for s in policy.spec.stages if s.id == stage_id), ""),
+            "rung_id": policy.stage(stage_id).rung if stage_id else "",
             "reason": state.get("reason") or "waiting for the controller's first tick",
         }
 

@@ -141,6 +141,21 @@ def test_run_ends_well_or_not_and_may_go_on(case: Case, experiment: str) -> None
     assert case.points(run, "m") == [(1, 1.0)]
 
 
+def test_an_ended_run_is_opened_again_and_a_tag_is_emptied(case: Case, experiment: str) -> None:
+    """What stood no longer stands; to open what is open changes nothing, and it may end once more."""
+    run = case.tracker.ensure_run(experiment, SPEC)
+    case.tracker.log(run, (), {"outcome": "held"})
+    case.tracker.finish(run, 20.0, is_ok=True)
+
+    case.tracker.reopen(run)
+    case.tracker.reopen(run)
+    case.tracker.log(run, (), {"outcome": ""})
+    opened, outcome = case.status(run), case.tags(run)["outcome"]
+    case.tracker.finish(run, 30.0, is_ok=False)
+
+    assert (opened, outcome, case.status(run)) == ("RUNNING", "", "FAILED")
+
+
 def test_a_changed_param_is_a_tag(case: Case, experiment: str) -> None:
     """The first value stays, the newest is a tag, also when it changes back; nothing is refused."""
     for value in ("1", "2", "1"):

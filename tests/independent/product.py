@@ -38,11 +38,6 @@ def runner() -> Any:
     return _find("sentei.pipeline.rollout.runner", "sentei.pipeline.rollout")
 
 
-def event_log(store: Any) -> Any:
-    """The log of a store."""
-    return _find("sentei.monitors.events", "sentei.pipeline.events").EventLog(store)
-
-
 def store_class() -> Any:
     """The store."""
     return import_module("sentei.monitors.store").Store

@@ -44,8 +44,8 @@ def rows() -> tuple[Row, ...]:
         ),
         Row(
             "A1",
-            "requests beyond 24k tokens among the audited (of all requests: see the note)",
-            "as of all requests",
+            "(a share, not a fault) audited requests beyond 24k tokens",
+            "as of all",
             _audited_beyond,
             1,
             key="audited",

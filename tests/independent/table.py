@@ -48,6 +48,13 @@ def measure(row: Row, trials: int) -> Count:
     return row.measure(trials, progress)
 
 
+def _noted(then: str, now: str) -> str:
+    """What goes with the counts of before and of now, said once where it is the same."""
+    if then == now:
+        return now
+    return "; ".join(f"{when}: {note}" for when, note in (("before", then), ("now", now)) if note)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
@@ -65,7 +72,7 @@ def main() -> None:
         cores = os.cpu_count()
         print(f"<!-- {platform.machine()}, {cores} cores, Python {platform.python_version()} -->")
         print(
-            "| | what must not happen | before | now | exact 95% | asked |\n|---|---|---|---|---|---|",
+            "| | what must not happen | before | now | exact 95% | asked | noted |\n" + "|---" * 7 + "|",
             flush=True,
         )
     for row in chosen(all_rows(), options.rows, live=options.live):
@@ -80,11 +87,10 @@ def main() -> None:
             flush=True,
         )
         if not options.json:
-            was = before.get(row.name, "")
-            print(
-                f"| {row.id} | {row.about} | {was} | {found} | {low:.1%} to {high:.1%} | {row.promise} |",
-                flush=True,
-            )
+            was, _, then = before.get(row.name, "").partition(", ")
+            now = f"{found.hits} of {found.trials}"
+            cells = (row.id, row.about, was, now, f"{low:.1%} to {high:.1%}", row.promise)
+            print(f"| {' | '.join(cells)} | {_noted(then, found.note)} |", flush=True)
     if options.json:
         print(json.dumps(counts, indent=1))
     print(f"{time.process_time():.0f} s of one core in all", file=sys.stderr)

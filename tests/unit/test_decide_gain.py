@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from sentei.policies.intake import GAIN_CUT, RATIO_CAP
 from sentei.policies.review.advice import find_advice
 from sentei.policies.review.forecast import Expected
 from sentei.policies.schema.budget import no_gain_alpha, try_alpha
+from sentei.policies.schema.load import load_policy
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Observation, Signals, Verdict
-from sentei.policies.state import ALL, SERVED
+from sentei.policies.state import ALL, SERVED, SliceState
+from sentei.policies.steps.tick import effective_rung
 from tests.evidence_paths import betting_paths
 from tests.stories_engine import at_ratio, in_no_gain, staged
-from tests.strategies_policy import Story, make_policy, put, sparse_health, twice, without_approval
+from tests.strategies_policy import EXAMPLES, Story, make_policy, put, sparse_health, twice, without_approval
 
 
 def in_shadow(policy: Policy | None = None) -> Story:
@@ -247,13 +250,47 @@ def test_gain_and_its_absence_keep_their_error_at_the_bound(direction: str, mean
     assert share <= alpha + 3 * np.sqrt(alpha * (1 - alpha) / 1000)
 
 
-def test_the_budget_of_absence_is_never_overspent() -> None:
-    """Over slices, arms and rungs together at most what the try may spend."""
-    policy = make_policy()
-    tests = 2 * 2 * len({stage.rung for stage in policy.spec.stages}) * len(policy.spec.benefit)
+def places_of_a_gain(policy: Policy) -> set[tuple[str, str, str, str]]:
+    """Benefit, slice, rung and arm wherever a gain can be judged: at each stage, and after each fall."""
+    state = initial_state(policy, "r1", 0.0)
+    falls = any(item.action == "previous_rung" for item in policy.spec.guardrails.items)
+    ceilings = (None, *policy.rung_ids) if falls else (None,)
+    arms = (ALL, SERVED) if policy.spec.mode == "enforce" else (ALL,)
+    places = set()
+    for stage, item, ceiling in product(policy.spec.stages, policy.routed_slices, ceilings):
+        fallen = replace(state, stage_id=stage.id).with_slice(SliceState(item.id, ceiling))
+        rung = effective_rung(policy, fallen, item.id)
+        places |= {(gain.id, item.id, rung, arm) for gain in policy.spec.benefit for arm in arms}
+    return places
 
-    assert no_gain_alpha(policy) * tests == pytest.approx(try_alpha(policy))
-    assert sum(no_gain_alpha(policy, number) * tests for number in range(1, 40)) <= 0.05
+
+def test_the_budget_of_absence_is_never_overspent() -> None:
+    """Over slices, arms and rungs together what the try may spend, over all tries alpha_total."""
+    policy = make_policy()
+    places = len(places_of_a_gain(policy))
+
+    assert no_gain_alpha(policy) * places == pytest.approx(try_alpha(policy))
+    assert sum(no_gain_alpha(policy, number) * places for number in range(1, 40)) <= 0.05
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_shipped_policy_overspends_on_the_absence_of_a_gain(path: Path) -> None:
+    """Also where a breach costs one rung, and the rungs below those of the stages come into play."""
+    policy = load_policy(path.read_text(encoding="utf-8"))
+
+    places = len(places_of_a_gain(policy))
+
+    assert no_gain_alpha(policy) * places <= try_alpha(policy) * (1 + 1e-9)
+
+
+def test_a_rung_that_only_a_fall_leads_to_has_its_part_of_the_budget() -> None:
+    """`cost-first` begins at the middle rung of three: one benefit, two slices, two arms, three rungs."""
+    policy = load_policy((EXAMPLES / "cost-first.yaml").read_text(encoding="utf-8"))
+
+    rungs = {rung for _, _, rung, _ in places_of_a_gain(policy)}
+
+    assert rungs == {"mild", "medium", "bold"}
+    assert no_gain_alpha(policy) * 1 * 2 * 2 * 3 == pytest.approx(try_alpha(policy))
 
 
 def test_the_table_of_sessions_is_computed() -> None:

@@ -8,13 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sentei.policies.evidence import RATIO_TILTS, BetaBinomial, Split, events_to_notice, log_threshold
+from sentei.policies.evidence import (
+    RATIO_TILTS,
+    BetaBinomial,
+    Split,
+    events_to_notice,
+    hits_to_notice,
+    log_threshold,
+)
 from sentei.policies.intake import new_cell, scaled_bound
 from sentei.policies.judge import GuardrailReport, least_served
 from sentei.policies.schema.budget import harm_alpha, num_starts, num_tests
+from sentei.policies.schema.load import load_policy
 from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Verdict
-from tests.strategies_policy import Story, make_policy, without_approval
+from tests.strategies_policy import EXAMPLES, Story, make_policy, without_approval
 
 
 def with_gates(*gates: dict[str, Any]) -> Policy:
@@ -211,6 +219,32 @@ def test_a_ratio_waits_until_a_candidate_that_the_breaker_would_stop_would_have_
         evidence = Split.start(RATIO_TILTS).update(int(has_failed.sum()), int(has_failed.sum()), 1.25 / 2.25)
         noticed += evidence.log_e_max >= log_threshold(alpha)
     assert 0.92 <= noticed / 400 <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "shown", "by_gross"),
+    [("fast-staging", 56, 0.50, 120), ("long-context-only", 28, 0.05, 133), ("demo", 23, 0.08, 115)],
+)
+def test_failures_between_bound_and_breaker_may_pass_unseen(
+    name: str, asked: int, shown: float, by_gross: int
+) -> None:
+    """What docs/statistics.md, F10, says of failures at four times the bound: how many have shown by then."""
+    policy = load_policy((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))
+    gate = next(item for item in policy.spec.guardrails.items if item.value == "serve.failed")
+    assert gate.bound is not None
+    assert gate.bound.max is not None
+    alpha, chance = harm_alpha(policy, gate), 4 * gate.bound.max
+    assert least_served(policy, gate, 0.5) == asked
+    assert hits_to_notice(gate.bound.max, chance, alpha) == by_gross
+
+    rng = np.random.default_rng(7)
+    noticed = 0
+    for has_failed in rng.random((2000, asked)) < chance:
+        evidence = BetaBinomial(gate.bound.max, "harm")
+        for value in has_failed:
+            evidence = evidence.update(float(value))
+        noticed += evidence.log_e_max >= log_threshold(alpha)
+    assert noticed / 2000 == pytest.approx(shown, abs=0.04)
 
 
 def test_a_bounded_mean_without_floor_is_judged_against_max() -> None:

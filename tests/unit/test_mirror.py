@@ -13,10 +13,19 @@ from sentei.monitors.store import Store
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
 from sentei.pipeline.tracking.comparison import GAIN_PROVEN, MODEL_TIME, MODEL_TIME_RATIO, SAFETY_PROVEN
 from sentei.pipeline.tracking.mirror import Mirror
-from tests.fakes_records import POLICY, ROLLOUT, START_S, FakeTracker, make_audit, make_request
+from tests.fakes_records import (
+    POLICY,
+    ROLLOUT,
+    START_S,
+    WITH_BENEFIT,
+    FakeTracker,
+    make_audit,
+    make_request,
+)
 
 PARENT = f"sentei-rollouts/rollout:{ROLLOUT}"
 COURSE = f"{PARENT}:course"
+SHADOW = f"{PARENT}:stage:shadow"
 
 
 @pytest.fixture
@@ -26,9 +35,11 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-def play(store: Store, seconds: int, mirror: Mirror | None = None, **changes: Any) -> RolloutRunner:
+def play(
+    store: Store, seconds: int, mirror: Mirror | None = None, *, policy: str = POLICY, **changes: Any
+) -> RolloutRunner:
     """Traffic and ticks; the mirror runs after each tick if there is one."""
-    start_rollout(store, POLICY, now_s=START_S, rollout_id=ROLLOUT, about={"model": "pocket"})
+    start_rollout(store, policy, now_s=START_S, rollout_id=ROLLOUT, about={"model": "pocket"})
     runner = RolloutRunner.open(store, ROLLOUT, RunnerOptions("me"))
     for second in range(seconds):
         for i in range(second * 8, second * 8 + 8):
@@ -110,6 +121,73 @@ def test_rolled_back_rollout_is_a_failed_run_that_names_the_guardrail(store: Sto
     assert (tags["outcome"], tags["by"]) == ("rolled_back", "agree")
     assert tracker.runs[PARENT]["status"] == "FAILED"
     assert tracker.runs[f"sentei-rollouts/rollout:{ROLLOUT}:stage:shadow:0"]["status"] == "FAILED"
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_a_resumed_rollout_is_no_longer_told_as_held(store: Store, is_live: bool) -> None:
+    """Tags, name, description and status follow what stands, mirrored as it happens or all at once."""
+    tracker = FakeTracker()
+    mirror = Mirror(store, tracker)
+    runner = play(store, 12, mirror if is_live else None, policy=WITH_BENEFIT, sparse_compute_s=1.3)
+    held = dict(tracker.runs[PARENT]["tags"]) if is_live else None
+    store.add_command(ROLLOUT, "resume", by="ann", at_s=START_S + 12)
+    runner.tick(START_S + 12.5)
+
+    assert mirror.run_once().reason == ""
+
+    if held is not None:
+        assert (held["outcome"], held["decided"], held["by"]) == ("held", "held", "compute")
+        assert held["mlflow.runName"] == f"{ROLLOUT}: held: no gain"
+    run = tracker.runs[PARENT]
+    tags = run["tags"]
+    assert (tags["outcome"], tags["by"], tags["decided"], tags["phase"]) == ("", "", "running", "running")
+    assert tags["mlflow.runName"] == f"{ROLLOUT}: still running"
+    assert tags["mlflow.note.content"].startswith("**Still running.** Not decided yet")
+    assert [tracker.runs[key]["status"] for key in (PARENT, COURSE, f"{SHADOW}:0")] == ["RUNNING"] * 3
+    assert tracker.runs[f"{SHADOW}:0"]["tags"]["outcome"] == ""
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_a_retried_rollout_is_no_longer_told_as_rolled_back(store: Store, is_live: bool) -> None:
+    """The rollout goes on in the same run; the stage in which its first try failed stays failed."""
+    tracker = FakeTracker()
+    mirror = Mirror(store, tracker)
+    retry = POLICY + "  rollback: {retry: {max: 3, cool_off: 0s}}\n"
+    runner = play(store, 10, mirror if is_live else None, policy=retry, token_disagreement=0.6)
+    store.add_command(ROLLOUT, "retry", by="ann", at_s=START_S + 11)
+    runner.tick(START_S + 12)
+
+    assert mirror.run_once().reason == ""
+
+    tags = tracker.runs[PARENT]["tags"]
+    assert (tags["outcome"], tags["by"], tags["decided"]) == ("", "", "running")
+    assert tags["mlflow.runName"] == f"{ROLLOUT}: still running"
+    assert [tracker.runs[key]["status"] for key in (PARENT, COURSE, f"{SHADOW}:1")] == ["RUNNING"] * 3
+    failed = tracker.runs[f"{SHADOW}:0"]
+    assert (failed["status"], failed["tags"]["outcome"], failed["tags"]["by"]) == (
+        "FAILED",
+        "rolled_back",
+        "agree",
+    )
+
+
+def test_the_rung_of_a_rollout_is_the_one_that_it_reached(store: Store) -> None:
+    """The policy's last rung is bold; this rollout failed at the mild one, and before that names no rung."""
+    two = POLICY.replace("ladder: [{id: medium}]", "ladder: [{id: medium}, {id: bold}]").replace(
+        "full, share: 95%, rung: medium, bake: 2s}\n  advance:",
+        "full, share: 95%, rung: medium}\n    - {id: bold, share: 95%, rung: bold, bake: 2s}\n  advance:",
+    )
+    tracker = FakeTracker()
+    mirror = Mirror(store, tracker)
+    runner = play(store, 1, mirror, policy=two)
+    begun = dict(tracker.runs[PARENT]["params"])
+    store.add_command(ROLLOUT, "abort", by="ann", at_s=START_S + 2)
+    runner.tick(START_S + 2.5)
+
+    mirror.run_once()
+
+    assert "rung" not in begun
+    assert tracker.runs[PARENT]["params"]["rung"] == "medium"
 
 
 @pytest.mark.parametrize("failures", [1, 2, 5, 17])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from sentei.pipeline.reports.rollout_report import (
 )
 from sentei.pipeline.reports.wording import headline
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
-from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
+from tests.fakes_records import POLICY, ROLLOUT, START_S, WITH_BENEFIT, make_audit, make_request
 
 EVALUATION = {
     "model": "pocket",
@@ -45,10 +46,6 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-WITH_BENEFIT = POLICY.replace(
-    "  breaker:\n",
-    "  benefit:\n    - {id: compute, value: audit.compute_ratio, want: {max: 0.90}}\n  breaker:\n",
-)
 PRICED = {
     "model": "pocket",
     "window_tokens": 4000,
@@ -337,6 +334,7 @@ def test_a_first_screen_without_a_served_answer_says_so(store: Store) -> None:
     words = {item.name: item.words for item in report.first_screen.saved}
     assert words["First token"] == "sparse served nobody yet"
     assert words["Money"] == "no price: no evaluation is at hand"
+    assert {item.name: item.about for item in report.first_screen.saved}["Money"] == "per million tokens"
     assert "Memory at peak" not in words
     page = render_html(report)
     assert "–" not in page[: page.index('id="safe"')]
@@ -355,6 +353,7 @@ def test_a_held_rollout_says_that_it_does_not_pay(store: Store) -> None:
     assert "Sparse attention does not pay here, with 30% more model time on the same requests" in page
     assert report.first_screen.saving_in_words.startswith("There is no saving (long: 1.3 times")
     assert report.first_screen.saved[0].proof == "against"
+    assert re.search(r'<circle class="hold" [^>]*><title>held</title>', page)
 
 
 def test_a_resumed_rollout_is_not_told_by_the_end_that_was_undone(store: Store) -> None:
@@ -414,6 +413,16 @@ def test_failures_are_counted_and_left_out_of_times() -> None:
 
     sparse = figures[0].sparse
     assert (sparse.requests, sparse.failed, sparse.fallbacks, sparse.ttft_ms_p95) == (32, 2, 2, 400.0)
+
+
+def test_model_time_is_compared_on_the_same_requests_only() -> None:
+    """A slice whose replays have the time of one variant alone is no part of the comparison."""
+    both = [audit_row(i, dense_compute_s=2.0, sparse_compute_s=1.0) for i in range(10)]
+    half = [audit_row(i, slice_id="mid", dense_compute_s=8.0, sparse_compute_s=0.0) for i in range(10)]
+
+    saved = savings([], newest_quality(quality_figures([*both, *half])))
+
+    assert saved.paired_compute_change == pytest.approx(-0.5)
 
 
 def test_nothing_measured_is_no_figure() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,10 @@ import pytest
 from sentei.monitors.store import Store
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
 from sentei.policies.engine import Decision
+from sentei.policies.evidence import Betting, log_threshold, paired_excess
+from sentei.policies.intake import new_cell
+from sentei.policies.schema.budget import try_alpha
+from sentei.policies.schema.load import load_policy
 from tests.fakes_records import POLICY, make_audit, make_request
 
 PERIOD_S = 600.0
@@ -55,15 +58,28 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-def test_no_test_can_prove_by_fewer_users_than_these() -> None:
-    """A variant that ruins one answer of ten is clean for 36 users with 2.25 %, for 40 with 1.5 %.
+@pytest.mark.parametrize(("try_number", "least", "takes"), [(1, 36, 39), (2, 42, 46)])
+def test_clean_users_prove_no_sooner_than_any_test_may(try_number: int, least: int, takes: int) -> None:
+    """A variant that ruins one answer of ten is clean for `least` users with less than the try may spend.
 
-    So at the 2.5 % of a first try no test proves by fewer than 36 clean units, at the 1.25 % of a second by
-    fewer than 42: three stages need 108, and 40 users within one period cannot prove a second try.
+    So no valid test proves by fewer; ours takes three or four more. Three stages of a first try need 108
+    users whatever the test, and 40 within one period cannot prove a second try: docs/statistics.md.
     """
-    least = [math.ceil(math.log(alpha) / math.log(1 - BOUND)) for alpha in (0.025, 0.0125)]
+    policy = load_policy(RETRY)
+    (gate,) = policy.spec.guardrails.items
+    alpha = try_alpha(policy, try_number)
+    assert (1 - BOUND) ** least <= alpha < (1 - BOUND) ** (least - 1)
 
-    assert least == [36, 42]
+    safe = new_cell(policy, gate, "long", "medium", try_number=try_number).safe
+    assert isinstance(safe, Betting)
+    log_e = []
+    while safe.log_e_max < log_threshold(alpha):
+        safe = safe.update(paired_excess(0.0, 0.0, BOUND))
+        log_e.append(safe.log_e_max)
+
+    assert len(log_e) == takes
+    if try_number == 2:
+        assert (round(log_e[39], 2), round(log_threshold(alpha), 2)) == (3.81, 4.38)
 
 
 def test_forty_eight_users_prove_each_stage_and_are_seen_when_they_come_back(store: Store) -> None:

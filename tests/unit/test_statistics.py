@@ -20,7 +20,7 @@ OURS = [
     *ROOT.glob("*.md"),
 ]
 CITED = sorted(
-    {name for path in SOURCES for name in re.findall(r"\bF(?:1[0-5]|[1-9])\b", path.read_text("utf-8"))}
+    {name for path in SOURCES for name in re.findall(r"\bF(?:1[0-7]|[1-9])\b", path.read_text("utf-8"))}
 )
 SECTIONS = re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]
 FORMULAS = {text.split(":")[0]: text for text in SECTIONS if re.match(r"F\d", text)}

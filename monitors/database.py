@@ -49,7 +49,7 @@ class Database:
             self._engine = _make_engine(url)
         except (ArgumentError, ImportError, SQLAlchemyError) as error:
             raise StoreUrlError(
-                f"store URL {self.url!r} cannot be used: {error}. "
+                f"store URL {self.url!r} cannot be used: {error}. {_driver_hint(error)}"
                 "Give an SQLAlchemy URL such as sqlite:////var/lib/sentei/state.db or postgresql+psycopg://user@host/db."
             ) from error
 
@@ -258,6 +258,11 @@ def _begin_sqlite(connection: Connection) -> None:
     # IMMEDIATE waits for the write lock at once; a late upgrade would fail without waiting.
     is_write = connection.get_execution_options().get(_IS_WRITE, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
+
+
+def _driver_hint(error: Exception) -> str:
+    is_driver = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("psycopg")
+    return "Install it with: pip install 'sentei[postgres]'. " if is_driver else ""
 
 
 def _printable(url: str) -> str:

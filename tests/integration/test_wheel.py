@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -36,9 +35,9 @@ from sentei.serving.rollout.operations import add_admin_routes
 from sentei.serving.settings import Limits
 from tests.fakes_serving import MODEL, FakeTokenizer, FakeVariant
 from tests.machine import free_port, wait_for
+from tests.old_store import build_old_store
 
 ROOT = Path(__file__).resolve().parents[2]
-OLD = ROOT / "tests" / "fixtures" / "store_e4b6c64"
 FOLDERS = ("kernels", "policies", "monitors", "pipeline", "serving")
 WITHOUT_EXTRAS = (
     "policy lint",
@@ -47,6 +46,7 @@ WITHOUT_EXTRAS = (
     "policy simulate",
     "policy replay",
     "rollout ",
+    "store ",
     "report",
     "doctor",
 )
@@ -164,17 +164,19 @@ def test_policies_are_linted_explained_simulated(light: Light) -> None:
 
 
 def test_a_recorded_rollout_is_replayed(light: Light) -> None:
-    """From a store that somebody copied here."""
-    path = light.folder / "state.db"
-    with sqlite3.connect(path) as database:
-        database.executescript((OLD / "store.sql").read_text(encoding="utf-8"))
-    database.close()
+    """From an older store that somebody copied here: upgraded by the migrations of the wheel, and checked."""
+    url = f"sqlite:///{light.folder}/state.db"
+    build_old_store(url)
+    policy = str(ROOT / "policies" / "examples" / "fast-staging.yaml")
 
-    done = light.run(
-        "policy", "replay", str(ROOT / "policies/examples/fast-staging.yaml"), "failed",
-        "--store", f"sqlite:///{path}", "--json",
-    )  # fmt: skip
+    refused = light.run("policy", "replay", policy, "failed", "--store", url)
+    upgraded = light.run("store", "upgrade", "--store", url)
+    checked = light.run("store", "check", "--store", url)
+    done = light.run("policy", "replay", policy, "failed", "--store", url, "--json")
 
+    assert refused.returncode == ExitCode.UNREACHABLE
+    assert "sentei store upgrade --store" in refused.stderr
+    assert (upgraded.returncode, checked.returncode) == (0, 0), upgraded.stderr + checked.stdout
     assert json.loads(done.stdout)["rollout_id"] == "failed", done.stderr
 
 

@@ -23,12 +23,12 @@ from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from sentei.monitors.clock import SteadyClock
-from sentei.monitors.errors import StoreError, StoreUrlError
-from sentei.monitors.tables import ARRIVALS, COUNTERS, EVENTS, METADATA, REQUESTS, SCHEMA_VERSION
+from sentei.monitors.errors import StoreError, StoreUrlError, StoreVersionError
+from sentei.monitors.migrations.revision import HEAD, find_revision, is_marked, mark_revision, refusal
+from sentei.monitors.tables import COUNTERS, METADATA
 
 BUSY_TIMEOUT_MS = 5_000
 WRITES = "writes"
-SCHEMA = "schema"
 AHEAD_S = 5.0  # clocks of one system may differ by this much; a later stamp is a wrong one
 _IS_WRITE = "sentei_is_write"
 
@@ -49,28 +49,40 @@ class Database:
             self._engine = _make_engine(url)
         except (ArgumentError, ImportError, SQLAlchemyError) as error:
             raise StoreUrlError(
-                f"store URL {self.url!r} cannot be used: {error}. "
+                f"store URL {self.url!r} cannot be used: {error}. {_driver_hint(error)}"
                 "Give an SQLAlchemy URL such as sqlite:////var/lib/sentei/state.db or postgresql+psycopg://user@host/db."
             ) from error
 
     @classmethod
     def open(cls, url: str, *, must_exist: bool = False) -> Self:
-        """Connect, create missing tables, and refuse a database of another schema version.
+        """Connect, make the tables of a new database, and refuse one of another revision.
 
         With `must_exist` a file that is not there is a StoreError: who only reads makes none.
         """
-        database = cls(url)
-        file = database._engine.url.database
-        if must_exist and database._engine.dialect.name == "sqlite" and file and not Path(file).is_file():
-            database.close()
-            raise StoreError(f"store {database.url} is not there; check the path, or start a rollout first")
+        database = cls.connect(url, must_exist=must_exist)
         try:
-            database._create_tables()
+            database._prepare()
             database._file = _identity(database._path)
         except StoreError:
             database.close()
             raise
         return database
+
+    @classmethod
+    def connect(cls, url: str, *, must_exist: bool = True) -> Self:
+        """Connect to a database of whatever revision, as upgrades and checks must; nothing is made in it."""
+        path = _sqlite_path(url)
+        if must_exist and path is not None and not Path(path).is_file():
+            text = "is not there; check the path, or start a rollout first"
+            raise StoreError(f"store {_printable(url)} {text}")
+        database = cls(url)
+        database._file = _identity(database._path)
+        return database
+
+    @property
+    def path(self) -> Path | None:
+        """The file of a SQLite store; None for a server or a database in memory."""
+        return None if self._path is None else Path(self._path)
 
     def close(self) -> None:
         """Give back all connections; the object can be used again afterwards."""
@@ -150,54 +162,30 @@ class Database:
         except SQLAlchemyError as error:
             raise StoreError(_explain(self.url, action, error)) from error
 
-    def _create_tables(self) -> None:
-        try:
-            self._create_tables_once()
-        except StoreError:
-            # On Postgres two processes may create the same table at once; the second try finds it there.
-            self._create_tables_once()
+    def _prepare(self) -> None:
+        with self.read("revision") as connection:
+            revision = find_revision(connection) if is_marked(connection) else None
+        if revision is None:
+            try:
+                revision = self._create_tables()
+            except StoreError:
+                # On Postgres two processes may create the same table at once; the second try finds it there.
+                revision = self._create_tables()
+        if text := refusal(self.url, revision):
+            raise StoreVersionError(text)
 
-    def _create_tables_once(self) -> None:
+    def _create_tables(self) -> str:
+        """Make the tables of a new database and return the revision; an older one is left as it is."""
         with self._translate("create tables"), self._engine.connect() as connection:
             connection = connection.execution_options(**{_IS_WRITE: True})
             with connection.begin():
-                is_new = not sa.inspect(connection).has_table(ARRIVALS.name)
-                METADATA.create_all(connection)
-                _add_columns(connection)
-                if is_new:
-                    _copy_arrivals(connection)
-                for index in EVENTS.indexes:  # those of later versions, in a store of before
-                    index.create(connection, checkfirst=True)
-                rows = connection.execute(sa.select(COUNTERS.c.name, COUNTERS.c.value)).all()
-                found = {row.name: row.value for row in rows}
-                for name, value in ((WRITES, 0), (SCHEMA, SCHEMA_VERSION)):
-                    if name not in found:
-                        connection.execute(sa.insert(COUNTERS).values(name=name, value=value))
-        version = found.get(SCHEMA, SCHEMA_VERSION)
-        if version != SCHEMA_VERSION:
-            raise StoreError(
-                f"store {self.url} has schema version {version}, this Sentei reads {SCHEMA_VERSION}: "
-                "use the Sentei that wrote it, or point to a new database."
-            )
-
-
-def _add_columns(connection: Connection) -> None:
-    """Give a store of an older Sentei the columns that came later; its rows have NULL there."""
-    inspector, prepare = sa.inspect(connection), connection.dialect.identifier_preparer
-    for table in METADATA.sorted_tables:
-        known = {column["name"] for column in inspector.get_columns(table.name)}
-        for column in table.columns:
-            if column.name not in known:
-                kind = column.type.compile(connection.dialect)
-                names = prepare.format_table(table), prepare.format_column(column)
-                connection.exec_driver_sql(f"ALTER TABLE {names[0]} ADD COLUMN {names[1]} {kind}")
-
-
-def _copy_arrivals(connection: Connection) -> None:
-    """Fill the table of arrivals from a store that counted sessions when they ended."""
-    names = [column.name for column in ARRIVALS.columns]
-    found = sa.select(*(REQUESTS.c[name] for name in names)).where(REQUESTS.c.is_arrival)
-    connection.execute(sa.insert(ARRIVALS).from_select(names, found))
+                revision = find_revision(connection)
+                if revision is None:
+                    METADATA.create_all(connection)
+                    connection.execute(sa.insert(COUNTERS).values(name=WRITES, value=0))
+                if revision in (None, HEAD):
+                    mark_revision(connection)
+        return revision or HEAD
 
 
 def _sqlite_path(url: str) -> str | None:
@@ -258,6 +246,11 @@ def _begin_sqlite(connection: Connection) -> None:
     # IMMEDIATE waits for the write lock at once; a late upgrade would fail without waiting.
     is_write = connection.get_execution_options().get(_IS_WRITE, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
+
+
+def _driver_hint(error: Exception) -> str:
+    is_driver = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("psycopg")
+    return "Install it with: pip install 'sentei[postgres]'. " if is_driver else ""
 
 
 def _printable(url: str) -> str:

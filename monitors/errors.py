@@ -3,6 +3,7 @@
 MonitorError
 ├── StoreError           the database is away, locked, full or of another version
 │   ├── StoreUrlError    the address is none
+│   ├── StoreVersionError    another version made it, or it is to be upgraded first
 │   └── StaleLeaseError  another controller has taken over: this one must not write any more
 └── AuditError           numbers that cannot be scored
 """
@@ -24,6 +25,10 @@ class StoreUrlError(StoreError):
     """An address that no database can have."""
 
     is_absent = False
+
+
+class StoreVersionError(StoreError):
+    """The store's tables are those of another version; the message has the command to run."""
 
 
 class StaleLeaseError(StoreError):

@@ -28,7 +28,7 @@ from sentei.monitors.tables import DECISIONS, EVENTS, VALUES
 
 GENESIS = "0" * 64
 _HEAD = "events.head"
-_COUNT = "events.count."  # + rollout id
+COUNT = "events.count."  # + rollout id
 _PAGE = 500
 _WAY_OUT = (
     "Restore the database from a backup, or export the log and import it into an empty store "
@@ -91,7 +91,7 @@ class EventLog:
             num_events = _count(connection, rollout_id) + 1
             connection.execute(sa.insert(EVENTS).values(**row))
             _save(connection, _HEAD, f"{row['seq']}:{row['hash']}")
-            _save(connection, f"{_COUNT}{rollout_id}", str(num_events))
+            _save(connection, f"{COUNT}{rollout_id}", str(num_events))
         return _event(row)
 
     def read(
@@ -192,7 +192,7 @@ class EventLog:
             if rows[seq:]:
                 _save(connection, _HEAD, f"{len(rows)}:{prev_hash}")
             for rollout_id, num_events in Counter(row["rollout_id"] for row in rows).items():
-                _save(connection, f"{_COUNT}{rollout_id}", str(num_events))
+                _save(connection, f"{COUNT}{rollout_id}", str(num_events))
         return len(rows) - seq
 
 
@@ -275,7 +275,7 @@ def _check_head(connection: Connection, seq: int, tail_hash: str) -> None:
 
 def _count(connection: Connection, rollout_id: str) -> int:
     """The kept number, or that of the rows in a log of a version that kept none."""
-    kept = sa.select(VALUES.c.value).where(VALUES.c.name == f"{_COUNT}{rollout_id}")
+    kept = sa.select(VALUES.c.value).where(VALUES.c.name == f"{COUNT}{rollout_id}")
     text = connection.execute(kept).scalar()
     if text is not None:
         return int(text)

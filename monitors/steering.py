@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 CONTROLLER = "controller"
 CLOCK = "clock."  # + machine: the epoch second at which its monotonic clock was 0
 ROUTES = "routes"
+PRUNED = "pruned."  # + rollout id: records of before this second were deleted
 STOP = "stop."  # + rollout id: the number of the command that stopped it
 
 
@@ -271,6 +272,11 @@ class Steering(Database):
         """Return a named value, such as the cursor of the MLflow mirror."""
         with self.read(f"value {name!r}") as connection:
             return connection.execute(sa.select(VALUES.c.value).where(VALUES.c.name == name)).scalar()
+
+    def read_pruned(self, rollout_id: str) -> float | None:
+        """Return before which second records of a rollout were deleted; None where all are there."""
+        found = self.read_value(f"{PRUNED}{rollout_id}")
+        return None if found is None else float(found)
 
     def save_value(self, name: str, value: str) -> None:
         """Set a named value."""

@@ -1,10 +1,12 @@
-"""The store's tables: plain SQL types only, so that SQLite and Postgres run the same statements."""
+"""The store's tables: plain SQL types only, so that SQLite and Postgres run the same statements.
+
+A change here needs a revision in `monitors/migrations/versions` and the new HEAD beside them.
+"""
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 1
 METADATA = sa.MetaData()
 
 DECISIONS = "kind <> 'evidence'"  # of events, as it stands in the index: what was decided, not what was seen
@@ -62,7 +64,7 @@ ARRIVALS = sa.Table(
     sa.Index("arrivals_by_seq", "rollout_id", "seq"),
 )
 
-# A table beside REQUESTS, not a column, so that stores of this schema version that exist go on.
+# A table beside REQUESTS, not a column: most requests were not thinned.
 ATTENTION = sa.Table(
     "attention",
     METADATA,

@@ -12,7 +12,18 @@ import typer
 
 from sentei import __version__
 from sentei.errors import SenteiError
-from sentei.pipeline.cli import bench, demo, doctor, evaluation, explain, offline, policy, report, rollout
+from sentei.pipeline.cli import (
+    bench,
+    demo,
+    doctor,
+    evaluation,
+    explain,
+    offline,
+    policy,
+    report,
+    rollout,
+    store,
+)
 from sentei.pipeline.cli.output import ExitCode, Output
 
 app = typer.Typer(
@@ -52,6 +63,9 @@ app.command("doctor")(doctor.run_doctor)
 app.add_typer(bench.app, name="bench", help="Measure speed as ratios.")
 app.add_typer(policy.app, name="policy", help="Check and explain policy files.")
 app.add_typer(rollout.app, name="rollout", help="Start, watch and steer rollouts of a running app.")
+app.add_typer(
+    store.app, name="store", help="Upgrade, check, copy and prune the database of records and decisions."
+)
 
 
 def run() -> None:

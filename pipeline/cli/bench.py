@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from sentei.pipeline.cli.extras import needs
 from sentei.pipeline.cli.load import bench_serving
 from sentei.pipeline.cli.offline import DTYPES, CorpusName, Dtype, Json, Model, open_bench
 from sentei.pipeline.cli.output import Output, check_choice
@@ -34,6 +35,7 @@ def _root() -> None:
 
 
 @app.command()
+@needs("train")
 def kernels(
     op: Annotated[list[str] | None, typer.Option(help="prefill, decode or block_mass; repeatable.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Prompt or cache length; repeatable.")] = None,
@@ -155,6 +157,7 @@ def _show(rows: Sequence[Row], machine: Machine, output: Output) -> None:
 
 
 @app.command()
+@needs("train")
 def prefill(
     model: Model = "pocket",
     corpus: CorpusName = None,
@@ -277,6 +280,7 @@ def _with_rungs(adapter: Adapter, rungs: Sequence[str] | None) -> Adapter:
 
 
 @app.command()
+@needs("train")
 def decode(
     model: Model = "pocket",
     corpus: CorpusName = None,
@@ -346,6 +350,7 @@ def _decode_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 @app.command()
+@needs("train")
 def resources(
     write: Annotated[
         Path | None, typer.Option(help="Page whose table is replaced (docs/kernels.md).")

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sentei.pipeline.cli.evaluation import evaluation_table, recall_table
+from sentei.pipeline.cli.extras import needs
 from sentei.pipeline.cli.offline import open_bench
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.cli.view import STYLES, rollout_panel
@@ -22,6 +23,7 @@ from sentei.pipeline.home import HOME_VARIABLE, Home, sentei_home
 ENGINES = ("builtin", "vllm")
 
 
+@needs("serve", "train")
 def run_demo(
     model: Annotated[
         str, typer.Option("--model", help="pocket, gemma-3-270m, smollm2-135m, a folder or a hub id.")

@@ -12,12 +12,23 @@ from typing import Annotated
 
 import psutil
 import typer
+from rich.markup import escape
 from rich.table import Table
 
+from sentei.pipeline.cli.extras import PACKAGE
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.home import sentei_home
 
-PACKAGES = ("torch", "transformers", "ray", "mlflow", "evidently", "pandas", "pydantic", "apscheduler")
+PACKAGES = {  # and the extra that brings each
+    "pydantic": "",
+    "torch": "train",
+    "transformers": "train",
+    "mlflow": "train",
+    "ray": "serve",
+    "evidently": "serve",
+    "pandas": "serve",
+    "apscheduler": "serve",
+}
 MIN_MEMORY_GIB = 6.0
 MIN_DISK_GIB = 2.0
 
@@ -30,6 +41,7 @@ class Check:
     is_ok: bool
     found: str
     way_out: str = ""
+    is_optional: bool = False  # only some commands want it: it being away is no fault of the machine
 
 
 def run_doctor(
@@ -40,11 +52,18 @@ def run_doctor(
     checks = [_python(), _compiler(), _memory(), _disk(), _home(), *(_package(name) for name in PACKAGES)]
     table = Table("check", "", "found", "way out")
     for check in checks:
-        table.add_row(check.name, "[green]ok[/]" if check.is_ok else "[red]no[/]", check.found, check.way_out)
+        table.add_row(check.name, _mark(check), check.found, escape(check.way_out))
     output.say(table)
-    output.emit({"ok": all(check.is_ok for check in checks), "checks": [asdict(check) for check in checks]})
-    if not all(check.is_ok for check in checks):
+    is_ok = all(check.is_ok or check.is_optional for check in checks)
+    output.emit({"ok": is_ok, "checks": [asdict(check) for check in checks]})
+    if not is_ok:
         raise typer.Exit(ExitCode.FAILED)
+
+
+def _mark(check: Check) -> str:
+    if check.is_ok:
+        return "[green]ok[/]"
+    return "[yellow]-[/]" if check.is_optional else "[red]no[/]"
 
 
 def _python() -> Check:
@@ -55,7 +74,8 @@ def _python() -> Check:
 def _compiler() -> Check:
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     way_out = "" if found else "install a C++ compiler; without one the slower gather backend runs"
-    return Check("C++ compiler", found is not None, found or "none", way_out)
+    has_models = _package("torch").is_ok
+    return Check("C++ compiler", found is not None, found or "none", way_out, is_optional=not has_models)
 
 
 def _memory() -> Check:
@@ -86,4 +106,6 @@ def _package(name: str) -> Check:
     try:
         return Check(name, True, version(name))
     except PackageNotFoundError:
-        return Check(name, False, "not installed", "run: make install")
+        extra = PACKAGES[name]
+        way_out = f"pip install '{PACKAGE}[{extra}]'" if extra else f"pip install {PACKAGE}"
+        return Check(name, False, "not installed", way_out, is_optional=bool(extra))

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sentei.pipeline.cli.extras import needs
 from sentei.pipeline.cli.offline import CorpusName, Dtype, Json, Model, Windows, changed, open_bench
 from sentei.pipeline.cli.output import Output, check_choice
 
@@ -26,6 +27,7 @@ TaskLength = Annotated[
 ]
 
 
+@needs("train")
 def run_evaluate(
     model: Model = "pocket",
     corpus: CorpusName = None,

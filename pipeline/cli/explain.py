@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from sentei.pipeline.cli.extras import needs
 from sentei.pipeline.cli.offline import Json, Model
 from sentei.pipeline.cli.output import Output
 from sentei.pipeline.home import sentei_home
@@ -16,6 +17,7 @@ from sentei.pipeline.home import sentei_home
 LAST, STDIN = "last", "-"
 
 
+@needs("train")
 def run_explain(
     prompt: Annotated[str, typer.Argument(help="A text file (UTF-8), or - for standard input.")],
     model: Model = "pocket",

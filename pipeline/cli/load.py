@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from sentei.pipeline.cli.extras import needs
 from sentei.pipeline.cli.output import Output
 
 
+@needs("train")
 def bench_serving(
     url: Annotated[str, typer.Option(help="Root of an OpenAI-compatible API.")],
     model: Annotated[str, typer.Option(help="Whose tokens: pocket, a folder, a hub id.")] = "pocket",

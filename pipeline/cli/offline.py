@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 from rich.table import Table
 
+from sentei.pipeline.cli.extras import needs
 from sentei.pipeline.cli.output import Output, check_choice
 from sentei.pipeline.home import sentei_home
 
@@ -33,6 +34,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Windows = Annotated[int | None, typer.Option("--windows", help="Number of text windows.", min=1)]
 
 
+@needs("train")
 def run_distill(
     model: Model = "pocket",
     corpus: CorpusName = None,
@@ -121,6 +123,7 @@ def _run_joint(
     output.emit(document)
 
 
+@needs("train")
 def run_calibrate(
     model: Model = "pocket",
     corpus: CorpusName = None,
@@ -181,6 +184,7 @@ def _with_verdict(rung: Rung) -> dict[str, Any]:
     return dict(to_plain(rung)) | {"is_kept": rung.is_kept, "chosen_density": chosen}
 
 
+@needs("train")
 def run_study(
     model: Model = "pocket",
     corpus: CorpusName = None,
@@ -237,6 +241,7 @@ def _study_table(rows: Sequence[StudyRow], options: StudyOptions) -> Table:
     return table
 
 
+@needs("train")
 def run_register(
     model: Model = "pocket",
     alias: Annotated[str, typer.Option(help="Alias of the new version.")] = "candidate",
@@ -271,6 +276,7 @@ def run_register(
     output.emit(to_plain(version))
 
 
+@needs("train")
 def run_seal(
     folder: Annotated[Path, typer.Argument(help="An adapter's folder.")],
     as_json: Json = False,

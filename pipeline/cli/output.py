@@ -29,7 +29,7 @@ class ExitCode(IntEnum):
     OK = 0
     FAILED = 1  # the work was done and its answer is no (a rollout that should have been promoted was not)
     BAD_INPUT = 2  # a file, an option or a name is wrong: nothing was done
-    UNREACHABLE = 3  # a server, a database or a model is not there
+    UNREACHABLE = 3  # a server, a database, a model or an extra is not there
     INTERRUPTED = 130  # Ctrl-C
 
 

@@ -6,7 +6,7 @@ import datetime as dt
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -15,14 +15,12 @@ from rich.text import Text
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.cli.policy_file import check_coverage, read_policy_file
 from sentei.pipeline.cli.simulate import run_simulate
-from sentei.pipeline.reports.policy_page import said, save_explanation
-from sentei.policies.review.advice import Advice, find_advice, readable
-from sentei.policies.review.forecast import Expected, StageForecast, best_s, forecast, worst_s
-from sentei.policies.review.sentences import explain as explained
-from sentei.policies.schema.load import PolicyError, find_line, load_policy, policy_json_schema
-from sentei.policies.schema.policy import Policy
-from sentei.policies.schema.rules import dotted_path
-from sentei.policies.schema.units import format_duration
+
+if TYPE_CHECKING:
+    from sentei.policies.review.advice import Advice
+    from sentei.policies.review.forecast import StageForecast
+    from sentei.policies.schema.load import PolicyError
+    from sentei.policies.schema.policy import Policy
 
 app = typer.Typer(no_args_is_help=True)
 app.command("simulate")(run_simulate)
@@ -50,6 +48,10 @@ def lint(
     as_json: AsJson = False,
 ) -> None:
     """Check a policy file: every error in one run; else its duration, needs, and what can never happen."""
+    from sentei.policies.review.advice import find_advice, readable, said
+    from sentei.policies.review.forecast import Expected, best_s, forecast, worst_s
+    from sentei.policies.schema.load import PolicyError, load_policy
+
     output = Output(as_json=as_json)
     text = read_policy_file(policy)
     try:
@@ -109,6 +111,11 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Say in sentences what a policy does, and draw its stages over time on a page."""
+    from sentei.pipeline.reports.policy_page import save_explanation
+    from sentei.policies.review.forecast import Expected, forecast
+    from sentei.policies.review.sentences import explain as explained
+    from sentei.policies.schema.load import load_policy
+
     output = Output(as_json=as_json)
     loaded = load_policy(read_policy_file(policy), source=str(policy))
     expected = Expected(sessions_per_hour, _mix(loaded, mix))
@@ -140,6 +147,7 @@ def replay_rollout(
     from sentei.monitors.store import Store
     from sentei.pipeline.home import sentei_home
     from sentei.pipeline.rollout.replay import replay, to_difference
+    from sentei.policies.schema.load import load_policy
 
     output = Output(as_json=as_json)
     loaded = load_policy(read_policy_file(policy), source=str(policy))
@@ -157,6 +165,8 @@ def replay_rollout(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of policy files, for editors."""
+    from sentei.policies.schema.load import policy_json_schema
+
     typer.echo(json.dumps(policy_json_schema(), indent=2))
 
 
@@ -182,6 +192,8 @@ def _mix(policy: Policy, text: str | None) -> tuple[float, ...]:
 
 
 def _duration(seconds: float) -> str | None:
+    from sentei.policies.schema.units import format_duration
+
     return None if seconds == float("inf") else format_duration(seconds)
 
 
@@ -198,6 +210,9 @@ def _stage(stage: StageForecast) -> dict[str, Any]:
 
 
 def _warning(remark: Advice, text: str, file: str) -> dict[str, object]:
+    from sentei.policies.schema.load import find_line
+    from sentei.policies.schema.rules import dotted_path
+
     path = ("spec", *remark.path)
     return {
         "file": file,
@@ -209,6 +224,8 @@ def _warning(remark: Advice, text: str, file: str) -> dict[str, object]:
 
 
 def _stages_table(stages: tuple[StageForecast, ...]) -> Table:
+    from sentei.policies.review.advice import readable
+
     table = Table()
     for name in ("stage", "share", "rung", "audited", "slice", "audits", "served", "sessions", "at best"):
         table.add_column(name, overflow="fold")

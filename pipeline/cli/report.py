@@ -29,5 +29,7 @@ def run_report(
     chosen = rollout_id or rollouts[-1].rollout_id
     report = build_report(opened, chosen)
     html, _ = save_report(report, home.reports / chosen)
+    if report.pruned_before_s is not None:
+        output.say("[yellow]some records of this rollout were pruned: the figures cover what is left[/]")
     output.say(f"report of [bold]{chosen}[/]: {html}")
     output.emit({"rollout_id": chosen, "html": str(html), "report": json.loads(render_json(report))})

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -15,13 +15,10 @@ from rich.text import Text
 
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.cli.policy_file import read_policy_file
-from sentei.pipeline.rollout.simulate import Simulation, simulate
-from sentei.policies.schema.load import load_policy
-from sentei.policies.schema.policy import Policy
-from sentei.policies.schema.units import format_duration, parse_duration
-from sentei.policies.simulation.scenarios import default_scenarios
-from sentei.policies.simulation.study import Traffic
-from sentei.policies.simulation.world import Effect, Scenario
+
+if TYPE_CHECKING:
+    from sentei.policies.schema.policy import Policy
+    from sentei.policies.simulation.world import Effect, Scenario
 
 EXAMPLES = Path(__file__).parents[2] / "policies" / "examples"
 YARDSTICK = EXAMPLES / "yardstick.yaml"
@@ -64,6 +61,11 @@ def run_simulate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Simulate a policy: false rollback, false promotion, delay and exposure, beside threshold rules."""
+    from sentei.pipeline.rollout.simulate import Simulation, simulate
+    from sentei.policies.schema.load import load_policy
+    from sentei.policies.simulation.scenarios import default_scenarios
+    from sentei.policies.simulation.study import Traffic
+
     output = Output(as_json=as_json)
     text = read_policy_file(policy or YARDSTICK)
     loaded = load_policy(text, str(policy or YARDSTICK))
@@ -209,6 +211,8 @@ def own_scenario(
     outage: str | None = None,
 ) -> Scenario | None:
     """The scenario "own" of those options, or None if nothing was asked for; ValueError names a bad one."""
+    from sentei.policies.simulation.world import Scenario
+
     found = tuple(_effect(text, begins_at, grows_over) for text in effects)
     if not found and (begins_at or grows_over):
         raise ValueError("--begins-at and --grows-over belong to an --effect, such as --effect agree=2")
@@ -235,6 +239,8 @@ def own_scenario(
 
 
 def _effect(text: str, begins_at: int, grows_over: int) -> Effect:
+    from sentei.policies.simulation.world import Effect
+
     match = _EFFECT.fullmatch(text)
     if match is None:
         raise ValueError(
@@ -245,6 +251,8 @@ def _effect(text: str, begins_at: int, grows_over: int) -> Effect:
 
 
 def _hours(text: str) -> tuple[float, float]:
+    from sentei.policies.schema.units import format_duration, parse_duration
+
     parts = text.split("-")
     if len(parts) != 2:
         raise ValueError(f"--outage looks like 30m-90m (from, to), not {text!r}")

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from sentei.pipeline.reports.pages import render_template
 from sentei.pipeline.reports.share_chart import draw_share
-from sentei.policies.review.advice import Advice, find_advice, readable
+from sentei.policies.review.advice import find_advice, readable, said
 from sentei.policies.review.forecast import Expected, StageForecast, best_s, forecast
 from sentei.policies.review.sentences import explain
 from sentei.policies.schema.policy import Policy
-from sentei.policies.schema.rules import dotted_path
 
 _SHOWN_S = 1.0  # a stage without any known length is drawn so long
 
@@ -47,11 +46,6 @@ def save_explanation(policy: Policy, expected: Expected, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def said(advice: Advice) -> str:
-    """One remark in one line."""
-    return f"{dotted_path(('spec', *advice.path))}: {advice.message} (found {advice.value})"
 
 
 def _marks(stages: tuple[StageForecast, ...]) -> list[StageMark]:

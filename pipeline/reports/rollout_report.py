@@ -108,6 +108,7 @@ class Report:
     num_events: int
     chain: str  # "verified", or what is broken
     evaluation: Mapping[str, Any] | None
+    pruned_before_s: float | None = None  # records of before were deleted: the figures cover what is left
 
     @property
     def evaluated_rung(self) -> Mapping[str, Any] | None:
@@ -196,6 +197,7 @@ def build_report(
         num_events=len(events),
         chain=_chain(log),
         evaluation=measured,
+        pruned_before_s=store.read_pruned(rollout_id),
     )
 
 

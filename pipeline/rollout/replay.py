@@ -13,6 +13,7 @@ import bisect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from sentei.monitors.events import Event, EventLog
@@ -71,6 +72,12 @@ def replay(store: Store, rollout_id: str, policy: Policy) -> Replay:
     if not events:
         known = ", ".join(item.rollout_id for item in store.read_rollouts()[-5:]) or "none"
         raise RolloutError(f"rollout {rollout_id!r} has no events in {store.url}; the newest are: {known}.")
+    if (before_s := store.read_pruned(rollout_id)) is not None and before_s > events[0].at_s:
+        moment = datetime.fromtimestamp(before_s, UTC).strftime("%Y-%m-%d %H:%M")
+        raise RolloutError(
+            f"rollout {rollout_id!r} cannot be replayed: its records of before {moment} UTC were pruned; "
+            "replay it on a backup of before."
+        )
     first, last = state_from_json(events[0].state), state_from_json(events[-1].state)
     state = replace(
         initial_state(policy, rollout_id, first.started_s), cursor=first.cursor, command_seq=first.command_seq

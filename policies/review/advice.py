@@ -12,7 +12,7 @@ from sentei.policies.intake import scaled_bound
 from sentei.policies.review.forecast import Expected, StageForecast, best_s, forecast
 from sentei.policies.schema.budget import harm_alpha
 from sentei.policies.schema.policy import Policy
-from sentei.policies.schema.rules import Path
+from sentei.policies.schema.rules import Path, dotted_path
 from sentei.policies.schema.sections import Guardrail
 from sentei.policies.schema.units import format_duration
 
@@ -189,6 +189,11 @@ def _watch_is_quiet(case: _Case) -> Iterator[Advice]:
         every = readable(3600 / per_hour)
         message = f"if everything stood at its bound, the watch could raise a false alarm every {every}"
         yield Advice(("guardrails", "detector_arl"), guardrails.detector_arl, message)
+
+
+def said(advice: Advice) -> str:
+    """One remark in one line."""
+    return f"{dotted_path(('spec', *advice.path))}: {advice.message} (found {advice.value})"
 
 
 def readable(seconds: float) -> str:

@@ -14,6 +14,7 @@ from sentei.monitors.errors import StaleLeaseError
 from sentei.monitors.events import BrokenChainError, EventLog
 from sentei.monitors.store import Store
 from sentei.monitors.tables import EVENTS, VALUES
+from sentei.monitors.upkeep.upgrade import upgrade_store
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
 from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
 
@@ -242,14 +243,18 @@ def test_decisions_come_in_pages_and_are_counted(store: Store) -> None:
 
 
 def test_a_store_of_before_gets_its_indexes_and_its_count(store: Store) -> None:
-    """What keeps status quick is made when the store is opened; the number goes on from the rows."""
+    """What keeps status quick is made when the store is upgraded; the number goes on from the rows."""
     log = fill(store, 6)
     with store.write("a version of before") as connection:
         connection.execute(sa.delete(VALUES).where(VALUES.c.name.like("events.count.%")))
         for name in ("events_decisions", "events_by_kind"):
             connection.execute(sa.text(f"DROP INDEX {name}"))
+        connection.execute(sa.text("DROP TABLE alembic_version"))
+        connection.execute(sa.text("UPDATE counters SET value = 1 WHERE name = 'schema'"))
+    url = store._engine.url.render_as_string(hide_password=False)
+    upgrade_store(url, keeps_copy=False, is_forced=True)
 
-    with Store.open(store._engine.url.render_as_string(hide_password=False)) as again:
+    with Store.open(url) as again:
         with again.read("indexes") as connection:
             names = {item["name"] for item in sa.inspect(connection).get_indexes("events")}
         assert {"events_decisions", "events_by_kind", "events_by_rollout"} <= names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from sentei.monitors.events import EventLog
 from sentei.monitors.store import Store
+from sentei.monitors.upkeep.upgrade import upgrade_store
 from sentei.pipeline.reports.rollout_report import build_report
 from sentei.pipeline.rollout.replay import replay
 from sentei.pipeline.rollout.revisions import PolicyBook
@@ -22,8 +22,8 @@ from sentei.policies.schema.kept import SCHEMA, KeptPolicyError, read_kept
 from sentei.policies.schema.load import PolicyError, load_policy
 from sentei.policies.state import Quarantined
 from tests.fakes_records import FakeTracker, make_audit, make_request
+from tests.old_store import OLD, build_old_store
 
-OLD = Path(__file__).parents[1] / "fixtures" / "store_e4b6c64"
 MIDWAY_S = 1_002_061.0  # the lease of the old controller has run out
 UP = {"dense": 1, "sparse": 1}
 # The old file in today's words.
@@ -72,12 +72,11 @@ spec:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    """The store as the old version left it."""
-    path = tmp_path / "state.db"
-    with sqlite3.connect(path) as database:
-        database.executescript((OLD / "store.sql").read_text(encoding="utf-8"))
-    database.close()
-    with Store.open(f"sqlite:///{path}") as opened:
+    """The store as the old version left it, upgraded."""
+    url = f"sqlite:///{tmp_path}/state.db"
+    build_old_store(url)
+    upgrade_store(url)
+    with Store.open(url) as opened:
         yield opened
 
 

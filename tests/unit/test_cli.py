@@ -10,6 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from sentei.pipeline.cli.app import app, run
+from sentei.pipeline.cli.extras import MissingExtraError, check_extras, packages_of
 from sentei.pipeline.cli.output import ExitCode
 from sentei.pipeline.rollout.client import AdminClient, AdminError
 from tests.strategies_policy import TWO_SLICES
@@ -185,3 +186,31 @@ def test_an_unknown_scorer_form_is_bad_input() -> None:
 
     assert done.exit_code == ExitCode.BAD_INPUT
     assert "choose from residual, low_rank" in done.output
+
+
+def test_an_extra_is_what_the_metadata_lists_for_it() -> None:
+    """Extras inside extras are followed, and what only some platforms want is left out."""
+    lines = [
+        "pydantic<3,>=2.13",
+        'torch<2.14,>=2.13; extra == "model"',
+        'triton<3.8; (platform_system == "Linux" and platform_machine in "x86_64") and extra == "model"',
+        'sentei[model,small]; extra == "serve"',
+        'ray[serve]<2.61,>=2.60; extra == "serve"',
+        'psutil; extra == "small"',
+        "plotly<6; extra == 'train'",
+    ]
+
+    assert list(packages_of(lines, "serve")) == ["torch", "psutil", "ray"]
+    assert list(packages_of(lines, "train")) == ["plotly"]
+    assert list(packages_of(lines, "nothing")) == []
+
+
+def test_a_missing_extra_is_told_with_its_command() -> None:
+    """Whatever this environment has, an extra that nobody installs together is named by what is away."""
+    with pytest.raises(
+        MissingExtraError, match=r"this command needs .+: pip install 'sentei\[both\]'"
+    ) as caught:
+        check_extras("both", requirements=['no-such-package>=1; extra == "both"', 'pytest; extra == "both"'])
+
+    assert "no-such-package, not installed here" in str(caught.value)
+    assert caught.value.is_absent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +17,11 @@ from sentei.monitors.health import (
     read_unscored_since,
 )
 from sentei.monitors.store import Store
+from sentei.monitors.upkeep.upgrade import upgrade_store
 from sentei.policies.evidence import SRM_TILTS, Split, log_threshold
 from sentei.policies.signals import VariantHealth
 from tests.fakes_records import ROLLOUT, make_arrival, make_audit, make_request
-
-OLD = Path(__file__).parents[1] / "fixtures" / "store_e4b6c64"
+from tests.old_store import build_old_store
 
 
 @pytest.fixture
@@ -135,14 +134,14 @@ def test_audit_that_nobody_scored_keeps_how_it_was_drawn(store: Store) -> None:
 
 def test_older_store_gets_the_new_columns_and_keeps_its_arrivals(tmp_path: Path) -> None:
     """What was not recorded then is not known, no number; sessions that arrived do not arrive again."""
-    path = tmp_path / "state.db"
-    with sqlite3.connect(path) as database:
-        database.executescript((OLD / "store.sql").read_text(encoding="utf-8"))
-        sessions = database.execute("SELECT count(*) FROM requests WHERE is_arrival").fetchone()[0]
-    database.close()
+    url = f"sqlite:///{tmp_path}/state.db"
+    build_old_store(url)
+    with Store.connect(url) as old, old.read("test") as connection:
+        sessions = connection.exec_driver_sql("SELECT count(*) FROM requests WHERE is_arrival").scalar_one()
+    upgrade_store(url)
 
     for _ in range(2):
-        with Store.open(f"sqlite:///{path}") as store, store.read("test") as connection:
+        with Store.open(url) as store, store.read("test") as connection:
             traffic = read_traffic(connection, "midway", after=0, upto=1 << 40)
             total = connection.exec_driver_sql("SELECT count(*) FROM arrivals").scalar_one()
             audit = store.read_audits("midway")[0]

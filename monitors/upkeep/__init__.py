@@ -1,0 +1,1 @@
+"""What an operator does with a store: upgrade it, check it, copy it, prune it."""

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS ?= serve,train,dev,postgres
+EXTRAS ?= dev,postgres
 
 export DO_NOT_TRACK := true
 export RAY_USAGE_STATS_ENABLED := 0

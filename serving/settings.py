@@ -139,6 +139,7 @@ class AppArgs(EngineOptions):
     allow_faults: bool = Field(default=False, description="let the admin API plant faults, for drills")
     api_keys_file: str | None = Field(default=None, description="YAML list of keys for /v1 [default: open]")
     operators_file: str | None = Field(default=None, description="YAML list of operators' tokens and roles")
+    open_metrics: bool = Field(default=False, description="/metrics needs no operator's token")
     cors_origins: tuple[str, ...] = Field(default=(), description="pages of these origins may call /v1")
     limits: Limits = Limits()
 

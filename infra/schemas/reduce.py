@@ -7,6 +7,7 @@ definition; an object that lists its properties takes no others, as `kubectl app
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +16,40 @@ import yaml
 MIN_CHARS = 600  # of a part that is worth a definition
 
 
-def strict(schema: Any) -> Any:
+def children(schema: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The schema with each schema directly below it changed; names of properties are no schemas."""
+    kept: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "properties":
+            kept[key] = {name: change(part) for name, part in value.items()}
+        elif key in ("items", "additionalProperties", "not") and isinstance(value, dict):
+            kept[key] = change(value)
+        elif key in ("anyOf", "allOf", "oneOf"):
+            kept[key] = [change(part) for part in value]
+        else:
+            kept[key] = value
+    return kept
+
+
+def strict(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema without descriptions, closed where it lists properties."""
-    if isinstance(schema, list):
-        return [strict(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    kept = {k: strict(v) for k, v in schema.items() if not (k == "description" and isinstance(v, str))}
+    kept = children({key: value for key, value in schema.items() if key != "description"}, strict)
     is_open = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
-    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not is_open:
+    if "properties" in schema and schema.get("type") == "object" and not is_open:
         kept["additionalProperties"] = False
     return kept
 
 
-def count(schema: Any, texts: Counter[str]) -> None:
-    """Count each part by its text."""
-    if isinstance(schema, dict):
-        texts[json.dumps(schema, sort_keys=True)] += 1
-    for item in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
-        count(item, texts)
+def count(schema: dict[str, Any], texts: Counter[str]) -> None:
+    """Count each schema by its text."""
+    texts[json.dumps(schema, sort_keys=True)] += 1
+    children(schema, lambda part: count(part, texts))
 
 
-def share(schema: Any, names: dict[str, str]) -> Any:
-    """Put a reference in the place of each part that has a name."""
-    if isinstance(schema, list):
-        return [share(item, names) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
+def share(schema: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Put a reference in the place of each schema that has a name."""
     name = names.get(json.dumps(schema, sort_keys=True))
-    return {"$ref": f"#/$defs/{name}"} if name else {k: share(v, names) for k, v in schema.items()}
+    return {"$ref": f"#/$defs/{name}"} if name else children(schema, lambda part: share(part, names))
 
 
 def reduce(crd: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +61,9 @@ def reduce(crd: dict[str, Any]) -> dict[str, Any]:
     count(whole, texts)
     shared = sorted((t for t, n in texts.items() if n > 1 and len(t) >= MIN_CHARS), key=len, reverse=True)
     names = {text: f"p{i}" for i, text in enumerate(shared)}
-    parts = {name: {k: share(v, names) for k, v in json.loads(text).items()} for text, name in names.items()}
+    parts = {
+        name: children(json.loads(text), lambda part: share(part, names)) for text, name in names.items()
+    }
     return {**share(whole, names), "$defs": parts}
 
 

@@ -175,6 +175,10 @@ def test_image_is_built_of_what_the_wheel_needs() -> None:
     let_in = {line.removeprefix("!") for line in lines if line.startswith("!")}
     links = {path.resolve().name for path in (ROOT / "src" / "sentei").iterdir() if path.is_symlink()}
 
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (torch,) = re.findall(r'"(torch>=[^"]+)"', (INFRA / "Containerfile").read_text(encoding="utf-8"))
+
+    assert f'"{torch}"' in project
     assert let_in == {"LICENSE", "README.md", "pyproject.toml", "src", *links}
     assert all((ROOT / name).exists() for name in let_in)
 

@@ -278,10 +278,23 @@ class Steering(Database):
         found = self.read_value(f"{PRUNED}{rollout_id}")
         return None if found is None else float(found)
 
+    def read_values(self, prefix: str) -> dict[str, str]:
+        """Return all named values whose names begin so."""
+        query = sa.select(VALUES.c.name, VALUES.c.value).where(
+            VALUES.c.name.startswith(prefix, autoescape=True)
+        )
+        with self.read(f"values {prefix!r}") as connection:
+            return {row.name: row.value for row in connection.execute(query)}
+
     def save_value(self, name: str, value: str) -> None:
         """Set a named value."""
         with self.write(f"value {name!r}") as connection:
             _upsert(connection, VALUES, name, {"value": value})
+
+    def delete_value(self, name: str) -> None:
+        """Forget a named value."""
+        with self.write(f"value {name!r}") as connection:
+            connection.execute(sa.delete(VALUES).where(VALUES.c.name == name))
 
 
 def _upsert(connection: Connection, table: sa.Table, name: str, row: dict[str, Any]) -> None:

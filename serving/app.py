@@ -18,6 +18,8 @@ from sentei.serving.settings import AppArgs, VariantOptions, launch_folder
 log = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
+# Stock attention under the name of a rung would be dense that is called sparse.
+GPU_NOTE = "thinned attention is built for vLLM on CPUs only (docs/adr/0015); set replica_gpus to 0 for it"
 SMALL_CPUS = 0.1  # ingress, auditor and controller mostly wait
 STREAM_GRACE_S = 60.0  # how long a replica that is replaced may finish its streams
 HEALTH_PERIOD_S = 5.0
@@ -30,7 +32,9 @@ INGRESS_SLOTS = 8192
 def build(args: AppArgs) -> Application:
     """Return the app: ingress, dense, and, where there is an adapter, sparse, auditor and controller."""
     args = args.at(launch_folder())
-    note = missing_adapter(args)
+    if args.replica_gpus and args.engine != "vllm":
+        raise ConfigError(f"replica_gpus is {args.replica_gpus:g}; engine 'builtin' runs on CPUs: set 'vllm'")
+    note = GPU_NOTE if args.replica_gpus else missing_adapter(args)
     if note:
         log.warning("dense only: %s", note)
     dense = _model_server("Dense", args, num_replicas=args.dense_replicas)
@@ -74,6 +78,7 @@ def _model_server(name: str, args: AppArgs, **options: Any) -> Any:
         _server_class(variant),
         name,
         num_cpus=args.replica_cpus,
+        num_gpus=args.replica_gpus,
         max_ongoing_requests=room,
         max_queued_requests=variant.max_queued,
         **options,
@@ -93,11 +98,13 @@ def _server_class(variant: VariantOptions) -> Any:
     return VllmServer
 
 
-def _deploy(kind: Any, name: str, *, num_cpus: float = SMALL_CPUS, **options: Any) -> Any:
+def _deploy(
+    kind: Any, name: str, *, num_cpus: float = SMALL_CPUS, num_gpus: float = 0.0, **options: Any
+) -> Any:
     return serve.deployment(
         kind,
         name=name,
-        ray_actor_options={"num_cpus": num_cpus},
+        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=STREAM_GRACE_S,

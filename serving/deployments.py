@@ -29,6 +29,7 @@ from sentei.serving.proxy import is_configured
 from sentei.serving.rollout.auditor import Auditor
 from sentei.serving.rollout.controller import Controller, Mirror
 from sentei.serving.rollout.operations import add_admin_routes
+from sentei.serving.rollout.scrape import add_metrics_route
 from sentei.serving.settings import AppArgs
 
 NO_MIRROR = "off"
@@ -90,11 +91,21 @@ class IngressServer:
             has_keeper=is_configured(),
         )
         about = {"model": args.model, "adapter": str(args.adapter_folder())}
+        operators = OperatorBook.read(args.operators_file)
+        add_metrics_route(
+            api,
+            self._gateway,
+            self._store,
+            operators=operators,
+            is_open=args.open_metrics,
+            workers=self._workers,
+            now_s=self._gateway.now_s,
+        )
         add_admin_routes(
             api,
             self._gateway,
             self._store,
-            operators=OperatorBook.read(args.operators_file),
+            operators=operators,
             allow_faults=args.allow_faults,
             about=about,
             workers=self._workers,
@@ -140,6 +151,8 @@ class AuditorServer:
             "waiting": (await self._auditor.load()).waiting,
             "written": self._writer.written,
             "dropped": self._writer.dropped,
+            "records_waiting": self._writer.waiting,
+            "num_errors": self._writer.num_errors,
         }
 
 

@@ -2,7 +2,8 @@
 
 Prints JSON lines `{"waiting": ...}` while it starts, which takes as long as a busy machine makes it take,
 and then one line `{"url": ...}` when requests can be answered, or `{"error": ...}`. It ends, and leaves
-nothing running, when standard input closes or on SIGTERM. All else goes to stderr.
+nothing running, when standard input closes or on SIGTERM; as a `--service`, which has no standard input, on
+SIGTERM alone. All else goes to stderr.
 """
 
 from __future__ import annotations
@@ -169,22 +170,31 @@ def _deployments() -> dict[str, tuple[str, str]]:
 
 
 def main() -> int:
-    """Run until standard input closes."""
+    """Run until standard input closes, or a signal comes."""
     parser = argparse.ArgumentParser(prog="python -m sentei.serving.local", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML file with the app's arguments")
+    parser.add_argument("--service", action="store_true", help="run until SIGTERM, whatever stdin does")
+    asked = parser.parse_args()
     out = _take_stdout()
     try:
-        options = read_options(parser.parse_args().config)
+        options = read_options(asked.config)
         signal.signal(signal.SIGTERM, _leave)
         with running_app(options, lambda text: _say(out, {"waiting": text})) as url:
             _say(out, {"url": url})
-            sys.stdin.read()
+            wait_for_end(is_service=asked.service)
     except (KeyboardInterrupt, SystemExit):
         return 0
     except Exception as error:  # the last resort of a program: say it in the way the caller reads
         _say(out, {"error": f"{type(error).__name__}: {error}"})
         return 1
     return 0
+
+
+def wait_for_end(*, is_service: bool) -> None:
+    """Return when standard input closes; a service waits for a signal, whose handler raises."""
+    while is_service:
+        signal.pause()
+    sys.stdin.read()
 
 
 def _take_stdout() -> IO[str]:

@@ -125,6 +125,12 @@ class RecordStore(Protocol):
     def save_value(self, name: str, value: str) -> None:
         """Set a named value."""
 
+    def read_values(self, prefix: str) -> dict[str, str]:
+        """Read all named values whose names begin so."""
+
+    def delete_value(self, name: str) -> None:
+        """Forget a named value."""
+
 
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that serving uses."""

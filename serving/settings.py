@@ -126,6 +126,9 @@ class AppArgs(EngineOptions):
     dense_replicas: int = Field(default=1, ge=1)
     sparse_replicas: int = Field(default=1, ge=1)
     replica_cpus: float = Field(default=0.4, gt=0)
+    replica_gpus: float = Field(
+        default=0.0, ge=0, description="GPUs that Ray gives each model replica: dense only, on vLLM"
+    )
     audit_queue: int = Field(default=256, ge=1)
     audit_concurrency: int = Field(default=1, ge=1)
     store_url: str | None = Field(default=None, description="SQLAlchemy URL [default: home's SQLite]")
@@ -139,6 +142,7 @@ class AppArgs(EngineOptions):
     allow_faults: bool = Field(default=False, description="let the admin API plant faults, for drills")
     api_keys_file: str | None = Field(default=None, description="YAML list of keys for /v1 [default: open]")
     operators_file: str | None = Field(default=None, description="YAML list of operators' tokens and roles")
+    open_metrics: bool = Field(default=False, description="/metrics needs no operator's token")
     cors_origins: tuple[str, ...] = Field(default=(), description="pages of these origins may call /v1")
     limits: Limits = Limits()
 

@@ -20,6 +20,7 @@ from sentei.serving.engine.request import (
     TokenLogprob,
 )
 from sentei.serving.errors import VariantError
+from sentei.serving.metrics.sharing import PREFIX
 from sentei.serving.ports import AuditJob, AuditLoad, ModelCard
 
 EOS_ID = 0
@@ -168,8 +169,15 @@ class FakeStore:
         return True
 
     def save_value(self, name: str, value: str) -> None:
-        self._maybe_fail()
+        if not name.startswith(PREFIX):  # counts are shared in the background: no failure is planted there
+            self._maybe_fail()
         self.values[name] = value
+
+    def read_values(self, prefix: str) -> dict[str, str]:
+        return {name: value for name, value in self.values.items() if name.startswith(prefix)}
+
+    def delete_value(self, name: str) -> None:
+        self.values.pop(name, None)
 
     def read_routing(self) -> tuple[RoutingTable, int] | None:
         self._maybe_fail()

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 AT_ONCE = 16  # that wait for the beginning of their answers
 FOR_S = 0.25  # the longest that one of them counts: a first token may take long, and is no reason to wait
-AT_ANY_TIME = ("/admin/", "/healthz", "/health", "/readyz", "/-/")
+AT_ANY_TIME = ("/admin/", "/healthz", "/health", "/readyz", "/metrics", "/-/")
 
 
 class Turnstile:

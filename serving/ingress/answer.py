@@ -95,6 +95,7 @@ class Progress:
     first_at_s: float | None = None
     last_at_s: float | None = None
     compute_s: float = 0.0
+    first_compute_s: float | None = None  # model time up to the first token; None: another ingress sent it
     attention: dict[str, Any] | None = None  # what a thinned answer's attention kept, bounded
 
     def note_failure(self, error: VariantError) -> None:
@@ -111,6 +112,12 @@ class Progress:
     def ttft_ms(self) -> float | None:
         """Return the time to the first token."""
         return None if self.first_at_s is None else (self.first_at_s - self.began_s) * 1e3
+
+    def queue_s(self) -> float | None:
+        """Return the part of the time to the first token in which the model did not work for it."""
+        if self.first_at_s is None or self.first_compute_s is None:
+            return None
+        return max(0.0, self.first_at_s - self.began_s - self.first_compute_s)
 
     def tpot_ms(self) -> float | None:
         """Return the mean time per token after the first."""
@@ -218,6 +225,8 @@ class Answerer:
                     raise VariantError(name, "empty")
                 has_token = True
                 progress.compute_s = spent_s + chunk.compute_s
+                if progress.first_at_s is None:
+                    progress.first_compute_s = progress.compute_s
                 progress.note_tokens(chunk.ids, time.monotonic())
                 if chunk.attention is not None:
                     progress.attention = chunk.attention.to_dict(self._limits.attention_record_bytes)

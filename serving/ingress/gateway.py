@@ -36,6 +36,9 @@ from sentei.serving.ingress.router import (
     assign,
 )
 from sentei.serving.ingress.writer import RecordWriter
+from sentei.serving.metrics.counts import IngressCounts
+from sentei.serving.metrics.names import Sample
+from sentei.serving.metrics.sharing import SharedCounts
 from sentei.serving.openai.requests import ChatRequest, GenerationRequest, TokenizeRequest, sampling_of
 from sentei.serving.ports import AuditDesk, AuditJob, ModelCard, RecordStore, Tokenizer, Variant
 from sentei.serving.settings import Limits
@@ -88,6 +91,8 @@ class Gateway:
         self._desk = desk
         self._clock = clock
         self.now_s = now_s or SteadyClock()  # of records: all processes of a machine should share it
+        self.counts = IngressCounts()
+        self.shared = SharedCounts(store, self.counts.process, self.count, now_s=self.now_s, clock=clock)
         self._draws, self._budget = AuditDraws(), AuditBudget(wait_s=limits.audit_wait_s)
         self._answerer = Answerer(variants, limits, Breaker())
         self._seen, self._seen_ids = SeenUnits(), SeenUnits()
@@ -106,6 +111,8 @@ class Gateway:
         if self._desk is not None:
             self._loops.append(asyncio.create_task(self._watch(self._desk)))
         self._loops += [asyncio.create_task(self._introduce(name)) for name in self.variants]
+        sharing = self.shared.run(lambda: self.counts.store_failed("share_counts"))
+        self._loops.append(asyncio.create_task(sharing))
 
     async def stop(self) -> None:
         """Write what waits and end all tasks."""
@@ -116,6 +123,8 @@ class Gateway:
         await self._schemas.stop()
         self._prompts.stop()
         await asyncio.to_thread(self.writer.stop)
+        with suppress(MonitorError):  # the last counts are seen for a while after this ingress has gone
+            await asyncio.to_thread(self.shared.write)
 
     def body_limit_bytes(self) -> int:
         """Return how long a body may be: by the setting, and by what a prompt of this model can need."""
@@ -140,6 +149,22 @@ class Gateway:
                 "dropped": self.writer.dropped,
             },
         }
+
+    def count(self) -> list[Sample]:
+        """Return all that this ingress has counted, and how it fares now."""
+        whose = {"process": self.counts.process}
+        now = {
+            "sentei_records_written_total": self.writer.written,
+            "sentei_records_dropped_total": self.writer.dropped,
+            "sentei_records_waiting": self.writer.waiting,
+            "sentei_lease_is_fresh": int(self._obeyed(self._clock()) is not None),
+        }
+        errors = {**whose, "operation": "write_record"}
+        return [
+            *self.counts.samples(),
+            *((name, whose, float(value)) for name, value in now.items()),
+            ("sentei_store_errors_total", errors, float(self.writer.num_errors)),
+        ]
 
     async def read_routing_once(self) -> None:
         """Look at the routing table once; a store that cannot be read lets the lease run out.
@@ -297,7 +322,14 @@ class Gateway:
         if progress.is_turned_away and question.assignment.is_audited:
             self._give_back_audit(question)
             question = replace(question, assignment=replace(question.assignment, is_audited=False))
-        self.writer.put(record_of(question, progress, at_s=self.now_s(), total_ms=total_ms))
+        record = record_of(question, progress, at_s=self.now_s(), total_ms=total_ms)
+        self.writer.put(record)
+        self.counts.end(
+            record,
+            failed_by=progress.failed_by,
+            queue_s=progress.queue_s(),
+            attention=progress.attention,
+        )
         if not question.assignment.is_audited:
             return
         job = audit_job_of(question, progress, self.limits.audit_max_tokens)
@@ -370,6 +402,7 @@ class Gateway:
                 await self.read_routing_once()
             except Exception as error:  # the store may be away for a while: the lease takes care
                 log.warning("routing table could not be read: %s", error)
+                self.counts.store_failed("read_routing")
             await asyncio.sleep(self.limits.poll_every_s)
 
     async def _watch(self, desk: AuditDesk) -> None:

@@ -30,6 +30,7 @@ class RecordWriter:
         self._thread: threading.Thread | None = None
         self.written = 0
         self.dropped = 0
+        self.num_errors = 0  # tries that failed
 
     def start(self) -> None:
         """Start writing."""
@@ -66,6 +67,7 @@ class RecordWriter:
             try:
                 self._add(record)
             except MonitorError as error:
+                self.num_errors += 1
                 if pause_s is None:
                     self._drop(record, str(error))
                     return

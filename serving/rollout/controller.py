@@ -67,6 +67,8 @@ class Controller:
         self._runner: RolloutRunner | None = None
         self._scheduler: Any = None
         self.num_ticks = 0
+        self.num_errors = 0
+        self._decided_s: float | None = None  # when a tick last ended with a decision
         self.last_error = ""
         self.mirror_error = ""
 
@@ -105,7 +107,9 @@ class Controller:
         result = runner.tick(self._clock())
         self.num_ticks += 1
         self.last_error = result.error
+        self.num_errors += bool(result.error)
         self._checked_s = now_s if result.decision is not None else None
+        self._decided_s = now_s if result.decision is not None else self._decided_s
         self._newest_order = newest_order
         if result.decision is not None and result.decision.changed:
             log.info("%s: %s", runner.rollout.rollout_id, result.decision.reason)
@@ -145,6 +149,8 @@ class Controller:
             "owner": self._options.owner,
             "rollout_id": rollout_id,
             "num_ticks": self.num_ticks,
+            "num_errors": self.num_errors,
+            "decided_ago_s": None if self._decided_s is None else self._monotonic() - self._decided_s,
             "last_error": self.last_error,
             "mirror_error": self.mirror_error,
         }

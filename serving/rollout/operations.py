@@ -59,7 +59,7 @@ def add_admin_routes(
     async def read_here(request: Request) -> None:
         request.state.bodies = bodies
 
-    router = APIRouter(prefix="/admin/v1", dependencies=[Depends(read_here), _needs(book, Role.LOOK)])
+    router = APIRouter(prefix="/admin/v1", dependencies=[Depends(read_here), needs(book, Role.LOOK)])
     desk = RolloutDesk(gateway, store, about or {}, now_s)
 
     @router.get("/rollouts", **describe(errors=(401, 403, 404, 429)))
@@ -85,16 +85,16 @@ def add_admin_routes(
     @router.get("/status", **describe(errors=(401, 403, 404, 429)))
     async def status() -> Any:
         calls = {**{v.name: v.describe for v in gateway.variants.values()}, **(workers or {})}
-        answers = await asyncio.gather(*(_ask(call) for call in calls.values()))
+        answers = await asyncio.gather(*(ask_worker(call) for call in calls.values()))
         return {**gateway.readiness(), "workers": dict(zip(calls, answers, strict=True))}
 
     _add_order_routes(router, gateway, desk, book=book)
-    _add_fault_route(router, gateway, allow_faults, _needs(book, Role.OPERATE))
+    _add_fault_route(router, gateway, allow_faults, needs(book, Role.OPERATE))
     api.include_router(router)
 
 
 def _add_order_routes(router: APIRouter, gateway: Gateway, desk: RolloutDesk, *, book: OperatorBook) -> None:
-    operate = _needs(book, Role.OPERATE)
+    operate = needs(book, Role.OPERATE)
 
     @router.post("/rollouts", status_code=201, dependencies=[operate], **describe(StartBody, errors=ERRORS))
     async def start(request: Request) -> Any:
@@ -123,7 +123,7 @@ def _add_order_routes(router: APIRouter, gateway: Gateway, desk: RolloutDesk, *,
         return await asyncio.to_thread(desk.edit, rollout_id, body, request.state.operator.name)
 
 
-def _needs(book: OperatorBook, role: Role) -> Any:
+def needs(book: OperatorBook, role: Role) -> Any:
     """Return the dependency that lets a route's caller in, and tells the route who it is."""
 
     async def let_in(request: Request) -> None:
@@ -156,7 +156,7 @@ def _add_fault_route(router: APIRouter, gateway: Gateway, allow_faults: bool, op
         return {"fault": body.fault}
 
 
-async def _ask(call: StatusCall) -> dict[str, Any]:
+async def ask_worker(call: StatusCall) -> dict[str, Any]:
     """Ask one worker how it fares; one that is away says so instead of holding up the others."""
     try:
         return {"is_up": True, **to_plain(await asyncio.wait_for(call(), STATUS_TIMEOUT_S))}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,39 @@ def test_ingress_runs_as_often_as_the_settings_say() -> None:
 
     assert found == [1, 3]
     assert application["args"]["ingress_replicas"] == 2
+
+
+def test_gpus_are_asked_for_and_give_dense_alone() -> None:
+    """Ray gives a replica the GPUs that the settings name; the built-in engine has no use for them."""
+    from sentei.serving.app import GPU_NOTE, _deploy, build
+    from sentei.serving.replica.variant import ModelServer
+
+    asked = [_deploy(ModelServer, "Dense", num_gpus=number).ray_actor_options for number in (0.0, 0.5)]
+
+    assert [options["num_gpus"] for options in asked] == [0.0, 0.5]
+    assert "CPUs only" in GPU_NOTE
+    with pytest.raises(ConfigError, match="replica_gpus is 1; engine 'builtin'"):
+        build(AppArgs(replica_gpus=1))
+
+
+def test_a_service_outlives_its_standard_input() -> None:
+    """Under a supervisor, without standard input, the app runs until SIGTERM; else until its input closes."""
+    code = (
+        "import signal, sys; from sentei.serving import local; signal.signal(signal.SIGTERM, local._leave);"
+        "print('up', flush=True); local.wait_for_end(is_service=sys.argv[1] == 'service')"
+    )
+    started = {
+        kind: subprocess.Popen(
+            [sys.executable, "-c", code, kind], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        )
+        for kind in ("service", "plain")
+    }
+
+    assert all(process.stdout is not None and process.stdout.readline() for process in started.values())
+    assert started["plain"].wait(30) == 0
+    assert started["service"].poll() is None
+    started["service"].terminate()
+    assert started["service"].wait(30) == 0
 
 
 def test_all_ingresses_say_the_same_of_the_model(tmp_path: Path) -> None:

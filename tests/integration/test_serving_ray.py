@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sentei.kernels.hf.adapter import new_adapter, save_adapter
@@ -221,6 +222,32 @@ def test_rollout_sends_candidates_to_sparse_and_audits_them(
 
     wait_for(lambda: units() >= 2, "two sessions that sparse served reach the evidence")
     assert operator.rollouts()[0]["rollout_id"] == started["rollout_id"]
+
+
+def test_metrics_tell_of_the_rollout_through_rays_proxy(server: LocalServer) -> None:
+    """The page comes through proxy and real workers: who was answered how, what was audited, who is up."""
+
+    def page() -> dict[str, float]:
+        response = httpx.get(
+            f"{server.url}/metrics", headers={"authorization": f"Bearer {TOKEN}"}, trust_env=False
+        )
+        assert response.status_code == 200, response.text
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(response.text):
+            for sample in family.samples:
+                found[sample.name] = found.get(sample.name, 0.0) + sample.value
+        return found
+
+    wait_for(lambda: page().get("sentei_audits_total", 0) >= 3, "three audits are counted")
+    found = page()
+
+    assert httpx.get(f"{server.url}/metrics", trust_env=False).status_code == 401
+    assert found["sentei_requests_total"] >= 5
+    assert found["sentei_ttft_seconds_count"] >= 5
+    assert found["sentei_worker_up"] == 2
+    assert found["sentei_rollout_phase"] == found["sentei_lease_is_fresh"] == found["sentei_store_up"] == 1
+    assert found["sentei_ticks_total"] > found["sentei_tick_errors_total"] == 0
+    assert found["sentei_records_dropped_total"] == 0
 
 
 def newest_dropped_mass(folder: Path, operator: AdminClient, client: openai.OpenAI, session_id: str) -> float:

@@ -104,6 +104,14 @@ SAFER: Mapping[str, Direction] = {
     "spec.rollback.retry.cool_off": HIGHER,
     "spec.schedule.check_every": LOWER,
     "spec.schedule.freeze": MORE,
+    "spec.notify.webhooks[*]": ADDED,
+    "spec.notify.webhooks[*].url": ANY,
+    "spec.notify.webhooks[*].url_from": ANY,
+    "spec.notify.webhooks[*].secret": ANY,
+    "spec.notify.webhooks[*].format": ANY,
+    "spec.notify.webhooks[*].events": MORE,
+    "spec.notify.webhooks[*].hold_longer_than": EARLIER,
+    "spec.notify.webhooks[*].timeout": ANY,
 }
 
 
@@ -268,7 +276,7 @@ class _Rung:
 
 def _compare(old: Any, new: Any, path: str) -> Iterator[Change]:
     direction = SAFER.get(re.sub(r"\[[^]]*]", "[*]", path))
-    if isinstance(old, dict) and isinstance(new, dict) and direction is not GATE:
+    if isinstance(old, dict) and isinstance(new, dict) and direction not in (GATE, ANY):
         for name in {**old, **new}:
             inner = f"{path}.{name}" if path else name
             yield from _compare(old.get(name), new.get(name), inner)

@@ -137,7 +137,7 @@ class RolloutState:
     command_seq: int = 0
     sparse_down_since_s: float | None = None
     dense_down_since_s: float | None = None
-    is_blind: bool = False  # promoted, and silence was said
+    is_blind: bool = False  # silence, or that no audit was scored, was said
     waits_for: str | None = None  # a value of machine.Wait while it is running and does not grow
     revision: int = 0  # the newest edit of the policy that was looked at
     former_digests: tuple[str, ...] = ()  # of the policies before their edits

@@ -57,6 +57,11 @@ spec:
     monitor_lease: 10s
   rollback: {retry: {max: 1, cool_off: 30s}}
   schedule: {freeze: ["Fri 16:00-Mon 08:00 UTC"]}
+  notify:
+    webhooks:
+      - {id: oncall, url: "https://hooks.example.com/sentei", secret: {file: webhook-key},
+         events: [rolled_back, slice_fell, approval_wanted], hold_longer_than: 6h}
+      - {id: chat, url_from: {env: SENTEI_CHAT_URL}, format: slack}
 """
 
 

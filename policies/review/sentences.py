@@ -37,6 +37,7 @@ def explain(policy: Policy, stages: tuple[StageForecast, ...]) -> tuple[str, ...
         *_others(policy),
         _silence(policy),
         _retry(policy),
+        *_told(policy),
         _time(stages),
     )
 
@@ -174,6 +175,15 @@ def _retry(policy: Policy) -> str:
         return "What was rolled back stays back: this policy cannot be retried."
     wait = format_duration(retry.cool_off) if retry.cool_off else "no wait"
     return f"A person may retry it {retry.max} time(s), after {wait}, with fresh evidence."
+
+
+def _told(policy: Policy) -> Iterator[str]:
+    for item in policy.spec.notify.webhooks:
+        words = [word.replace("_", " ") for word in item.events]
+        if item.hold_longer_than is not None:
+            words.append(f"a stage held for {format_duration(item.hold_longer_than)}")
+        shape = "a Slack message" if item.secret is None else f"JSON signed with {item.secret}"
+        yield f"{item.id} ({item.place}) gets {shape} of {_and(words)}, at least once and in order."
 
 
 def _time(stages: tuple[StageForecast, ...]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from sentei.policies.schema.faults import Fault, Path, dotted_path, nearest
+from sentei.policies.schema.integrations.notify import receivers_are_sound
 from sentei.policies.schema.metrics import COLUMNS, METRICS
 from sentei.policies.schema.operations import Breaker, Data, Schedule
 from sentei.policies.schema.proofs import (
@@ -346,4 +347,5 @@ RULES: tuple[Callable[..., Iterator[Fault]], ...] = (
     approvers_are_plain,
     audits_have_time,
     salt_is_plain,
+    receivers_are_sound,
 )

@@ -22,6 +22,8 @@ from sentei.policies.steps.tick import (
     roll_back,
 )
 
+# In these safety, if not yet proven, is not in doubt; an approval is one over the stage's longest time.
+SOUND_WAITS = (None, Wait.SIGNAL, Wait.TIME, Wait.EVIDENCE, Wait.APPROVAL)
 MIN_UPPER = 20  # below so many requests of the upper half nothing is asked of it
 
 
@@ -43,7 +45,7 @@ def check_hold(tick: Tick) -> Tick:
             return roll_back(tick, "stage_max", reason)
         tick = _take_approval(tick, stage)
         if not tick.state.is_approved:
-            tick = tick.with_hold(Wait.TIME, f"{reason}; it goes on only when approved")
+            tick = tick.with_hold(Wait.APPROVAL, f"{reason}; it goes on only when approved")
     dwell = max(stage.hold_min, stage.bake or 0.0)
     if elapsed <= 0:
         # A tick that is done again after a crash must not find the next stage open in the same moment.
@@ -114,7 +116,7 @@ def check_benefit(tick: Tick) -> Tick:
     open_gains = [g for g in tick.gains if not g.can_advance and rungs.get(g.slice_id) == g.rung_id]
     for report in open_gains:
         text = f"{report.id} in {report.slice_id} at {report.rung_id}: {report.reason}"
-        is_sound = tick.waits_for in (None, Wait.SIGNAL, Wait.TIME, Wait.EVIDENCE) and tick.outcome is None
+        is_sound = tick.waits_for in SOUND_WAITS and tick.outcome is None
         if report.verdict is Verdict.NO_GAIN and is_sound and state.phase == Phase.RUNNING:
             tick = hold_for_good(tick, report.id, text)
             return replace(tick, hold=text, waits_for=Wait.BENEFIT)

@@ -330,9 +330,7 @@ def _blind_s(tick: Tick) -> float:
 def _act_on_silence(tick: Tick, action: str, reason: str) -> Tick:
     if action == "rollback":
         return roll_back(tick, "no_data", reason)
-    if (
-        tick.state.phase == Phase.PROMOTED and not tick.state.is_blind
-    ):  # it waits for nothing: somebody must hear
+    if not tick.state.is_blind:  # somebody must hear
         tick = replace(tick, state=replace(tick.state, is_blind=True)).with_action("alert", reason)
     return tick.with_hold(Wait.DATA, reason)
 

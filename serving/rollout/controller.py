@@ -1,4 +1,4 @@
-"""The controller: APScheduler calls the rollout's tick, its drift checks and the MLflow mirror, and no more.
+"""The controller: APScheduler calls the rollout's tick, its drift checks, MLflow's mirror and the notifier.
 
 It keeps nothing: state is in the event log, so a killed controller goes on where the log ends; until it does,
 the ingress drops to dense when the lease runs out.
@@ -34,6 +34,13 @@ class Mirror(Protocol):
         """Replay what is new."""
 
 
+class Notifier(Protocol):
+    """Tells people what the event log says."""
+
+    def run_once(self, now_s: float) -> Any:
+        """Deliver what is new."""
+
+
 class Controller:
     """Runs the newest rollout of a store; every job runs in a thread and never twice at a time."""
 
@@ -43,6 +50,7 @@ class Controller:
         *,
         mirror: Mirror | None,
         reports: Path,
+        notifier: Notifier | None = None,
         replicas: Callable[[], Mapping[str, int]] | None = None,
         clock: Callable[[], float] | None = None,
         monotonic: Callable[[], float] | None = None,  # where none is given, `clock` is one
@@ -57,6 +65,7 @@ class Controller:
         self._options = options if replicas is None else replace(options, replicas=replicas)
         self._store = store
         self._mirror = mirror
+        self._notifier = notifier
         self._reports = reports
         self._clock = clock or store.clock()
         self._monotonic = monotonic or self._clock
@@ -69,8 +78,17 @@ class Controller:
         self.num_ticks = 0
         self.last_error = ""
         self.mirror_error = ""
+        self.notify_error = ""
+        self._has_lease = True
 
-    def start(self, *, tick_every_s: float, drift_every_s: float, mirror_every_s: float) -> None:
+    def start(
+        self,
+        *,
+        tick_every_s: float,
+        drift_every_s: float,
+        mirror_every_s: float,
+        notify_every_s: float = 2.0,
+    ) -> None:
         """Start the jobs; needs a running event loop.
 
         Orders are looked for each `tick_every_s`; whether it is time for a check says the policy.
@@ -83,6 +101,8 @@ class Controller:
         self._add_job(self.check_drift, drift_every_s)
         if self._mirror is not None:
             self._add_job(self.mirror, mirror_every_s)
+        if self._notifier is not None:
+            self._add_job(self.notify, notify_every_s)
         self._scheduler.start()
 
     def stop(self) -> None:
@@ -105,6 +125,7 @@ class Controller:
         result = runner.tick(self._clock())
         self.num_ticks += 1
         self.last_error = result.error
+        self._has_lease = result.has_lease
         self._checked_s = now_s if result.decision is not None else None
         self._newest_order = newest_order
         if result.decision is not None and result.decision.changed:
@@ -137,6 +158,15 @@ class Controller:
             log.warning("mirror: %s", text)
         self.mirror_error = text
 
+    def notify(self) -> None:
+        """Tell receivers what is new; while one is away its place in the log stays and decisions go on."""
+        if self._notifier is None or not self._has_lease:  # of two controllers one tells
+            return
+        text = "; ".join(self._notifier.run_once(self._clock()).reasons)
+        if text and text != self.notify_error:
+            log.warning("notify: %s", text)
+        self.notify_error = text
+
     def status(self) -> dict[str, Any]:
         """Say how the controller fares."""
         rollout_id = self._runner.rollout.rollout_id if self._runner is not None else None
@@ -147,6 +177,7 @@ class Controller:
             "num_ticks": self.num_ticks,
             "last_error": self.last_error,
             "mirror_error": self.mirror_error,
+            "notify_error": self.notify_error,
         }
 
     def _newest(self) -> RolloutRunner | None:

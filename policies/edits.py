@@ -324,6 +324,7 @@ def _is_tighter_gate(old: Mapping[str, Any] | None, new: Mapping[str, Any] | Non
     if old is None:
         return True
     has_fewer = "anyone" in old["by"] or set(new["by"]) <= set(old["by"])
+    has_fewer &= new["webhook"] in (None, old["webhook"])
     return has_fewer and (new["when"] == old["when"] or new["when"] == "after_evidence")
 
 

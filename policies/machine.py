@@ -83,7 +83,7 @@ class Wait(StrEnum):
     TIME = "time"  # least time, bake, longest time, units
     EVIDENCE = "evidence"  # proof of safety
     BENEFIT = "benefit"  # proof of the gain
-    APPROVAL = "approval"  # a human
+    APPROVAL = "approval"  # people, or a gate
     FREEZE = "freeze"  # the end of a freeze window
 
 

@@ -101,12 +101,15 @@ class SliceLengths:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """An operator's order, read from the store's inbox: pause, resume, promote, abort, approve, retry."""
+    """An operator's order, read from the store's inbox: pause, resume, promote, abort, approve, retry.
+
+    Or the yes of an approval's webhook: kind `gate`, which no operator can give.
+    """
 
     seq: int
     kind: str
     by: str
-    reason: str = ""
+    reason: str = ""  # of a gate: the stay that it was asked about
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,11 @@ class RolloutState:
         return self.stage_entered_s
 
     @property
+    def stay(self) -> str:
+        """Which stay in which stage it is: what an answer from outside is about."""
+        return f"{self.stage_id}, entered at {self.stage_entered_s:.3f}"
+
+    @property
     def try_number(self) -> int:
         """Which try of this artifact it is, from 1."""
         return self.former_tries + self.retries + 1

@@ -207,9 +207,9 @@ class Story:
             self.good_tick(commands=self.order("approve", by="ann") if gate else ())
         raise AssertionError(f"{stage_id} was not reached, but {self.state.stage_id}")
 
-    def order(self, kind: str, by: str = "ann") -> tuple[Command, ...]:
+    def order(self, kind: str, by: str = "ann", reason: str = "") -> tuple[Command, ...]:
         """One order of an operator."""
-        return (Command(self.state.command_seq + 1, kind, by),)
+        return (Command(self.state.command_seq + 1, kind, by, reason),)
 
 
 def sparse_health(requests: int = 0, failures: int = 0, replicas: int = 1) -> tuple[VariantHealth, ...]:

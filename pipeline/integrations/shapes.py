@@ -37,7 +37,7 @@ def to_json_body(notice: Notice, policy: Policy) -> bytes:
     document = {
         "id": notice.notice_id,
         "type": f"rollout.{notice.kind}",
-        "timestamp": _moment(notice.at_s),
+        "timestamp": readable_moment(notice.at_s),
         "data": {
             "rollout_id": notice.rollout_id,
             "policy": policy.metadata.name,
@@ -68,7 +68,7 @@ def to_slack_body(notice: Notice, policy: Policy) -> bytes:
     if notice.held_s is not None:
         where += f", for more than {format_duration(notice.held_s)}"
     owner = f", owner {policy.metadata.owner}" if policy.metadata.owner else ""
-    context = f"{_moment(notice.at_s)}, policy {policy.metadata.name}{owner}, "
+    context = f"{readable_moment(notice.at_s)}, policy {policy.metadata.name}{owner}, "
     context += f"event {notice.event_seq}, {notice.notice_id}"
     reason = _escape(_clip(notice.reason))
     document: dict[str, Any] = {
@@ -109,7 +109,8 @@ def _key(secret: str) -> bytes:
     return key
 
 
-def _moment(at_s: float) -> str:
+def readable_moment(at_s: float) -> str:
+    """Epoch seconds as RFC 3339 has them, to the millisecond, in UTC."""
     return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

@@ -172,7 +172,7 @@ def _notices_come_when_meant(case: _Case) -> Iterator[Advice]:
                 f"stage {longest} always takes {format_duration(dwells[longest])}: each rollout is told of it"
             )
             yield Advice(("notify", "webhooks", index, "hold_longer_than"), format_duration(limit), message)
-    asks = [stage.id for stage in stages if stage.approval is not None]
+    asks = [stage.id for stage in stages if stage.approval is not None and stage.approval.by]
     if hooks and asks and not any("approval_wanted" in item.events for item in hooks):
         message = f"stage {asks[0]} waits for an approval, and no webhook is told of approval_wanted"
         yield Advice(("notify", "webhooks"), len(hooks), message)

@@ -16,7 +16,7 @@ from sentei.policies.review.forecast import (
 )
 from sentei.policies.schema.budget import harm_alpha
 from sentei.policies.schema.policy import Policy
-from sentei.policies.schema.sections import Benefit, Guardrail, Signal
+from sentei.policies.schema.sections import Approval, Benefit, Guardrail, Signal
 from sentei.policies.schema.units import format_duration
 
 _ACTIONS = {
@@ -82,11 +82,16 @@ def _stage(policy: Policy, stage: StageForecast, index: int) -> str:
     if rest:
         text += f"; at least {format_duration(rest)}"
     if own.approval is not None:
-        text += f"; then {_and(list(own.approval.by), 'or')} must approve"
+        text += f"; then {_and(_approvers(own.approval), 'or')} must approve"
     if own.max is not None:
         then = "it is rolled back" if policy.spec.advance.on_max == "rollback" else "it waits for an approval"
         text += f"; after {format_duration(own.max)} {then}"
     return text + "."
+
+
+def _approvers(approval: Approval) -> list[str]:
+    gate = approval.webhook
+    return [*approval.by, *([] if gate is None else [f"{gate.approver} ({gate.place})"])]
 
 
 def _growth(policy: Policy) -> str:

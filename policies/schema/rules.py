@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from sentei.policies.schema.faults import Fault, Path, dotted_path, nearest
+from sentei.policies.schema.integrations.gate import GATE_NAME, gate_faults
 from sentei.policies.schema.integrations.notify import receivers_are_sound
 from sentei.policies.schema.metrics import COLUMNS, METRICS
 from sentei.policies.schema.operations import Breaker, Data, Schedule
@@ -304,11 +305,21 @@ def kl_is_capped(audit: Audit) -> Iterator[Fault]:
 
 
 def approvers_are_plain(stages: tuple[Stage, ...]) -> Iterator[Fault]:
-    """Who may approve is a name that nobody takes for another."""
+    """Somebody may approve, and each is a name that nobody takes for another."""
     for index, stage in enumerate(stages):
-        for place, name in enumerate(stage.approval.by if stage.approval else ()):
-            if reason := why_no_person(name):
-                yield Fault(("stages", index, "approval", "by", place), name, reason)
+        path: Path = ("stages", index, "approval")
+        if stage.approval is None:
+            continue
+        if not stage.approval.names:
+            yield Fault((*path, "by"), [], "nobody could approve; name people in by, or a webhook")
+        if stage.approval.webhook is not None:
+            yield from gate_faults((*path, "webhook"), stage.approval.webhook)
+        for place, name in enumerate(stage.approval.by):
+            reason = why_no_person(name)
+            if name.startswith(GATE_NAME):
+                reason = f'"{GATE_NAME}" is how the log names a webhook'
+            if reason:
+                yield Fault((*path, "by", place), name, reason)
 
 
 def audits_have_time(audit: Audit) -> Iterator[Fault]:

@@ -15,6 +15,7 @@ from sentei.policies.intake import (
 )
 from sentei.policies.judge import GuardrailReport, View, judge, judge_gain
 from sentei.policies.machine import Event, IllegalEventError, Phase, Wait, is_possible, next_phase
+from sentei.policies.schema.integrations.gate import GATE_ORDER
 from sentei.policies.schema.sections import Benefit, Guardrail
 from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Command, DriftSignal, Verdict
@@ -148,7 +149,7 @@ def _obey(tick: Tick, order: Command) -> Tick:
         return _resume(tick, order)
     if order.kind == "retry":
         return _retry(tick, order)
-    if order.kind in ("approve", "promote"):
+    if order.kind in ("approve", "promote", GATE_ORDER):
         next_phase(tick.state.phase, Event.APPROVE)
         return replace(tick, approvals=(*tick.approvals, order))
     return tick.with_action("refuse", f'{order.kind} by {order.by}: there is no order "{order.kind}"')

@@ -41,6 +41,13 @@ class Notifier(Protocol):
         """Deliver what is new."""
 
 
+class GateKeeper(Protocol):
+    """Asks the webhook of an approval."""
+
+    def run_once(self, now_s: float) -> str | None:
+        """Ask if it is time; why it was not approved, or None where nobody was asked."""
+
+
 class Controller:
     """Runs the newest rollout of a store; every job runs in a thread and never twice at a time."""
 
@@ -51,6 +58,7 @@ class Controller:
         mirror: Mirror | None,
         reports: Path,
         notifier: Notifier | None = None,
+        gatekeeper: GateKeeper | None = None,
         replicas: Callable[[], Mapping[str, int]] | None = None,
         clock: Callable[[], float] | None = None,
         monotonic: Callable[[], float] | None = None,  # where none is given, `clock` is one
@@ -66,6 +74,7 @@ class Controller:
         self._store = store
         self._mirror = mirror
         self._notifier = notifier
+        self._gatekeeper = gatekeeper
         self._reports = reports
         self._clock = clock or store.clock()
         self._monotonic = monotonic or self._clock
@@ -79,6 +88,7 @@ class Controller:
         self.last_error = ""
         self.mirror_error = ""
         self.notify_error = ""
+        self.gate_answer = ""
         self._has_lease = True
 
     def start(
@@ -88,6 +98,7 @@ class Controller:
         drift_every_s: float,
         mirror_every_s: float,
         notify_every_s: float = 2.0,
+        ask_every_s: float = 1.0,
     ) -> None:
         """Start the jobs; needs a running event loop.
 
@@ -103,6 +114,8 @@ class Controller:
             self._add_job(self.mirror, mirror_every_s)
         if self._notifier is not None:
             self._add_job(self.notify, notify_every_s)
+        if self._gatekeeper is not None:
+            self._add_job(self.ask_gate, ask_every_s)
         self._scheduler.start()
 
     def stop(self) -> None:
@@ -167,6 +180,15 @@ class Controller:
             log.warning("notify: %s", text)
         self.notify_error = text
 
+    def ask_gate(self) -> None:
+        """Ask the gate that the newest rollout waits for; while it is away or says no the stage holds."""
+        if self._gatekeeper is None or not self._has_lease:
+            return
+        found = self._gatekeeper.run_once(self._clock())
+        if found and found != self.gate_answer:
+            log.info("%s", found)
+        self.gate_answer = self.gate_answer if found is None else found
+
     def status(self) -> dict[str, Any]:
         """Say how the controller fares."""
         rollout_id = self._runner.rollout.rollout_id if self._runner is not None else None
@@ -178,6 +200,7 @@ class Controller:
             "last_error": self.last_error,
             "mirror_error": self.mirror_error,
             "notify_error": self.notify_error,
+            "gate_answer": self.gate_answer,
         }
 
     def _newest(self) -> RolloutRunner | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sentei.policies.edits import check_edit
+from sentei.policies.edits import check_edit, review_edit
 from sentei.policies.review.advice import find_advice
 from sentei.policies.review.forecast import Expected, forecast
 from sentei.policies.review.sentences import explain
@@ -161,3 +161,62 @@ def test_a_receiver_may_be_added_and_moved_live_and_not_taken_out() -> None:
     assert [item.path for item in moved] == ["spec.notify.webhooks[oncall].url"]
     with pytest.raises(ValueError, match="cannot be taken out"):
         check_edit(hooks(HOOK, CHAT), old)
+
+
+def gate(**changes: Any) -> dict[str, Any]:
+    """The webhook of an approval."""
+    return {"id": "ci", "url": "https://ci.example.com/gate"} | changes
+
+
+@pytest.mark.parametrize(
+    ("approval", "place", "words"),
+    [
+        ({}, "by", "nobody could approve"),
+        ({"by": ["gate:ci"]}, "by[0]", '"gate:" is how the log names a webhook'),
+        ({"webhook": gate(url="http://ci.example.com")}, "webhook.url", "use https"),
+        ({"webhook": gate(url=None)}, "webhook.url", "exactly one of"),
+        ({"webhook": gate(every="10ms")}, "webhook.every", "at least 1s"),
+        ({"webhook": gate(timeout="2m")}, "webhook.timeout", "must lie in"),
+        ({"webhook": gate(secret={})}, "webhook.secret", "exactly one of file and env"),
+        ({"webhook": gate(retries=3)}, "webhook.retries", "unknown key"),
+    ],
+)
+def test_a_gate_that_cannot_be_asked_is_refused_by_its_field(
+    approval: dict[str, Any], place: str, words: str
+) -> None:
+    """People, a webhook, or both; nothing that says nothing."""
+    with pytest.raises(PolicyError) as caught:
+        make_policy(put("stages.2.approval", approval))
+
+    found = [f"{item.path}: {item.message}" for item in caught.value.errors]
+    assert any(text.startswith(f"spec.stages[2].approval.{place}: ") and words in text for text in found), (
+        found
+    )
+
+
+def test_explain_names_the_gate_beside_the_people() -> None:
+    """Who may open it, and where it is asked."""
+    policy = make_policy(put("stages.2.approval", {"by": ["ann"], "webhook": gate()}))
+
+    text = "\n".join(explain(policy, forecast(policy, Expected())))
+
+    assert "then ann or gate:ci (ci.example.com) must approve" in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "is_safer"),
+    [
+        ({"by": ["ann"], "webhook": gate()}, {"by": ["ann"]}, True),
+        ({"by": ["ann"], "webhook": gate()}, {"webhook": gate()}, True),
+        ({"by": ["ann"]}, {"by": ["ann"], "webhook": gate()}, False),
+        ({"webhook": gate()}, {"webhook": gate(url="https://other.example.com")}, False),
+        (None, {"webhook": gate()}, True),
+    ],
+)
+def test_a_gate_that_runs_may_only_be_opened_by_fewer(old: Any, new: Any, is_safer: bool) -> None:
+    """A webhook is one more who may open it, and another address is another one."""
+    before, after = (make_policy(put("stages.2.approval", item)) for item in (old, new))
+
+    (change,) = review_edit(before, after)
+
+    assert (change.refusal == "") is is_safer

@@ -102,6 +102,20 @@ class DriftTrack:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class MetricTrack:
+    """A metric of one's own: its newest sample, and since when samples have said the same."""
+
+    metric_id: str
+    status: str = "no_data"  # "within" or "out" of its bound; else why the newest sample is no number
+    since_s: float = 0.0  # before the first sample: since when it is asked for, if that was in the stage
+    at_s: float = 0.0
+    value: float | None = None
+    seq: int = 0  # of the newest sample that was counted; 0: none yet
+    detail: str = ""
+    is_lost: bool = False  # that there is no number was said
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Quarantined:
     """What failed at one rung: it cannot start there again by itself."""
@@ -144,6 +158,7 @@ class RolloutState:
     slices: tuple[SliceState, ...] = ()
     cells: tuple[Cell, ...] = ()
     drift: tuple[DriftTrack, ...] = ()
+    metrics: tuple[MetricTrack, ...] = ()
     quarantine: tuple[Quarantined, ...] = ()
 
     @property
@@ -209,6 +224,7 @@ def state_from_json(data: bytes | str) -> RolloutState:
             _upgrade(document)
         document["slices"] = tuple(SliceState(**item) for item in document["slices"])
         document["drift"] = tuple(DriftTrack(**item) for item in document["drift"])
+        document["metrics"] = tuple(MetricTrack(**item) for item in document.get("metrics", ()))
         document["quarantine"] = tuple(Quarantined(**item) for item in document["quarantine"])
         document["former_digests"] = tuple(document["former_digests"])
         document["cells"] = tuple(_unpack_cell(item) for item in document["cells"])

@@ -19,6 +19,7 @@ from sentei.pipeline.home import sentei_home
 from sentei.pipeline.integrations.calls import Secrets
 from sentei.pipeline.integrations.gatekeeper import GateKeeper
 from sentei.pipeline.integrations.notifier import Notifier
+from sentei.pipeline.integrations.prometheus import MetricReader
 from sentei.pipeline.models import load_tokenizer
 from sentei.pipeline.rollout.revisions import PolicyBook
 from sentei.serving.front.access import KeyBook, OperatorBook, read_user_key
@@ -163,6 +164,7 @@ class ControllerServer:
             monotonic=time.monotonic,
             notifier=Notifier(store, secrets),
             gatekeeper=GateKeeper(store, secrets),
+            metric_reader=MetricReader(store, secrets),
         )
         self._controller.start(
             tick_every_s=args.tick_every_s,

@@ -136,7 +136,9 @@ class AppArgs(EngineOptions):
     drift_every_s: float = Field(default=10.0, gt=0)
     mirror_every_s: float = Field(default=5.0, gt=0)
     notify_every_s: float = Field(default=2.0, gt=0, description="between looks for what `notify` tells")
-    ask_every_s: float = Field(default=1.0, gt=0, description="between looks whether a gate must be asked")
+    ask_every_s: float = Field(
+        default=1.0, gt=0, description="between looks whether a gate or a metric must be asked"
+    )
     secrets_folder: str | None = Field(
         default=None, description="absolute; the files that a policy's secrets name [default: home's secrets]"
     )

@@ -25,6 +25,7 @@ _DEEDS = {  # of an action: what it is called in a policy's `events`
     "pause": "paused",
     "held": "paused",
     "promote": "promoted",
+    "lost_metric": "metric_lost",
 }
 _STANDS = (Phase.RUNNING, Phase.PAUSED, Phase.SHELTERED)  # in these a rollout may be held for too long
 

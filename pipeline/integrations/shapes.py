@@ -25,6 +25,7 @@ _TITLES = {
     "paused": "Paused",
     "dense_down": "Dense is down",
     "audits_blind": "No news, or no audit is scored",
+    "metric_lost": "A metric gives no number",
     "approval_wanted": "An approval is wanted",
     "promoted": "Promoted",
     "held_long": "Held for long",

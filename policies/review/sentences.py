@@ -15,6 +15,7 @@ from sentei.policies.review.forecast import (
     worst_s,
 )
 from sentei.policies.schema.budget import harm_alpha
+from sentei.policies.schema.integrations.prometheus import PrometheusGuardrail
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Approval, Benefit, Guardrail, Signal
 from sentei.policies.schema.units import format_duration
@@ -135,6 +136,8 @@ def _others(policy: Policy) -> Iterator[str]:
         yield _benefit(policy, item)
     for signal in policy.spec.signals:
         yield _signal(signal)
+    for metric in policy.spec.guardrails.prometheus:
+        yield _metric(metric)
     rule = policy.spec.breaker.variant
     yield (
         f"Breaker: {rule.failure_share:.0%} failures of at least {rule.min_requests} requests within "
@@ -160,6 +163,16 @@ def _signal(signal: Signal) -> str:
     return (
         f"{signal.id}: drift of {signal.column} in {signal.consecutive} windows of "
         f"{signal.window_units} sessions in a row: {act}."
+    )
+
+
+def _metric(item: PrometheusGuardrail) -> str:
+    window = format_duration(item.window)
+    act = "everybody goes back to dense" if item.action == "rollback" else "growth waits"
+    return (
+        f"{item.id}, asked of {item.place} each {format_duration(item.every)}: growth waits until it was "
+        f"within its bound ({item.bound}) for {window} of the stage; out of it for {window}: {act}. "
+        "No number never passes."
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from sentei.policies.schema.faults import Fault, Path, dotted_path, nearest
 from sentei.policies.schema.integrations.gate import GATE_NAME, gate_faults
 from sentei.policies.schema.integrations.notify import receivers_are_sound
+from sentei.policies.schema.integrations.prometheus import prometheus_faults
 from sentei.policies.schema.metrics import COLUMNS, METRICS
 from sentei.policies.schema.operations import Breaker, Data, Schedule
 from sentei.policies.schema.proofs import (
@@ -168,6 +169,7 @@ def ids_are_unique(
 ) -> Iterator[Fault]:
     """Guardrails, signals and benefits share one name space: an id says who rolled back."""
     ids = [*(g.id for g in guardrails.items), *(s.id for s in signals), *(b.id for b in benefit)]
+    ids += [item.id for item in guardrails.prometheus]
     yield from _twice(("guardrails", "items"), ids, "guardrail, signal or benefit")
     for word in sorted(RESERVED_IDS.intersection(ids)):
         yield Fault(("guardrails", "items"), word, f'"{word}" is reserved; choose another id')
@@ -330,6 +332,12 @@ def audits_have_time(audit: Audit) -> Iterator[Fault]:
         yield Fault(("audit", "missing", "window"), audit.missing.window, "must be at least 1m")
 
 
+def metrics_are_sound(guardrails: Guardrails) -> Iterator[Fault]:
+    """A metric of one's own can be asked for, and its window holds some answers."""
+    for index, item in enumerate(guardrails.prometheus):
+        yield from prometheus_faults(("guardrails", "prometheus", index), item)
+
+
 def salt_is_plain(assignment: Assignment) -> Iterator[Fault]:
     """A salt is printable, so that two people mean the same one."""
     if not assignment.salt.isprintable():
@@ -359,4 +367,5 @@ RULES: tuple[Callable[..., Iterator[Fault]], ...] = (
     audits_have_time,
     salt_is_plain,
     receivers_are_sound,
+    metrics_are_sound,
 )

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictInt
 
 from sentei.policies.schema.integrations.gate import ApprovalWebhook
+from sentei.policies.schema.integrations.prometheus import PrometheusGuardrail
 from sentei.policies.schema.metrics import METRICS, Metric
 from sentei.policies.schema.operations import Count, Identifier, Positive, Section
 from sentei.policies.schema.units import Number, Seconds, Share
@@ -180,6 +181,9 @@ class Guardrails(Section):
     alpha_total: Annotated[Number, Field(lt=0.5)] = 0.05
     detector_arl: Annotated[StrictInt, Field(ge=100, le=10**9)] = 10_000
     items: Annotated[tuple[Guardrail, ...], Field(min_length=1, max_length=64)]
+    prometheus: Annotated[tuple[PrometheusGuardrail, ...], Field(max_length=16)] = Field(
+        default=(), description="metrics of one's own: thresholds, which spend nothing of alpha_total"
+    )
 
 
 class Want(Section):

@@ -19,8 +19,9 @@ from sentei.policies.schema.integrations.gate import GATE_ORDER
 from sentei.policies.schema.sections import Benefit, Guardrail
 from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Command, DriftSignal, Verdict
-from sentei.policies.state import ALL, ALL_SLICES, ARTIFACT, SERVED, DriftTrack, SliceState
+from sentei.policies.state import ALL, ALL_SLICES, ARTIFACT, SERVED, DriftTrack, MetricTrack, SliceState
 from sentei.policies.steps.dense import describe_failures, is_failing
+from sentei.policies.steps.metrics import fold_samples
 from sentei.policies.steps.tick import Tick, active_slices, effective_rung, fall_back, pause, roll_back
 
 
@@ -33,6 +34,7 @@ def observe(tick: Tick) -> Tick:
         if signals.cursor > state.cursor:
             state = fold_lengths(fold_traffic(tick.policy, state, signals.traffic), signals.lengths)
         state = fold_observations(tick.policy, state, signals.observations)
+        state = fold_samples(tick.policy, state, signals.samples)
         newest = min(signals.newest_data_at_s or state.waiting_since_s, tick.now_s)
         state = replace(
             state,
@@ -208,6 +210,7 @@ def _retry(tick: Tick, order: Command) -> Tick:
         slices=tuple(SliceState(item.slice_id) for item in state.slices),
         cells=(),
         drift=tuple(DriftTrack(item.signal_id, window_id=_newest(tick, item)) for item in state.drift),
+        metrics=tuple(MetricTrack(item.metric_id) for item in state.metrics),
         quarantine=tuple(item for item in state.quarantine if item.digest not in own),
     )
     return replace(tick, state=state).with_action("retry", reason).ended(reason)

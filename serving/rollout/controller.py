@@ -48,6 +48,13 @@ class GateKeeper(Protocol):
         """Ask if it is time; why it was not approved, or None where nobody was asked."""
 
 
+class MetricReader(Protocol):
+    """Asks for metrics of one's own, and writes down what they were."""
+
+    def run_once(self, now_s: float) -> tuple[str, ...]:
+        """Ask for what is due; what gave no number, and why."""
+
+
 class Controller:
     """Runs the newest rollout of a store; every job runs in a thread and never twice at a time."""
 
@@ -59,6 +66,7 @@ class Controller:
         reports: Path,
         notifier: Notifier | None = None,
         gatekeeper: GateKeeper | None = None,
+        metric_reader: MetricReader | None = None,
         replicas: Callable[[], Mapping[str, int]] | None = None,
         clock: Callable[[], float] | None = None,
         monotonic: Callable[[], float] | None = None,  # where none is given, `clock` is one
@@ -75,6 +83,7 @@ class Controller:
         self._mirror = mirror
         self._notifier = notifier
         self._gatekeeper = gatekeeper
+        self._metric_reader = metric_reader
         self._reports = reports
         self._clock = clock or store.clock()
         self._monotonic = monotonic or self._clock
@@ -116,6 +125,8 @@ class Controller:
             self._add_job(self.notify, notify_every_s)
         if self._gatekeeper is not None:
             self._add_job(self.ask_gate, ask_every_s)
+        if self._metric_reader is not None:
+            self._add_job(self.read_metrics, ask_every_s)
         self._scheduler.start()
 
     def stop(self) -> None:
@@ -188,6 +199,13 @@ class Controller:
         if found and found != self.gate_answer:
             log.info("%s", found)
         self.gate_answer = self.gate_answer if found is None else found
+
+    def read_metrics(self) -> None:
+        """Write down what metrics of one's own are; the tick reads it there, and waits for nobody."""
+        if self._metric_reader is None or not self._has_lease:
+            return
+        for text in self._metric_reader.run_once(self._clock()):
+            log.warning("metric %s", text)
 
     def status(self) -> dict[str, Any]:
         """Say how the controller fares."""

@@ -355,7 +355,9 @@ def test_what_is_rolled_back_cannot_be_edited() -> None:
 
 def test_the_table_names_only_fields_that_exist() -> None:
     """A misspelt row would be a field that can never be edited."""
-    document: Any = base().model_dump(mode="json", by_alias=True)
+    metric = {"id": "own", "url": "https://p.example.com", "query": "up", "bound": {"max": 1}, "window": "5m"}
+    policy = make_policy(put("guardrails.prometheus", [metric]))
+    document: Any = policy.model_dump(mode="json", by_alias=True)
 
     for path in SAFER:
         places = [document]

@@ -220,3 +220,63 @@ def test_a_gate_that_runs_may_only_be_opened_by_fewer(old: Any, new: Any, is_saf
     (change,) = review_edit(before, after)
 
     assert (change.refusal == "") is is_safer
+
+
+def metric(**changes: Any) -> dict[str, Any]:
+    """A metric of one's own."""
+    found = {"id": "cart", "url": "https://prometheus.example.com", "query": "up", "bound": {"max": 1}}
+    return found | {"window": "5m"} | changes
+
+
+@pytest.mark.parametrize(
+    ("item", "place", "words"),
+    [
+        ({"bound": {}}, "bound", "give max, min or both"),
+        ({"bound": {"min": 2, "max": 1}}, "bound.min", "must lie below max, 1"),
+        ({"bound": {"max": "5%"}}, "bound.max", "a finite number is wanted"),
+        ({"bound": {"max": True}}, "bound.max", "a finite number is wanted"),
+        ({"query": "  "}, "query", "is empty"),
+        ({"query": "x" * 2001}, "query", "at most 2000"),
+        ({"window": "30s"}, "window", "at least 2 times every (30s)"),
+        ({"window": "8d"}, "window", "at most 7d"),
+        ({"every": "10ms"}, "every", "at least 1s"),
+        ({"timeout": "1h"}, "timeout", "must lie in"),
+        ({"url": "https://prometheus.example.com/?a=b"}, "url", "before /api/v1/query"),
+        ({"url": "http://prometheus.example.com"}, "url", "use https"),
+        ({"token": {}}, "token", "exactly one of file and env"),
+        ({"action": "freeze"}, "action", "rollback"),
+    ],
+)
+def test_a_metric_that_cannot_be_asked_for_is_refused_by_its_field(
+    item: dict[str, Any], place: str, words: str
+) -> None:
+    """`policy lint` says field and way out."""
+    with pytest.raises(PolicyError) as caught:
+        make_policy(put("guardrails.prometheus", [metric(**item)]))
+
+    found = [f"{error.path}: {error.message}" for error in caught.value.errors]
+    assert any(
+        text.startswith(f"spec.guardrails.prometheus[0].{place}: ") and words in text for text in found
+    ), found
+
+
+def test_a_metric_has_an_id_of_its_own_among_all_gates() -> None:
+    """An id says who rolled back."""
+    with pytest.raises(PolicyError, match='id "agree" is used 2 times'):
+        make_policy(put("guardrails.prometheus", [metric(id="agree")]))
+
+
+def test_explain_and_forecast_count_the_window_of_a_metric() -> None:
+    """A stage takes a window at least; the sentence says bound, pace and what it does."""
+    policy = make_policy(
+        put("guardrails.prometheus", [metric(bound={"min": -1, "max": 2}, action="rollback")])
+    )
+
+    stages = forecast(policy, Expected())
+
+    assert [stage.best_s for stage in stages] == [300.0] * 4
+    assert (
+        "cart, asked of prometheus.example.com each 30s: growth waits until it was within its bound "
+        "(min -1 and max 2) for 5m of the stage; out of it for 5m: everybody goes back to dense. "
+        "No number never passes."
+    ) in "\n".join(explain(policy, stages))

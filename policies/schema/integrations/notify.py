@@ -26,6 +26,7 @@ Happening = Literal[
     "paused",
     "dense_down",
     "audits_blind",
+    "metric_lost",
     "approval_wanted",
     "promoted",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ class Receiver:
     reply: Reply = field(default_factory=lambda: reply(200, b"ok"))
     port: int = field(default_factory=free_port)
     received: list[Received] = field(default_factory=list)
+    tls: ssl.SSLContext | None = None
 
     @property
     def url(self) -> str:
@@ -76,7 +78,12 @@ class Receiver:
             daemon_threads = True
             block_on_close = False
 
+            def handle_error(self, request: object, client_address: object) -> None:
+                """A caller that hangs up is part of some tests."""
+
         server = Server(("127.0.0.1", self.port), Handler)
+        if self.tls is not None:
+            server.socket = self.tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:

@@ -48,13 +48,15 @@ class Secrets:
         self._environ = environ
 
     def read(self, source: SecretSource) -> str:
-        """Return the secret without the blanks around it; CallError if there is none."""
+        """Return the secret without the blanks around it; CallError if there is none, or more than a line."""
         if source.env is not None:
             text = self._environ.get(source.env, "")
         else:
             text = self._read_file(source.file or "")
         if not text.strip():
             raise CallError(f"{source} is not there, or is empty; the controller needs it")
+        if not text.strip().isprintable():
+            raise CallError(f"{source} holds more than one line of plain text")
         return text.strip()
 
     def url(self, endpoint: Endpoint) -> str:
@@ -100,8 +102,8 @@ async def call(
     except TimeoutError as error:
         raise CallError(f"no whole answer within {timeout_s:g} s") from error
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-        # The text of InvalidURL and ValueError may hold parts of the URL.
-        why = f": {error}" if isinstance(error, httpx.HTTPError | OSError) and str(error) else ""
+        # Of others the text may hold parts of the URL, or a header with its secret.
+        why = f": {error}" if isinstance(error, httpx.NetworkError) and str(error) else ""
         raise CallError(f"no answer, {type(error).__name__}{why}") from error
 
 

@@ -8,7 +8,6 @@ it is back, or the controller is, it is told the rest. Nothing here is on the wa
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,13 +24,11 @@ from sentei.policies.schema.integrations.notify import Webhook
 from sentei.policies.schema.kept import read_kept
 from sentei.policies.state import state_from_json
 
-logger = logging.getLogger(__name__)
-
 PLACE = "notify."  # + rollout id + "." + webhook id
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 HEADERS = {"content-type": "application/json", "user-agent": "sentei-notify/1"}
 
-Destination = tuple[str, str]  # id of the webhook, and where it is
+Destination = tuple[str, str]  # id of the webhook, and where it is: never said, a URL is nobody's business
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +109,7 @@ class Notifier:
                 self._over.add(rollout.rollout_id)
             else:
                 for item in courses:
-                    to = (item.webhook.id, item.webhook.place)
+                    to = (item.webhook.id, item.webhook.url or str(item.webhook.url_from))
                     routes[to] = [item, *routes.get(to, ())]
             following = latest
         return routes
@@ -134,8 +131,6 @@ class Notifier:
 
     def _fail(self, to: Destination, patience: _Patience, error: CallError) -> None:
         reason = f"webhook {to[0]}: {error}"
-        if reason != patience.reason:
-            logger.info("%s; it is tried again", reason)
         wait_s = min(BACKOFF_S * 2.0**patience.failures, MAX_BACKOFF_S)
         if isinstance(error, _NotTakenError) and error.retry_after_s is not None:
             wait_s = max(wait_s, error.retry_after_s)

@@ -12,6 +12,7 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,7 +99,8 @@ class Controller:
         self.mirror_error = ""
         self.notify_error = ""
         self.gate_answer = ""
-        self._has_lease = True
+        self._has_lease = False  # until a tick says so
+        self._threads: list[ThreadPoolExecutor] = []
 
     def start(
         self,
@@ -133,6 +135,8 @@ class Controller:
         """Stop the jobs."""
         if self._scheduler is not None:
             self._scheduler.shutdown(wait=False)
+        for threads in self._threads:
+            threads.shutdown(wait=False)
 
     def tick(self) -> None:
         """Let the newest rollout take one step if its next check is due, or an order waits for it.
@@ -236,13 +240,16 @@ class Controller:
         return self._runner
 
     def _add_job(self, job: Callable[[], None], every_s: float) -> None:
-        self._scheduler.add_job(_in_thread(job), "interval", seconds=every_s, id=job.__name__)
+        # Each has a thread of its own: in a pool that all share, jobs that hang could keep the tick waiting.
+        threads = ThreadPoolExecutor(1, thread_name_prefix=job.__name__)
+        self._threads.append(threads)
+        self._scheduler.add_job(_in_thread(job, threads), "interval", seconds=every_s, id=job.__name__)
 
 
-def _in_thread(job: Callable[[], None]) -> Callable[[], Any]:
+def _in_thread(job: Callable[[], None], threads: ThreadPoolExecutor) -> Callable[[], Any]:
     async def run() -> None:
         try:
-            await asyncio.to_thread(job)
+            await asyncio.get_running_loop().run_in_executor(threads, job)
         except Exception:  # the tick: the loop must outlive a store that is away
             log.exception("job %s failed; it runs again at its next time", job.__name__)
 

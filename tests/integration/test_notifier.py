@@ -9,8 +9,12 @@ import hmac
 import json
 import logging
 import re
+import shutil
+import ssl
+import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ import pytest
 
 from sentei.monitors.events import EventLog
 from sentei.monitors.store import Store
+from sentei.pipeline.integrations import calls
 from sentei.pipeline.integrations.calls import CallError, Secrets, call
 from sentei.pipeline.integrations.notices import Place
 from sentei.pipeline.integrations.notifier import MAX_BACKOFF_S, PLACE, Notifier
@@ -374,6 +379,10 @@ def test_a_receiver_that_hangs_delays_no_decision(store: Store, secrets: Secrets
         controller = Controller(
             store, mirror=None, reports=tmp_path, notifier=Notifier(store, secrets), monotonic=time.monotonic
         )
+        # The loop's own pool is as small as on a machine of one core and as busy as it gets.
+        crowded = ThreadPoolExecutor(1)
+        asyncio.get_running_loop().set_default_executor(crowded)
+        crowded.submit(time.sleep, 3)
         controller.start(tick_every_s=0.1, drift_every_s=60, mirror_every_s=60, notify_every_s=0.1)
         while not receiver.received:
             await asyncio.sleep(0.02)
@@ -410,3 +419,38 @@ def test_a_controller_without_the_lease_tells_nobody(store: Store, secrets: Secr
     assert none == 0
     assert len(receiver.received) >= 1
     assert idle.status()["notify_error"] == ""
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate of localhost that signs itself, and its key."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    command = ["openssl", *words.split(), "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run([*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    return certificate, key
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl on this machine")
+def test_https_is_only_spoken_with_whom_the_system_trusts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's certificate is refused before a byte of ours is sent; SSL_CERT_FILE names one's own."""
+    certificate, key = make_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    receiver = Receiver(tls=context)
+    url = f"https://localhost:{receiver.port}/hook"
+
+    with receiver.listening():
+        calls._tls.cache_clear()
+        with pytest.raises(CallError, match="certificate verify failed"):
+            asyncio.run(call("POST", url, headers={}, content=b"news", timeout_s=5.0))
+        strangers = len(receiver.received)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        calls._tls.cache_clear()
+        answer = asyncio.run(call("POST", url, headers={}, content=b"news", timeout_s=5.0))
+    calls._tls.cache_clear()
+
+    assert strangers == 0
+    assert answer.is_ok
+    assert [item.body for item in receiver.received] == [b"news"]

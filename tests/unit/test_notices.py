@@ -267,6 +267,9 @@ def test_secrets_are_read_where_they_lie_at_each_use(tmp_path: Path) -> None:
     for text in ("first\n", "second\n"):
         (tmp_path / "key").write_text(text)
         assert secrets.read(file) == text.strip()
+    (tmp_path / "key").write_text("first\nsecond")
+    with pytest.raises(CallError, match="more than one line"):
+        secrets.read(file)
     (tmp_path / "key").write_text("x" * 5000)
     with pytest.raises(CallError, match="larger than 4096 bytes"):
         secrets.read(file)

@@ -10,8 +10,16 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from sentei.monitors.database import Database
-from sentei.monitors.records import Arrival, AuditScore, AuditStatus, DriftResult, Missing, RequestRecord
-from sentei.monitors.tables import ARRIVALS, ATTENTION, AUDITS, DRIFT, REQUESTS
+from sentei.monitors.records import (
+    Arrival,
+    AuditScore,
+    AuditStatus,
+    DriftResult,
+    MetricResult,
+    Missing,
+    RequestRecord,
+)
+from sentei.monitors.tables import ARRIVALS, ATTENTION, AUDITS, DRIFT, METRICS, REQUESTS
 
 Row = Mapping[str, Any]
 
@@ -82,6 +90,24 @@ class Measurements(Database):
         with self.read("drift results") as connection:
             rows = connection.execute(query).mappings().all()
         return [(int(row["seq"]), DriftResult(**_without(dict(row), "seq"))) for row in rows]
+
+    def add_metric(self, result: MetricResult) -> int:
+        """Write what a metric of one's own was and return its number."""
+        with self.write(f"metric {result.metric_id!r}") as connection:
+            seq = self.next_number(connection)
+            connection.execute(sa.insert(METRICS).values(seq=seq, **dataclasses.asdict(result)))
+        return seq
+
+    def read_metrics(self, rollout_id: str, *, after: int = 0) -> list[tuple[int, MetricResult]]:
+        """Return what metrics were, numbered above `after`, oldest first."""
+        query = (
+            sa.select(METRICS)
+            .where(METRICS.c.rollout_id == rollout_id, METRICS.c.seq > after)
+            .order_by(METRICS.c.seq)
+        )
+        with self.read("metrics") as connection:
+            rows = connection.execute(query).mappings().all()
+        return [(int(row["seq"]), MetricResult(**_without(dict(row), "seq"))) for row in rows]
 
     def read_requests(self, rollout_id: str, *, after: int = 0) -> list[Row]:
         """Return request rows with their `seq`, oldest first, for reports."""

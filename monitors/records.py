@@ -125,6 +125,18 @@ class DriftResult:
     html_path: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class MetricResult:
+    """One answer to the query of a metric of one's own; no value unless status is "ok"."""
+
+    rollout_id: str
+    metric_id: str
+    at_s: float
+    status: str
+    value: float | None
+    detail: str = ""
+
+
 # An id names a folder and a tag, so its letters are few. A policy's name with the moment is shorter.
 ROLLOUT_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 

@@ -12,9 +12,9 @@ from sqlalchemy.engine import Connection
 from sentei.monitors.health import read_health, read_newest_at, read_traffic, read_unscored_since
 from sentei.monitors.records import FAILED_OUTCOMES, AuditStatus
 from sentei.monitors.store import Store
-from sentei.monitors.tables import COMMANDS, DRIFT
+from sentei.monitors.tables import COMMANDS, DRIFT, METRICS
 from sentei.monitors.units import SignalQuery, Units, last_arrival, read_lengths, read_units
-from sentei.policies.signals import Command, DriftSignal, Observation, Signals
+from sentei.policies.signals import Command, DriftSignal, MetricSample, Observation, Signals
 
 __all__ = ["AUDIT_VALUES", "SERVE_VALUES", "SignalQuery", "read_signals"]
 
@@ -81,6 +81,7 @@ def read_signals(
             drift=_read_newest_drift(connection, query.rollout_id),
             traffic=read_traffic(connection, query.rollout_id, after=cursor, upto=upto),
             commands=_read_commands(connection, query.rollout_id, command_cursor),
+            samples=_read_samples(connection, query),
             cursor=upto,
             newest_data_at_s=read_newest_at(connection, query.rollout_id, now_s=now_s),
             unscored_since_s=read_unscored_since(
@@ -159,6 +160,25 @@ def _read_newest_drift(connection: Connection, rollout_id: str) -> tuple[DriftSi
         )
         for row in connection.execute(query).mappings()
     )
+
+
+def _read_samples(connection: Connection, query: SignalQuery) -> tuple[MetricSample, ...]:
+    """What metrics of one's own were since each was read last."""
+    found: list[MetricSample] = []
+    for metric_id, after in query.metrics.items():
+        rows = connection.execute(
+            sa.select(METRICS)
+            .where(
+                METRICS.c.rollout_id == query.rollout_id,
+                METRICS.c.metric_id == metric_id,
+                METRICS.c.seq > after,
+            )
+            .order_by(METRICS.c.seq)
+            .limit(query.num_numbers)
+        )
+        names = ("seq", "metric_id", "at_s", "status", "value", "detail")
+        found += (MetricSample(**{name: row[name] for name in names}) for row in rows.mappings())
+    return tuple(sorted(found, key=lambda sample: sample.seq))
 
 
 def _read_commands(connection: Connection, rollout_id: str, after: int) -> tuple[Command, ...]:

@@ -125,6 +125,20 @@ DRIFT = sa.Table(
     sa.Index("drift_by_signal", "rollout_id", "signal_id", "seq"),
 )
 
+# What metrics of one's own were when they were asked for.
+METRICS = sa.Table(
+    "metrics",
+    METADATA,
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("rollout_id", sa.String(128), nullable=False),
+    sa.Column("metric_id", sa.String(64), nullable=False),
+    sa.Column("at_s", sa.Double, nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("value", sa.Double),
+    sa.Column("detail", sa.Text, nullable=False),
+    sa.Index("metrics_by_metric", "rollout_id", "metric_id", "seq"),
+)
+
 COMMANDS = sa.Table(
     "commands",
     METADATA,

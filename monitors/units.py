@@ -42,6 +42,7 @@ class SignalQuery:
     unit_period_s: float = math.inf  # after it a session counts as a unit again
     borders: Mapping[str, float] = field(default_factory=dict)  # prompt tokens that halve each slice
     artifact: str = ""  # digest of what the sparse replicas run
+    metrics: Mapping[str, int] = field(default_factory=dict)  # of one's own: number of the last sample read
 
 
 @dataclass(frozen=True, slots=True)

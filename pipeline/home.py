@@ -64,6 +64,11 @@ class Home:
         return self.root / "reports"
 
     @property
+    def secrets(self) -> Path:
+        """One file per secret that a policy names; made by people, never by us."""
+        return self.root / "secrets"
+
+    @property
     def store_url(self) -> str:
         """Records, event log and routing table (SQLAlchemy URL)."""
         return f"sqlite:///{self.root / 'state.db'}"

@@ -25,7 +25,7 @@ from sentei.policies.intake import new_cell, scaled_bound, start_phase
 from sentei.policies.machine import Event, next_phase
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Benefit, Guardrail
-from sentei.policies.state import ALL_SLICES, Cell, DriftTrack, RolloutState
+from sentei.policies.state import ALL_SLICES, Cell, DriftTrack, MetricTrack, RolloutState
 
 _ACTIONS = ("freeze", "previous_rung", "rollback_slice", "rollback")  # later is harder
 
@@ -60,6 +60,13 @@ def _only(word: str) -> Direction:
 
 MILDER = Direction("may only get milder", lambda old, new: new is not None and (old is None or new < old))
 
+TIGHTER_MAX = Direction(
+    "may only be set, or fall", lambda old, new: new is not None and (old is None or new < old)
+)
+TIGHTER_MIN = Direction(
+    "may only be set, or grow", lambda old, new: new is not None and (old is None or new > old)
+)
+
 SAFER: Mapping[str, Direction] = {
     "metadata.owner": ANY,
     "spec.stages[*].share": LOWER,
@@ -84,6 +91,10 @@ SAFER: Mapping[str, Direction] = {
     "spec.guardrails.items[*].bound.ratio": LOWER,
     "spec.guardrails.items[*].action": HARDER,
     "spec.guardrails.items[*].advance": _only("all_safe"),
+    "spec.guardrails.prometheus[*]": ADDED,
+    "spec.guardrails.prometheus[*].bound.max": TIGHTER_MAX,
+    "spec.guardrails.prometheus[*].bound.min": TIGHTER_MIN,
+    "spec.guardrails.prometheus[*].action": _only("rollback"),
     "spec.benefit[*]": ADDED,
     "spec.benefit[*].want.max": LOWER,
     "spec.benefit[*].need": _only("proven"),
@@ -104,6 +115,14 @@ SAFER: Mapping[str, Direction] = {
     "spec.rollback.retry.cool_off": HIGHER,
     "spec.schedule.check_every": LOWER,
     "spec.schedule.freeze": MORE,
+    "spec.notify.webhooks[*]": ADDED,
+    "spec.notify.webhooks[*].url": ANY,
+    "spec.notify.webhooks[*].url_from": ANY,
+    "spec.notify.webhooks[*].secret": ANY,
+    "spec.notify.webhooks[*].format": ANY,
+    "spec.notify.webhooks[*].events": MORE,
+    "spec.notify.webhooks[*].hold_longer_than": EARLIER,
+    "spec.notify.webhooks[*].timeout": ANY,
 }
 
 
@@ -170,6 +189,7 @@ def edited_state(old: Policy, new: Policy, state: RolloutState, now_s: float) ->
         slices=tuple(item for item in state.slices if item.slice_id in routed),
         cells=tuple(_carry_cells(old, new, state)),
         drift=_tracks(new, state),
+        metrics=_metric_tracks(old, new, state, now_s),
     )
     if stage.approval != before.approval:
         state = replace(state, is_approved=False, approved_by=None)
@@ -189,6 +209,16 @@ def _restart_stage(new: Policy, state: RolloutState, now_s: float) -> RolloutSta
 def _tracks(new: Policy, state: RolloutState) -> tuple[DriftTrack, ...]:
     known = {track.signal_id: track for track in state.drift}
     return tuple(known.get(item.id, DriftTrack(item.id)) for item in new.spec.signals)
+
+
+def _metric_tracks(old: Policy, new: Policy, state: RolloutState, now_s: float) -> tuple[MetricTrack, ...]:
+    """What was within or out of another bound is read again under this one."""
+    known = {track.metric_id: track for track in state.metrics}
+    before = {item.id: item.bound for item in old.spec.guardrails.prometheus}
+    return tuple(
+        known[item.id] if before.get(item.id) == item.bound else MetricTrack(item.id, since_s=now_s)
+        for item in new.spec.guardrails.prometheus
+    )
 
 
 def _carry_cells(old: Policy, new: Policy, state: RolloutState) -> Iterator[Cell]:
@@ -268,7 +298,7 @@ class _Rung:
 
 def _compare(old: Any, new: Any, path: str) -> Iterator[Change]:
     direction = SAFER.get(re.sub(r"\[[^]]*]", "[*]", path))
-    if isinstance(old, dict) and isinstance(new, dict) and direction is not GATE:
+    if isinstance(old, dict) and isinstance(new, dict) and direction not in (GATE, ANY):
         for name in {**old, **new}:
             inner = f"{path}.{name}" if path else name
             yield from _compare(old.get(name), new.get(name), inner)
@@ -316,6 +346,7 @@ def _is_tighter_gate(old: Mapping[str, Any] | None, new: Mapping[str, Any] | Non
     if old is None:
         return True
     has_fewer = "anyone" in old["by"] or set(new["by"]) <= set(old["by"])
+    has_fewer &= new["webhook"] in (None, old["webhook"])
     return has_fewer and (new["when"] == old["when"] or new["when"] == "after_evidence")
 
 

@@ -19,6 +19,7 @@ from sentei.policies.signals import RoutingTable, Signals, SliceRoute
 from sentei.policies.state import (
     ARTIFACT,
     DriftTrack,
+    MetricTrack,
     PolicyStateError,
     Quarantined,
     RolloutState,
@@ -45,6 +46,7 @@ from sentei.policies.steps.guards import (
     handle_commands,
     observe,
 )
+from sentei.policies.steps.metrics import check_metrics
 from sentei.policies.steps.tick import Action, Tick, effective_rung
 
 __all__ = [
@@ -71,6 +73,7 @@ STEPS = (
     check_srm,  # 4
     check_data,  # 5 stale or no data
     check_signals,  # 6
+    check_metrics,  # 6, too
     check_hold,  # 7 least time, longest time, least units
     check_safe,  # 8
     check_benefit,  # 9
@@ -129,6 +132,7 @@ def initial_state(
         waiting_since_s=now_s,
         slices=tuple(SliceState(item.id) for item in policy.routed_slices),
         drift=tuple(DriftTrack(item.id) for item in policy.spec.signals),
+        metrics=tuple(MetricTrack(item.id) for item in policy.spec.guardrails.prometheus),
         quarantine=quarantine,
         artifact=artifact,
         former_tries=former_tries,

@@ -80,11 +80,11 @@ class Wait(StrEnum):
     REPLICAS = "replicas"  # a ready sparse replica
     ASSIGNMENT = "assignment"  # sessions that go where they should
     DATA = "data"  # news
-    SIGNAL = "signal"  # drift to clear, or its first window
+    SIGNAL = "signal"  # drift to clear, or its first window; a metric of one's own to be within its bound
     TIME = "time"  # least time, bake, longest time, units
     EVIDENCE = "evidence"  # proof of safety
     BENEFIT = "benefit"  # proof of the gain
-    APPROVAL = "approval"  # a human
+    APPROVAL = "approval"  # people, or a gate
     FREEZE = "freeze"  # the end of a freeze window
 
 

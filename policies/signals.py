@@ -81,6 +81,18 @@ class DriftSignal:
 
 
 @dataclass(frozen=True, slots=True)
+class MetricSample:
+    """What a metric of one's own was at one moment, as it was written down."""
+
+    seq: int  # id in the store, strictly growing
+    metric_id: str  # the id of the guardrail in the policy
+    at_s: float  # epoch seconds when it was asked for
+    status: str  # "ok" | "no_data" | "stale" | "error"
+    value: float | None  # None unless ok
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SliceTraffic:
     """How new sessions of one slice were assigned since the rollout's cursor, for the sample-ratio test."""
 
@@ -101,12 +113,15 @@ class SliceLengths:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """An operator's order, read from the store's inbox: pause, resume, promote, abort, approve, retry."""
+    """An operator's order, read from the store's inbox: pause, resume, promote, abort, approve, retry.
+
+    Or the yes of an approval's webhook: kind `gate`, which no operator can give.
+    """
 
     seq: int
     kind: str
     by: str
-    reason: str = ""
+    reason: str = ""  # of a gate: the stay that it was asked about
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +133,7 @@ class Signals:
     drift: tuple[DriftSignal, ...] = ()
     traffic: tuple[SliceTraffic, ...] = ()
     commands: tuple[Command, ...] = ()
+    samples: tuple[MetricSample, ...] = ()  # of metrics of one's own, oldest first
     cursor: int = 0  # highest Observation.seq that this tick has read
     newest_data_at_s: float | None = None  # when the newest record or score was written
     unscored_since_s: float | None = None  # since when audits are due and none was scored; None: none waits

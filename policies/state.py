@@ -102,6 +102,20 @@ class DriftTrack:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class MetricTrack:
+    """A metric of one's own: its newest sample, and since when samples have said the same."""
+
+    metric_id: str
+    status: str = "no_data"  # "within" or "out" of its bound; else why the newest sample is no number
+    since_s: float = 0.0  # before the first sample: since when it is asked for, if that was in the stage
+    at_s: float = 0.0
+    value: float | None = None
+    seq: int = 0  # of the newest sample that was counted; 0: none yet
+    detail: str = ""
+    is_lost: bool = False  # that there is no number was said
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Quarantined:
     """What failed at one rung: it cannot start there again by itself."""
@@ -137,13 +151,14 @@ class RolloutState:
     command_seq: int = 0
     sparse_down_since_s: float | None = None
     dense_down_since_s: float | None = None
-    is_blind: bool = False  # promoted, and silence was said
+    is_blind: bool = False  # silence, or that no audit was scored, was said
     waits_for: str | None = None  # a value of machine.Wait while it is running and does not grow
     revision: int = 0  # the newest edit of the policy that was looked at
     former_digests: tuple[str, ...] = ()  # of the policies before their edits
     slices: tuple[SliceState, ...] = ()
     cells: tuple[Cell, ...] = ()
     drift: tuple[DriftTrack, ...] = ()
+    metrics: tuple[MetricTrack, ...] = ()
     quarantine: tuple[Quarantined, ...] = ()
 
     @property
@@ -157,6 +172,11 @@ class RolloutState:
         if self.phase == "promoted" and self.ended_s is not None:
             return self.ended_s
         return self.stage_entered_s
+
+    @property
+    def stay(self) -> str:
+        """Which stay in which stage it is: what an answer from outside is about."""
+        return f"{self.stage_id}, entered at {self.stage_entered_s:.3f}"
 
     @property
     def try_number(self) -> int:
@@ -204,6 +224,7 @@ def state_from_json(data: bytes | str) -> RolloutState:
             _upgrade(document)
         document["slices"] = tuple(SliceState(**item) for item in document["slices"])
         document["drift"] = tuple(DriftTrack(**item) for item in document["drift"])
+        document["metrics"] = tuple(MetricTrack(**item) for item in document.get("metrics", ()))
         document["quarantine"] = tuple(Quarantined(**item) for item in document["quarantine"])
         document["former_digests"] = tuple(document["former_digests"])
         document["cells"] = tuple(_unpack_cell(item) for item in document["cells"])

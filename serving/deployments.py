@@ -16,6 +16,10 @@ from sentei.monitors.audit import KL_CAP_NATS
 from sentei.monitors.records import Missing
 from sentei.monitors.store import Store
 from sentei.pipeline.home import sentei_home
+from sentei.pipeline.integrations.calls import Secrets
+from sentei.pipeline.integrations.gatekeeper import GateKeeper
+from sentei.pipeline.integrations.notifier import Notifier
+from sentei.pipeline.integrations.prometheus import MetricReader
 from sentei.pipeline.models import load_tokenizer
 from sentei.pipeline.rollout.revisions import PolicyBook
 from sentei.serving.front.access import KeyBook, OperatorBook, read_user_key
@@ -164,17 +168,23 @@ class ControllerServer:
         set_up_logging()
         home = sentei_home().create()
         store = Store.open(args.resolved_store_url())
+        secrets = Secrets(args.resolved_secrets_folder(), os.environ)
         self._controller = Controller(
             store,
             mirror=_mirror(args, store),
             reports=Path(home.reports),
             replicas=_replicas,
             monotonic=time.monotonic,
+            notifier=Notifier(store, secrets),
+            gatekeeper=GateKeeper(store, secrets),
+            metric_reader=MetricReader(store, secrets),
         )
         self._controller.start(
             tick_every_s=args.tick_every_s,
             drift_every_s=args.drift_every_s,
             mirror_every_s=args.mirror_every_s,
+            notify_every_s=args.notify_every_s,
+            ask_every_s=args.ask_every_s,
         )
 
     async def status(self) -> dict[str, Any]:

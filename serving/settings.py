@@ -138,6 +138,13 @@ class AppArgs(EngineOptions):
     )
     drift_every_s: float = Field(default=10.0, gt=0)
     mirror_every_s: float = Field(default=5.0, gt=0)
+    notify_every_s: float = Field(default=2.0, gt=0, description="between looks for what `notify` tells")
+    ask_every_s: float = Field(
+        default=1.0, gt=0, description="between looks whether a gate or a metric must be asked"
+    )
+    secrets_folder: str | None = Field(
+        default=None, description="absolute; the files that a policy's secrets name [default: home's secrets]"
+    )
     controller: bool = True
     allow_faults: bool = Field(default=False, description="let the admin API plant faults, for drills")
     api_keys_file: str | None = Field(default=None, description="YAML list of keys for /v1 [default: open]")
@@ -165,6 +172,10 @@ class AppArgs(EngineOptions):
     def resolved_store_url(self) -> str:
         """Return the store's URL."""
         return self.store_url or sentei_home().create().store_url
+
+    def resolved_secrets_folder(self) -> Path:
+        """Return where the files of secrets are."""
+        return Path(self.secrets_folder) if self.secrets_folder else sentei_home().secrets
 
     def adapter_folder(self) -> Path:
         """Return where the adapter is looked for."""

@@ -57,6 +57,11 @@ spec:
     monitor_lease: 10s
   rollback: {retry: {max: 1, cool_off: 30s}}
   schedule: {freeze: ["Fri 16:00-Mon 08:00 UTC"]}
+  notify:
+    webhooks:
+      - {id: oncall, url: "https://hooks.example.com/sentei", secret: {file: webhook-key},
+         events: [rolled_back, slice_fell, approval_wanted], hold_longer_than: 6h}
+      - {id: chat, url_from: {env: SENTEI_CHAT_URL}, format: slack}
 """
 
 
@@ -202,9 +207,9 @@ class Story:
             self.good_tick(commands=self.order("approve", by="ann") if gate else ())
         raise AssertionError(f"{stage_id} was not reached, but {self.state.stage_id}")
 
-    def order(self, kind: str, by: str = "ann") -> tuple[Command, ...]:
+    def order(self, kind: str, by: str = "ann", reason: str = "") -> tuple[Command, ...]:
         """One order of an operator."""
-        return (Command(self.state.command_seq + 1, kind, by),)
+        return (Command(self.state.command_seq + 1, kind, by, reason),)
 
 
 def sparse_health(requests: int = 0, failures: int = 0, replicas: int = 1) -> tuple[VariantHealth, ...]:

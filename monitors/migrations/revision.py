@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from sentei.monitors.tables import COUNTERS
 
-HEAD = "0002"  # of monitors/migrations/versions: a test holds the two together
+HEAD = "0003"  # of monitors/migrations/versions: a test holds the two together
 FIRST = "0001"
 SCHEMA = "schema"
 SCHEMA_BEFORE, SCHEMA_SINCE = 1, 2  # the counter's value: before there were revisions, and since

@@ -24,7 +24,7 @@ from sentei.pipeline.rollout.revisions import PolicyBook
 from sentei.pipeline.rollout.runner import RolloutError, event_kind, signal_query
 from sentei.policies.engine import Decision, RolloutState, decide, initial_state, state_from_json
 from sentei.policies.schema.policy import Policy
-from sentei.policies.signals import DriftSignal, Signals, VariantHealth
+from sentei.policies.signals import DriftSignal, MetricSample, Signals, VariantHealth
 
 MAX_TICKS_BETWEEN = 1000  # two events; a longer silence is walked in longer steps
 QUIET = "evidence"
@@ -121,6 +121,11 @@ class _Past:
         self._written: list[tuple[int, float]] = []  # number and when it was there, both growing
         for seq, at_s in sorted([*audits, *ends]):
             self._written.append((seq, max(at_s, self._written[-1][1]) if self._written else at_s))
+        self._samples = [
+            MetricSample(seq, item.metric_id, item.at_s, item.status, item.value, item.detail)
+            for seq, item in store.read_metrics(rollout_id)
+        ]
+        self._num_sampled = 0
         self._drift = [item for _, item in store.read_drift(rollout_id)]
 
     def read(self, events: Sequence[Event]) -> Iterator[tuple[float, Signals]]:
@@ -156,9 +161,16 @@ class _Past:
             found,
             health=self._health(at_s),
             drift=self._windows(at_s),
+            samples=self._sampled(at_s),
             cursor=max(upto, cursor),
             newest_data_at_s=self._newest_by(at_s),
         )
+
+    def _sampled(self, at_s: float) -> tuple[MetricSample, ...]:
+        """What metrics of one's own were since the last call, as far as that moment."""
+        begin = self._num_sampled
+        self._num_sampled = bisect.bisect_right(self._samples, at_s, lo=begin, key=lambda item: item.at_s)
+        return tuple(self._samples[begin : self._num_sampled])
 
     def _written_by(self, at_s: float) -> int:
         """The number up to which every record was there at that moment."""

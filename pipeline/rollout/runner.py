@@ -44,7 +44,7 @@ from sentei.policies.schema.load import load_policy
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Signals
-from sentei.policies.state import ARTIFACT, Quarantined
+from sentei.policies.state import ARTIFACT, MetricTrack, Quarantined
 
 logger = logging.getLogger(__name__)
 
@@ -272,6 +272,7 @@ class RolloutRunner:
             since_s=state.since_s,
             artifact=self._options.artifact(),
         )
+        query = replace(query, metrics={track.metric_id: track.seq for track in state.metrics})
         try:
             return read_signals(
                 self._store, query, cursor=state.cursor, command_cursor=state.command_seq, now_s=now_s
@@ -314,7 +315,8 @@ def _without_evidence(state: RolloutState) -> RolloutState:
     slices = tuple(
         replace(item, served_units=0, upper_units=0, requests=0, upper_requests=0) for item in state.slices
     )
-    return replace(state, cells=(), cursor=0, waiting_since_s=0.0, slices=slices)
+    metrics = tuple(MetricTrack(item.metric_id, item.status, is_lost=item.is_lost) for item in state.metrics)
+    return replace(state, cells=(), cursor=0, waiting_since_s=0.0, slices=slices, metrics=metrics)
 
 
 def _look(decision: Decision, now_s: float) -> str:
@@ -346,6 +348,7 @@ def event_payload(before: RolloutState, decision: Decision) -> dict[str, Any]:
         "waits_for": decision.state.waits_for,
         "actions": to_plain(decision.actions),
         "verdicts": to_plain(decision.verdicts),
+        "metrics": to_plain(decision.state.metrics),
     }
 
 

@@ -160,6 +160,24 @@ def _gain_is_asked(case: _Case) -> Iterator[Advice]:
             yield Advice((*path, "want", "max"), item.want.max, message)
 
 
+def _notices_come_when_meant(case: _Case) -> Iterator[Advice]:
+    """A stay that is as long as the policy wants is no news; a person who must approve must hear of it."""
+    stages, hooks = case.policy.spec.stages, case.policy.spec.notify.webhooks
+    dwells = {stage.id: max(stage.hold_min, stage.bake or 0.0) for stage in stages}
+    longest = max(dwells, key=lambda stage_id: dwells[stage_id])
+    for index, item in enumerate(hooks):
+        limit = item.hold_longer_than
+        if limit is not None and limit <= dwells[longest]:
+            message = (
+                f"stage {longest} always takes {format_duration(dwells[longest])}: each rollout is told of it"
+            )
+            yield Advice(("notify", "webhooks", index, "hold_longer_than"), format_duration(limit), message)
+    asks = [stage.id for stage in stages if stage.approval is not None and stage.approval.by]
+    if hooks and asks and not any("approval_wanted" in item.events for item in hooks):
+        message = f"stage {asks[0]} waits for an approval, and no webhook is told of approval_wanted"
+        yield Advice(("notify", "webhooks"), len(hooks), message)
+
+
 def _breaker_can_trip(case: _Case) -> Iterator[Advice]:
     rule, rate = case.policy.spec.breaker.variant, case.expected.sessions_per_hour
     share = case.policy.spec.stages[-1].share
@@ -215,6 +233,7 @@ CHECKS: tuple[Callable[[_Case], Iterator[Advice]], ...] = (
     _guardrails_can_fire,
     _guardrails_are_not_hidden,
     _gain_is_asked,
+    _notices_come_when_meant,
     _breaker_can_trip,
     _watch_is_quiet,
 )

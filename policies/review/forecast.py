@@ -239,7 +239,8 @@ def _best_s(policy: Policy, stage: Stage, needs: tuple[Need, ...], rates: tuple[
     tick = policy.spec.schedule.check_every
     if not all(need.has_end for need in needs):
         return math.inf
-    seconds = max(stage.hold_min, stage.bake or 0.0)
+    windows = [item.window for item in policy.spec.guardrails.prometheus]
+    seconds = max(stage.hold_min, stage.bake or 0.0, *windows)
     for need, rate in zip(needs, rates or (), strict=False):
         if need.sessions and rate > 0:
             seconds = max(seconds, need.sessions / rate * 3600)

@@ -15,8 +15,9 @@ from sentei.policies.review.forecast import (
     worst_s,
 )
 from sentei.policies.schema.budget import harm_alpha
+from sentei.policies.schema.integrations.prometheus import PrometheusGuardrail
 from sentei.policies.schema.policy import Policy
-from sentei.policies.schema.sections import Benefit, Guardrail, Signal
+from sentei.policies.schema.sections import Approval, Benefit, Guardrail, Signal
 from sentei.policies.schema.units import format_duration
 
 _ACTIONS = {
@@ -37,6 +38,7 @@ def explain(policy: Policy, stages: tuple[StageForecast, ...]) -> tuple[str, ...
         *_others(policy),
         _silence(policy),
         _retry(policy),
+        *_told(policy),
         _time(stages),
     )
 
@@ -81,11 +83,16 @@ def _stage(policy: Policy, stage: StageForecast, index: int) -> str:
     if rest:
         text += f"; at least {format_duration(rest)}"
     if own.approval is not None:
-        text += f"; then {_and(list(own.approval.by), 'or')} must approve"
+        text += f"; then {_and(_approvers(own.approval), 'or')} must approve"
     if own.max is not None:
         then = "it is rolled back" if policy.spec.advance.on_max == "rollback" else "it waits for an approval"
         text += f"; after {format_duration(own.max)} {then}"
     return text + "."
+
+
+def _approvers(approval: Approval) -> list[str]:
+    gate = approval.webhook
+    return [*approval.by, *([] if gate is None else [f"{gate.approver} ({gate.place})"])]
 
 
 def _growth(policy: Policy) -> str:
@@ -129,6 +136,8 @@ def _others(policy: Policy) -> Iterator[str]:
         yield _benefit(policy, item)
     for signal in policy.spec.signals:
         yield _signal(signal)
+    for metric in policy.spec.guardrails.prometheus:
+        yield _metric(metric)
     rule = policy.spec.breaker.variant
     yield (
         f"Breaker: {rule.failure_share:.0%} failures of at least {rule.min_requests} requests within "
@@ -157,6 +166,16 @@ def _signal(signal: Signal) -> str:
     )
 
 
+def _metric(item: PrometheusGuardrail) -> str:
+    window = format_duration(item.window)
+    act = "everybody goes back to dense" if item.action == "rollback" else "growth waits"
+    return (
+        f"{item.id}, asked of {item.place} each {format_duration(item.every)}: growth waits until it was "
+        f"within its bound ({item.bound}) for {window} of the stage; out of it for {window}: {act}. "
+        "No number never passes."
+    )
+
+
 def _silence(policy: Policy) -> str:
     data = policy.spec.data
     last = "everything goes back to dense" if data.no_data.last == "rollback" else "growth still waits"
@@ -174,6 +193,15 @@ def _retry(policy: Policy) -> str:
         return "What was rolled back stays back: this policy cannot be retried."
     wait = format_duration(retry.cool_off) if retry.cool_off else "no wait"
     return f"A person may retry it {retry.max} time(s), after {wait}, with fresh evidence."
+
+
+def _told(policy: Policy) -> Iterator[str]:
+    for item in policy.spec.notify.webhooks:
+        words = [word.replace("_", " ") for word in item.events]
+        if item.hold_longer_than is not None:
+            words.append(f"a stage held for {format_duration(item.hold_longer_than)}")
+        shape = "a Slack message" if item.secret is None else f"JSON signed with {item.secret}"
+        yield f"{item.id} ({item.place}) gets {shape} of {_and(words)}, at least once and in order."
 
 
 def _time(stages: tuple[StageForecast, ...]) -> str:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
 
+from sentei.policies.schema.integrations.notify import Notify
 from sentei.policies.schema.operations import Breaker, Data, Record, Rollback, Schedule, Section
 from sentei.policies.schema.rules import find_faults
 from sentei.policies.schema.sections import (
@@ -60,6 +61,7 @@ class Spec(Section):
     rollback: Rollback = Rollback()
     schedule: Schedule = Schedule()
     record: Record = Record()
+    notify: Notify = Notify()
 
 
 class Policy(Section):

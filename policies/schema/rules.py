@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from sentei.policies.schema.faults import Fault, Path, dotted_path, nearest
+from sentei.policies.schema.integrations.gate import GATE_NAME, gate_faults
+from sentei.policies.schema.integrations.notify import receivers_are_sound
+from sentei.policies.schema.integrations.prometheus import prometheus_faults
 from sentei.policies.schema.metrics import COLUMNS, METRICS
 from sentei.policies.schema.operations import Breaker, Data, Schedule
 from sentei.policies.schema.proofs import (
@@ -166,6 +169,7 @@ def ids_are_unique(
 ) -> Iterator[Fault]:
     """Guardrails, signals and benefits share one name space: an id says who rolled back."""
     ids = [*(g.id for g in guardrails.items), *(s.id for s in signals), *(b.id for b in benefit)]
+    ids += [item.id for item in guardrails.prometheus]
     yield from _twice(("guardrails", "items"), ids, "guardrail, signal or benefit")
     for word in sorted(RESERVED_IDS.intersection(ids)):
         yield Fault(("guardrails", "items"), word, f'"{word}" is reserved; choose another id')
@@ -303,11 +307,21 @@ def kl_is_capped(audit: Audit) -> Iterator[Fault]:
 
 
 def approvers_are_plain(stages: tuple[Stage, ...]) -> Iterator[Fault]:
-    """Who may approve is a name that nobody takes for another."""
+    """Somebody may approve, and each is a name that nobody takes for another."""
     for index, stage in enumerate(stages):
-        for place, name in enumerate(stage.approval.by if stage.approval else ()):
-            if reason := why_no_person(name):
-                yield Fault(("stages", index, "approval", "by", place), name, reason)
+        path: Path = ("stages", index, "approval")
+        if stage.approval is None:
+            continue
+        if not stage.approval.names:
+            yield Fault((*path, "by"), [], "nobody could approve; name people in by, or a webhook")
+        if stage.approval.webhook is not None:
+            yield from gate_faults((*path, "webhook"), stage.approval.webhook)
+        for place, name in enumerate(stage.approval.by):
+            reason = why_no_person(name)
+            if name.startswith(GATE_NAME):
+                reason = f'"{GATE_NAME}" is how the log names a webhook'
+            if reason:
+                yield Fault((*path, "by", place), name, reason)
 
 
 def audits_have_time(audit: Audit) -> Iterator[Fault]:
@@ -316,6 +330,12 @@ def audits_have_time(audit: Audit) -> Iterator[Fault]:
         yield Fault(("audit", "select", "period"), audit.select.period, "must be at least 1s")
     if audit.missing.window < 60:
         yield Fault(("audit", "missing", "window"), audit.missing.window, "must be at least 1m")
+
+
+def metrics_are_sound(guardrails: Guardrails) -> Iterator[Fault]:
+    """A metric of one's own can be asked for, and its window holds some answers."""
+    for index, item in enumerate(guardrails.prometheus):
+        yield from prometheus_faults(("guardrails", "prometheus", index), item)
 
 
 def salt_is_plain(assignment: Assignment) -> Iterator[Fault]:
@@ -346,4 +366,6 @@ RULES: tuple[Callable[..., Iterator[Fault]], ...] = (
     approvers_are_plain,
     audits_have_time,
     salt_is_plain,
+    receivers_are_sound,
+    metrics_are_sound,
 )

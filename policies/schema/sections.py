@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt
 
+from sentei.policies.schema.integrations.gate import ApprovalWebhook
+from sentei.policies.schema.integrations.prometheus import PrometheusGuardrail
 from sentei.policies.schema.metrics import METRICS, Metric
 from sentei.policies.schema.operations import Count, Identifier, Positive, Section
 from sentei.policies.schema.units import Number, Seconds, Share
@@ -62,10 +64,16 @@ class Assignment(Section):
 
 
 class Approval(Section):
-    """A human gate; `by` lists who may open it, "anyone" opens it for all with access."""
+    """A gate that `by` (people; "anyone": all with access) or a webhook may open: the first yes counts."""
 
-    by: Annotated[tuple[str, ...], Field(min_length=1)]
+    by: tuple[str, ...] = Field(default=(), description="who may open it; at least one, or a webhook")
+    webhook: ApprovalWebhook | None = Field(default=None, description="a system that is asked")
     when: Literal["after_evidence", "any_time"] = "after_evidence"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Who may open it, as the log names them."""
+        return self.by if self.webhook is None else (*self.by, self.webhook.approver)
 
 
 class Stage(Section):
@@ -173,6 +181,9 @@ class Guardrails(Section):
     alpha_total: Annotated[Number, Field(lt=0.5)] = 0.05
     detector_arl: Annotated[StrictInt, Field(ge=100, le=10**9)] = 10_000
     items: Annotated[tuple[Guardrail, ...], Field(min_length=1, max_length=64)]
+    prometheus: Annotated[tuple[PrometheusGuardrail, ...], Field(max_length=16)] = Field(
+        default=(), description="metrics of one's own: thresholds, which spend nothing of alpha_total"
+    )
 
 
 class Want(Section):

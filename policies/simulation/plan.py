@@ -112,6 +112,7 @@ def make_plan(policy: Policy) -> Plan:
     data = spec.data.no_data
     num_rungs = max(rungs.index(stage.rung) for stage in stages) + 1
     limits = [num_rungs - 1 if s.max_rung is None else rungs.index(s.max_rung) for s in policy.routed_slices]
+    windows = [item.window for item in spec.guardrails.prometheus]  # metrics of one's own are as they should
     return Plan(
         gates=tuple(_gate(policy, item) for item in spec.guardrails.items),
         benefits=tuple(_gate(policy, item) for item in spec.benefit),
@@ -123,7 +124,7 @@ def make_plan(policy: Policy) -> Plan:
         audit=np.array([policy.audit_odds(stage)[0] for stage in stages]),
         audit_sparse=np.array([policy.audit_odds(stage)[1] for stage in stages]),
         rung=np.array([rungs.index(stage.rung) for stage in stages]),
-        dwell_s=np.array([max(stage.hold_min, stage.bake or 0.0) for stage in stages]),
+        dwell_s=np.array([max(stage.hold_min, stage.bake or 0.0, *windows) for stage in stages]),
         max_s=np.array([math.inf if stage.max is None else stage.max for stage in stages]),
         approval=np.array([_approval_code(stage) for stage in stages]),
         max_rung=np.minimum(np.array(limits), num_rungs - 1),

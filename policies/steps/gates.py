@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from sentei.policies.intake import start_phase
 from sentei.policies.machine import Event, Phase, Wait, next_phase
+from sentei.policies.schema.integrations.gate import GATE_ORDER
 from sentei.policies.schema.metrics import METRICS
 from sentei.policies.schema.policy import Policy
 from sentei.policies.schema.sections import Stage
@@ -22,6 +23,8 @@ from sentei.policies.steps.tick import (
     roll_back,
 )
 
+# In these safety, if not yet proven, is not in doubt; an approval is one over the stage's longest time.
+SOUND_WAITS = (None, Wait.SIGNAL, Wait.TIME, Wait.EVIDENCE, Wait.APPROVAL)
 MIN_UPPER = 20  # below so many requests of the upper half nothing is asked of it
 
 
@@ -43,7 +46,7 @@ def check_hold(tick: Tick) -> Tick:
             return roll_back(tick, "stage_max", reason)
         tick = _take_approval(tick, stage)
         if not tick.state.is_approved:
-            tick = tick.with_hold(Wait.TIME, f"{reason}; it goes on only when approved")
+            tick = tick.with_hold(Wait.APPROVAL, f"{reason}; it goes on only when approved")
     dwell = max(stage.hold_min, stage.bake or 0.0)
     if elapsed <= 0:
         # A tick that is done again after a crash must not find the next stage open in the same moment.
@@ -114,7 +117,7 @@ def check_benefit(tick: Tick) -> Tick:
     open_gains = [g for g in tick.gains if not g.can_advance and rungs.get(g.slice_id) == g.rung_id]
     for report in open_gains:
         text = f"{report.id} in {report.slice_id} at {report.rung_id}: {report.reason}"
-        is_sound = tick.waits_for in (None, Wait.SIGNAL, Wait.TIME, Wait.EVIDENCE) and tick.outcome is None
+        is_sound = tick.waits_for in SOUND_WAITS and tick.outcome is None
         if report.verdict is Verdict.NO_GAIN and is_sound and state.phase == Phase.RUNNING:
             tick = hold_for_good(tick, report.id, text)
             return replace(tick, hold=text, waits_for=Wait.BENEFIT)
@@ -124,13 +127,13 @@ def check_benefit(tick: Tick) -> Tick:
 
 
 def check_approval(tick: Tick) -> Tick:
-    """Step 10: the human gate comes after the evidence; an approval that came too early is refused."""
+    """Step 10: people and gates come after the evidence; an approval that came too early is refused."""
     stage = tick.policy.stage(tick.state.stage_id)
     if stage.approval is not None and not tick.state.is_approved:
         if tick.hold is None or stage.approval.when == "any_time":
             tick = _take_approval(tick, stage)
         if not tick.state.is_approved:
-            text = f"stage {stage.id} waits for the approval of {', '.join(stage.approval.by)}"
+            text = f"stage {stage.id} waits for the approval of {', '.join(stage.approval.names)}"
             tick = tick.with_hold(Wait.APPROVAL, text)
     for order in tick.approvals:
         detail = f"{order.kind} by {order.by}: {tick.hold or 'no approval is needed'}"
@@ -141,7 +144,7 @@ def check_approval(tick: Tick) -> Tick:
 def _take_approval(tick: Tick, stage: Stage) -> Tick:
     """Accept the first waiting order of somebody who may give it; others stay to be refused."""
     for order in tick.approvals:
-        if not _may_approve(stage, order):
+        if not _may_approve(tick, stage, order):
             continue
         rest = tuple(item for item in tick.approvals if item is not order)
         state = replace(tick.state, is_approved=True, approved_by=order.by)
@@ -149,7 +152,10 @@ def _take_approval(tick: Tick, stage: Stage) -> Tick:
     return tick
 
 
-def _may_approve(stage: Stage, order: Command) -> bool:
+def _may_approve(tick: Tick, stage: Stage, order: Command) -> bool:
+    if order.kind == GATE_ORDER:  # of the gate of this stage, asked about this stay in it
+        gate = stage.approval.webhook if stage.approval is not None else None
+        return gate is not None and (order.by, order.reason) == (gate.approver, tick.state.stay)
     allowed = stage.approval.by if stage.approval is not None else ("anyone",)
     return "anyone" in allowed or order.by in allowed
 

@@ -15,11 +15,13 @@ from sentei.policies.intake import (
 )
 from sentei.policies.judge import GuardrailReport, View, judge, judge_gain
 from sentei.policies.machine import Event, IllegalEventError, Phase, Wait, is_possible, next_phase
+from sentei.policies.schema.integrations.gate import GATE_ORDER
 from sentei.policies.schema.sections import Benefit, Guardrail
 from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import Command, DriftSignal, Verdict
-from sentei.policies.state import ALL, ALL_SLICES, ARTIFACT, SERVED, DriftTrack, SliceState
+from sentei.policies.state import ALL, ALL_SLICES, ARTIFACT, SERVED, DriftTrack, MetricTrack, SliceState
 from sentei.policies.steps.dense import describe_failures, is_failing
+from sentei.policies.steps.metrics import fold_samples
 from sentei.policies.steps.tick import Tick, active_slices, effective_rung, fall_back, pause, roll_back
 
 
@@ -32,6 +34,7 @@ def observe(tick: Tick) -> Tick:
         if signals.cursor > state.cursor:
             state = fold_lengths(fold_traffic(tick.policy, state, signals.traffic), signals.lengths)
         state = fold_observations(tick.policy, state, signals.observations)
+        state = fold_samples(tick.policy, state, signals.samples)
         newest = min(signals.newest_data_at_s or state.waiting_since_s, tick.now_s)
         state = replace(
             state,
@@ -147,7 +150,7 @@ def _obey(tick: Tick, order: Command) -> Tick:
         return _resume(tick, order)
     if order.kind == "retry":
         return _retry(tick, order)
-    if order.kind in ("approve", "promote"):
+    if order.kind in ("approve", "promote", GATE_ORDER):
         next_phase(tick.state.phase, Event.APPROVE)
         return replace(tick, approvals=(*tick.approvals, order))
     return tick.with_action("refuse", f'{order.kind} by {order.by}: there is no order "{order.kind}"')
@@ -206,6 +209,7 @@ def _retry(tick: Tick, order: Command) -> Tick:
         slices=tuple(SliceState(item.slice_id) for item in state.slices),
         cells=(),
         drift=tuple(DriftTrack(item.signal_id, window_id=_newest(tick, item)) for item in state.drift),
+        metrics=tuple(MetricTrack(item.metric_id) for item in state.metrics),
         quarantine=tuple(item for item in state.quarantine if item.digest not in own),
     )
     return replace(tick, state=state).with_action("retry", reason).ended(reason)
@@ -329,9 +333,7 @@ def _blind_s(tick: Tick) -> float:
 def _act_on_silence(tick: Tick, action: str, reason: str) -> Tick:
     if action == "rollback":
         return roll_back(tick, "no_data", reason)
-    if (
-        tick.state.phase == Phase.PROMOTED and not tick.state.is_blind
-    ):  # it waits for nothing: somebody must hear
+    if not tick.state.is_blind:  # somebody must hear
         tick = replace(tick, state=replace(tick.state, is_blind=True)).with_action("alert", reason)
     return tick.with_hold(Wait.DATA, reason)
 

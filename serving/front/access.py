@@ -17,6 +17,7 @@ from typing import Annotated, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from sentei.policies.schema.integrations.gate import GATE_NAME
 from sentei.serving.errors import ConfigError, RequestError
 
 KEYS_VARIABLE = "SENTEI_API_KEYS"  # `name=key`, or `key` alone, separated by commas
@@ -132,6 +133,10 @@ def _read_entries(path: str, kind: type[Entry]) -> tuple[Entry, ...]:
     for entry in entries:
         if (getattr(entry, secret) is None) == (getattr(entry, f"{secret}_sha256") is None):
             raise ConfigError(f"{place}: {entry.name!r} needs either {secret} or {secret}_sha256")
+        if entry.name.startswith(GATE_NAME):
+            raise ConfigError(
+                f"{place}: {entry.name!r}: {GATE_NAME!r} is how the log names a webhook that approves"
+            )
     if len({entry.name for entry in entries}) < len(entries):
         raise ConfigError(f"{place} has a name twice; names tell people apart")
     return tuple(entries)

@@ -1,4 +1,4 @@
-"""The controller: APScheduler calls the rollout's tick, its drift checks and the MLflow mirror, and no more.
+"""The controller: APScheduler calls the rollout's tick, its drift checks, MLflow's mirror and the notifier.
 
 It keeps nothing: state is in the event log, so a killed controller goes on where the log ends; until it does,
 the ingress drops to dense when the lease runs out.
@@ -12,6 +12,7 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +35,27 @@ class Mirror(Protocol):
         """Replay what is new."""
 
 
+class Notifier(Protocol):
+    """Tells people what the event log says."""
+
+    def run_once(self, now_s: float) -> Any:
+        """Deliver what is new."""
+
+
+class GateKeeper(Protocol):
+    """Asks the webhook of an approval."""
+
+    def run_once(self, now_s: float) -> str | None:
+        """Ask if it is time; why it was not approved, or None where nobody was asked."""
+
+
+class MetricReader(Protocol):
+    """Asks for metrics of one's own, and writes down what they were."""
+
+    def run_once(self, now_s: float) -> tuple[str, ...]:
+        """Ask for what is due; what gave no number, and why."""
+
+
 class Controller:
     """Runs the newest rollout of a store; every job runs in a thread and never twice at a time."""
 
@@ -43,6 +65,9 @@ class Controller:
         *,
         mirror: Mirror | None,
         reports: Path,
+        notifier: Notifier | None = None,
+        gatekeeper: GateKeeper | None = None,
+        metric_reader: MetricReader | None = None,
         replicas: Callable[[], Mapping[str, int]] | None = None,
         clock: Callable[[], float] | None = None,
         monotonic: Callable[[], float] | None = None,  # where none is given, `clock` is one
@@ -57,6 +82,9 @@ class Controller:
         self._options = options if replicas is None else replace(options, replicas=replicas)
         self._store = store
         self._mirror = mirror
+        self._notifier = notifier
+        self._gatekeeper = gatekeeper
+        self._metric_reader = metric_reader
         self._reports = reports
         self._clock = clock or store.clock()
         self._monotonic = monotonic or self._clock
@@ -71,8 +99,20 @@ class Controller:
         self._decided_s: float | None = None  # when a tick last ended with a decision
         self.last_error = ""
         self.mirror_error = ""
+        self.notify_error = ""
+        self.gate_answer = ""
+        self._has_lease = False  # until a tick says so
+        self._threads: list[ThreadPoolExecutor] = []
 
-    def start(self, *, tick_every_s: float, drift_every_s: float, mirror_every_s: float) -> None:
+    def start(
+        self,
+        *,
+        tick_every_s: float,
+        drift_every_s: float,
+        mirror_every_s: float,
+        notify_every_s: float = 2.0,
+        ask_every_s: float = 1.0,
+    ) -> None:
         """Start the jobs; needs a running event loop.
 
         Orders are looked for each `tick_every_s`; whether it is time for a check says the policy.
@@ -85,12 +125,20 @@ class Controller:
         self._add_job(self.check_drift, drift_every_s)
         if self._mirror is not None:
             self._add_job(self.mirror, mirror_every_s)
+        if self._notifier is not None:
+            self._add_job(self.notify, notify_every_s)
+        if self._gatekeeper is not None:
+            self._add_job(self.ask_gate, ask_every_s)
+        if self._metric_reader is not None:
+            self._add_job(self.read_metrics, ask_every_s)
         self._scheduler.start()
 
     def stop(self) -> None:
         """Stop the jobs."""
         if self._scheduler is not None:
             self._scheduler.shutdown(wait=False)
+        for threads in self._threads:
+            threads.shutdown(wait=False)
 
     def tick(self) -> None:
         """Let the newest rollout take one step if its next check is due, or an order waits for it.
@@ -108,6 +156,7 @@ class Controller:
         self.num_ticks += 1
         self.last_error = result.error
         self.num_errors += bool(result.error)
+        self._has_lease = result.has_lease
         self._checked_s = now_s if result.decision is not None else None
         self._decided_s = now_s if result.decision is not None else self._decided_s
         self._newest_order = newest_order
@@ -141,6 +190,31 @@ class Controller:
             log.warning("mirror: %s", text)
         self.mirror_error = text
 
+    def notify(self) -> None:
+        """Tell receivers what is new; while one is away its place in the log stays and decisions go on."""
+        if self._notifier is None or not self._has_lease:  # of two controllers one tells
+            return
+        text = "; ".join(self._notifier.run_once(self._clock()).reasons)
+        if text and text != self.notify_error:
+            log.warning("notify: %s", text)
+        self.notify_error = text
+
+    def ask_gate(self) -> None:
+        """Ask the gate that the newest rollout waits for; while it is away or says no the stage holds."""
+        if self._gatekeeper is None or not self._has_lease:
+            return
+        found = self._gatekeeper.run_once(self._clock())
+        if found and found != self.gate_answer:
+            log.info("%s", found)
+        self.gate_answer = self.gate_answer if found is None else found
+
+    def read_metrics(self) -> None:
+        """Write down what metrics of one's own are; the tick reads it there, and waits for nobody."""
+        if self._metric_reader is None or not self._has_lease:
+            return
+        for text in self._metric_reader.run_once(self._clock()):
+            log.warning("metric %s", text)
+
     def status(self) -> dict[str, Any]:
         """Say how the controller fares."""
         rollout_id = self._runner.rollout.rollout_id if self._runner is not None else None
@@ -153,6 +227,8 @@ class Controller:
             "decided_ago_s": None if self._decided_s is None else self._monotonic() - self._decided_s,
             "last_error": self.last_error,
             "mirror_error": self.mirror_error,
+            "notify_error": self.notify_error,
+            "gate_answer": self.gate_answer,
         }
 
     def _newest(self) -> RolloutRunner | None:
@@ -170,13 +246,16 @@ class Controller:
         return self._runner
 
     def _add_job(self, job: Callable[[], None], every_s: float) -> None:
-        self._scheduler.add_job(_in_thread(job), "interval", seconds=every_s, id=job.__name__)
+        # Each has a thread of its own: in a pool that all share, jobs that hang could keep the tick waiting.
+        threads = ThreadPoolExecutor(1, thread_name_prefix=job.__name__)
+        self._threads.append(threads)
+        self._scheduler.add_job(_in_thread(job, threads), "interval", seconds=every_s, id=job.__name__)
 
 
-def _in_thread(job: Callable[[], None]) -> Callable[[], Any]:
+def _in_thread(job: Callable[[], None], threads: ThreadPoolExecutor) -> Callable[[], Any]:
     async def run() -> None:
         try:
-            await asyncio.to_thread(job)
+            await asyncio.get_running_loop().run_in_executor(threads, job)
         except Exception:  # the tick: the loop must outlive a store that is away
             log.exception("job %s failed; it runs again at its next time", job.__name__)
 

@@ -122,11 +122,16 @@ def test_the_newest_revision_is_head() -> None:
     assert ScriptDirectory.from_config(config).get_heads() == [HEAD]
 
 
-def test_a_store_of_just_before_needs_nothing(url: str) -> None:
-    """One that has all tables and only lacks the mark is taken up, and marked."""
+def test_a_store_of_just_before_there_were_revisions_is_known_by_its_columns(url: str) -> None:
+    """One that has all tables of then and only lacks the mark is upgraded from there, and marked."""
     with raw(url) as connection:
         METADATA.create_all(connection)
+        connection.execute(sa.text("DROP TABLE metrics"))
         connection.execute(sa.text("INSERT INTO counters VALUES ('writes', 7), ('schema', 1)"))
+
+    with pytest.raises(StoreVersionError, match="revision 0002"):
+        Store.open(url)
+    upgrade_store(url)
 
     with Store.open(url) as store:
         assert store.add_arrival(make_arrival(1))

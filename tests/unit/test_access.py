@@ -84,6 +84,7 @@ def test_keys_of_file_and_environment(tmp_path: Path, monkeypatch: pytest.Monkey
         ("- {name: a, key: hunter2hunter2hunter2, limit: 3}", "limit"),
         ("- {name: a}", "either key or key_sha256"),
         ("- {name: a, key: 'hunter2hunter2hunter2'}\n- {name: a, key: 'hunter2hunter2hunter3'}", "twice"),
+        ("- {name: 'gate:ci', key: hunter2hunter2hunter2}", "how the log names a webhook that approves"),
         ("- {name: a, key: hunter2hunter2hunter2", "no YAML"),
     ],
 )

@@ -101,6 +101,7 @@ def test_the_steps_stand_in_the_documented_order() -> None:
         "check_srm",
         "check_data",
         "check_signals",
+        "check_metrics",
         "check_hold",
         "check_safe",
         "check_benefit",

@@ -140,3 +140,59 @@ def test_a_failed_digest_cannot_start_again_by_itself() -> None:
         document["spec"]["advance"]["min_units"] = 11
 
     assert initial_state(make_policy(edit), "r2", monday(), quarantine=failed).phase == "running"
+
+
+def gated(document: dict[str, Any]) -> None:
+    """Ann or a webhook opens the gate."""
+    hook = {"id": "ci", "url": "https://ci.example.com/gate"}
+    document["spec"]["stages"][2]["approval"] = {"by": ["ann"], "webhook": hook}
+
+
+def waiting_for_the_gate() -> Story:
+    """A story in which nothing but the approval is missing."""
+    story = Story(make_policy(gated))
+    story.run_to("half-medium")
+    story.good_tick()
+    assert story.state.waits_for == "approval"
+    return story
+
+
+def test_the_yes_of_a_gate_is_an_approval_by_its_name() -> None:
+    """It comes as an order, for the stay that it was asked about, and the log names the gate."""
+    story = waiting_for_the_gate()
+
+    done = story.good_tick(commands=story.order("gate", by="gate:ci", reason=story.state.stay))
+
+    assert (done.actions[0].kind, done.actions[0].detail) == ("approve", "approved by gate:ci")
+    assert done.state.stage_id == "full"
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        {"kind": "gate", "by": "gate:other"},
+        {"kind": "gate", "by": "ann"},
+        {"kind": "gate", "by": "gate:ci", "reason": "half-medium, entered at 1.000"},
+        {"kind": "approve", "by": "gate:ci"},
+    ],
+)
+def test_no_other_yes_opens_a_gate(order: dict[str, str]) -> None:
+    """Another gate's, one that was asked about another stay, or a person's with a gate's name."""
+    story = waiting_for_the_gate()
+
+    done = story.good_tick(commands=story.order(**({"reason": story.state.stay} | order)))
+
+    assert [action.kind for action in done.actions] == ["refuse"]
+    assert "waits for the approval of ann, gate:ci" in done.actions[0].detail
+    assert not done.state.is_approved
+
+
+def test_the_yes_of_a_gate_does_not_outlive_the_evidence() -> None:
+    """The answer was on its way when the evidence went: it is refused, and the gate is asked again later."""
+    story = waiting_for_the_gate()
+    order = story.order("gate", by="gate:ci", reason=story.state.stay)
+
+    late = story.good_tick(commands=order, drift=drift("drift", 1, "input_drift"))
+
+    assert [action.kind for action in late.actions] == ["refuse"]
+    assert late.state.stage_id == "half-medium"

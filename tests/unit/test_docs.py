@@ -6,13 +6,17 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from sentei.pipeline.cli.app import app
 from sentei.policies.schema.load import load_policy
+from tests.strategies_policy import make_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guides" / "policy.md").read_text(encoding="utf-8")
+SECTIONS = re.findall(r"```yaml\n(.*?)```", GUIDE, flags=re.DOTALL)
 POLICIES = re.findall(r"```yaml\n(apiVersion: sentei/v1\n.*?)```", README, flags=re.DOTALL)
 COMMANDS = sorted(set(re.findall(r"^sentei ((?:policy |rollout )?[a-z]+)", README, flags=re.MULTILINE)))
 TARGETS = sorted(set(re.findall(r"^make ([a-z-]+)", README, flags=re.MULTILINE)))
@@ -28,6 +32,16 @@ PROSE_COLUMNS_MAX = 110
 def test_policy_in_the_readme_loads(text: str) -> None:
     """Each policy that the README shows is valid."""
     assert load_policy(text, "README.md").spec.stages
+
+
+@pytest.mark.parametrize("text", SECTIONS, ids=range(len(SECTIONS)))
+def test_section_in_the_policy_guide_is_valid(text: str) -> None:
+    """Each section that the guide shows is one of a policy that loads."""
+    section = yaml.safe_load(text)
+
+    policy = make_policy(lambda document: document["spec"].update(section))
+
+    assert all(getattr(policy.spec, name) for name in section)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -64,6 +64,12 @@ FIELDS: list[tuple[str, Any, Any]] = [
     ("rollback.retry.cool_off", "60s", "1s"),
     ("schedule.check_every", "10s", "90s"),
     ("schedule.freeze", ["Fri 16:00-Mon 08:00 UTC", "Wed 12:00-Wed 13:00 UTC"], []),
+    ("notify.webhooks.0.url", "https://other.example.com/sentei", None),
+    ("notify.webhooks.0.secret", {"env": "SENTEI_KEY"}, None),
+    ("notify.webhooks.0.events", ["rolled_back", "slice_fell", "approval_wanted", "promoted"], ["promoted"]),
+    ("notify.webhooks.0.hold_longer_than", "1h", "9h"),
+    ("notify.webhooks.1.url_from", {"file": "chat-url"}, None),
+    ("notify.webhooks.1.timeout", "9s", None),
 ]
 
 
@@ -349,7 +355,9 @@ def test_what_is_rolled_back_cannot_be_edited() -> None:
 
 def test_the_table_names_only_fields_that_exist() -> None:
     """A misspelt row would be a field that can never be edited."""
-    document: Any = base().model_dump(mode="json", by_alias=True)
+    metric = {"id": "own", "url": "https://p.example.com", "query": "up", "bound": {"max": 1}, "window": "5m"}
+    policy = make_policy(put("guardrails.prometheus", [metric]))
+    document: Any = policy.model_dump(mode="json", by_alias=True)
 
     for path in SAFER:
         places = [document]

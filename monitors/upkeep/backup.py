@@ -83,16 +83,28 @@ def _dump(store: Database, url: URL, part: Path) -> None:
             f"store {store.url} is backed up by pg_dump, which is not on this machine: install the client of "
             "your server's version (Debian: postgresql-client), or run there: pg_dump --format=custom"
         )
-    place = {"--host": url.host, "--port": url.port, "--username": url.username, "--dbname": url.database}
-    words = [f"{name}={value}" for name, value in place.items() if value is not None]
+    # The address without driver and password is one that libpq reads, options such as sslmode included.
+    place = url.set(drivername="postgresql", password=None).render_as_string()
     password = {} if url.password is None else {"PGPASSWORD": str(url.password)}
-    done = subprocess.run(
-        [program, "--format=custom", "--no-owner", "--no-password", f"--file={part}", *words],
-        env=os.environ | password,
-        capture_output=True,
-        text=True,
-        timeout=DUMP_S,
-    )
+    try:
+        done = subprocess.run(
+            [
+                program,
+                "--format=custom",
+                "--no-owner",
+                "--no-password",
+                f"--file={part}",
+                f"--dbname={place}",
+            ],
+            env=os.environ | password,
+            capture_output=True,
+            text=True,
+            timeout=DUMP_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise StoreError(
+            f"store {store.url} was not dumped within {DUMP_S:.0f} s: run pg_dump there"
+        ) from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise StoreError(f"store {store.url} cannot be dumped: {lines[-1]}")

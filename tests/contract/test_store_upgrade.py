@@ -224,8 +224,8 @@ def test_what_is_no_store_is_not_upgraded(url: str) -> None:
 
 
 def test_a_store_that_is_not_there(tmp_path: Path) -> None:
-    """Upkeep makes no file."""
-    used: tuple[Any, ...] = (upgrade_store, Store.connect)
+    """Upkeep, and whoever only reads, makes no file."""
+    used: tuple[Any, ...] = (upgrade_store, Store.connect, lambda url: Store.open(url, must_exist=True))
 
     for use in used:
         with pytest.raises(StoreError, match="is not there"):

@@ -14,6 +14,7 @@ from sentei.policies.schema.integrations.endpoint import why_no_url
 from sentei.policies.schema.integrations.notify import HAPPENINGS
 from sentei.policies.schema.load import PolicyError
 from sentei.policies.schema.policy import Policy
+from sentei.policies.simulation.plan import make_plan
 from tests.strategies_policy import make_policy, put
 
 HOOK = {"id": "oncall", "url": "https://hooks.example.com/x", "secret": {"file": "key"}}
@@ -275,6 +276,7 @@ def test_explain_and_forecast_count_the_window_of_a_metric() -> None:
     stages = forecast(policy, Expected())
 
     assert [stage.best_s for stage in stages] == [300.0] * 4
+    assert list(make_plan(policy).dwell_s) == [300.0] * 4
     assert (
         "cart, asked of prometheus.example.com each 30s: growth waits until it was within its bound "
         "(min -1 and max 2) for 5m of the stage; out of it for 5m: everybody goes back to dense. "

@@ -130,7 +130,7 @@ async def test_rollout_is_started_taken_up_and_shown(tmp_path: Path) -> None:
 
     assert (started.status_code, before["phase"], before["routes"]) == (201, "waiting", [])
     assert (after["phase"], after["stage_id"], after["rung_id"]) == ("running", "shadow", "mild")
-    assert [route["slice_id"] for route in after["routes"]] == ["short", "long"]
+    assert [route["slice_id"] for route in after["routes"]] == ["short", "long", "longer"]
     assert after["events"][0]["kind"] == "started"
     assert (routing["table"]["rollout_id"], routing["renewals"]) == (after["rollout_id"], 1)
     assert not routing["is_obeyed"]

@@ -1,8 +1,9 @@
 """Answers outlive the ingress that they pass through: Ray's proxy asks another one to go on.
 
-An ingress that dies before the first byte of an answer is asked anew. In the middle of a stream the journal
-(`journal.py`) says what was sent, and the next ingress goes on behind it. Orders are never asked twice: an
-order that was taken and not answered would be given again.
+An ingress that dies before the first byte of an answer is asked anew, and so is one that does not know its
+model yet: another may. In the middle of a stream the journal (`journal.py`) says what was sent, and the next
+ingress goes on behind it. Orders are never asked twice: an order that was taken and not answered would be
+given again.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class AnswerKeeper:
 
     async def _ask(self, scope: Scope, first: Message, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
-        attempt, pause_s, deadline_s = _Attempt(send), AGAIN_AFTER_S[0], 0.0
+        attempt = _Attempt(send, needs_model=scope["path"].startswith(ASKED_AGAIN))
+        pause_s, deadline_s = AGAIN_AFTER_S[0], 0.0
         num_vain, has_gone = 0, False
         while True:
             waiting = [first]
@@ -87,7 +89,7 @@ class AnswerKeeper:
             if is_over or not attempt.can_go_on():
                 await attempt.give_up(scope, receive)
                 return
-            if is_death:
+            if is_death and not attempt.is_for_later:
                 log.warning(
                     "the ingress of %s went away after %d pieces; asking another one",
                     scope["path"],
@@ -102,19 +104,20 @@ class _Attempt:
     """What of an answer has reached the client, over all tries."""
 
     to_client: Send
+    needs_model: bool  # so that an ingress that has none yet may be passed over
     journal: Journal | None = None
     has_started: bool = False
     is_for_later: bool = False  # no ingress took the last try up: Ray had none, or one is busy or loading
     is_whole: bool = False
     num_sent: int = 0  # messages with a body
     _start: Message | None = None  # waits for its first piece: without one the answer can begin anew
-    _is_rays: bool = False  # what waits is Ray's own answer, for want of an ingress
-    _said_by_ray: bytes = b""
+    _is_none: bool = False  # what waits is no answer: Ray has no ingress, or an ingress no model yet
+    _said: bytes = b""  # in its place
     _refusal: int | None = None  # status of an ingress that does not go on with the stream
 
     def begin(self) -> None:
         """Forget what the last try had not sent."""
-        self._start, self._is_rays, self._said_by_ray = None, False, b""
+        self._start, self._is_none, self._said = None, False, b""
         self._refusal, self.is_for_later = None, False
 
     def can_go_on(self) -> bool:
@@ -131,12 +134,12 @@ class _Attempt:
         return self.is_whole
 
     async def give_up(self, scope: Scope, receive: Receive) -> None:
-        """Say that there is no answer: in Ray's words, or in ours; one that has started stays cut."""
+        """Say that there is no answer, as Ray or an ingress did; an answer that has started stays cut."""
         if self.has_started:
             return
-        if self._start is not None and self._is_rays:
+        if self._start is not None and self._is_none:
             await self.to_client(self._start)
-            await self.to_client({"type": "http.response.body", "body": self._said_by_ray})
+            await self.to_client({"type": "http.response.body", "body": self._said})
             return
         text = "every ingress that took the request went away before its answer began; try again"
         refusal = error_response(RequestError(text, status=503, code="unavailable"))
@@ -145,17 +148,21 @@ class _Attempt:
     async def send(self, message: Message) -> None:
         """Pass one message on, without its line of the journal."""
         if message["type"] == "http.response.start":
-            status, self._is_rays = message["status"], _is_rays(message)
-            self.is_for_later = _has_retry_after(message) or (self._is_rays and status == 503)
+            status = message["status"]
+            is_loading = self.needs_model and status == 503 and _has_retry_after(message)
+            self._is_none = is_loading or _is_rays(message)
+            self.is_for_later = _has_retry_after(message) or (self._is_none and status == 503)
             if self.has_started:  # the client has its status already
                 self._refusal = status if status != 200 else None
             else:
                 self._start = message
         elif message["type"] != "http.response.body":
             await self.to_client(message)
-        elif self._is_rays:
-            self._said_by_ray += message.get("body", b"")
-        elif self._refusal is None:
+        elif self._refusal is not None:
+            pass
+        elif self._is_none:
+            self._said += message.get("body", b"")
+        else:
             await self._send_body(message)
 
     async def _send_body(self, message: Message) -> None:

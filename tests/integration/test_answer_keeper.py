@@ -210,6 +210,31 @@ async def test_each_death_is_logged_once_with_what_was_sent(caplog: pytest.LogCa
     assert pieces == ["3 pieces; asking another one", "5 pieces; asking another one"]
 
 
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_ingress_that_knows_no_model_yet_is_passed_over(is_stream: bool) -> None:
+    """It came up while dense was down; the other one knows the model, and its request waits for dense."""
+    response, worlds, ingresses = await ask(
+        [], stream=is_stream, prepare=lambda worlds: worlds[0].gateway.cards.clear()
+    )
+
+    assert (response.status_code, len(ingresses.asked)) == (200, 2)
+    assert [len(world.store.requests) for world in worlds] == [0, 1, 0]
+
+
+async def test_where_no_ingress_knows_a_model_the_client_hears_their_words() -> None:
+    """While the app starts: a 503 that says when to come back, once, after the time for asking again."""
+    world = make_world()
+    async with world.run() as client:
+        world.gateway.cards.clear()
+        ingresses = Ingresses([api_of(client)], [])
+        heard = await hear(AnswerKeeper(ingresses, again_for_s=0.5))
+
+    assert len(ingresses.asked) > 1
+    assert [message["status"] for message in heard[:1]] == [503]
+    assert json.loads(heard[1]["body"])["error"]["code"] == "loading"
+    assert len(heard) == 2
+
+
 async def test_whole_answer_is_asked_for_again() -> None:
     """An answer of which nothing was sent comes from the next ingress."""
     response, _, ingresses = await ask([0])

@@ -14,12 +14,12 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from ray.serve.schema import ServeDeploySchema
 
-from sentei.serving.app import SMALL_CPUS
-from sentei.serving.local import read_options
 from sentei.serving.settings import AppArgs
 from tests.infra.tools import INFRA, ROOT, load_package, read_yaml, run_tool
+
+# Importing Ray Serve warns inside pydantic; it is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
 
 SERVE = ("serve.yaml", "serve-vllm.yaml", "serve-gpu.yaml")
 CLUSTER_SERVE = {"base": "base", "staging": "base", "production": "production"}  # overlay: whose Serve config
@@ -70,6 +70,8 @@ def test_every_file_is_checked() -> None:
 
 def check_serve_config(config: dict[str, Any], host: str) -> AppArgs:
     """Hold a Serve config against Ray's schema, and its arguments against ours."""
+    from ray.serve.schema import ServeDeploySchema
+
     parsed = ServeDeploySchema.model_validate(config)
     (application,) = parsed.applications
 
@@ -128,6 +130,8 @@ def test_overlay(overlay: str) -> None:
 
 def assert_replicas_fit(arguments: AppArgs, groups: list[dict[str, Any]]) -> None:
     """All replicas, and the surge of a rolling update, find their CPUs on the workers."""
+    from sentei.serving.app import SMALL_CPUS
+
     (group,) = groups
     cpus = float(group["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"])
     per_worker = int(cpus / arguments.replica_cpus)
@@ -140,6 +144,8 @@ def assert_replicas_fit(arguments: AppArgs, groups: list[dict[str, Any]]) -> Non
 
 def test_compose_file() -> None:
     """Compose's schema takes the file, what it mounts is there, and the app's arguments are the app's."""
+    from sentei.serving.local import read_options
+
     compose = read_yaml("compose/compose.yaml")
     services, folder = compose["services"], INFRA / "compose"
     mounts = [volume.split(":")[0] for item in services.values() for volume in item.get("volumes", ())]

@@ -137,6 +137,8 @@ def test_a_service_outlives_its_standard_input() -> None:
     assert started["service"].poll() is None
     started["service"].terminate()
     assert started["service"].wait(30) == 0
+    for process in started.values():
+        process.communicate()  # closes its output
 
 
 def test_all_ingresses_say_the_same_of_the_model(tmp_path: Path) -> None:

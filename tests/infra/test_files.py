@@ -26,29 +26,29 @@ CLUSTER_SERVE = {"base": "base", "staging": "base", "production": "production"} 
 KUBERNETES = "1.33.0"
 # What is checked, by the test that does it; a new file belongs here, and needs a test.
 CHECKED = {
-    "check": "run by CI",
-    "README.md": "tests/unit/test_docs.py",
-    **dict.fromkeys(SERVE, "test_serve_config"),
-    **dict.fromkeys((f"kuberay/{name}/kustomization.yaml" for name in CLUSTER_SERVE), "test_overlay"),
-    **dict.fromkeys((f"kuberay/{name}/serve.yaml" for name in ("base", "production")), "test_overlay"),
-    "kuberay/base/rayservice.yaml": "test_overlay",
-    "kuberay/base/storage.yaml": "test_overlay",
-    "Containerfile": "test_containerfile",
-    "Containerfile.dockerignore": "test_image_is_built_of_what_the_wheel_needs",
-    "compose/compose.yaml": "test_compose_file",
-    "compose/app.yaml": "test_compose_file",
-    "compose/databases.sql": "test_compose_file",
-    "sentei.service": "test_systemd_unit",
-    "prometheus/prometheus.yml": "test_prometheus_config",
-    "prometheus/rules.yaml": "tests/infra/test_alerts.py",
-    "prometheus/rules_test.yaml": "tests/infra/test_alerts.py",
-    "grafana/sentei.json": "tests/infra/test_alerts.py",
-    "grafana/datasources.yaml": "test_grafana_finds_what_it_is_given",
-    "grafana/dashboards.yaml": "test_grafana_finds_what_it_is_given",
-    "schemas/README.md": "tests/unit/test_docs.py",
-    "schemas/reduce.py": "ruff",
-    "schemas/rayservice.json": "test_schemas_refuse_what_is_wrong",
-    "schemas/compose-spec.json": "test_schemas_refuse_what_is_wrong",
+    "infra/check": "run by CI",
+    "infra/README.md": "tests/unit/test_docs.py",
+    **dict.fromkeys((f"infra/{name}" for name in SERVE), "test_serve_config"),
+    **dict.fromkeys((f"infra/kuberay/{name}/kustomization.yaml" for name in CLUSTER_SERVE), "test_overlay"),
+    **dict.fromkeys((f"infra/kuberay/{name}/serve.yaml" for name in ("base", "production")), "test_overlay"),
+    "infra/kuberay/base/rayservice.yaml": "test_overlay",
+    "infra/kuberay/base/storage.yaml": "test_overlay",
+    "infra/Containerfile": "test_containerfile",
+    "infra/Containerfile.dockerignore": "test_image_is_built_of_what_the_wheel_needs",
+    "infra/compose/compose.yaml": "test_compose_file",
+    "infra/compose/app.yaml": "test_compose_file",
+    "infra/compose/databases.sql": "test_compose_file",
+    "infra/sentei.service": "test_systemd_unit",
+    "infra/prometheus/prometheus.yml": "test_prometheus_config",
+    "infra/prometheus/rules.yaml": "tests/infra/test_alerts.py",
+    "infra/prometheus/rules_test.yaml": "tests/infra/test_alerts.py",
+    "infra/grafana/sentei.json": "tests/infra/test_alerts.py",
+    "infra/grafana/datasources.yaml": "test_grafana_finds_what_it_is_given",
+    "infra/grafana/dashboards.yaml": "test_grafana_finds_what_it_is_given",
+    "infra/schemas/README.md": "tests/unit/test_docs.py",
+    "infra/schemas/reduce.py": "ruff",
+    "infra/schemas/rayservice.json": "test_schemas_refuse_what_is_wrong",
+    "infra/schemas/compose-spec.json": "test_schemas_refuse_what_is_wrong",
 }
 
 
@@ -63,7 +63,7 @@ def schema_errors(document: Any, name: str) -> list[str]:
 
 def test_every_file_is_checked() -> None:
     """No file of infra/ is without a check, and no check without its file."""
-    found = {str(path.relative_to(INFRA)) for path in INFRA.rglob("*") if path.is_file()}
+    found = {str(path.relative_to(ROOT)) for path in INFRA.rglob("*") if path.is_file()}
 
     assert {name for name in found if "__pycache__" not in name} == set(CHECKED)
 

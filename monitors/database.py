@@ -24,7 +24,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from sentei.monitors.clock import SteadyClock
 from sentei.monitors.errors import StoreError, StoreUrlError, StoreVersionError
-from sentei.monitors.migrations.revision import HEAD, find_revision, is_marked, mark_revision, refusal
+from sentei.monitors.migrations.revision import HEAD, find_revision, mark_revision, refusal
 from sentei.monitors.tables import COUNTERS, METADATA
 
 BUSY_TIMEOUT_MS = 5_000
@@ -164,7 +164,7 @@ class Database:
 
     def _prepare(self) -> None:
         with self.read("revision") as connection:
-            revision = find_revision(connection) if is_marked(connection) else None
+            revision = find_revision(connection)
         if revision is None:
             try:
                 revision = self._create_tables()
@@ -175,7 +175,7 @@ class Database:
             raise StoreVersionError(text)
 
     def _create_tables(self) -> str:
-        """Make the tables of a new database and return the revision; an older one is left as it is."""
+        """Make the tables of a new database and return the revision; of one that has tables, its own."""
         with self._translate("create tables"), self._engine.connect() as connection:
             connection = connection.execution_options(**{_IS_WRITE: True})
             with connection.begin():
@@ -183,7 +183,6 @@ class Database:
                 if revision is None:
                     METADATA.create_all(connection)
                     connection.execute(sa.insert(COUNTERS).values(name=WRITES, value=0))
-                if revision in (None, HEAD):
                     mark_revision(connection)
         return revision or HEAD
 

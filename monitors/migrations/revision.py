@@ -48,23 +48,11 @@ def find_revision(connection: Connection) -> str | None:
     return "0002" if _has_marks(inspector) else FIRST
 
 
-def is_marked(connection: Connection) -> bool:
-    """Whether the store says its revision itself."""
-    if not sa.inspect(connection).has_table(VERSIONS.name):
-        return False
-    return connection.execute(sa.select(VERSIONS.c.version_num)).first() is not None
-
-
 def mark_revision(connection: Connection) -> None:
-    """Write down, inside a write transaction, that the store has this version's tables."""
-    VERSIONS.create(connection, checkfirst=True)
-    connection.execute(sa.delete(VERSIONS))
+    """Write down, inside the transaction that made them, that a new store has this version's tables."""
+    VERSIONS.create(connection)
     connection.execute(sa.insert(VERSIONS).values(version_num=HEAD))
-    changed = connection.execute(
-        sa.update(COUNTERS).where(COUNTERS.c.name == SCHEMA).values(value=SCHEMA_SINCE)
-    )
-    if changed.rowcount == 0:
-        connection.execute(sa.insert(COUNTERS).values(name=SCHEMA, value=SCHEMA_SINCE))
+    connection.execute(sa.insert(COUNTERS).values(name=SCHEMA, value=SCHEMA_SINCE))
 
 
 def refusal(url: str, revision: str) -> str | None:

@@ -51,7 +51,6 @@ def upgrade_store(
         before = _upgradable(store)
         log = EventLog(store)
         if before == revisions.HEAD:
-            _mark(store)
             return Upgraded(store.url, before, before, None, log.verify())
         if not is_forced:
             _check_nobody_decides(store, clock())
@@ -83,14 +82,6 @@ def _upgradable(store: Database) -> str:
     if not found.isdigit() or found > revisions.HEAD:
         raise StoreVersionError(str(revisions.refusal(store.url, found)))
     return found
-
-
-def _mark(store: Database) -> None:
-    with store.read("revision") as connection:
-        is_marked = revisions.is_marked(connection)
-    if not is_marked:
-        with store.write("revision") as connection:
-            revisions.mark_revision(connection)
 
 
 def _check_nobody_decides(store: Database, now_s: float) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from sentei.monitors.database import BUSY_TIMEOUT_MS
 from sentei.monitors.errors import StoreError
 from sentei.monitors.events import EventLog
+from sentei.monitors.migrations.revision import HEAD
 from sentei.monitors.store import Store
 from sentei.monitors.upkeep import backup
 from sentei.monitors.upkeep.backup import back_up, find_pg_dump
@@ -157,7 +158,7 @@ def test_the_commands_of_a_store(tmp_path: Path) -> None:
     refused = run(app, ["store", "prune", "--older-than", "30d"])
     assert isinstance(refused.exception, StoreError)
     upgraded = json.loads(run(app, ["store", "upgrade", "--json"]).stdout)
-    assert (upgraded["before"], upgraded["after"], upgraded["events"]) == ("0001", "0002", NUM_EVENTS)
+    assert (upgraded["before"], upgraded["after"], upgraded["events"]) == ("0001", HEAD, NUM_EVENTS)
     assert Path(upgraded["backup"]).is_file()
     checked = run(app, ["store", "check", "--json"])
     assert (checked.exit_code, json.loads(checked.stdout)["ok"]) == (ExitCode.OK, True)

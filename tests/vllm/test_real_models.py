@@ -54,7 +54,9 @@ def prompts(loaded: LoadedModel) -> list[tuple[int, ...]]:
 @pytest.fixture(scope="module")
 def engine(model: Tiny) -> Iterator[Offline]:
     """Room for 16 of 64 requests at a time, prompts in pieces of 512 tokens."""
-    started = Offline(model, f"real-{model.folder.name}", max_num_batched_tokens=512)
+    started = Offline(
+        model, f"real-{model.folder.name}", max_num_batched_tokens=512, kv_cache_memory_bytes=1 << 30
+    )
     yield started
     started.close()
 

@@ -31,7 +31,7 @@ from tests.integration.test_serving_ray import PROMPT, TOKEN, save_tiny_model
 from tests.machine import free_port, wait_for
 from tests.postgres_server import USER, PostgresServer, find_binary, run_postgres
 
-LIMIT_S = 300.0  # 130 s on a machine that is busy with other work, most of them starts
+LIMIT_S = 600.0  # 221 s where two other jobs ran beside it, most of them the starts of MLflow and the app
 POLICY = """
 apiVersion: sentei/v1
 kind: RolloutPolicy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.gpu.check.command import run_rows
+from tests.gpu.check.plan import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = ROOT / "tests" / "gpu" / "check"
@@ -63,3 +67,55 @@ def test_every_row_runs_in_the_interpreter(tmp_path: Path) -> None:
     scored = [line for line in rows["prefill/128/0.5"]["lines"] if line["what"] == "with scorer"]
     assert scored[0]["ms"] > 0
     assert "density" in scored[0]["note"]
+
+
+def test_a_row_that_fails_or_hangs_costs_itself_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong answer makes the exit code 1 and hides its times; another worker follows one that was stopped."""
+    rows = [
+        Row("wrong", "answers_attention:prefill", {"case": "unheard of"}),
+        Row("its times", "speed:peaks", answers=("wrong",)),
+        Row("hangs", "speed:peaks", limit_s=0.0),
+        Row("dies", "answers_lists:graph", {"case": "decode"}, limit_s=0.0),
+        Row("too long", "speed:peaks", need_s=1e6),
+        Row("goes on", "speed:peaks"),
+    ]
+    options = argparse.Namespace(tiny=True, out=tmp_path, seed=3, seconds=100.0)
+
+    code = run_rows(ROOT, rows, options)
+
+    found = {name: (row["status"], row["reason"]) for name, row in read_rows(tmp_path).items()}
+    assert code == 1
+    assert found["wrong"] == ("failed", "KeyError: 'unheard of'")
+    assert found["its times"] == ("skipped", "no speed without right answers: wrong failed")
+    assert found["hangs"] == ("failed", "it took more than 0 s and was stopped")
+    assert found["dies"] == ("failed", "it took more than 0 s and was stopped")
+    assert found["too long"][0] == "skipped"
+    assert found["goes on"] == ("measured", "")
+    assert "wrong answers: wrong, dies" in capsys.readouterr().err
+
+
+def test_without_a_card_nothing_runs_and_the_words_say_so(tmp_path: Path) -> None:
+    """Exit code 3, what is missing, and the way out."""
+    done = run_check(tmp_path, CUDA_VISIBLE_DEVICES="")
+
+    assert done.returncode == 3
+    assert "torch sees no CUDA or ROCm device; --tiny runs the same rows" in done.stderr
+
+
+def test_operations_and_scorer_need_torch_alone() -> None:
+    """On a card's machine there is torch and Triton; nothing else of ours is imported on the way."""
+    modules = (
+        "ops.attention ops.paged ops.block_mass ops.select ops.flex scorer.pages scorer.selection".split()
+    )
+    lines = [f"import sentei.kernels.{name}" for name in modules]
+    lines += ["import sys", "print(sorted({name.partition('.')[0] for name in sys.modules}))"]
+    path = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], env=path, capture_output=True, text=True, check=True
+    )
+
+    others = ("transformers", "pydantic", "yaml", "safetensors", "tokenizers", "scipy", "mlflow", "ray")
+    assert not set(others) & set(json.loads(done.stdout.replace("'", '"')))

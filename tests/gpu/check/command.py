@@ -36,13 +36,18 @@ class WorkerLostError(Exception):
 
 
 def main(root: Path) -> int:
-    """Run the rows, write the report; 1 where an answer was wrong, 3 where there is nothing to run on."""
+    """Run the rows that the command line names; see `run_rows`."""
     options = _parse(root)
     rows = plan(TINY if options.tiny else FULL)
     chosen = [row for row in rows if any(fnmatch(row.id, pattern) for pattern in options.rows)]
     if options.list:
         print("\n".join(row.id for row in chosen))
         return 0
+    return run_rows(root, chosen, options)
+
+
+def run_rows(root: Path, rows: Sequence[Row], options: argparse.Namespace) -> int:
+    """Run the rows, write the report; 1 where an answer was wrong, 3 where there is nothing to run on."""
     started = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     run = _Run(root, options, started)
@@ -51,7 +56,7 @@ def main(root: Path) -> int:
     except WorkerLostError as error:
         print(f"nothing was run: {error}; see {options.out / 'worker.log'}", file=sys.stderr)
         return EXIT_ABSENT
-    for row in chosen:
+    for row in rows:
         run.take(row)
     run.stop()
     about |= {"seed": options.seed, "commit": _commit(root), "seconds": time.monotonic() - started}
@@ -76,9 +81,13 @@ class _Run:
     def start(self) -> dict[str, Any]:
         """Start a worker; return what it says of device and versions."""
         self._worker = _Worker(self._root, self._options)
-        hello = self._worker.read(START_LIMIT_S)
+        try:
+            hello = self._worker.read(min(START_LIMIT_S, self._deadline - time.monotonic()))
+        except WorkerLostError:
+            self.stop()
+            raise
         if "refusal" in hello:
-            self._worker.stop()
+            self.stop()
             raise WorkerLostError(str(hello["refusal"]))
         return hello
 
@@ -101,9 +110,10 @@ class _Run:
         print(f"{result['seconds']:6.1f} s  {result['status']:8}  {row.id}  {reason}", flush=True)
 
     def stop(self) -> None:
-        """End the worker."""
+        """End the worker; the next row starts another."""
         if self._worker is not None:
             self._worker.stop()
+            self._worker = None
 
     def _why_not(self, row: Row) -> str | None:
         states = {result["id"]: result["status"] for result in self.results}
@@ -116,20 +126,17 @@ class _Run:
         return None
 
     def _ask(self, row: Row) -> Result:
-        limit = min(row.limit_s, self._deadline - time.monotonic())
         try:
             if self._worker is None:
                 self.start()
             assert self._worker is not None
             self._worker.send(row, self._facts)
-            result = self._worker.read(limit)
+            result = self._worker.read(min(row.limit_s, self._deadline - time.monotonic()))
         except WorkerLostError as error:
             self.stop()
-            self._worker = None
             return {"status": "failed", "reason": str(error), "lines": []}
         if result.pop("is_device_lost", False):
             self.stop()
-            self._worker = None
         return result
 
 

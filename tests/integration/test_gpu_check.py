@@ -72,7 +72,7 @@ def test_every_row_runs_in_the_interpreter(tmp_path: Path) -> None:
 def test_a_row_that_fails_or_hangs_costs_itself_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A wrong answer makes the exit code 1 and hides its times; another worker follows one that was stopped."""
+    """A wrong answer makes the exit code 1 and hides its times; after a hang another worker goes on."""
     rows = [
         Row("wrong", "answers_attention:prefill", {"case": "unheard of"}),
         Row("its times", "speed:peaks", answers=("wrong",)),
@@ -106,9 +106,7 @@ def test_without_a_card_nothing_runs_and_the_words_say_so(tmp_path: Path) -> Non
 
 def test_operations_and_scorer_need_torch_alone() -> None:
     """On a card's machine there is torch and Triton; nothing else of ours is imported on the way."""
-    modules = (
-        "ops.attention ops.paged ops.block_mass ops.select ops.flex scorer.pages scorer.selection".split()
-    )
+    modules = ("ops.attention", "ops.paged", "ops.block_mass", "ops.select", "ops.flex", "scorer.pages")
     lines = [f"import sentei.kernels.{name}" for name in modules]
     lines += ["import sys", "print(sorted({name.partition('.')[0] for name in sys.modules}))"]
     path = {**os.environ, "PYTHONPATH": str(ROOT / "src")}

@@ -60,8 +60,6 @@ def _run(order: dict[str, Any], bench: Bench) -> dict[str, Any]:
     name, _, function = order["run"].partition(":")
     result: dict[str, Any] = {"status": "passed" if name.startswith("answers") else "measured", "reason": ""}
     lines: list[Line] = []
-    if bench.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
     try:
         # A row yields its lines, so that what was measured before a failure is kept.
         for line in getattr(importlib.import_module(f"check.{name}"), function)(bench, **order["arguments"]):
@@ -89,12 +87,11 @@ def _settle() -> dict[str, Any]:
     gc.collect()
     try:
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() / 2**20
         torch.cuda.empty_cache()
     except Exception:
         traceback.print_exc()
         return {"is_device_lost": True}
-    return {"max_memory_mib": round(peak)}
+    return {}
 
 
 def _why_not(device: torch.device) -> str | None:

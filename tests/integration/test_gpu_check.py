@@ -96,6 +96,13 @@ def test_a_row_that_fails_or_hangs_costs_itself_alone(
     assert "wrong answers: wrong, dies" in capsys.readouterr().err
 
 
+def test_rows_bring_what_they_stand_on(tmp_path: Path) -> None:
+    """One timed row asked for: its answers and the peaks come first, nothing else comes."""
+    listed = run_check(tmp_path, "--list", "--rows", "decode/32768/0.1").stdout.split()
+
+    assert listed == ["answer/decode/groups", "answer/select/threshold", "peaks", "decode/32768/0.1"]
+
+
 def test_without_a_card_nothing_runs_and_the_words_say_so(tmp_path: Path) -> None:
     """Exit code 3, what is missing, and the way out."""
     done = run_check(tmp_path, CUDA_VISIBLE_DEVICES="")

@@ -16,11 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
-from .plan import FULL, TINY, TOTAL_S, Row, plan
+from .plan import FULL, TINY, TOTAL_S, Row, choose, plan
 
 START_LIMIT_S = 90.0  # importing torch and opening the device
 EXIT_WRONG, EXIT_ABSENT = 1, 3
@@ -38,8 +37,7 @@ class WorkerLostError(Exception):
 def main(root: Path) -> int:
     """Run the rows that the command line names; see `run_rows`."""
     options = _parse(root)
-    rows = plan(TINY if options.tiny else FULL)
-    chosen = [row for row in rows if any(fnmatch(row.id, pattern) for pattern in options.rows)]
+    chosen = choose(plan(TINY if options.tiny else FULL), options.rows)
     if options.list:
         print("\n".join(row.id for row in chosen))
         return 0

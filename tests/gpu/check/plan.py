@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from typing import Any, Literal
 
 TOTAL_S = 350.0  # of the six minutes that a run may take; the rest is for its start and the report
@@ -96,6 +97,15 @@ class Row:
 def plan(sizes: Sizes) -> list[Row]:
     """All rows in order: what is asked first is what a short lease should not end without."""
     return [*_answers(), *_times(sizes), *_models()]
+
+
+def choose(rows: Sequence[Row], patterns: Sequence[str]) -> list[Row]:
+    """The rows that a pattern names, and those they stand on: the answers, and the peaks under every time."""
+    named = [row for row in rows if any(fnmatch(row.id, pattern) for pattern in patterns)]
+    needed = {name for row in named for name in row.answers}
+    if any(not row.is_answer for row in named):
+        needed.add("peaks")
+    return [row for row in rows if row in named or row.id in needed]
 
 
 def _answers() -> Iterator[Row]:

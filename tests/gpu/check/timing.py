@@ -40,7 +40,9 @@ class Times:
     reasons: dict[str, str]
 
     def median(self, name: str) -> float:
-        """The median of one work."""
+        """The median of one work; an error with the reason where it could not run."""
+        if name not in self.spent:
+            raise RuntimeError(f"{name} did not run: {self.reasons.get(name)}")
         return statistics.median(self.spent[name])
 
     def line(self, name: str, **more: object) -> Line:
@@ -101,6 +103,18 @@ def extra_mib(bench: Bench, work: Work) -> float | None:
     work()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def from_idle(bench: Bench, work: Work) -> Work:
+    """The work on a device that has nothing to do yet, so that the host's launching counts, too."""
+    if not bench.is_cuda:
+        return work
+
+    def run() -> object:
+        torch.cuda.synchronize()
+        return work()
+
+    return run
 
 
 def replayed(bench: Bench, work: Work) -> Work:

@@ -8,7 +8,7 @@ EXTRAS ?= dev,postgres
 export DO_NOT_TRACK := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install check format test test-vllm coverage bench demo demo-gemma clean
+.PHONY: install check format test test-vllm coverage bench gpu demo demo-gemma clean
 
 install: $(STAMP)
 
@@ -44,6 +44,12 @@ test-vllm: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/sentei bench kernels
+
+# On a machine with a card: every Triton kernel's answers, then its times, in six minutes (docs/kernels.md). Takes
+# the torch and Triton that PYTHON has and installs nothing; ARGS=--tiny runs it in the interpreter without a card.
+OUT ?= build/gpu
+gpu:
+	$(PYTHON) tests/gpu/check --out $(OUT) $(ARGS)
 
 demo: $(STAMP)
 	$(BIN)/sentei demo

@@ -194,6 +194,7 @@ def _fill_chunks(
 ) -> None:
     block = scorer.shape.block_tokens
     per_block = block // scorer.shape.pool_tokens
+    keys = keys.to(q.dtype)  # beside pages they are kept in fp32
     q_offset = k.shape[2] - q.shape[2]
     per_pair = q.shape[0] * q.shape[1] * block_q * block_q * per_block * scorer.scores_per_pool
     room = int(MAX_SCORES_PER_CHUNK * block / per_pair)

@@ -62,7 +62,7 @@ def test_readme_shows_something() -> None:
     """The patterns above find policies, commands and targets, so that the tests are not empty."""
     assert POLICIES
     assert len(COMMANDS) >= 6
-    assert TARGETS == ["demo", "test"]
+    assert TARGETS == ["demo", "gpu", "test"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

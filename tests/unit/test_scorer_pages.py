@@ -147,3 +147,20 @@ def test_pages_must_be_as_long_as_blocks() -> None:
 
     with pytest.raises(ShapeError, match="pages hold 32 tokens, the scorer's blocks 64"):
         pages.update(cache.keys[:, :, :32], [])
+
+
+def test_queries_in_bf16_are_scored_where_there_is_no_native_program() -> None:
+    """As on a GPU: the features beside pages are fp32, and the ordinary path takes them all the same."""
+    q, cache, pages = make_case()
+    q = q.bfloat16()
+    cache = PagedCache(cache.keys.bfloat16(), cache.values.bfloat16(), cache.page_table, cache.lengths)
+    out, expected = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+    limits = thresholds(2, 0.05)
+    kept = pages.decode(q, cache, limits, expected)
+    pages.scorer.has_native_program = False
+
+    kept_by_torch = pages.decode(q, cache, limits, out)
+
+    assert float((kept == kept_by_torch).float().mean()) > 0.8
+    same = (kept == kept_by_torch)[..., None]
+    assert float(((out - expected).abs() * same).max()) < 20 * ERROR_FLOOR[torch.bfloat16]

@@ -207,7 +207,6 @@ def read_model(options: VariantOptions) -> tuple[ServedModel, tuple[str, ...], s
     Returns what is known of it, the rungs that can be served, its dtype's name, and the artifact's digest.
     """
     served = load_served_model(options)
-    refuse_windows(served.model.config.get_text_config(), options.model)
     rung_ids: tuple[str, ...] = (DENSE_RUNG,)
     artifact = ""
     if options.variant == "sparse":
@@ -222,12 +221,3 @@ def read_model(options: VariantOptions) -> tuple[ServedModel, tuple[str, ...], s
         artifact = artifact_digest(adapter.digest, NUMERICS, served.model)
     dtype = str(served.model.dtype).removeprefix("torch.")
     return replace(served, model=None), rung_ids, dtype, artifact
-
-
-def refuse_windows(config: Any, name: str) -> None:
-    """Raise ConfigError for a model with layers of a sliding window: its tokens are not right here yet."""
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ConfigError(
-            f"model {name!r} has layers with a sliding window: its tokens are not the built-in engine's on "
-            "vLLM (docs/guides/vllm.md); serve it with `engine: builtin`"
-        )

@@ -129,7 +129,8 @@ class _Run:
                 self.start()
             assert self._worker is not None
             self._worker.send(row, self._facts)
-            result = self._worker.read(min(row.limit_s, self._deadline - time.monotonic()))
+            limit = row.limit_s * (_TINY_PATIENCE if self._options.tiny else 1)
+            result = self._worker.read(min(limit, self._deadline - time.monotonic()))
         except WorkerLostError as error:
             self.stop()
             return {"status": "failed", "reason": str(error), "lines": []}
@@ -207,6 +208,7 @@ from check.worker import work
 work(int(fd), int(seed))
 """
 # Triton decides at import whether it interprets, so this stands before the worker begins.
+_TINY_PATIENCE = 5  # limits are a card's; an interpreter on a busy machine may take longer
 _TINY_ENVIRONMENT = {"SENTEI_CHECK_TINY": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

@@ -87,6 +87,8 @@ def test_other_addresses_are_refused_by_their_reason(url: str, words: str) -> No
         ({"secret": {"file": "a", "env": "SENTEI_A"}}, "secret", "exactly one of file and env"),
         ({"secret": {"file": "../etc/passwd"}}, "secret.file", "pattern"),
         ({"secret": {"env": "AWS_SECRET_ACCESS_KEY"}}, "secret.env", "pattern"),
+        ({"secret": {"env": "SENTEI_USER_KEY"}}, "secret.env", "a secret of the app's own"),
+        ({"url_from": {"env": "SENTEI_API_KEYS"}, "url": None}, "url_from.env", "a secret of the app's own"),
         ({"format": "slack"}, "secret", "Slack checks no signature"),
         ({"timeout": "60s"}, "timeout", "must lie in 100ms to 30s"),
         ({"hold_longer_than": "10s"}, "hold_longer_than", "at least 1m"),
@@ -245,6 +247,7 @@ def metric(**changes: Any) -> dict[str, Any]:
         ({"url": "https://prometheus.example.com/?a=b"}, "url", "before /api/v1/query"),
         ({"url": "http://prometheus.example.com"}, "url", "use https"),
         ({"token": {}}, "token", "exactly one of file and env"),
+        ({"token": {"env": "SENTEI_ADMIN_TOKEN"}}, "token.env", "a secret of the app's own"),
         ({"action": "freeze"}, "action", "rollback"),
     ],
 )

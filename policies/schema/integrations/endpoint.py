@@ -20,6 +20,8 @@ SECRET_HOSTS = ("hooks.slack.com", "hooks.slack-gov.com")  # whose URLs are thei
 SecretFile = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 # A prefix, so that a policy cannot name what the controller's environment holds for others.
 SecretVariable = Annotated[str, Field(pattern=r"^SENTEI_[A-Z0-9_]{1,100}$")]
+# What opens the app itself: a policy that named one could have it sent, as a bearer token, to whom it likes.
+THE_APPS_OWN = frozenset(("SENTEI_ADMIN_TOKEN", "SENTEI_API_KEYS", "SENTEI_USER_KEY"))
 
 
 class SecretSource(Section):
@@ -97,6 +99,9 @@ def source_faults(path: Path, item: SecretSource) -> Iterator[Fault]:
     """A secret lies in one place."""
     if (item.file is None) == (item.env is None):
         yield Fault(path, None, "give exactly one of file and env")
+    if item.env in THE_APPS_OWN:
+        text = "is a secret of the app's own, which no policy may send anywhere; name another one"
+        yield Fault((*path, "env"), item.env, text)
 
 
 def call_time_faults(path: Path, value: float) -> Iterator[Fault]:

@@ -25,6 +25,7 @@ MAX_DEPTH = 30
 MAX_VALUES = 5_000  # also with aliases expanded
 MAX_FAULTS = 100  # more are counted, not listed
 _OTHERS = {"argoproj.io": "Argo Rollouts", "flagger.app": "Flagger"}
+_OTHERS_GUIDE = "docs/guides/from-argo-and-flagger.md"
 MAX_PATH, MAX_MESSAGE = 200, 600  # characters of one printed fault: a key may be a whole page
 
 
@@ -197,7 +198,7 @@ class _Reader:
             self.add(
                 ("apiVersion",),
                 document["apiVersion"],
-                f"this is a file of {_OTHERS[origin]}; docs/guides/policy.md says its words in ours",
+                f"this is a file of {_OTHERS[origin]}; {_OTHERS_GUIDE} says its words in ours",
             )
             return
         top = {name: field.alias or name for name, field in Policy.model_fields.items()}

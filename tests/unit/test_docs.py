@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -18,6 +19,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guides" / "policy.md").read_text(encoding="utf-8")
 SECTIONS = re.findall(r"```yaml\n(.*?)```", GUIDE, flags=re.DOTALL)
 POLICIES = re.findall(r"```yaml\n(apiVersion: sentei/v1\n.*?)```", README, flags=re.DOTALL)
+FOREIGN = (ROOT / "docs" / "guides" / "from-argo-and-flagger.md").read_text(encoding="utf-8")
+FOREIGN_POLICIES = re.findall(r"```yaml\n(.*?)```", FOREIGN, flags=re.DOTALL)
 COMMANDS = sorted(set(re.findall(r"^sentei ((?:policy |rollout )?[a-z]+)", README, flags=re.MULTILINE)))
 TARGETS = sorted(set(re.findall(r"^make ([a-z-]+)", README, flags=re.MULTILINE)))
 FOLDERS = ("kernels", "policies", "monitors", "pipeline", "serving")
@@ -42,6 +45,26 @@ def test_section_in_the_policy_guide_is_valid(text: str) -> None:
     policy = make_policy(lambda document: document["spec"].update(section))
 
     assert all(getattr(policy.spec, name) for name in section)
+
+
+@pytest.mark.parametrize("text", FOREIGN_POLICIES, ids=range(len(FOREIGN_POLICIES)))
+def test_policy_in_the_guide_for_users_of_other_tools_lints(text: str, tmp_path: Path) -> None:
+    """Each example of Argo Rollouts and Flagger is a whole policy of ours, without a fault or a warning."""
+    file = tmp_path / "policy.yaml"
+    file.write_text(text, encoding="utf-8")
+
+    done = CliRunner().invoke(app, ["policy", "lint", str(file), "--json"])
+
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["ok"], found["errors"], found["warnings"]) == (True, [], [])
+
+
+def test_the_guide_for_users_of_other_tools_shows_three_policies() -> None:
+    """Each block of YAML there is a policy of ours, each under a name of its own."""
+    names = {yaml.safe_load(text)["metadata"]["name"] for text in FOREIGN_POLICIES}
+
+    assert len(FOREIGN_POLICIES) == len(names) == 3
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -317,7 +317,7 @@ def test_a_policy_of_another_tool_gets_one_sentence(version: str, name: str) -> 
 
     assert len(errors) == 1
     assert name in errors[0]
-    assert "docs/guides/policy.md" in errors[0]
+    assert "docs/guides/from-argo-and-flagger.md" in errors[0]
 
 
 def test_a_stage_without_traffic_needs_a_quality_guardrail() -> None:

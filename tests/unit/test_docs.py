@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from sentei.pipeline.cli.app import app
+from sentei.pipeline.integrations.shapes import sign
 from sentei.policies.schema.load import load_policy
 from tests.strategies_policy import make_policy
 
@@ -19,6 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guides" / "policy.md").read_text(encoding="utf-8")
 SECTIONS = re.findall(r"```yaml\n(.*?)```", GUIDE, flags=re.DOTALL)
 POLICIES = re.findall(r"```yaml\n(apiVersion: sentei/v1\n.*?)```", README, flags=re.DOTALL)
+SECURITY = (ROOT / "docs" / "guides" / "security.md").read_text(encoding="utf-8")
 FOREIGN = (ROOT / "docs" / "guides" / "from-argo-and-flagger.md").read_text(encoding="utf-8")
 FOREIGN_POLICIES = re.findall(r"```yaml\n(.*?)```", FOREIGN, flags=re.DOTALL)
 COMMANDS = sorted(set(re.findall(r"^sentei ((?:policy |rollout )?[a-z]+)", README, flags=re.MULTILINE)))
@@ -65,6 +69,20 @@ def test_the_guide_for_users_of_other_tools_shows_three_policies() -> None:
     names = {yaml.safe_load(text)["metadata"]["name"] for text in FOREIGN_POLICIES}
 
     assert len(FOREIGN_POLICIES) == len(names) == 3
+
+
+def test_the_check_that_the_security_guide_shows_takes_what_we_sign() -> None:
+    """A receiver that copies it takes our deliveries, and none with another body, key or time."""
+    [code] = re.findall(r"```python\n(.*?)```", SECURITY, flags=re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    is_ours, key, body, now_s = found["is_ours"], "k" * 32, b'{"id":"msg_1"}', int(time.time())
+    fresh, old = sign("msg_1", body, key, now_s), sign("msg_1", body, key, now_s - 301)
+
+    assert is_ours(fresh, body, key.encode())
+    assert not is_ours(fresh, body + b" ", key.encode())
+    assert not is_ours(fresh, body, b"another key of 32 bytes or more")
+    assert not is_ours(old, body, key.encode())
 
 
 @pytest.mark.parametrize("command", COMMANDS)

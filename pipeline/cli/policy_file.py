@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sentei.policies.review.coverage import find_uncovered
-from sentei.policies.schema.load import PolicyError, PolicyFault, find_line
-from sentei.policies.schema.policy import Policy
-from sentei.policies.schema.rules import dotted_path
+from sentei.pipeline.cli.extras import check_extras
+
+if TYPE_CHECKING:
+    from sentei.policies.schema.policy import Policy
 
 
 def read_policy_file(path: Path) -> str:
@@ -19,8 +20,15 @@ def read_policy_file(path: Path) -> str:
 
 
 def check_coverage(policy: Policy, text: str, source: str, adapter: Path) -> None:
-    """PolicyError where the adapter's ladder lacks a rung, or does not cover a slice to its end."""
+    """PolicyError where the adapter's ladder lacks a rung, or does not cover a slice to its end.
+
+    Reading an adapter takes the extra `train`; MissingExtraError without it.
+    """
+    check_extras("train")
     from sentei.kernels.hf.adapter import read_ladder
+    from sentei.policies.review.coverage import find_uncovered
+    from sentei.policies.schema.load import PolicyError, PolicyFault, find_line
+    from sentei.policies.schema.rules import dotted_path
 
     rungs = [rung for rung in read_ladder(adapter).rungs if not rung.is_dense]
     uncovered = find_uncovered(policy, {rung.id: rung.verified_tokens for rung in rungs})

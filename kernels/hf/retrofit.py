@@ -77,6 +77,7 @@ class Retrofit:
         self.selector: Selector | None = None
         self._observer: SelectionObserver | None = None
         self._attended: list[AttendedRows] | None = None
+        self._num_attended: int | None = None
         self._clock: PartClock | None = None
         self.is_differentiable = False
         self._low_rank_hooks: list[Any] = []
@@ -123,10 +124,10 @@ class Retrofit:
             self._observer = previous
 
     @contextmanager
-    def recording_rows(self) -> Iterator[list[AttendedRows]]:
-        """Keep what each attention call read, for the length of a `with` block."""
+    def recording_rows(self, newest: int | None = None) -> Iterator[list[AttendedRows]]:
+        """Keep what the `newest` rows of each call read, None: all, for the length of a `with` block."""
         rows: list[AttendedRows] = []
-        self._attended = rows
+        self._attended, self._num_attended = rows, newest
         try:
             yield rows
         finally:
@@ -307,7 +308,9 @@ class Retrofit:
         self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None
     ) -> None:
         if self._attended is not None:
-            self._attended.append(AttendedRows(layer, query, key, lse))
+            newest = slice(-min(self._num_attended or query.shape[2], query.shape[2]), None)
+            lse = None if lse is None else lse[:, :, newest].clone()
+            self._attended.append(AttendedRows(layer, query[:, :, newest].clone(), key, lse))
 
     @torch.no_grad()
     def _select(

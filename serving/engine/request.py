@@ -115,7 +115,7 @@ class ScoreResult:
     top_ids: tuple[tuple[int, ...], ...]
     top_logprobs: tuple[tuple[float, ...], ...]
     compute_s: float
-    dropped_mass: tuple[float, ...] = ()  # one share per sampled served row, head and layer
+    dropped_mass: tuple[float, ...] = ()  # one share per sampled row, head and layer
     artifact: str = ""  # digest of what scored
 
 

@@ -18,7 +18,9 @@ from sentei.serving.engine.request import DENSE_RUNG, EngineRequest, ScoreReques
 from sentei.serving.engine.sampler import Sampler
 from sentei.serving.errors import BadLogitsError, EngineRefusedError
 
-MEASURED_ROWS = 16  # of one replay: what its dropped mass is measured in, spread evenly over the answer
+# Rows of one replay that its dropped mass is measured in: so many spread evenly over the answer, and the last
+# of the prompt. Where decode steps run dense the answer's alone would tell of nothing that the rung does.
+MEASURED_ROWS = 16
 
 
 class Rows(Protocol):
@@ -48,8 +50,8 @@ class Retrofit(Protocol):
     def reset_stats(self) -> None:
         """Start counting anew."""
 
-    def recording_rows(self) -> AbstractContextManager[Sequence[Rows]]:
-        """Keep what each attention call read, until the next pass."""
+    def recording_rows(self, newest: int | None = None) -> AbstractContextManager[Sequence[Rows]]:
+        """Keep what so many newest rows of each attention call read, until the next pass."""
 
 
 @dataclass(slots=True)
@@ -122,7 +124,7 @@ class ModelRunner:
     def score(self, request: ScoreRequest) -> ScoreResult:
         """Teacher-force a sequence and report what the model would have said at each served position.
 
-        A thinned replay also measures what mass some rows of the answer drop: that is no part of its cost.
+        A thinned replay also measures what mass some rows of answer and prompt drop, which it does not cost.
         """
         self._use_rung(request.rung_id)
         cache, scores = DynamicCache(config=self._model.config), _Scores()
@@ -146,7 +148,7 @@ class ModelRunner:
     def _recording(self, rung_id: str, is_measured: bool) -> AbstractContextManager[Sequence[Rows]]:
         if self.retrofit is None or rung_id == DENSE_RUNG or not is_measured:
             return nullcontext(())
-        return self.retrofit.recording_rows()
+        return self.retrofit.recording_rows(MEASURED_ROWS)
 
     def _advance(self, live: _Live, ids: list[int]) -> tuple[TokenLogprob, float]:
         start_s = _cpu_s()
@@ -188,7 +190,7 @@ def _pieces(request: ScoreRequest) -> Iterator[tuple[int, int, bool]]:
     served = len(request.ids) - request.num_prompt
     size = request.prompt_chunk_tokens or request.num_prompt
     for begin in range(0, request.num_prompt, size):
-        yield begin, min(begin + size, request.num_prompt), False
+        yield begin, min(begin + size, request.num_prompt), begin + size >= request.num_prompt
     size = request.served_chunk_tokens or served
     every = -(-served // (size * MEASURED_ROWS))
     for i, begin in enumerate(range(request.num_prompt, len(request.ids), size)):

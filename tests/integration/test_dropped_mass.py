@@ -11,11 +11,13 @@ import torch
 from transformers import DynamicCache
 
 from sentei.kernels.hf.adapter import Adapter, new_adapter
-from sentei.kernels.hf.ladder import Ladder
+from sentei.kernels.hf.ladder import NEVER, Ladder
 from sentei.kernels.hf.models import attention_modules, thinnable_layers
 from sentei.kernels.hf.observe import Selection
 from sentei.kernels.hf.retrofit import attach, retrofit
 from sentei.kernels.ops.reference import token_mask
+from sentei.serving.engine.request import ScoreRequest
+from sentei.serving.engine.runner import ModelRunner
 from tests.fakes_models import make_gemma, make_ids, make_llama
 from tests.trial_ladders import uncalibrated_ladder
 
@@ -74,3 +76,22 @@ def test_rows_of_a_call_that_ran_densely_dropped_nothing() -> None:
 
     assert [part.dropped().shape for part in rows] == [(1, 4, 100)] * 2
     assert not any(part.dropped().any() for part in rows)
+
+
+def test_replay_tells_what_the_prompt_dropped_where_steps_run_dense() -> None:
+    """A ladder whose decode steps never pay: the answer's rows drop nothing, those at the prompt's end do."""
+    model, ids = make_llama(), tuple(make_ids(260)[0].tolist())
+    for _, module in attention_modules(model):
+        module.scaling *= 300
+    adapter = make_adapter(model)
+    rungs = tuple(replace(rung, decode_break_even_tokens=NEVER) for rung in adapter.ladder.rungs)
+    adapter = adapter.with_ladder(replace(adapter.ladder, rungs=rungs))
+    request = ScoreRequest("a", ids, 256, "bold", served_chunk_tokens=1)
+
+    with retrofit(model, adapter) as handle:
+        found = torch.tensor(ModelRunner(model, handle).score(request).dropped_mass)
+
+    per_row = 2 * 4  # layers and heads
+    assert len(found) == (16 + 4) * per_row
+    assert float(found[: 16 * per_row].max()) > 0.1
+    assert not found[16 * per_row :].any()

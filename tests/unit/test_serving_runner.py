@@ -38,7 +38,7 @@ class FakeRetrofit:
         self.rungs.append(rung_id)
 
     @contextmanager
-    def recording_rows(self) -> Iterator[list[FakeRows]]:
+    def recording_rows(self, newest: int | None = None) -> Iterator[list[FakeRows]]:
         self.num_recorded += 1
         yield [FakeRows(), FakeRows()]
 
@@ -150,14 +150,14 @@ def test_replay_is_the_same_in_any_chunks(
 
 @pytest.mark.parametrize(("served", "rows"), [(1, 1), (16, 16), (17, 9), (40, 14), (64, 16)])
 def test_replay_samples_the_mass_that_its_answer_dropped(model: Any, served: int, rows: int) -> None:
-    """At most 16 rows, spread over the answer and never of the prompt, each with all that a pass tells."""
+    """At most 16 rows spread over the answer, and the prompt's last, each with all that a pass tells."""
     retrofit = FakeRetrofit()
     ids = (*PROMPT, *range(served))
 
     found = ModelRunner(model, retrofit).score(ScoreRequest("a", ids, 40, "mild", served_chunk_tokens=1))
 
-    assert retrofit.num_recorded == rows
-    assert found.dropped_mass == (0.0, 0.5) * 2 * rows
+    assert retrofit.num_recorded == 1 + rows
+    assert found.dropped_mass == (0.0, 0.5) * 2 * (1 + rows)
 
 
 def test_dense_replay_drops_nothing_and_measures_nothing(model: Any) -> None:

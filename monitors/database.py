@@ -252,9 +252,12 @@ def _driver_hint(error: Exception) -> str:
     return "Install it with: pip install 'sentei[postgres]'. " if is_driver else ""
 
 
+SECRETS = ("password", "sslpassword")  # in the query of a URL, where SQLAlchemy does not hide them
+
+
 def _printable(url: str) -> str:
     try:
-        return make_url(url).render_as_string(hide_password=True)
+        return make_url(url).difference_update_query(SECRETS).render_as_string(hide_password=True)
     except ArgumentError:
         return "<not a URL>"
 

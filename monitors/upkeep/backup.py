@@ -84,8 +84,9 @@ def _dump(store: Database, url: URL, part: Path) -> None:
             "your server's version (Debian: postgresql-client), or run there: pg_dump --format=custom"
         )
     # The address without driver and password is one that libpq reads, options such as sslmode included.
-    place = url.set(drivername="postgresql", password=None).render_as_string()
-    password = {} if url.password is None else {"PGPASSWORD": str(url.password)}
+    place = url.set(drivername="postgresql", password=None).difference_update_query(["password"])
+    secret = url.password if url.password is not None else url.query.get("password")
+    password = {} if secret is None else {"PGPASSWORD": str(secret)}
     try:
         done = subprocess.run(
             [
@@ -94,7 +95,7 @@ def _dump(store: Database, url: URL, part: Path) -> None:
                 "--no-owner",
                 "--no-password",
                 f"--file={part}",
-                f"--dbname={place}",
+                f"--dbname={place.render_as_string()}",
             ],
             env=os.environ | password,
             capture_output=True,

@@ -51,7 +51,7 @@ def check_store(store: Store) -> tuple[Finding, ...]:
 def _try(name: str, look: Callable[[Store], Finding], store: Store) -> Finding:
     try:
         return look(store)
-    except SenteiError as error:
+    except (SenteiError, ValueError) as error:
         return Finding(name, False, str(error), RESTORE)
 
 

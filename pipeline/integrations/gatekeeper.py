@@ -56,7 +56,9 @@ class GateKeeper:
             return None
         self._asked = (state.stay, now_s)
         try:
-            answer = asyncio.run(self._ask(gate, question(policy, state, event, self._evidence(event))))
+            answer = asyncio.run(
+                self._ask(gate, question(policy, state, event, self._evidence(event), asked_s=now_s))
+            )
         except SenteiError as error:
             return f"gate {gate.id}: {error}"
         if answer != APPROVES:
@@ -94,14 +96,17 @@ class GateKeeper:
 
 
 def question(
-    policy: Policy, state: RolloutState, event: Event, verdicts: list[Mapping[str, Any]]
+    policy: Policy, state: RolloutState, event: Event, verdicts: list[Mapping[str, Any]], *, asked_s: float
 ) -> dict[str, Any]:
-    """What a gate is asked: rollout, stage, what follows it, the evidence; one id for each stay."""
+    """What a gate is asked: rollout, stage, what follows it, the evidence; each time by an id of its own.
+
+    A receiver that answers an id which it has seen by 200, as receivers of notices should, approves nothing.
+    """
     index = policy.stage_index(state.stage_id)
     following = policy.spec.stages[index + 1 : index + 2]
-    stay = f"{state.rollout_id}/{state.stay}"
+    asked = f"{state.rollout_id}/{state.stay}/{asked_s!r}"
     return {
-        "id": f"ask_{hashlib.sha256(stay.encode()).hexdigest()[:32]}",
+        "id": f"ask_{hashlib.sha256(asked.encode()).hexdigest()[:32]}",
         "type": "rollout.approval",
         "timestamp": readable_moment(event.at_s),
         "data": {

@@ -84,16 +84,21 @@ class Notifier:
     def run_once(self, now_s: float) -> NotifyResult:
         """Deliver until all was taken or each receiver has failed; receivers do not wait for each other."""
         before, self._now_s = self.num_sent, now_s
+        unread: list[str] = []
         try:
-            routes = self._routes()
+            routes = self._routes(unread)
             asyncio.run(self._deliver_all(routes))
         except (SenteiError, LookupError) as error:
-            return NotifyResult(self.num_sent - before, (str(error),))
+            return NotifyResult(self.num_sent - before, (*unread, str(error)))
         failing = (self._patience[to].reason for to in routes if to in self._patience)
-        return NotifyResult(self.num_sent - before, tuple(filter(None, failing)))
+        return NotifyResult(self.num_sent - before, (*unread, *filter(None, failing)))
 
-    def _routes(self) -> dict[Destination, list[_Course]]:
-        """For each receiver the logs that it is told of, the oldest rollout first."""
+    def _routes(self, unread: list[str]) -> dict[Destination, list[_Course]]:
+        """For each receiver the logs that it is told of, the oldest rollout first.
+
+        A rollout whose policy or state cannot be read any more is told to nobody, said in `unread`, and keeps
+        nothing of the others back.
+        """
         routes: dict[Destination, list[_Course]] = {}
         following = None  # the newest event of the rollout that came after
         for rollout in reversed(self._store.read_rollouts()):
@@ -102,7 +107,12 @@ class Notifier:
             latest = self._log.latest(rollout.rollout_id)
             if latest is None:
                 continue
-            policy = self._book.find(rollout.rollout_id, state_from_json(latest.state).policy_digest)
+            try:
+                policy = self._book.find(rollout.rollout_id, state_from_json(latest.state).policy_digest)
+            except (SenteiError, LookupError) as error:
+                unread.append(f"rollout {rollout.rollout_id}: {error}")
+                following = latest
+                continue
             courses = [_Course(rollout, item, latest.seq) for item in policy.spec.notify.webhooks]
             # A rollout's log ends where its successor's begins.
             if following is not None and all(self._place(item).seq >= latest.seq for item in courses):

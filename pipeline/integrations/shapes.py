@@ -18,6 +18,7 @@ from sentei.policies.schema.units import format_duration
 KEY_PREFIX = "whsec_"
 LEAST_KEY_BYTES = 24
 MAX_REASON_CHARS = 2000
+MAX_SLACK_CHARS = 2500  # of a section's 3,000, after which Slack refuses the message
 _TITLES = {
     "rolled_back": "Rolled back to dense",
     "slice_fell": "A slice fell back",
@@ -72,6 +73,8 @@ def to_slack_body(notice: Notice, policy: Policy) -> bytes:
     context = f"{readable_moment(notice.at_s)}, policy {policy.metadata.name}{owner}, "
     context += f"event {notice.event_seq}, {notice.notice_id}"
     reason = _escape(_clip(notice.reason))
+    if len(reason) > MAX_SLACK_CHARS:  # signs grow fivefold when they are escaped: cut before, by as much
+        reason = _escape(_clip(notice.reason)[: MAX_SLACK_CHARS // 5])
     document: dict[str, Any] = {
         "text": f"{_escape(title)} ({_escape(where)}): {reason}",
         "blocks": [

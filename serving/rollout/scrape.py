@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -139,6 +140,7 @@ class Scrape:
         self._now_s = now_s
         self._clock = clock
         self._looking = asyncio.Lock()
+        self._is_read = threading.Lock()  # a look whose scrape was given up runs on beside the next one's
         self._seen: Seen | None = None
         self._audits = AuditCounts("")
 
@@ -158,6 +160,10 @@ class Scrape:
 
     def _look(self) -> tuple[Sample, ...]:
         """Read the store once; where it is away, only what this ingress has counted is left."""
+        with self._is_read:
+            return self._read()
+
+    def _read(self) -> tuple[Sample, ...]:
         samples, found, is_up = _Samples(), list[Sample](), True
         try:
             self._gateway.shared.write()

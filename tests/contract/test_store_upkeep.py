@@ -138,6 +138,7 @@ def test_prune_leaves_every_event(url: str) -> None:
         ("ALTER TABLE audits DROP COLUMN artifact", "tables", "audits.artifact"),
         ("UPDATE routing SET table_json = 'x'", "routing table", "midway"),
         ("INSERT INTO kv VALUES ('events.count.failed', '99')", "numbers of events", "failed: 99 kept"),
+        ("INSERT INTO kv VALUES ('events.count.failed', 'many')", "numbers of events", "many"),
     ],
 )
 def test_check_finds_what_is_wrong(url: str, change: str, name: str, word: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from sentei.serving.metrics.counts import OUTCOMES, REASONS
 from sentei.serving.metrics.names import MAX_WORDS, METRICS
 from sentei.serving.metrics.sharing import ALONE_S, FRESH_S, KEEP_S, PREFIX
 from sentei.serving.rollout.controller import Controller
-from sentei.serving.rollout.scrape import AuditCounts, add_metrics_route
+from sentei.serving.rollout.scrape import AuditCounts, Scrape, add_metrics_route
 from sentei.serving.settings import Limits
 from tests.fakes_records import POLICY, ROLLOUT, START_S, make_audit, make_request
 from tests.fakes_serving import (
@@ -334,6 +335,28 @@ async def test_store_that_is_away_is_said_and_own_counts_go_on(house: House, tmp
     assert total(later, "sentei_store_errors_total", operation="read_metrics") >= 1
     assert "sentei_rollout_phase" not in later
     assert total(back, "sentei_audits_total") == 120  # not counted twice
+
+
+async def test_a_scrape_that_is_given_up_counts_nothing_twice(house: House) -> None:
+    """Prometheus hangs up in the middle of a look, which goes on, and asks again."""
+    is_inside, may_go_on = threading.Event(), threading.Event()
+
+    def slow_clock() -> float:
+        is_inside.set()
+        may_go_on.wait(10)
+        return house.clock.now_s
+
+    scrape = Scrape(house.gateways[0], house.store, workers={}, now_s=slow_clock)
+    given_up = asyncio.create_task(scrape.page())
+    await asyncio.to_thread(is_inside.wait, 10)
+    given_up.cancel()
+    again = asyncio.create_task(scrape.page())
+    await asyncio.sleep(0.1)  # a second look would be under way by now
+    may_go_on.set()
+    page = await again
+
+    audits = [metric for metric in page.collect() if metric.name == "sentei_audits"]
+    assert sum(sample.value for metric in audits for sample in metric.samples) == 120
 
 
 async def test_worker_that_is_away_is_said(house: House) -> None:

@@ -208,6 +208,30 @@ def test_rollouts_one_after_another_end_with_their_own_logs(store: Store, secret
         assert Place.from_json(store.read_value(f"{PLACE}{rollout_id}.oncall")).seq == latest.seq
 
 
+def test_an_old_rollout_that_cannot_be_read_keeps_nothing_of_the_newest_back(
+    store: Store, secrets: Secrets
+) -> None:
+    """It is named; what happens now is told."""
+    receiver = Receiver()
+    first = Story(store, told(receiver), Notifier(store, secrets))
+    first.go(60)
+    first.order("abort")
+    first.go(10)
+    notifier = Notifier(store, secrets)  # as after a restart
+    second = Story(store, told(receiver, GATED.replace("salt: test", "salt: two")), notifier, rollout_id="r2")
+    second.go(10)
+    token = store.acquire_lease("a", ttl_s=3.0, now_s=START_S + 10)
+    state = json.dumps({"schema": 99})  # of another version, say
+    EventLog(store).append(ROLLOUT, "note", payload={}, state_after=state, token=token or 0, at_s=START_S)
+
+    with receiver.listening():
+        second.go(60 + int(MAX_BACKOFF_S))
+        result = notifier.run_once(START_S + 400)
+
+    assert {item["data"]["rollout_id"] for item in bodies(receiver)} == {"r2"}
+    assert any(ROLLOUT in reason for reason in result.reasons)
+
+
 def test_a_receiver_that_an_edit_adds_hears_from_then_on(store: Store, secrets: Secrets) -> None:
     """What was before it is not news to it."""
     old, new = Receiver(), Receiver()

@@ -125,7 +125,7 @@ def test_a_number_that_is_missing_breaks_a_stretch() -> None:
 
 
 def test_old_samples_hold_and_are_an_alert() -> None:
-    """Nobody asks any more: three times `every` and the time-out later the last number is no news."""
+    """Nobody asks any more: three times `every` and the longest query later it is no news."""
     story = MetricStory(policy())
     story.samples(0.01, 0.01, 0.01)
 
@@ -133,7 +133,7 @@ def test_old_samples_hold_and_are_an_alert() -> None:
 
     assert {item.state.stage_id for item in quiet} == {"shadow"}
     kinds = [[action.kind for action in item.actions] for item in quiet]
-    assert kinds == [[], [], [], ["lost_metric"], [], []]
+    assert kinds == [[], [], [], [], ["lost_metric"], []]
     assert quiet[-1].reason == "cart: the newest sample is 2m old"
 
 
@@ -153,7 +153,7 @@ def test_before_the_first_answer_it_holds_and_is_late_after_a_while() -> None:
     quiet = [story.good_tick(after_s=20.0) for _ in range(5)]
 
     assert quiet[0].reason == "cart: no answer from prometheus.example.com yet"
-    assert [bool(item.actions) for item in quiet] == [False, False, False, True, False]
+    assert [bool(item.actions) for item in quiet] == [False, False, False, False, True]
 
 
 def test_once_promoted_the_watch_goes_on() -> None:

@@ -227,6 +227,14 @@ def test_slack_gets_text_and_blocks_in_which_no_word_calls_a_channel(policy: Pol
     assert "event 7, ntc_0" in context["elements"][0]["text"]
 
 
+def test_slack_takes_a_reason_of_signs_that_grow_when_they_are_escaped(policy: Policy) -> None:
+    """A message that Slack refuses would hold up all that follow it."""
+    section = json.loads(to_slack_body(notice(reason="<&>" * 600), policy))["blocks"][1]
+
+    assert len(section["text"]["text"]) < 3000
+    assert section["text"]["text"].startswith("&lt;&amp;&gt;")
+
+
 def test_the_signature_is_that_of_the_standard_webhooks_specification() -> None:
     """Its published example: any library for it verifies ours."""
     headers = sign(

@@ -228,10 +228,11 @@ def test_file_that_is_no_database_is_named(tmp_path: Path) -> None:
         Store.open(f"sqlite:///{tmp_path}/state.db")
 
 
-def test_bad_url_is_named_without_its_password() -> None:
+@pytest.mark.parametrize("url", ["nosuchdb+x://me:secret@host/db", "nosuchdb+x://me@host/db?password=secret"])
+def test_bad_url_is_named_without_its_password(url: str) -> None:
     """A URL that cannot be used is shown, its password is not."""
-    with pytest.raises(StoreError, match=r"nosuchdb\+x://me:\*\*\*@host/db") as caught:
-        Store.open("nosuchdb+x://me:secret@host/db")
+    with pytest.raises(StoreError, match=r"nosuchdb\+x://me(:\*\*\*)?@host/db'") as caught:
+        Store.open(url)
 
     assert "secret" not in str(caught.value)
 

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from sentei.policies.schema.faults import Fault, Path
 from sentei.policies.schema.integrations.endpoint import (
+    LONGEST_CALL_S,
     Endpoint,
     SecretSource,
     call_time_faults,
@@ -68,8 +69,8 @@ class PrometheusGuardrail(Endpoint):
 
     @property
     def stale_s(self) -> float:
-        """How old the newest sample may be."""
-        return STALE_AFTER * self.every + self.timeout
+        """How old the newest sample may be: a round of queries waits for its slowest."""
+        return STALE_AFTER * self.every + LONGEST_CALL_S
 
 
 def prometheus_faults(path: Path, item: PrometheusGuardrail) -> Iterator[Fault]:

@@ -19,17 +19,26 @@ struct ByteRow {
   bool is_bounded;                    // whether no logit can lie so far above the reference that its power overflows
 };
 
-// sums[M, VL] of exp(logit - reference) over a block's tokens; a panel is [token][C][VL] cells of four bytes. The
-// exponential is linear between powers of two (6% at most, without a mean error): a block sums many.
+constexpr float LOG2E = 1.44269504f, ONE_OCTAVE = 8388608.0f;
+// A power of two that 2^31 of it and a few more are finite with, as an exponent: what an unbounded logit is cut to.
+constexpr float TOP_EXPONENT = 127.0f + 95.0f;
+constexpr float BOUND_NATS = 65.0f;  // below 95 octaves
+
+// sums[M, VL] of exp(logit + bias - reference) over a block's tokens, lanes are blocks, `bias` is theirs; a panel is
+// [token][C][VL] cells of four bytes. The exponential is linear between powers of two (6% at most, without a mean
+// error): a block sums many.
 template <int C, int M, bool BOUNDED>
-inline void sum_panel(int64_t tokens, const uint32_t* panel, const uint32_t* query, const ByteRow* rows, float* sums) {
-  const float unit = 8388608.0f, log2e = 1.44269504f, middle = 127.0f - 0.0575f;
+__attribute__((noinline)) void sum_panel(int64_t tokens, const uint32_t* panel, const uint32_t* query, const ByteRow* rows,
+                      const float* bias, float* sums, int64_t stride) {
+  const float middle = 127.0f - 0.0575f;
+  const __m512 lift = _mm512_mul_ps(_mm512_loadu_ps(bias), _mm512_set1_ps(LOG2E * ONE_OCTAVE));
   __m512 total[M], scale[M], shift[M];
 #pragma GCC unroll 8
   for (int r = 0; r < M; ++r) {
+    const float origin = (middle - (rows[r].step * rows[r].correction + rows[r].reference) * LOG2E) * ONE_OCTAVE;
     total[r] = _mm512_setzero_ps();
-    scale[r] = _mm512_set1_ps(rows[r].step * log2e * unit);
-    shift[r] = _mm512_set1_ps((middle - (rows[r].step * rows[r].correction + rows[r].reference) * log2e) * unit);
+    scale[r] = _mm512_set1_ps(rows[r].step * LOG2E * ONE_OCTAVE);
+    shift[r] = _mm512_add_ps(lift, _mm512_set1_ps(origin));
   }
   for (int64_t t = 0; t < tokens; ++t) {
     const uint32_t* cells = panel + t * C * VL;
@@ -46,31 +55,53 @@ inline void sum_panel(int64_t tokens, const uint32_t* panel, const uint32_t* que
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) {
       __m512 power = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x[r]), scale[r], shift[r]);
-      if (!BOUNDED) power = _mm512_min_ps(power, _mm512_set1_ps(240.0f * unit));  // 2^113: 64 of them are finite
+      if (!BOUNDED) power = _mm512_min_ps(power, _mm512_set1_ps(TOP_EXPONENT * ONE_OCTAVE));
       const __m512i bits = _mm512_cvtps_epi32(_mm512_max_ps(power, _mm512_setzero_ps()));
       total[r] = _mm512_add_ps(total[r], _mm512_castsi512_ps(bits));
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < M; ++r) _mm512_storeu_ps(sums + r * VL, total[r]);
+  for (int r = 0; r < M; ++r) _mm512_storeu_ps(sums + r * stride, total[r]);
 }
 
 template <int C>
 void sum_panels(int rows, int64_t columns, int64_t tokens, const uint32_t* panels, const uint32_t* query,
-                const ByteRow* how, float* logits, int64_t stride) {
-  float sums[BYTE_ROWS * VL];
-  by_rows<BYTE_ROWS>(rows, [&](int r, auto m) {
-    bool is_bounded = true;
-    for (int i = 0; i < m; ++i) is_bounded &= how[r + i].is_bounded;
-    for (int64_t c = 0; c < columns; c += VL) {
+                const ByteRow* how, const float* bias, float* sums, int64_t stride) {
+  // All rows read a panel before the next one is: 64 tokens of rank 32 are 32 KiB.
+  for (int64_t c = 0; c < columns; c += VL)
+    by_rows<BYTE_ROWS>(rows, [&](int r, auto m) {
+      const uint32_t *panel = panels + c * tokens * C, *own = query + r * C;
+      bool is_bounded = true;
+      for (int i = 0; i < m; ++i) is_bounded &= how[r + i].is_bounded;
       if (is_bounded)
-        sum_panel<C, m, true>(tokens, panels + c * tokens * C, query + r * C, how + r, sums);
+        sum_panel<C, m, true>(tokens, panel, own, how + r, bias + c, sums + r * stride + c, stride);
       else
-        sum_panel<C, m, false>(tokens, panels + c * tokens * C, query + r * C, how + r, sums);
-      for (int i = 0; i < m; ++i)
-        store(logits + (r + i) * stride + c, log_of(larger(load(sums + i * VL), splat(1e-37f))) + how[r + i].reference);
+        sum_panel<C, m, false>(tokens, panel, own, how + r, bias + c, sums + r * stride + c, stride);
+    });
+}
+
+// The largest share over a query block's rows of each open block; sums [rows, columns] lie relative to what the forced
+// blocks hold of the row; best [out_blocks] as logs.
+__attribute__((noinline)) void best_byte_shares(int rows, int64_t columns, int64_t open, const ByteRow* how, const float* sums,
+                             float* most, float* best) {
+  const int64_t end = up(open, VL);
+  std::fill(most, most + end, 0.0f);
+  for (int r = 0; r < rows; ++r) {
+    const float* row = sums + r * columns;
+    vec total{};
+    for (int64_t j = 0; j < end; j += VL) total += load(row + j);
+    const float forced = how[r].reference == how[r].reference ? 1.0f : NAN;
+    const float share = 1.0f / (forced + _mm512_reduce_add_ps((__m512)total));
+    for (int64_t j = 0; j < end; j += VL) {
+      const vec own = load(row + j) * share, old = load(most + j);
+      store(most + j, own > old ? own : (own == own ? old : own));  // NaN is kept
     }
-  });
+  }
+  for (int64_t j = 0; j < end; j += VL) {
+    const vec x = load(most + j);
+    store(most + j, log_of(x < 1e-37f ? splat(1e-37f) : x));
+  }
+  std::memcpy(best + 1, most + 1, sizeof(float) * (open - 1));
 }
 
 // The step of each dimension: BYTE_RANGE standard deviations over 127, of the keys that may be chosen. NaN where a key
@@ -110,20 +141,30 @@ void pack_bytes(const S* keys, int64_t block0, int64_t blocks, int64_t tokens, i
     }
 }
 
-// One row's features to signed bytes; the row's numbers, of which `reference` is what sums are taken relative to.
-inline ByteRow pack_byte_query(const float* x, int64_t rank, int64_t cells, float forced, uint32_t* query) {
-  float top = 0.0f, all = 0.0f;
-  for (int64_t d = 0; d < rank; ++d) {
-    top = std::max(top, std::fabs(x[d]));
-    all += std::fabs(x[d]);
+// One row's features [4 * cells] to signed bytes; the row's numbers, of which `reference` is what sums are taken
+// relative to, and `bias` the largest that is added to a logit.
+__attribute__((noinline)) ByteRow pack_byte_query(const float* x, int64_t cells, float reference, float bias, uint32_t* query) {
+  vec high{}, all{};
+  for (int64_t d = 0; d < 4 * cells; d += VL) {
+    const vec size = (vec)((ivec)load(x + d) & 0x7FFFFFFF);
+    high = larger(size, high);
+    all += size;
   }
-  const float step = std::max(top, 1e-20f) / 127.0f;
-  int8_t row[4 * BYTE_CELLS_MAX] = {};
-  int total = 0;
-  if (std::isfinite(all))
-    for (int64_t d = 0; d < rank; ++d) total += row[d] = int8_t(std::nearbyint(x[d] / step));
-  std::memcpy(query, row, 4 * cells);
-  return {step, 128.0f * float(total), std::isfinite(all) ? forced : NAN, 127.0f * all - forced < 75.0f};
+  const float step = std::max(_mm512_reduce_max_ps((__m512)high), 1e-20f) / 127.0f;
+  const float reach = _mm512_reduce_add_ps((__m512)all);
+  if (!std::isfinite(reach)) {
+    std::memset(query, 0, 4 * cells);
+    return {step, 0.0f, NAN, false};
+  }
+  __m512i total = _mm512_setzero_si512();
+  const __m512 inverse = _mm512_set1_ps(1.0f / step);
+  for (int64_t d = 0; d < 4 * cells; d += VL) {
+    const __m512i byte = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + d), inverse));
+    total = _mm512_add_epi32(total, byte);
+    _mm_storeu_si128((__m128i*)(query + d / 4), _mm512_cvtsepi32_epi8(byte));
+  }
+  const float correction = 128.0f * float(_mm512_reduce_add_epi32(total));
+  return {step, correction, reference, 127.0f * reach + bias - reference < BOUND_NATS};
 }
 
 inline int64_t byte_cells(int64_t rank) { return rank <= 16 ? 4 : rank <= 32 ? 8 : rank <= 48 ? 12 : 16; }
@@ -164,6 +205,73 @@ void pack_byte_panels(const Scores& p, const S* pooled, const float* maps, uint3
   }
 }
 
+// What takes the rotation out of a query block's tokens, read once for all heads: a token without it is
+// x * own + (the other half of x) * other.
+struct Unrotation {
+  std::vector<float> own, other;
+  explicit Unrotation(int64_t size) : own(size), other(size) {}
+  void read(const float* cos, const float* sin, int64_t tokens, int64_t D) {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t d = 0; d < D; ++d) {
+        const float c = cos[t * D + d], s = sin[t * D + d], size = c * c + s * s;
+        const float shrink = 1.0f / (size > 1e-6f ? size : 1e-6f);
+        own[t * D + d] = c * shrink;
+        other[t * D + d] = (d < D / 2 ? s : -s) * shrink;
+      }
+  }
+};
+
+// A row of a query block, with and without its rotation [2 D]: the mean of `num` tokens from x on, of which `live` are
+// there; the others are the last one again.
+template <class S>
+__attribute__((noinline)) void mean_row(const S* x, int64_t stride, int64_t num, int64_t live, int64_t D, const float* own,
+                     const float* other, float* scratch, float* out) {
+  const int64_t half = D / 2;
+  for (int64_t i = 0; i < num; ++i) {
+    const int64_t t = std::min(i, live - 1);
+    float* to = i == 0 ? out : scratch;
+    for (int64_t d = 0; d < D; ++d) to[d] = widen(x[t * stride + d]);
+    for (int64_t d = 0; d < half; ++d) to[D + d] = to[d] * own[t * D + d] + to[half + d] * other[t * D + d];
+    for (int64_t d = half; d < D; ++d) to[D + d] = to[d] * own[t * D + d] + to[d - half] * other[t * D + d];
+    if (i > 0)
+      for (int64_t d = 0; d < 2 * D; ++d) out[d] += scratch[d];
+  }
+  if (num > 1)
+    for (int64_t d = 0; d < 2 * D; ++d) out[d] *= 1.0f / float(num);
+}
+
+// Log of what the sink and `num` near blocks of raw keys, from block `home` on, hold of each row: forced [up(rows, VL)].
+// A row sees what its last token sees. `exact` [rows, (1 + num) * wide] and `tops` [rows] are room.
+template <class P>
+__attribute__((noinline)) void measure_forced(const Scores& p, const typename P::Cell* query, const typename P::Cell* sink,
+                    const typename P::Cell* near, int rows, int64_t num, int64_t start, int64_t home, float scale,
+                    float* exact, float* tops, float* forced) {
+  const int64_t wide = up(p.block, NR), cells = up(p.D, P::PER) / P::PER, width = (1 + num) * wide;
+  for (int64_t j = 0; j < width; j += NR)
+    rows_by_panel<P>(rows, int(cells), query, cells, j < wide ? sink + j * cells : near + (j - wide) * cells,
+                     exact + j, width);
+  std::fill(forced, forced + up(rows, VL), 1.0f);
+  for (int r = 0; r < rows; ++r) {
+    float* row = exact + r * width;
+    const int64_t last = std::min(start + (r + 1) * p.row_tokens, p.first + p.num_rows) - 1;
+    for (int64_t i = 0; i <= num; ++i) {
+      const int64_t seen = i == 0 ? p.block : last + 1 - (home + i - 1) * p.block;
+      for (int64_t j = std::min(std::max<int64_t>(seen, 0), p.block); j < wide; ++j) row[i * wide + j] = -INF;
+    }
+    vec high = splat(-INF), total{};
+    for (int64_t j = 0; j < width; j += VL) {
+      const vec x = load(row + j) * scale;
+      store(row + j, x);
+      high = larger(x, high);
+    }
+    tops[r] = _mm512_reduce_max_ps((__m512)high);
+    for (int64_t j = 0; j < width; j += VL) total += P::exp_of_score(load(row + j) - tops[r]);
+    forced[r] = _mm512_reduce_add_ps((__m512)total);
+  }
+  for (int r = 0; r < rows; r += VL) store(forced + r, log_of(load(forced + r)));
+  for (int r = 0; r < rows; ++r) forced[r] += tops[r];
+}
+
 // What `scores` gives for single tokens without the residual, from what pack_byte_panels made; the heads of a KV group
 // share each panel. `batch` sequences lie q_b and k_b apart, their panels, maps and shares one behind the other.
 template <class P, class S>
@@ -172,16 +280,18 @@ void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, co
                  const float* bias, float scale, float* out_all, int threads) {
   typedef typename P::Cell Cell;
   const int64_t group = p.H / p.Hkv, columns = up(p.blocks, VL), wide = up(p.block, NR), W = 2 * p.D;
-  const int64_t padded = up(p.rank, NR), raw_cells = up(p.D, P::PER) / P::PER, all = group * p.rows;
-  const int64_t cells = byte_cells(p.rank), panel = wide * raw_cells;
+  const int64_t padded = up(p.rank, NR), raw_cells = up(p.D, P::PER) / P::PER;
+  const int64_t cells = byte_cells(p.rank), panel = wide * raw_cells, tokens = p.rows * p.row_tokens;
+  const int64_t most_near = (tokens + p.block - 2) / p.block + 1;
   std::vector<Cell> sinks(batch * p.Hkv * panel);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> logits(all * columns), exact(p.rows * wide), scratch(2 * p.D), plain(p.rows * W),
-        encoded(p.rows * padded), forced(all), far(columns), most(columns);
-    std::vector<Cell> near(2 * panel), raw_query(p.rows * raw_cells);
-    std::vector<uint32_t> query(all * cells);
-    std::vector<ByteRow> how(all);
+    std::vector<float> sums(p.rows * columns), exact(p.rows * (1 + most_near) * wide), scratch(W), plain(p.rows * W),
+        encoded(p.rows * std::max(padded, 4 * cells)), forced(up(p.rows, VL)), tops(p.rows), far(columns), most(columns);
+    std::vector<Cell> near(most_near * panel), raw_query(p.rows * raw_cells);
+    std::vector<uint32_t> query(p.rows * cells);
+    std::vector<ByteRow> how(p.rows);
+    Unrotation turn(tokens * p.D);
 #pragma omp for schedule(static)
     for (int64_t bh = 0; bh < batch * p.Hkv; ++bh)
       for (int64_t t = 0; t < wide; t += NR)
@@ -190,50 +300,52 @@ void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, co
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < batch * p.Hkv * p.n; ++task) {
       const int64_t bh = task / p.n, b = bh / p.Hkv, h_kv = bh % p.Hkv, i_q = p.n - 1 - task % p.n;
-      const int64_t row0 = i_q * p.rows * p.row_tokens, start = p.first + row0;
+      const int64_t row0 = i_q * tokens, start = p.first + row0, live = std::min(tokens, p.num_rows - row0);
       const int64_t home = start / p.block, open = std::min(home, p.blocks);
-      const int rows = int(p.row_tokens > 1 ? p.rows : std::min(p.rows, p.num_rows - row0));
+      const int rows = int(p.row_tokens > 1 ? p.rows : live);
       if (open <= 1) continue;
       const S* raw = k_all + b * k_b + h_kv * p.k_h;
-      const int64_t end = std::min(start + p.rows * p.row_tokens, p.first + p.num_rows);
-      for (int64_t i = home; i * p.block < end; ++i)
+      int64_t num = 0;
+      for (; (home + num) * p.block < start + live; ++num)
         for (int64_t t = 0; t < wide; t += NR)
-          P::pack_key_panel(raw + i * p.block * p.k_t, p.k_t, t, std::min(p.block, p.T - i * p.block), p.D,
-                            near.data() + (i - home) * panel + t * raw_cells);
+          P::pack_key_panel(raw + (home + num) * p.block * p.k_t, p.k_t, t, std::min(p.block, p.T - (home + num) * p.block),
+                            p.D, near.data() + num * panel + t * raw_cells);
+      turn.read(cos + start * p.D, sin + start * p.D, live, p.D);
       for (int64_t g = 0; g < group; ++g) {
         const int64_t h = h_kv * group + g;
-        const S* own = q_all + b * q_b + h * p.q_h;
+        const S* own = q_all + b * q_b + h * p.q_h + row0 * p.q_t;
         const float* map = maps_all + (b * p.H + h) * byte_map_size(p);
-        float* seen = forced.data() + g * rows;
+        // Rows of a head are too few for the processor to see a stream coming.
+        if (g + 1 < group)
+          for (int64_t t = 0; t < live; ++t)
+            for (int64_t d = 0; d < p.D; d += 64 / sizeof(S)) __builtin_prefetch(own + p.q_h + t * p.q_t + d);
         for (int r = 0; r < rows; ++r) {
+          const int64_t t = std::min(r * p.row_tokens, live - 1);
           float* row = &plain[r * W];
-          mean_query(p, own, row0 + r * p.row_tokens, cos, sin, scratch.data(), row, row + p.D);
+          mean_row(own + t * p.q_t, p.q_t, p.row_tokens, live - t, p.D, &turn.own[t * p.D], &turn.other[t * p.D],
+                   scratch.data(), row);
           P::pack_features(row, p.D, raw_query.data() + r * raw_cells);
         }
+        const int64_t lde = std::max(padded, 4 * cells);
         for (int64_t c = 0; c < padded; c += NR)
-          rows_by_panel(rows, int(W), plain.data(), W, map + c * W, encoded.data() + c, padded);
-        std::fill(seen, seen + rows, -INF);
-        measure_block<P>(p, raw_query.data(), sinks.data() + bh * panel, rows, start, 0, scale, exact.data(), seen);
-        for (int64_t i = home; i * p.block < end; ++i)
-          measure_block<P>(p, raw_query.data(), near.data() + (i - home) * panel, rows, start, i, scale, exact.data(),
-                           seen);
+          rows_by_panel(rows, int(W), plain.data(), W, map + c * W, encoded.data() + c, lde);
+        measure_forced<P>(p, raw_query.data(), sinks.data() + bh * panel, near.data(), rows, num, start, home, scale,
+                          exact.data(), tops.data(), forced.data());
+        std::fill(far.begin(), far.end(), -INF);
+        float highest = -INF;
+        for (int64_t j = 1; j < open; ++j) highest = std::max(highest, far[j] = bias[h * p.num_bias + home - j]);
         for (int r = 0; r < rows; ++r)
-          how[g * rows + r] = pack_byte_query(encoded.data() + r * padded, p.rank, cells, seen[r],
-                                              query.data() + (g * rows + r) * cells);
-      }
-      auto sum_up = [&](auto c) {
-        sum_panels<c>(int(group * rows), up(open, VL), p.block, panels_all + bh * byte_panel_size(p), query.data(),
-                      how.data(), logits.data(), columns);
-      };
-      if (cells == 4) sum_up(std::integral_constant<int, 4>{});
-      if (cells == 8) sum_up(std::integral_constant<int, 8>{});
-      if (cells == 12) sum_up(std::integral_constant<int, 12>{});
-      if (cells == 16) sum_up(std::integral_constant<int, 16>{});
-      for (int64_t g = 0; g < group; ++g) {
-        const int64_t h = h_kv * group + g;
-        best_shares(p, rows, columns, open, bias + h * p.num_bias + home, forced.data() + g * rows,
-                    logits.data() + g * rows * columns, far.data(), most.data(),
-                    out_all + ((b * p.H + h) * p.n + i_q) * p.out_blocks);
+          how[r] = pack_byte_query(encoded.data() + r * lde, cells, forced[r], highest, query.data() + r * cells);
+        auto sum_up = [&](auto c) {
+          sum_panels<c>(rows, up(open, VL), p.block, panels_all + bh * byte_panel_size(p), query.data(), how.data(),
+                        far.data(), sums.data(), columns);
+        };
+        if (cells == 4) sum_up(std::integral_constant<int, 4>{});
+        if (cells == 8) sum_up(std::integral_constant<int, 8>{});
+        if (cells == 12) sum_up(std::integral_constant<int, 12>{});
+        if (cells == 16) sum_up(std::integral_constant<int, 16>{});
+        best_byte_shares(rows, columns, open, how.data(), sums.data(), most.data(),
+                         out_all + ((b * p.H + h) * p.n + i_q) * p.out_blocks);
       }
     }
   }

@@ -64,6 +64,11 @@ class ScorerShape:
         return self.form == "residual"
 
     @property
+    def is_single(self) -> bool:
+        """Whether single tokens are scored, in few dimensions and nothing beside them."""
+        return self.pool_tokens == 1 and not self.is_residual
+
+    @property
     def map_rows(self) -> int:
         """What the learned maps read of a token: D, or 2 D with and without rotation."""
         return self.head_dim if self.is_residual else 2 * self.head_dim

@@ -72,7 +72,16 @@ class PooledCache:
         return self._room[:, :, :total]
 
     def _encode(self, k: torch.Tensor, first: int, table: RotaryTable) -> torch.Tensor:
-        pooled, plain = pool_keys(k, first, table, self._scorer.shape)
+        shape = self._scorer.shape
+        if shape.is_single and is_native_usable(k.device.type, shape.block_tokens) and k.shape[2]:
+            from sentei.kernels.ops.native.calls import encode_native
+
+            cos, sin = (
+                part[first : first + k.shape[2]].float().contiguous() for part in (table.cos, table.sin)
+            )
+            maps = self._scorer.frozen("key maps", lambda: self._scorer.key_map.detach().float().contiguous())
+            return encode_native(k, cos, sin, maps)
+        pooled, plain = pool_keys(k, first, table, shape)
         return self._scorer.encode_keys(pooled.to(k.dtype), plain.to(k.dtype))
 
 

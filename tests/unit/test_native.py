@@ -17,7 +17,7 @@ from sentei.kernels.ops.native.structs import fill_struct, struct_fields
 from sentei.kernels.ops.reference import attend_reference
 from sentei.kernels.ops.rules import Softmax
 from sentei.kernels.ops.tolerances import BYTE_SCORE_RMS, ERROR_FLOOR, allowed_error
-from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.scorer.features import RotaryTable, unrotate
 from sentei.kernels.scorer.network import BlockScorer, Form, ScorerError, ScorerShape
 from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import Thresholds, score_blocks, select_blocks
@@ -270,6 +270,47 @@ def test_byte_scores_are_near_the_plain_ones(
     error = (native - plain)[chosen]
     assert float(error.square().mean().sqrt()) <= BYTE_SCORE_RMS
     assert float(error.abs().max()) <= 10 * BYTE_SCORE_RMS
+
+
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
+def test_byte_scores_of_large_logits_are_finite_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that may overflow are cut at 2^95 times the forced blocks: there a share says all that it can."""
+    generator = torch.Generator().manual_seed(5)
+    q, k = (torch.randn(1, heads, 700, 32, generator=generator) for heads in (4, 2))
+    scorer = BlockScorer(ScorerShape(4, 2, 32, 32, 1, 64, "low_rank"), 32**-0.5)
+    scorer.start_from(q[0], k[0])
+    q, table = q * 12, make_table(700)
+    keys = PooledCache(scorer).update(k, 700, table)
+    with torch.no_grad():
+        native, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
+        monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
+        plain, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
+
+    chosen = plain > -torch.inf
+    assert torch.equal(chosen, native > -torch.inf)
+    assert float(native[chosen].max()) <= 0.1
+    is_large = chosen & (plain > -20)
+    assert float((native - plain)[is_large].abs().mean()) <= 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "rank"), [(1, 12), (23, 32), (100, 30)])
+def test_features_of_keys_equal_the_plain_ones(dtype: torch.dtype, tokens: int, rank: int) -> None:
+    """Runs of tokens of any length, ranks that fill no panel, sequences that lie apart."""
+    generator = torch.Generator().manual_seed(tokens)
+    k = torch.randn(2, 2, 130, 32, generator=generator).to(dtype)[:, :, 7 : 7 + tokens]
+    scorer = BlockScorer(ScorerShape(4, 2, 32, rank, 1, 64, "low_rank"), 32**-0.5)
+    table = make_table(130)
+    cos, sin = (part[7 : 7 + tokens].contiguous() for part in (table.cos, table.sin))
+
+    native = calls.encode_native(k, cos, sin, scorer.key_map.detach())
+
+    plain = unrotate(k.float(), torch.arange(7, 7 + tokens), table)
+    exact = torch.cat([k.double(), plain.double()], dim=-1) @ scorer.key_map.detach().double()
+    assert native.dtype == dtype
+    torch.testing.assert_close(
+        native.double(), exact, rtol=1e-5 if dtype == torch.float32 else 5e-3, atol=1e-5
+    )
 
 
 @pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")

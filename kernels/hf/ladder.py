@@ -52,7 +52,8 @@ class Rung:
     verified: Verified | None = None
     target_density: float | None = None
     verified_tokens: int | None = None  # the longest prompt that it was verified at; None: no limit
-    decode_break_even_tokens: int | None = None  # the same for single rows; None: as for a prompt's; NEVER
+    # The same for decode steps, by how many sequences a timed step had, or NEVER; empty: nobody timed any.
+    decode_break_even_tokens: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def is_dense(self) -> bool:
@@ -64,14 +65,21 @@ class Rung:
         is_known = self.verified_tokens is None or tokens <= self.verified_tokens
         return not self.is_dense and is_known and tokens >= self.break_even_tokens
 
-    def covers_step(self, tokens: int) -> bool:
-        """Whether a decode step (one row) runs sparse in a context of this length, its own token included."""
-        return self.covers(tokens) and tokens >= self.step_break_even_tokens
+    def covers_step(self, tokens: int, batch: int = 1) -> bool:
+        """Whether a decode step (a row per sequence) runs sparse in contexts of this length, it included."""
+        return self.covers(tokens) and tokens >= self.step_break_even_tokens(batch)
 
-    @property
-    def step_break_even_tokens(self) -> int:
-        """The shortest context in which a decode step runs sparse; never shorter than for a prompt."""
-        return max(self.break_even_tokens, self.decode_break_even_tokens or 0)
+    def step_break_even_tokens(self, batch: int = 1) -> int:
+        """The shortest context in which a step of so many sequences runs sparse; at least a prompt's.
+
+        What a layer costs apart from its sequences is shared by them: the more there are, the sooner it pays.
+        So the nearest timed number that is not above `batch` tells; a step of fewer than any runs dense.
+        """
+        timed = self.decode_break_even_tokens
+        if not timed:
+            return self.break_even_tokens
+        nearest = max((size for size in timed if size <= batch), default=None)
+        return NEVER if nearest is None else max(self.break_even_tokens, timed[nearest])
 
     @property
     def is_kept(self) -> bool | None:
@@ -128,8 +136,11 @@ class Ladder:
         raise AdapterError(f"rung {rung_id!r} is not on this ladder; it has {known}")
 
     def without_limits(self) -> "Ladder":
-        """Return the same rungs at lengths that nobody verified: to time them, never to serve them."""
-        return replace(self, rungs=tuple(replace(rung, verified_tokens=None) for rung in self.rungs))
+        """Return the same rungs at lengths that nobody verified: to time them, never to serve them.
+
+        Steps that paid at no length that was timed run sparse past these, too.
+        """
+        return replace(self, rungs=tuple(_without_limits(rung) for rung in self.rungs))
 
     def thresholds(self, rung: Rung, layer: int) -> Thresholds:
         """Return a layer's thresholds on a rung, ready for the selector."""
@@ -162,6 +173,14 @@ def dense_ladder() -> Ladder:
     return Ladder((Rung(DENSE),), ())
 
 
+def _without_limits(rung: Rung) -> Rung:
+    past = 0 if rung.verified_tokens is None else rung.verified_tokens + 1
+    steps = {
+        batch: past if tokens == NEVER else tokens for batch, tokens in rung.decode_break_even_tokens.items()
+    }
+    return replace(rung, verified_tokens=None, decode_break_even_tokens=steps)
+
+
 def _rung_from_dict(item: Mapping[str, Any]) -> Rung:
     verified = item["verified"]
     if verified is not None:
@@ -181,5 +200,12 @@ def _rung_from_dict(item: Mapping[str, Any]) -> Rung:
         # Ladders of before 2026-11-27 name neither.
         target_density=item.get("target_density"),
         verified_tokens=item.get("verified_tokens"),
-        decode_break_even_tokens=item.get("decode_break_even_tokens"),
+        decode_break_even_tokens=_step_lengths(item.get("decode_break_even_tokens")),
     )
+
+
+def _step_lengths(found: Any) -> dict[int, int]:
+    """Read break-even lengths of steps by batch; ladders of before had one, of one sequence, or none."""
+    if isinstance(found, Mapping):
+        return {int(batch): int(tokens) for batch, tokens in found.items()}
+    return {} if found is None else {1: int(found)}

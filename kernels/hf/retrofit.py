@@ -238,7 +238,7 @@ class Retrofit:
             # A planted fault strikes the side cache, so layers that the rung leaves dense are not spared.
             is_thinned = self._rung.thins(layer.index) or self.fault is not None
             # What runs dense pays for no features: the side cache is made from the keys when it is asked for.
-            if is_thinned and self._is_covered(query.shape[2], key.shape[2]):
+            if is_thinned and self._is_covered(query, key.shape[2]):
                 with self._part(FEATURES):
                     pooled = self._update_pooled(layer, query, key)
                 return self._attend_sparse(layer, query, key, value, pooled)
@@ -287,20 +287,22 @@ class Retrofit:
                 self._record(layer, query, key, lse)
         return out.transpose(1, 2).contiguous(), None
 
-    def _is_covered(self, num_rows: int, kv_len: int) -> bool:
+    def _is_covered(self, query: torch.Tensor, kv_len: int) -> bool:
         """Whether a call runs sparse; one row is a decode step, which pays from another length on."""
-        return self._rung.covers_step(kv_len) if num_rows == 1 else self._rung.covers(kv_len)
+        batch, _, num_rows, _ = query.shape
+        return self._rung.covers_step(kv_len, batch) if num_rows == 1 else self._rung.covers(kv_len)
 
-    def _keep_short(self, shares: torch.Tensor, starts: torch.Tensor, num_rows: int) -> torch.Tensor:
+    def _keep_short(self, shares: torch.Tensor, starts: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """Let query blocks below their break-even keep everything; one row alone has that of a decode step.
 
         So what a block keeps does not depend on where the prompt was cut, even if one row is left over.
         """
+        batch, _, num_rows, _ = query.shape
         if num_rows == 1:
             return shares  # `_is_covered` has looked at its length
         shares = keep_before(shares, starts, self._rung.break_even_tokens)
         if num_rows % self._ladder.query_block_tokens == 1:
-            last = keep_before(shares[:, :, -1:], starts[-1:], self._rung.step_break_even_tokens)
+            last = keep_before(shares[:, :, -1:], starts[-1:], self._rung.step_break_even_tokens(batch))
             shares = torch.cat((shares[:, :, :-1], last), dim=2)
         return shares
 
@@ -330,7 +332,7 @@ class Retrofit:
             )
         if self.fault is not None:
             shares = self.fault.shift(shares, starts)
-        shares = self._keep_short(shares, starts, query.shape[2])
+        shares = self._keep_short(shares, starts, query)
         with self._part(SELECTION):
             mask = select_blocks(
                 shares,

@@ -347,12 +347,14 @@ def _density_at(check: dict[str, Any], chosen: float | None) -> str:
     return f"{check['density']:.1%}{past} at {check['tokens']:,}"
 
 
-def _break_even_text(tokens: int | None) -> str:
+def _break_even_text(by_batch: dict[int, int]) -> str:
     from sentei.kernels.hf.ladder import NEVER
 
-    if tokens is None:
-        return "as prompts"
-    return "never" if tokens == NEVER else f"{tokens:,} tokens"
+    told = (
+        f"{'never' if tokens == NEVER else f'{tokens:,} tokens'} (batch {batch})"
+        for batch, tokens in by_batch.items()
+    )
+    return ", ".join(told) or "as prompts"
 
 
 def changed(options: Any, **changes: Any) -> Any:

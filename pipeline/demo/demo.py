@@ -47,6 +47,7 @@ class DemoSize:
     threads: int = 1
     engine: str = "builtin"
     expected: str = "promoted"  # how the rollout of the calibrated rung has to end
+    policy: str = "demo"  # the shipped one that both rollouts follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +151,9 @@ def stories(size: DemoSize) -> tuple[Story, Story]:
     )
 
 
-def demo_policy(name: str) -> str:
-    """Return the shipped demo policy under another name."""
-    text = resources.files("sentei.policies").joinpath("examples/demo.yaml").read_text(encoding="utf-8")
+def demo_policy(name: str, example: str = "demo") -> str:
+    """Return a shipped policy under another name."""
+    text = resources.files("sentei.policies").joinpath(f"examples/{example}.yaml").read_text(encoding="utf-8")
     document = yaml.safe_load(text)
     document["metadata"]["name"] = name
     return yaml.safe_dump(document, sort_keys=False)
@@ -215,13 +216,13 @@ def _run_story(
     with driver as traffic:
         time.sleep(LEAD_S)
         started = time.monotonic()
-        policy = demo_policy(f"demo-{story.name}")
+        policy = demo_policy(f"demo-{story.name}", size.policy)
         # An earlier demo in the same home has left the second story's policy in quarantine, and the first
         # story is promoted when the second one begins. The fault comes after the start, not before: what the
         # first story's sessions meet belongs to the first story.
-        rollout_id = admin.start_rollout(policy, "demo.yaml", release_quarantine=True, replace=True)[
-            "rollout_id"
-        ]
+        rollout_id = admin.start_rollout(
+            policy, f"{size.policy}.yaml", release_quarantine=True, replace=True
+        )["rollout_id"]
         admin.plant_fault(story.fault)
         found = admin.rollout(rollout_id)
         while found["outcome"] not in OUTCOMES and time.monotonic() - started < size.max_rollout_s:

@@ -7,10 +7,13 @@ from dataclasses import replace
 from sentei.pipeline.demo.demo import DemoSize
 from sentei.pipeline.demo.traffic import MixOptions
 from sentei.pipeline.evaluation.evaluate import EvaluateOptions
+from sentei.pipeline.ladder.break_even import BreakEven
 from sentei.pipeline.ladder.calibrate import CalibrateOptions, RungTarget
 from sentei.pipeline.ladder.distill import RESIDUAL, DistillOptions
 from sentei.pipeline.ladder.verify import VerifyOptions
+from sentei.pipeline.measure.decode import Steps
 from sentei.pipeline.models import POCKET
+from sentei.pipeline.packaged import SMOLLM2
 
 POCKET_SIZE = DemoSize(
     # Single tokens, and for the layer that recalls in as many dimensions as its heads have: at a tenth of its
@@ -93,6 +96,41 @@ LARGE_SIZE = DemoSize(
 )
 
 
+# Full attention at every layer is more than half of a prefill at 8k: there is something to gain. On paper,
+# seconds of two cores with AVX512-BF16 and nothing beside it: distil 230, calibrate 180, evaluate 200, start
+# 30; a session is served and replayed three times in about 20: some 60 for the first rollout, 20 for the
+# second.
+SMOLLM2_SIZE = DemoSize(
+    distill=DistillOptions(),
+    # A tenth is faster still, but costs 16% of perplexity on some texts (docs/measured.md).
+    calibrate=CalibrateOptions(
+        window_tokens=8192,
+        num_windows=3,
+        blocks_per_window=24,
+        targets=tuple(RungTarget(name, density=share) for name, share in (("mild", 0.2), ("bold", 0.15))),
+        verify=VerifyOptions(window_tokens=8192, shorter_tokens=(4096,), num_windows=2, blocks_per_window=12),
+        decode=BreakEven(Steps(2, 3), batches=(1,)),  # the demo's server runs one sequence at a time
+    ),
+    evaluate=EvaluateOptions(
+        window_tokens=8192,
+        num_windows=2,
+        task_kinds=("passkey", "key_value"),
+        task_lengths=(8000,),
+        num_tasks=2,
+        timed_runs=1,
+        baseline_rungs=(),
+    ),
+    mix=MixOptions(prompt_tokens=(4608, 6144, 8064, 8064), answer_tokens=8, text_tokens=16, text_share=0.75),
+    clients=1,
+    think_s=10.0,  # about as long as the replays take beyond the next answer
+    fault_past_tokens=1024,
+    attention="best",
+    max_rollout_s=1500.0,
+    threads=2,
+    policy="demo-smollm2",
+)
+
+
 def demo_size(model: str) -> DemoSize:
     """Return the demo's size for a model."""
-    return POCKET_SIZE if model == POCKET else LARGE_SIZE
+    return {POCKET: POCKET_SIZE, SMOLLM2: SMOLLM2_SIZE}.get(model, LARGE_SIZE)

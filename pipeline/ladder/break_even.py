@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -20,18 +22,26 @@ from sentei.pipeline.progress import Progress, counted
 SHORTEST_TOKENS = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class BreakEven:
+    """What is timed: turns of decode steps, each with as many sequences as a batch says, one at least."""
+
+    steps: Steps = field(default_factory=lambda: Steps(4, 5))
+    batches: tuple[int, ...] = (1, 4)
+
+
 def measure_decode_break_even(
     loaded: LoadedModel,
     adapter: Adapter,
     text: torch.Tensor,
-    how: Steps,
+    how: BreakEven,
     progress: Progress,
 ) -> Ladder:
-    """Return the adapter's ladder with the break-even length of each rung's decode steps.
+    """Return the adapter's ladder with the break-even length of each rung's decode steps, by batch.
 
-    Whole decode steps of one sequence run in contexts from text [T], as long as it at most: past the length
-    that a rung was verified at, it runs dense anyway. Of each step the seconds of attention count, with
-    scoring and selection. A text below 1,024 tokens, or a model on an accelerator, changes nothing.
+    Whole decode steps run in contexts from text [T], as long as it at most: past the length that a rung was
+    verified at, it runs dense anyway. Of each step the seconds of attention count, scoring and selection too.
+    A text below 1,024 tokens, or a model on an accelerator, changes nothing.
     """
     ladder = adapter.ladder
     lengths = decode_lengths(len(text))
@@ -42,9 +52,12 @@ def measure_decode_break_even(
     found = [
         replace(
             rung,
-            decode_break_even_tokens=shortest_that_pays(
-                {tokens: (times[tokens, DENSE], times[tokens, rung.id]) for tokens in lengths}
-            ),
+            decode_break_even_tokens={
+                batch: shortest_that_pays(
+                    {tokens: (found[DENSE], found[rung.id]) for tokens, found in by_length.items()}
+                )
+                for batch, by_length in times.items()
+            },
         )
         for rung in rungs
     ]
@@ -81,22 +94,43 @@ def _time_attention(
     loaded: LoadedModel,
     adapter: Adapter,
     texts: list[torch.Tensor],
-    how: Steps,
+    how: BreakEven,
     progress: Progress,
-) -> dict[tuple[int, str], float]:
-    """Return the median seconds of attention per turn, by length and rung, which take turns."""
-    free = [
-        replace(rung, break_even_tokens=0, decode_break_even_tokens=None) for rung in adapter.ladder.rungs
-    ]
-    spent: dict[tuple[int, str], list[float]] = {}
+) -> dict[int, dict[int, dict[str, float]]]:
+    """Return the median seconds of attention per turn, by batch, length and rung, which take turns.
+
+    The longest text comes first: of a batch for which no rung paid there, shorter ones say nothing more.
+    """
+    free = [replace(rung, break_even_tokens=0, decode_break_even_tokens={}) for rung in adapter.ladder.rungs]
     always = adapter.with_ladder(replace(adapter.ladder, rungs=tuple(free)))
-    for text in counted(texts, "time decode steps", progress):
-        done = len(text) - how.steps - 1
-        filled, first = fill_cache(loaded, text[:done]), text[done][None, None]
-        with retrofit(loaded.model, always, base="best") as handle:
-            for _, rung in product(range(how.runs), free):
-                handle.set_rung(rung.id)
-                clock = PartClock()
-                take_turn(handle, filled, first, how.steps, [handle.clocked(clock)])
-                spent.setdefault((len(text), rung.id), []).append(sum(clock.seconds.values()))
-    return {key: statistics.median(found) for key, found in spent.items()}
+    times: dict[int, dict[int, dict[str, float]]] = {batch: {} for batch in how.batches}
+    for text in counted(texts[::-1], "time decode steps", progress):
+        done = len(text) - how.steps.steps - 1
+        open_batches = [batch for batch, found in times.items() if all(map(_has_paid, found.values()))]
+        if not open_batches:
+            continue
+        filled = fill_cache(loaded, text[:done])
+        for batch in open_batches:
+            many, first = deepcopy(filled), text[done].expand(batch, 1)
+            many.batch_repeat_interleave(batch)
+            times[batch][len(text)] = _time_turns(loaded, always, many, first, how.steps)
+    return times
+
+
+def _has_paid(seconds: Mapping[str, float]) -> bool:
+    """Whether any rung took no longer than dense."""
+    return any(spent <= seconds[DENSE] for rung_id, spent in seconds.items() if rung_id != DENSE)
+
+
+def _time_turns(
+    loaded: LoadedModel, adapter: Adapter, filled: Any, first: torch.Tensor, how: Steps
+) -> dict[str, float]:
+    """Return the median seconds of attention per turn, by rung, all of them on copies of one filled cache."""
+    spent: dict[str, list[float]] = {}
+    with retrofit(loaded.model, adapter, base="best") as handle:
+        for _, rung in product(range(how.runs), adapter.ladder.rungs):
+            handle.set_rung(rung.id)
+            clock = PartClock()
+            take_turn(handle, filled, first, how.steps, [handle.clocked(clock)])
+            spent.setdefault(rung.id, []).append(sum(clock.seconds.values()))
+    return {rung_id: statistics.median(found) for rung_id, found in spent.items()}

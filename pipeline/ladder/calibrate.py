@@ -18,11 +18,10 @@ from sentei.kernels.hf.adapter import Adapter, save_ladder
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
 from sentei.kernels.scorer.network import BlockScorer
 from sentei.kernels.scorer.selection import pick_query_block
-from sentei.pipeline.ladder.break_even import measure_decode_break_even
+from sentei.pipeline.ladder.break_even import BreakEven, measure_decode_break_even
 from sentei.pipeline.ladder.density import fit_densities
 from sentei.pipeline.ladder.verify import VerifyOptions, verify_ladder
 from sentei.pipeline.measure.capture import Sampling, capture
-from sentei.pipeline.measure.decode import Steps
 from sentei.pipeline.measure.needs import (
     MAX_SHARE,
     MIN_SHARE,
@@ -83,7 +82,7 @@ class CalibrateOptions:
     # Rows that choose together; None: what suits the device. A divisor of the adapter's blocks.
     query_block_tokens: int | None = None
     verify: VerifyOptions = field(default_factory=VerifyOptions)
-    decode: Steps = field(default_factory=lambda: Steps(4, 5))  # what times each rung's break-even
+    decode: BreakEven = field(default_factory=BreakEven)  # what times each rung's break-even
     seed: int = 1
 
 
@@ -96,7 +95,7 @@ def calibrate(
 ) -> Ladder:
     """Fit the ladder on one part of the held-out text and verify it on another; save and return it.
 
-    On a CPU the context length from which each rung's decode steps pay is timed, too.
+    On a CPU the context length from which each rung's decode steps pay is timed, too, by batch.
     """
     options = options if options is not None else CalibrateOptions()
     window = min(options.window_tokens, loaded.max_tokens)

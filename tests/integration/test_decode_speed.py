@@ -11,7 +11,12 @@ from sentei.kernels.hf.ladder import DENSE, NEVER
 from sentei.kernels.hf.models import fingerprint
 from sentei.kernels.hf.parts import FEATURES, FULL_ATTENTION, HEAD, MLP, SCORING
 from sentei.kernels.hf.retrofit import retrofit
-from sentei.pipeline.ladder.break_even import decode_lengths, measure_decode_break_even, shortest_that_pays
+from sentei.pipeline.ladder.break_even import (
+    BreakEven,
+    decode_lengths,
+    measure_decode_break_even,
+    shortest_that_pays,
+)
 from sentei.pipeline.measure.decode import Steps, decode_budgets, fill_cache, take_turn, time_decodes
 from sentei.pipeline.measure.latency import BEST_DENSE
 from sentei.pipeline.models import LoadedModel
@@ -52,7 +57,7 @@ def test_dense_and_every_rung_decode_in_the_same_context(make: object) -> None:
 def test_a_rung_below_its_decode_break_even_is_timed_dense() -> None:
     """The bench shows what a server would do at this length."""
     loaded, adapter = make_bench()
-    rungs = tuple(replace(rung, decode_break_even_tokens=301) for rung in adapter.ladder.rungs)
+    rungs = tuple(replace(rung, decode_break_even_tokens={1: 301}) for rung in adapter.ladder.rungs)
     adapter = adapter.with_ladder(replace(adapter.ladder, rungs=rungs))
 
     found = time_decodes(loaded, adapter, make_ids(300)[0], Steps(2, 1), batch=1, progress=silent)
@@ -63,7 +68,7 @@ def test_a_rung_below_its_decode_break_even_is_timed_dense() -> None:
 def test_a_step_that_runs_dense_pays_for_no_features() -> None:
     """Neither scored nor pooled: under a rung that never decodes sparse a step is dense's own."""
     loaded, adapter = make_bench()
-    rungs = tuple(replace(rung, decode_break_even_tokens=NEVER) for rung in adapter.ladder.rungs)
+    rungs = tuple(replace(rung, decode_break_even_tokens={1: NEVER}) for rung in adapter.ladder.rungs)
     adapter = adapter.with_ladder(replace(adapter.ladder, rungs=rungs))
 
     found = decode_budgets(loaded, adapter, make_ids(300)[0], MACHINE, Steps(2, 1), batch=1, progress=silent)
@@ -137,13 +142,33 @@ def test_lengths_double_up_to_the_longest() -> None:
     assert decode_lengths(5000) == [1024, 2048, 4096, 5000]
 
 
-def test_every_rung_gets_a_measured_break_even_and_dense_none() -> None:
+def test_every_rung_gets_a_measured_break_even_by_batch_and_dense_none() -> None:
     """Measured at lengths that the text has; a shorter text leaves the ladder as it was."""
     loaded, adapter = make_bench()
     text = torch.cat([make_ids(512, seed=seed)[0] for seed in range(2)])
 
-    ladder = measure_decode_break_even(loaded, adapter, text, Steps(1, 1), silent)
-    same = measure_decode_break_even(loaded, adapter, text[:1000], Steps(1, 1), silent)
+    how = BreakEven(Steps(1, 1), batches=(1, 3))
+    ladder = measure_decode_break_even(loaded, adapter, text, how, silent)
+    same = measure_decode_break_even(loaded, adapter, text[:1000], how, silent)
 
-    assert [rung.decode_break_even_tokens in (1024, NEVER) for rung in ladder.rungs] == [False, True, True]
+    dense, *rungs = ladder.rungs
+    assert dense.decode_break_even_tokens == {}
+    for rung in rungs:
+        assert list(rung.decode_break_even_tokens) == [1, 3]
+        assert set(rung.decode_break_even_tokens.values()) <= {1024, NEVER}
     assert same == adapter.ladder
+
+
+def test_a_larger_batch_may_decode_sparse_where_one_sequence_does_not() -> None:
+    """The bench shows what a server would do with so many sequences in one step."""
+    loaded, adapter = make_bench()
+    rungs = tuple(replace(rung, decode_break_even_tokens={1: NEVER, 2: 256}) for rung in adapter.ladder.rungs)
+    adapter = adapter.with_ladder(replace(adapter.ladder, rungs=rungs))
+
+    one, three = (
+        time_decodes(loaded, adapter, make_ids(300)[0], Steps(2, 1), batch=batch, progress=silent)["bold"]
+        for batch in (1, 3)
+    )
+
+    assert one.density is None
+    assert three.density is not None

@@ -84,7 +84,7 @@ def test_replay_tells_what_the_prompt_dropped_where_steps_run_dense() -> None:
     for _, module in attention_modules(model):
         module.scaling *= 300
     adapter = make_adapter(model)
-    rungs = tuple(replace(rung, decode_break_even_tokens=NEVER) for rung in adapter.ladder.rungs)
+    rungs = tuple(replace(rung, decode_break_even_tokens={1: NEVER}) for rung in adapter.ladder.rungs)
     adapter = adapter.with_ladder(replace(adapter.ladder, rungs=rungs))
     request = ScoreRequest("a", ids, 256, "bold", served_chunk_tokens=1)
 

@@ -216,7 +216,7 @@ def test_one_row_keeps_the_same_as_a_piece_or_at_the_end_of_a_prompt(break_even:
     """A last block of one row, cut off or not, has the break-even of a decode step."""
     model, ids = make_llama(), make_ids(385)
     adapter = make_adapter(model, break_even_tokens=128, query_block=16)
-    rungs = tuple(replace(rung, decode_break_even_tokens=break_even) for rung in adapter.ladder.rungs)
+    rungs = tuple(replace(rung, decode_break_even_tokens={1: break_even}) for rung in adapter.ladder.rungs)
     adapter = adapter.with_ladder(replace(adapter.ladder, rungs=rungs))
     cache = DynamicCache(config=model.config)
     with retrofit(model, adapter, "bold") as handle:
@@ -236,7 +236,7 @@ def test_a_step_below_the_decode_break_even_runs_dense_and_says_so() -> None:
     """Prompts are thinned from one length on, steps from another: the position alone decides."""
     model, ids = make_llama(), make_ids(140)
     adapter = make_adapter(model, break_even_tokens=64)
-    rungs = tuple(replace(rung, decode_break_even_tokens=136) for rung in adapter.ladder.rungs)
+    rungs = tuple(replace(rung, decode_break_even_tokens={1: 136}) for rung in adapter.ladder.rungs)
     adapter = adapter.with_ladder(replace(adapter.ladder, rungs=rungs))
     with retrofit(model, adapter, "all") as handle:
         found = run_stepwise(model, ids, 130)

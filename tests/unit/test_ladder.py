@@ -1,5 +1,6 @@
 """Rungs: what they were made for, where they run, and whether held-out text kept it."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -29,8 +30,12 @@ def test_a_rung_runs_from_break_even_to_the_longest_verified_length(tokens: int,
     assert make_rung().covers(tokens) is is_sparse
 
 
-@pytest.mark.parametrize(("measured", "shortest"), [(None, 1024), (512, 1024), (2048, 2048), (NEVER, None)])
-def test_steps_run_sparse_from_their_own_break_even_on(measured: int | None, shortest: int | None) -> None:
+@pytest.mark.parametrize(
+    ("measured", "shortest"), [({}, 1024), ({1: 512}, 1024), ({1: 2048}, 2048), ({1: NEVER}, None)]
+)
+def test_steps_run_sparse_from_their_own_break_even_on(
+    measured: dict[int, int], shortest: int | None
+) -> None:
     """As prompts do where none was measured, never earlier than prompts, and never at all by name."""
     rung = make_rung(decode_break_even_tokens=measured)
 
@@ -39,12 +44,36 @@ def test_steps_run_sparse_from_their_own_break_even_on(measured: int | None, sho
     assert sparse == [tokens for tokens in (1024, 2047, 2048, 4096) if shortest and tokens >= shortest]
 
 
+@pytest.mark.parametrize(("batch", "shortest"), [(1, None), (3, None), (4, 4096), (15, 4096), (16, 2048)])
+def test_a_step_goes_by_the_nearest_timed_batch_below_it(batch: int, shortest: int | None) -> None:
+    """What paid for fewer sequences pays for more; the other way round nobody knows, so it runs dense."""
+    rung = make_rung(decode_break_even_tokens={1: NEVER, 4: 4096, 16: 2048})
+
+    sparse = [tokens for tokens in (1024, 2048, 4096) if rung.covers_step(tokens, batch)]
+
+    assert sparse == [tokens for tokens in (2048, 4096) if shortest and tokens >= shortest]
+
+
+def test_a_step_smaller_than_any_that_was_timed_runs_dense() -> None:
+    """Nobody looked whether it pays."""
+    assert not make_rung(decode_break_even_tokens={4: 1024}).covers_step(4096, 3)
+
+
 def test_without_limits_a_rung_runs_at_any_length() -> None:
     """For timing alone."""
     ladder = Ladder((Rung(DENSE), make_rung()), (2048,), 16).without_limits()
 
     assert ladder.find("d20").covers(1_000_000)
     assert not ladder.find(DENSE).covers(1_000_000)
+
+
+def test_without_limits_steps_are_timed_past_the_lengths_at_which_they_did_not_pay() -> None:
+    """Up to the longest verified context they were timed; past it nobody looked."""
+    rung = make_rung(decode_break_even_tokens={1: NEVER, 4: 2048})
+
+    free = Ladder((Rung(DENSE), rung), (2048,), 16).without_limits().find("d20")
+
+    assert free.decode_break_even_tokens == {1: 4097, 4: 2048}
 
 
 # Of 8,192 tokens 1/64 lies before the break-even: 0.234 and 0.193 are 0.222 and 0.18 of the rest.
@@ -85,9 +114,17 @@ def test_a_rung_that_nobody_verified_says_neither() -> None:
 
 def test_a_ladder_survives_its_file() -> None:
     """Target, lengths and limits are read back as they were written."""
-    ladder = Ladder((Rung(DENSE), make_rung(decode_break_even_tokens=2048)), (2048,), 16)
+    ladder = Ladder((Rung(DENSE), make_rung(decode_break_even_tokens={1: NEVER, 4: 2048})), (2048,), 16)
 
-    assert ladder_from_dict(ladder.to_dict()) == ladder
+    assert ladder_from_dict(json.loads(json.dumps(ladder.to_dict()))) == ladder
+
+
+def test_a_ladder_with_one_break_even_for_steps_is_read_as_one_of_single_sequences() -> None:
+    """Ladders of 2026-11-27 hold one number, which was timed with one sequence."""
+    data = Ladder((Rung(DENSE), make_rung()), (2048,), 16).to_dict()
+    data["rungs"][1]["decode_break_even_tokens"] = 4096
+
+    assert ladder_from_dict(data).find("d20").decode_break_even_tokens == {1: 4096}
 
 
 def test_a_ladder_of_before_has_no_limit() -> None:
@@ -101,6 +138,6 @@ def test_a_ladder_of_before_has_no_limit() -> None:
     rung = ladder_from_dict(data).find("d20")
 
     assert rung.covers(1_000_000)
-    assert rung.decode_break_even_tokens is None
+    assert rung.decode_break_even_tokens == {}
     assert rung.verified is not None
     assert rung.verified.by_length == ()

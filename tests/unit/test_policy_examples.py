@@ -10,6 +10,7 @@ import pytest
 
 from sentei.policies.engine import decide, initial_state, routing
 from sentei.policies.evidence import PAIRED_CUT, log_threshold, paired_bound, units_to_prove
+from sentei.policies.review.forecast import gain_units
 from sentei.policies.schema.budget import harm_alpha, try_alpha
 from sentei.policies.schema.load import load_policy
 from sentei.policies.schema.policy import Policy
@@ -89,17 +90,27 @@ def test_the_demo_promotes_a_good_rung_within_its_time() -> None:
     assert np.median([seconds for *_, seconds in runs]) <= 75
 
 
-def test_the_demo_holds_a_rung_that_does_not_pay() -> None:
+@pytest.mark.parametrize("name", ["demo", "demo-smollm2"])
+def test_a_demo_holds_a_rung_that_does_not_pay(name: str) -> None:
     """Clean, and as dear as dense: nobody is ever served by it, and it is said within a hundred sessions."""
-    runs = [play(example("demo"), 0.02, seed=seed, ratio=1.0) for seed in range(20)]
+    runs = [play(example(name), 0.02, seed=seed, ratio=1.0) for seed in range(20)]
 
     assert all((outcome, by) == ("held", "compute") for outcome, by, *_ in runs)
     assert max(sessions for _, _, sessions, _ in runs) <= 100
 
 
-def test_the_demo_catches_a_real_harm_within_twenty_sessions() -> None:
+def test_the_demo_of_smollm2_promotes_within_the_sessions_that_its_time_allows() -> None:
+    """A rung that takes 0.68 of dense's time and changes one token in twenty: most seeds within 75 sessions."""
+    runs = [play(example("demo-smollm2"), 0.05, seed=seed, ratio=0.68) for seed in range(20)]
+
+    assert sum(outcome == "promoted" for outcome, *_ in runs) >= 19
+    assert np.median([sessions for _, _, sessions, _ in runs]) <= 75
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-smollm2"])
+def test_a_demo_catches_a_real_harm_within_twenty_sessions(name: str) -> None:
     """At a disagreement of 60 % every seed is rolled back by a quality guardrail, most within 20 sessions."""
-    runs = [play(example("demo"), 0.60, seed=seed) for seed in range(20)]
+    runs = [play(example(name), 0.60, seed=seed) for seed in range(20)]
 
     assert all((outcome, by in ("agree", "quality")) == ("rolled_back", True) for outcome, by, *_ in runs)
     assert np.quantile([sessions for _, _, sessions, _ in runs], 0.9) <= 20
@@ -128,6 +139,15 @@ def test_the_costs_in_the_demo_file_are_computed() -> None:
     assert cost(policy, "agree", 0.0) == 19
     assert cost(policy, "agree", 0.02) == 21
     assert cost(policy, "agree", 0.40) == 17
+
+
+def test_the_costs_in_the_file_of_the_demo_of_smollm2_are_computed() -> None:
+    """Of both guardrails of quality, and of the gain."""
+    policy = example("demo-smollm2")
+
+    for gate_id in ("agree", "quality"):
+        assert [cost(policy, gate_id, excess) for excess in (0.0, 0.05, 0.1, 0.4)] == [19, 24, 35, 15]
+    assert [gain_units(policy, policy.spec.benefit[0], ratio) for ratio in (0.65, 0.70)] == [20, 25]
 
 
 def test_the_guide_quotes_the_computed_costs() -> None:

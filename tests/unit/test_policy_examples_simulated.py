@@ -39,6 +39,7 @@ PURPOSES = (
     Purpose("long-context-only", Traffic(60, 3000), "promoted", "quality", "huge", "dense"),
     Purpose("yardstick", Traffic(1200, 5000), "promoted", "mass", "huge", "dense"),
     Purpose("demo", Traffic(7200, 400), "promoted", "agree", "long", "everybody dense"),
+    Purpose("demo-smollm2", Traffic(180, 400), "promoted", "agree", "long", "everybody dense"),
 )
 
 

@@ -135,10 +135,24 @@ def run_calibrate(
             help="Make a rung of this share of the blocks; repeatable, in place of the usual rungs."
         ),
     ] = None,
+    nll: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Make the boldest rung whose loss on held-out text is at most so many nats per token above "
+            "dense's, its 95% interval included; repeatable."
+        ),
+    ] = None,
+    speed: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Make the mildest rung that prefills so many times as fast as dense here; repeatable."
+        ),
+    ] = None,
     missed_needles: Annotated[
         float | None,
         typer.Option(
-            help="With --density: share of what questions about notes need that no KV group may miss.",
+            help="With --density, --nll or --speed: share of what questions about notes need that no KV "
+            "group may miss.",
             min=0.0,
             max=1.0,
         ),
@@ -151,20 +165,27 @@ def run_calibrate(
     as_json: Json = False,
 ) -> None:
     """Turn scores into a ladder of rungs, each verified on held-out text."""
-    from sentei.pipeline.ladder.calibrate import CalibrateOptions, density_targets
+    from sentei.pipeline.ladder.calibrate import CalibrateOptions
+    from sentei.pipeline.ladder.targets import density_targets, nll_targets, speed_targets
     from sentei.pipeline.steps import calibrate_step
 
-    if missed_needles is not None and not density:
+    if missed_needles is not None and not (density or nll or speed):
         raise typer.BadParameter(
-            "belongs to --density: the usual rungs have bounds of their own", param_hint="--missed-needles"
+            "belongs to --density, --nll and --speed: the usual rungs have bounds of their own",
+            param_hint="--missed-needles",
         )
     output = Output(as_json=as_json)
     asked = 1.0 if missed_needles is None else missed_needles
+    targets = (
+        *density_targets(density or (), asked),
+        *nll_targets(nll or (), asked),
+        *speed_targets(speed or (), asked),
+    )
     options = changed(
         CalibrateOptions(),
         window_tokens=tokens,
         num_windows=windows,
-        targets=density_targets(density, asked) if density else None,
+        targets=targets or None,
         query_block_tokens=query_block,
     )
     bench = open_bench(model, corpus, output, dtype)
@@ -318,28 +339,38 @@ def _ladder_table(rungs: list[dict[str, Any]]) -> Table:
         "density by length (past the break-even)",
         "dropped mass: mean, p99",
         "NLL difference (CI)",
+        "prefill, times dense",
         "decodes sparse from",
     )
     for rung in rungs:
         found = rung["verified"]
         if found is None:
-            table.add_row(rung["id"], "", "", "100%", "0", "", "")
+            table.add_row(rung["id"], "", "", "100%", "0", "", "", "")
             continue
         low, high = found["nll_delta_ci"]
-        density = rung["target_density"]
-        aim = (
-            f"dropped mass {rung['bound_dropped_mass']:.3g}" if density is None else f"density {density:.1%}"
-        )
+        speed = found["prefill_speed"]
         table.add_row(
             rung["id"],
-            aim,
+            _aim(rung),
             "yes" if rung["is_kept"] else "no",
             ", ".join(map(_density_at, found["by_length"], rung["chosen_density"])),
             f"{found['dropped_mass_mean']:.3f}, {found['dropped_mass_p99']:.3f}",
             f"{found['nll_delta']:+.4f} ({low:+.4f} to {high:+.4f})",
+            "" if speed is None else f"{speed:.2f}",
             _break_even_text(rung["decode_break_even_tokens"]),
         )
     return table
+
+
+def _aim(rung: dict[str, Any]) -> str:
+    """Say what a rung was made for."""
+    if rung["target_nll"] is not None:
+        return f"loss at most {rung['target_nll']:g}"
+    if rung["target_speed"] is not None:
+        return f"speed {rung['target_speed']:g}"
+    if rung["target_density"] is not None:
+        return f"density {rung['target_density']:.1%}"
+    return f"dropped mass {rung['bound_dropped_mass']:.3g}"
 
 
 def _density_at(check: dict[str, Any], chosen: float | None) -> str:

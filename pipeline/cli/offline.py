@@ -1,9 +1,7 @@
-"""`sentei distill`, `calibrate`, `study`, `seal`, `register`: the offline steps."""
+"""`sentei distill`, `calibrate`, `seal`, `register`: the offline steps."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -16,7 +14,6 @@ from sentei.pipeline.home import sentei_home
 
 if TYPE_CHECKING:
     from sentei.kernels.hf.ladder import Rung
-    from sentei.pipeline.experiments.study import StudyOptions, StudyRow
 
 DTYPES = ("float32", "bfloat16")
 Model = Annotated[
@@ -203,63 +200,6 @@ def _with_verdict(rung: Rung) -> dict[str, Any]:
     checks = rung.verified.by_length if rung.verified is not None else ()
     chosen = [rung.chosen_density(check) for check in checks]
     return dict(to_plain(rung)) | {"is_kept": rung.is_kept, "chosen_density": chosen}
-
-
-@needs("train")
-def run_study(
-    model: Model = "pocket",
-    corpus: CorpusName = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens per window.", min=256)] = None,
-    windows: Windows = None,
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
-    """Compare scorer forms on held-out text: what each must keep so as not to miss what matters."""
-    from sentei.pipeline.experiments.study import StudyOptions, study
-    from sentei.pipeline.reports.plots import save_study
-
-    output = Output(as_json=as_json)
-    options = changed(StudyOptions(), window_tokens=tokens, num_windows=windows)
-    bench = open_bench(model, corpus, output, dtype)
-    with output.progress() as progress:
-        rows = study(bench.loaded, bench.corpus, options, progress)
-    folder = sentei_home().create().root / "studies" / bench.adapter_dir.name
-    page = save_study(rows, folder / "study.html")
-    document = {"model": model, "rows": [row.to_dict() for row in rows], "page": str(page)}
-    (folder / "study.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-    output.say(_study_table(rows, options), f"page: {page}")
-    output.emit(document)
-
-
-def _study_table(rows: Sequence[StudyRow], options: StudyOptions) -> Table:
-    missed = [f"{share:g}" for share in options.missed_needles]
-    densities = [f"{share:g}" for share in options.densities]
-    table = Table(
-        "layer",
-        "form",
-        "dims",
-        "query\nblock",
-        "KL",
-        *(f"kept to miss\n{float(share):.1%} of needles" for share in missed),
-        *(f"at {float(share):.0%}: mass found\nmean, p5, worst head" for share in densities),
-        *(f"at {float(share):.0%}:\nneedles missed" for share in densities),
-    )
-    for row in rows:
-        at = [row.at_density[share] for share in densities]
-        table.add_row(
-            str(row.layer),
-            row.form,
-            f"{row.dims_per_token:g}",
-            str(row.query_block),
-            f"{row.kl:.3f}",
-            *(f"{row.density[share]:.1%}" for share in missed),
-            *(
-                f"{a.mass_recall_mean:.3f}, {a.mass_recall_p5:.3f}, {a.mass_recall_worst_head:.3f}"
-                for a in at
-            ),
-            *(f"{a.needles_missed:.2%}" for a in at),
-        )
-    return table
 
 
 @needs("train")

@@ -4,7 +4,7 @@ A needle is a block that holds more than 30% of some row's attention (docs/adr/0
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -127,13 +127,21 @@ class AtDensity:
 
 @torch.no_grad()
 def score_records(
-    scorer: BlockScorer, records: Sequence[LayerRecord], edges: Sequence[int], block_q: int
+    scorer: BlockScorer,
+    records: Sequence[LayerRecord],
+    edges: Sequence[int],
+    block_q: int,
+    *,
+    score: Callable[[BlockScorer, LayerRecord, int], tuple[torch.Tensor, torch.Tensor]] = query_block_needs,
 ) -> tuple[list[Scored], Scored]:
-    """Score query blocks of `block_q` rows: sorted into length bins, and those apart that ask for notes."""
+    """Score query blocks of `block_q` rows: sorted into length bins, and those apart that ask for notes.
+
+    `score` gives what `query_block_needs` does.
+    """
     bins, asking = [Scored([], []) for _ in range(len(edges) + 1)], Scored([], [])
     for record in records:
         which = torch.bucketize(record.starts, torch.tensor(edges), right=True)
-        needs, mass = query_block_needs(scorer, record, block_q)
+        needs, mass = score(scorer, record, block_q)
         parts = [*((scored, which == b) for b, scored in enumerate(bins)), (asking, record.is_asking)]
         for scored, inside in parts:
             if bool(inside.any()):

@@ -100,6 +100,8 @@ def calibrate_step(bench: Workbench, options: CalibrateOptions, progress: Progre
         figures = {
             "bound_dropped_mass": rung.bound_dropped_mass,
             "target_density": rung.target_density,
+            "target_nll": rung.target_nll,
+            "target_speed": rung.target_speed,
             **(to_plain(rung.verified) or {}),
         }
         metrics |= dict(_flatten(f"calibrate/{rung.id}", figures))

@@ -35,14 +35,15 @@ class Verified:
     nll_delta_ci: tuple[float, float]
     density: float
     by_length: tuple[LengthCheck, ...] = ()
+    prefill_speed: float | None = None  # dense's seconds over its own, on the longest text; None: not timed
 
 
 @dataclass(frozen=True, slots=True)
 class Rung:
     """One step of the ladder: mass-share thresholds per layer, KV group and length bin.
 
-    It was made for a bound on the mean dropped mass, or for a density past the break-even; the other one is
-    what was verified.
+    It was made for one thing: a bound on the mean dropped mass, a density past the break-even, a most that
+    held-out text may lose in nats per token, or a speed. The others are what was verified.
     """
 
     id: str
@@ -51,6 +52,8 @@ class Rung:
     break_even_tokens: int = 0
     verified: Verified | None = None
     target_density: float | None = None
+    target_nll: float | None = None  # the upper end of the difference's 95% interval
+    target_speed: float | None = None  # of a prefill, over dense
     verified_tokens: int | None = None  # the longest prompt that it was verified at; None: no limit
     # The same for decode steps, by how many sequences a timed step had, or NEVER; empty: nobody timed any.
     decode_break_even_tokens: Mapping[int, int] = field(default_factory=dict)
@@ -83,10 +86,17 @@ class Rung:
 
     @property
     def is_kept(self) -> bool | None:
-        """Whether held-out text kept what the rung was made for, at every length; None where none was run."""
+        """Whether held-out text kept what the rung was made for, at every length; None where none was run.
+
+        Losses and speed are of the longest length alone.
+        """
         if self.verified is None:
             return None
         checks = self.verified.by_length
+        if self.target_nll is not None:
+            return self.verified.nll_delta_ci[1] <= self.target_nll
+        if self.target_speed is not None:
+            return (self.verified.prefill_speed or 0.0) >= self.target_speed
         if self.target_density is not None:
             reach = DENSITY_TOLERANCE * self.target_density
             chosen = (self.chosen_density(check) for check in checks)
@@ -141,6 +151,16 @@ class Ladder:
         Steps that paid at no length that was timed run sparse past these, too.
         """
         return replace(self, rungs=tuple(_without_limits(rung) for rung in self.rungs))
+
+    def with_speeds(self, speeds: Mapping[str, float]) -> "Ladder":
+        """Return the same rungs with how many times as fast as dense each prefills, by id."""
+        rungs = [
+            replace(rung, verified=replace(rung.verified, prefill_speed=speeds[rung.id]))
+            if rung.verified is not None and rung.id in speeds
+            else rung
+            for rung in self.rungs
+        ]
+        return replace(self, rungs=tuple(rungs))
 
     def thresholds(self, rung: Rung, layer: int) -> Thresholds:
         """Return a layer's thresholds on a rung, ready for the selector."""
@@ -197,8 +217,10 @@ def _rung_from_dict(item: Mapping[str, Any]) -> Rung:
         bound_dropped_mass=item["bound_dropped_mass"],
         break_even_tokens=item["break_even_tokens"],
         verified=verified,
-        # Ladders of before 2026-11-27 name neither.
+        # Ladders of before 2026-11-27 name none of these.
         target_density=item.get("target_density"),
+        target_nll=item.get("target_nll"),
+        target_speed=item.get("target_speed"),
         verified_tokens=item.get("verified_tokens"),
         decode_break_even_tokens=_step_lengths(item.get("decode_break_even_tokens")),
     )

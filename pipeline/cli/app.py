@@ -23,6 +23,7 @@ from sentei.pipeline.cli import (
     report,
     rollout,
     store,
+    study,
 )
 from sentei.pipeline.cli.output import ExitCode, Output
 
@@ -54,7 +55,7 @@ app.command("demo")(demo.run_demo)
 app.command("distill")(offline.run_distill)
 app.command("calibrate")(offline.run_calibrate)
 app.command("evaluate")(evaluation.run_evaluate)
-app.command("study")(offline.run_study)
+app.command("study")(study.run_study)
 app.command("explain")(explain.run_explain)
 app.command("register")(offline.run_register)
 app.command("seal")(offline.run_seal)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -15,6 +15,11 @@ from sentei.pipeline.cli.extras import needs
 from sentei.pipeline.cli.offline import CorpusName, Dtype, Json, Model, Windows, changed, open_bench
 from sentei.pipeline.cli.output import Output, check_choice
 
+if TYPE_CHECKING:
+    from sentei.pipeline.evaluation.evaluate import EvaluateOptions
+    from sentei.pipeline.steps import Workbench
+
+RECALL_ALONE = "recall"
 TaskFile = Annotated[
     Path | None,
     typer.Option("--tasks", help="Your own tasks: one JSON object a line with prompt, reference, metric."),
@@ -51,6 +56,9 @@ def run_evaluate(
     prices: Annotated[
         Path | None, typer.Option(help="Your own price list (YAML), on top of the one that ships.")
     ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Measure one part alone, and keep nothing: recall.")
+    ] = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
@@ -64,6 +72,11 @@ def run_evaluate(
     load_prices(prices)  # a list that cannot be used is said before a model is loaded
     check_choice("--task-kind", task_kind or (), MAKERS)
     check_choice("--compare", [compare], ("boldest", "all", "none"))
+    check_choice("--only", [only] if only else (), (RECALL_ALONE,))
+    if only and (tasks or timed_runs or prices or second_half):
+        raise typer.BadParameter(
+            "leaves out --tasks, --timed-runs, --prices and --second-half", param_hint="--only"
+        )
     options = changed(
         EvaluateOptions(),
         window_tokens=tokens,
@@ -76,6 +89,9 @@ def run_evaluate(
         prices=prices,
     )
     bench = open_bench(model, corpus, output, dtype)
+    if only == RECALL_ALONE:
+        _show_recall(bench, options, output)
+        return
     if compare != "boldest":
         rungs = bench.adapter().ladder.rungs if compare == "all" else ()
         options = replace(options, baseline_rungs=tuple(rung.id for rung in rungs if not rung.is_dense))
@@ -85,6 +101,18 @@ def run_evaluate(
     with output.progress() as progress:
         evaluation = evaluate_step(bench, options, progress)
     _show(evaluation.to_dict(), bench.adapter_dir, has_answers=bool(evaluation.user_answers), output=output)
+
+
+def _show_recall(bench: Workbench, options: EvaluateOptions, output: Output) -> None:
+    from sentei.pipeline.evaluation.evaluate import evaluate_recall
+    from sentei.pipeline.plain import to_plain
+
+    with output.progress() as progress:
+        found = evaluate_recall(bench.loaded, bench.adapter(), bench.corpus, options, progress)
+    rungs = [{"rung": rung_id, "recall": to_plain(summary)} for rung_id, summary in found.items()]
+    document = {"model": bench.loaded.name, "corpus": bench.corpus.name, "rungs": rungs}
+    output.say(recall_table(document))
+    output.emit(document)
 
 
 def _show(document: dict[str, Any], folder: Path, *, has_answers: bool, output: Output) -> None:

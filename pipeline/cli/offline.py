@@ -1,9 +1,7 @@
-"""`sentei distill`, `calibrate`, `study`, `seal`, `register`: the offline steps."""
+"""`sentei distill`, `calibrate`, `seal`, `register`: the offline steps."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -16,7 +14,6 @@ from sentei.pipeline.home import sentei_home
 
 if TYPE_CHECKING:
     from sentei.kernels.hf.ladder import Rung
-    from sentei.pipeline.experiments.study import StudyOptions, StudyRow
 
 DTYPES = ("float32", "bfloat16")
 Model = Annotated[
@@ -135,10 +132,24 @@ def run_calibrate(
             help="Make a rung of this share of the blocks; repeatable, in place of the usual rungs."
         ),
     ] = None,
+    nll: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Make the boldest rung whose loss on held-out text is at most so many nats per token above "
+            "dense's, its 95% interval included; repeatable."
+        ),
+    ] = None,
+    speed: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Make the mildest rung that prefills so many times as fast as dense here; repeatable."
+        ),
+    ] = None,
     missed_needles: Annotated[
         float | None,
         typer.Option(
-            help="With --density: share of what questions about notes need that no KV group may miss.",
+            help="With --density, --nll or --speed: share of what questions about notes need that no KV "
+            "group may miss.",
             min=0.0,
             max=1.0,
         ),
@@ -151,20 +162,27 @@ def run_calibrate(
     as_json: Json = False,
 ) -> None:
     """Turn scores into a ladder of rungs, each verified on held-out text."""
-    from sentei.pipeline.ladder.calibrate import CalibrateOptions, density_targets
+    from sentei.pipeline.ladder.calibrate import CalibrateOptions
+    from sentei.pipeline.ladder.targets import density_targets, nll_targets, speed_targets
     from sentei.pipeline.steps import calibrate_step
 
-    if missed_needles is not None and not density:
+    if missed_needles is not None and not (density or nll or speed):
         raise typer.BadParameter(
-            "belongs to --density: the usual rungs have bounds of their own", param_hint="--missed-needles"
+            "belongs to --density, --nll and --speed: the usual rungs have bounds of their own",
+            param_hint="--missed-needles",
         )
     output = Output(as_json=as_json)
     asked = 1.0 if missed_needles is None else missed_needles
+    targets = (
+        *density_targets(density or (), asked),
+        *nll_targets(nll or (), asked),
+        *speed_targets(speed or (), asked),
+    )
     options = changed(
         CalibrateOptions(),
         window_tokens=tokens,
         num_windows=windows,
-        targets=density_targets(density, asked) if density else None,
+        targets=targets or None,
         query_block_tokens=query_block,
     )
     bench = open_bench(model, corpus, output, dtype)
@@ -182,63 +200,6 @@ def _with_verdict(rung: Rung) -> dict[str, Any]:
     checks = rung.verified.by_length if rung.verified is not None else ()
     chosen = [rung.chosen_density(check) for check in checks]
     return dict(to_plain(rung)) | {"is_kept": rung.is_kept, "chosen_density": chosen}
-
-
-@needs("train")
-def run_study(
-    model: Model = "pocket",
-    corpus: CorpusName = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens per window.", min=256)] = None,
-    windows: Windows = None,
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
-    """Compare scorer forms on held-out text: what each must keep so as not to miss what matters."""
-    from sentei.pipeline.experiments.study import StudyOptions, study
-    from sentei.pipeline.reports.plots import save_study
-
-    output = Output(as_json=as_json)
-    options = changed(StudyOptions(), window_tokens=tokens, num_windows=windows)
-    bench = open_bench(model, corpus, output, dtype)
-    with output.progress() as progress:
-        rows = study(bench.loaded, bench.corpus, options, progress)
-    folder = sentei_home().create().root / "studies" / bench.adapter_dir.name
-    page = save_study(rows, folder / "study.html")
-    document = {"model": model, "rows": [row.to_dict() for row in rows], "page": str(page)}
-    (folder / "study.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-    output.say(_study_table(rows, options), f"page: {page}")
-    output.emit(document)
-
-
-def _study_table(rows: Sequence[StudyRow], options: StudyOptions) -> Table:
-    missed = [f"{share:g}" for share in options.missed_needles]
-    densities = [f"{share:g}" for share in options.densities]
-    table = Table(
-        "layer",
-        "form",
-        "dims",
-        "query\nblock",
-        "KL",
-        *(f"kept to miss\n{float(share):.1%} of needles" for share in missed),
-        *(f"at {float(share):.0%}: mass found\nmean, p5, worst head" for share in densities),
-        *(f"at {float(share):.0%}:\nneedles missed" for share in densities),
-    )
-    for row in rows:
-        at = [row.at_density[share] for share in densities]
-        table.add_row(
-            str(row.layer),
-            row.form,
-            f"{row.dims_per_token:g}",
-            str(row.query_block),
-            f"{row.kl:.3f}",
-            *(f"{row.density[share]:.1%}" for share in missed),
-            *(
-                f"{a.mass_recall_mean:.3f}, {a.mass_recall_p5:.3f}, {a.mass_recall_worst_head:.3f}"
-                for a in at
-            ),
-            *(f"{a.needles_missed:.2%}" for a in at),
-        )
-    return table
 
 
 @needs("train")
@@ -318,28 +279,38 @@ def _ladder_table(rungs: list[dict[str, Any]]) -> Table:
         "density by length (past the break-even)",
         "dropped mass: mean, p99",
         "NLL difference (CI)",
+        "prefill, times dense",
         "decodes sparse from",
     )
     for rung in rungs:
         found = rung["verified"]
         if found is None:
-            table.add_row(rung["id"], "", "", "100%", "0", "", "")
+            table.add_row(rung["id"], "", "", "100%", "0", "", "", "")
             continue
         low, high = found["nll_delta_ci"]
-        density = rung["target_density"]
-        aim = (
-            f"dropped mass {rung['bound_dropped_mass']:.3g}" if density is None else f"density {density:.1%}"
-        )
+        speed = found["prefill_speed"]
         table.add_row(
             rung["id"],
-            aim,
+            _aim(rung),
             "yes" if rung["is_kept"] else "no",
             ", ".join(map(_density_at, found["by_length"], rung["chosen_density"])),
             f"{found['dropped_mass_mean']:.3f}, {found['dropped_mass_p99']:.3f}",
             f"{found['nll_delta']:+.4f} ({low:+.4f} to {high:+.4f})",
+            "" if speed is None else f"{speed:.2f}",
             _break_even_text(rung["decode_break_even_tokens"]),
         )
     return table
+
+
+def _aim(rung: dict[str, Any]) -> str:
+    """Say what a rung was made for."""
+    if rung["target_nll"] is not None:
+        return f"loss at most {rung['target_nll']:g}"
+    if rung["target_speed"] is not None:
+        return f"speed {rung['target_speed']:g}"
+    if rung["target_density"] is not None:
+        return f"density {rung['target_density']:.1%}"
+    return f"dropped mass {rung['bound_dropped_mass']:.3g}"
 
 
 def _density_at(check: dict[str, Any], chosen: float | None) -> str:

@@ -8,8 +8,9 @@ from sentei.pipeline.demo.demo import DemoSize
 from sentei.pipeline.demo.traffic import MixOptions
 from sentei.pipeline.evaluation.evaluate import EvaluateOptions
 from sentei.pipeline.ladder.break_even import BreakEven
-from sentei.pipeline.ladder.calibrate import CalibrateOptions, RungTarget
+from sentei.pipeline.ladder.calibrate import CalibrateOptions
 from sentei.pipeline.ladder.distill import RESIDUAL, DistillOptions
+from sentei.pipeline.ladder.targets import RungTarget
 from sentei.pipeline.ladder.verify import VerifyOptions
 from sentei.pipeline.measure.decode import Steps
 from sentei.pipeline.models import POCKET

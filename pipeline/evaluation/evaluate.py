@@ -214,6 +214,20 @@ def evaluate(
     )
 
 
+def evaluate_recall(
+    loaded: LoadedModel,
+    adapter: Adapter,
+    corpus: Corpus,
+    options: EvaluateOptions | None = None,
+    progress: Progress = silent,
+) -> dict[str, RecallSummary]:
+    """Run the recall tasks alone, as `evaluate` does, and return what each rung found."""
+    options = options if options is not None else EvaluateOptions()
+    plan = options.task_plan(min(options.window_tokens, loaded.max_tokens), loaded.max_tokens)
+    tasks = make_tasks(loaded, split_text(corpus).evaluate, plan)
+    return recall_by_rung(loaded, adapter, tasks, progress)
+
+
 def _load_own(loaded: LoadedModel, options: EvaluateOptions) -> tuple[UserTask, ...]:
     if options.user_tasks is None:
         return ()

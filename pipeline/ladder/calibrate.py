@@ -19,7 +19,9 @@ from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
 from sentei.kernels.scorer.network import BlockScorer
 from sentei.kernels.scorer.selection import pick_query_block
 from sentei.pipeline.ladder.break_even import BreakEven, measure_decode_break_even
-from sentei.pipeline.ladder.density import fit_densities
+from sentei.pipeline.ladder.density import DensityError, fit_densities
+from sentei.pipeline.ladder.search import HeldOut, pick_rungs, prefill_speeds
+from sentei.pipeline.ladder.targets import RungTarget, candidates_for
 from sentei.pipeline.ladder.verify import VerifyOptions, verify_ladder
 from sentei.pipeline.measure.capture import Sampling, capture
 from sentei.pipeline.measure.needs import (
@@ -31,6 +33,7 @@ from sentei.pipeline.measure.needs import (
     score_records,
 )
 from sentei.pipeline.measure.records import LayerRecord, LayerRecords
+from sentei.pipeline.measure.scores import pick_positions
 from sentei.pipeline.measure.texts import make_texts, make_windows
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, silent
@@ -40,28 +43,6 @@ from sentei.pipeline.text.splits import split_text
 NUM_BOUND_STEPS = 24
 # Bins of a density: within each, positions differ by half at most, and so do the shares that keep it.
 DENSITY_EDGES = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576)
-
-
-@dataclass(frozen=True, slots=True)
-class RungTarget:
-    """What a rung may cost in any KV group: missed needles (a share), mean dropped mass; or its density.
-
-    With a density, `missed_needles` is asked of questions about notes alone, and the mass is not bounded.
-    """
-
-    id: str
-    missed_needles: float = 1.0
-    bound_dropped_mass: float = 1.0
-    density: float | None = None  # of the causal blocks
-
-
-def density_targets(densities: Sequence[float], missed_needles: float = 1.0) -> tuple[RungTarget, ...]:
-    """Return one rung per density, the densest first, named after it: d50, d20, d10."""
-    for density in densities:
-        if not 0.0 < density <= 1.0:
-            raise ValueError(f"density {density:g} is no share of the blocks; give one above 0, at most 1")
-    ordered = sorted(set(densities), reverse=True)
-    return tuple(RungTarget(f"d{100 * density:g}", missed_needles, density=density) for density in ordered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +64,7 @@ class CalibrateOptions:
     query_block_tokens: int | None = None
     verify: VerifyOptions = field(default_factory=VerifyOptions)
     decode: BreakEven = field(default_factory=BreakEven)  # what times each rung's break-even
+    timed_runs: int = 3  # rounds of prefill; timed only where a rung is made for its speed
     seed: int = 1
 
 
@@ -120,8 +102,15 @@ def calibrate(
         progress=progress,
     )
     device = next(loaded.model.parameters()).device.type
-    fitted = adapter.with_ladder(fit_ladder(adapter.scorers, records, options, device))
+    fitted = adapter.with_ladder(fit_reachable(adapter.scorers, records, options, device))
+    positions = pick_positions(len(windows[0]), first=verify.first_position, most=verify.max_positions)
+    held_out = HeldOut(windows, positions, options.timed_runs)
+    if any(target.is_searched for target in options.targets):
+        fitted = fitted.with_ladder(pick_rungs(loaded, fitted, options.targets, held_out, progress))
     verified = fitted.with_ladder(verify_ladder(loaded, fitted, windows, verify, progress))
+    if any(target.speed is not None for target in options.targets):
+        speeds = prefill_speeds(loaded, verified, held_out, progress)
+        verified = verified.with_ladder(verified.ladder.with_speeds(speeds))
     ladder = measure_decode_break_even(loaded, verified, windows[0], options.decode, progress)
     if adapter.folder is not None:
         save_ladder(ladder, adapter.folder)
@@ -134,6 +123,22 @@ class _Fit:
 
     shares: Mapping[int, torch.Tensor]
     bound_dropped_mass: float | None
+
+
+def fit_reachable(
+    scorers: Mapping[int, BlockScorer], records: LayerRecords, options: CalibrateOptions, device: str
+) -> Ladder:
+    """Fit the rungs of all targets that are known now, and the candidates of the others that can be had."""
+    known = tuple(target for target in options.targets if not target.is_searched)
+    candidates = candidates_for(options.targets)
+    while True:
+        try:
+            return fit_ladder(scorers, records, replace(options, targets=(*known, *candidates)), device)
+        except DensityError as error:
+            within = tuple(each for each in candidates if (each.density or 0.0) > error.least)
+            if len(within) in (0, len(candidates)):
+                raise
+            candidates = within
 
 
 def fit_ladder(

@@ -20,7 +20,11 @@ from sentei.pipeline.measure.records import LayerRecord, LayerRecords
 
 
 class DensityError(SenteiError, ValueError):
-    """A density that cannot be had together with what is not to be missed."""
+    """A density that cannot be had together with what is not to be missed; `least` is what that takes."""
+
+    def __init__(self, message: str, least: float) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +101,12 @@ def _check_reach(bins: Sequence[_Bin], density: float) -> None:
     num_needed = sum(int((need == 0.0).sum()) for part in bins for need in part.needs)
     num_causal, num_forced = sum(part.num_causal for part in bins), sum(part.num_forced for part in bins)
     if num_needed and num_needed > density * num_causal - num_forced:
+        least = (num_needed + num_forced) / num_causal
         raise DensityError(
             f"density {density:g} is out of reach: what questions about notes need takes "
-            f"{(num_needed + num_forced) / num_causal:.1%} of the blocks by itself; "
-            "allow more of it to be missed (--missed-needles), or ask for more blocks"
+            f"{least:.1%} of the blocks by itself; "
+            "allow more of it to be missed (--missed-needles), or ask for more blocks",
+            least,
         )
 
 

@@ -24,7 +24,8 @@ from sentei.pipeline.text.corpus import Corpus
 from sentei.pipeline.text.splits import split_text
 
 TINY = 1e-9
-START_RECORDS = 8  # texts that a low-rank start is computed from; second moments need no more
+# Texts that a low-rank start is computed from, and keys of all of them: second moments need no more.
+START_RECORDS, START_KEYS = 8, 65_536
 WORTHWHILE = 0.99  # an epoch that gains less than 1% of the held-out KL counts as no gain
 
 
@@ -261,9 +262,13 @@ def train_scorer(
 
 
 def _start_low_rank(scorer: BlockScorer, train: Sequence[LayerRecord]) -> None:
-    step = -(-len(train) // START_RECORDS)
-    queries = torch.cat([record.q[0].float().flatten(1, 2) for record in train[::step]], dim=1)
-    scorer.start_from(queries, torch.cat([record.keys[0].float() for record in train[::step]], dim=1))
+    chosen = train[:: -(-len(train) // START_RECORDS)]
+    queries, keys = [], []
+    for record in chosen:
+        stride = -(-record.keys.shape[2] * len(chosen) // START_KEYS)
+        queries.append(record.q[0].float().flatten(1, 2))
+        keys.append(record.keys[0, :, ::stride].float())
+    scorer.start_from(torch.cat(queries, dim=1), torch.cat(keys, dim=1))
 
 
 def divergence(scorer: BlockScorer, record: LayerRecord) -> torch.Tensor:

@@ -34,7 +34,7 @@ def capture(
     label: str,
     progress: Progress,
 ) -> Records:
-    """Run the frozen model over the texts; keep records of sampled query blocks of each thinnable layer."""
+    """Run the frozen model over the texts; keep records of some query blocks of each layer with a shape."""
     generator = torch.Generator().manual_seed(sampling.seed)
     table = rotary_table(loaded.model, max(len(text.ids) for text in texts))
     records = Records(shapes, table)
@@ -46,7 +46,8 @@ def capture(
         sampled = Sampled(chosen, is_asking, table)
 
         def keep(layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, sampled: Sampled = sampled) -> None:
-            records.add(layer.index, record_layer(layer, q, k, shapes[layer.index], sampled))
+            if layer.index in shapes:
+                records.add(layer.index, record_layer(layer, q, k, shapes[layer.index], sampled))
 
         observe_attention(loaded.model, text.ids[None], keep)
     return records

@@ -4,14 +4,16 @@ A needle is a block that holds more than 30% of some row's attention (docs/adr/0
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.scorer.network import BlockScorer
-from sentei.kernels.scorer.selection import forced_lse, log_shares, per_head_thresholds
+from sentei.kernels.scorer.selection import QueryBlocks, forced_lse, log_shares, per_head_thresholds
 from sentei.pipeline.measure.capture import Sampling, capture
 from sentei.pipeline.measure.records import LayerRecord
 from sentei.pipeline.measure.texts import Text
@@ -19,6 +21,7 @@ from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress
 
 NEEDLE_SHARE = 0.3
+SCORES_AT_ONCE = 1 << 26  # of single tokens: 256 MiB in fp32, and on the way some three times as much
 MIN_SHARE, MAX_SHARE = 1e-6, 0.999  # thresholds on a share of the attention
 
 
@@ -47,9 +50,35 @@ def pooled_shares(scorer: BlockScorer, record: LayerRecord) -> tuple[torch.Tenso
             block_tokens=shape.block_tokens,
             q_len_end=record.keys.shape[2],
         )
-    shares, forced = log_shares(scorer, blocks, keys, lse)
+    shares, forced = _shares_in_parts(scorer, blocks, keys, lse)
     missing = record.mass.shape[-1] - shares.shape[-1]
     return torch.nn.functional.pad(shares, (0, missing), value=float("-inf")), forced
+
+
+def _shares_in_parts(
+    scorer: BlockScorer, blocks: QueryBlocks, keys: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what log_shares does; of long texts few query blocks at a time, whose scores nobody keeps.
+
+    Where gradients flow they are computed once more on the way back.
+    """
+    per_block = blocks.q.shape[1] * blocks.q.shape[3] * keys.shape[2]
+    size = max(1, SCORES_AT_ONCE // per_block)
+    num = blocks.q.shape[2]
+    if size >= num:
+        return log_shares(scorer, blocks, keys, lse)
+    run = log_shares
+    if torch.is_grad_enabled():
+        run = partial(checkpoint, log_shares, use_reentrant=False)
+    places = [slice(first, first + size) for first in range(0, num, size)]
+    parts = [run(scorer, _part(blocks, inside), keys, lse[:, :, inside]) for inside in places]
+    shares, forced = zip(*parts, strict=True)
+    return torch.cat(shares, dim=2), torch.cat(forced, dim=2)
+
+
+def _part(blocks: QueryBlocks, inside: slice) -> QueryBlocks:
+    q, plain = blocks.q[:, :, inside], blocks.q_plain[:, :, inside]
+    return replace(blocks, q=q, q_plain=plain, starts=blocks.starts[inside])
 
 
 def query_block_needs(
@@ -98,13 +127,21 @@ class AtDensity:
 
 @torch.no_grad()
 def score_records(
-    scorer: BlockScorer, records: Sequence[LayerRecord], edges: Sequence[int], block_q: int
+    scorer: BlockScorer,
+    records: Sequence[LayerRecord],
+    edges: Sequence[int],
+    block_q: int,
+    *,
+    score: Callable[[BlockScorer, LayerRecord, int], tuple[torch.Tensor, torch.Tensor]] = query_block_needs,
 ) -> tuple[list[Scored], Scored]:
-    """Score query blocks of `block_q` rows: sorted into length bins, and those apart that ask for notes."""
+    """Score query blocks of `block_q` rows: sorted into length bins, and those apart that ask for notes.
+
+    `score` gives what `query_block_needs` does.
+    """
     bins, asking = [Scored([], []) for _ in range(len(edges) + 1)], Scored([], [])
     for record in records:
         which = torch.bucketize(record.starts, torch.tensor(edges), right=True)
-        needs, mass = query_block_needs(scorer, record, block_q)
+        needs, mass = score(scorer, record, block_q)
         parts = [*((scored, which == b) for b, scored in enumerate(bins)), (asking, record.is_asking)]
         for scored, inside in parts:
             if bool(inside.any()):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from string import ascii_letters, digits
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 
 from sentei.kernels.hf.adapter import load_adapter
 from sentei.kernels.hf.retrofit import retrofit
-from sentei.pipeline.evaluation.evaluate import EvaluateOptions, Evaluation, evaluate
+from sentei.pipeline.evaluation.evaluate import EvaluateOptions, Evaluation, evaluate, evaluate_recall
 from sentei.pipeline.ladder.calibrate import CalibrateOptions, calibrate
 from sentei.pipeline.ladder.distill import DistillOptions, distill
+from sentei.pipeline.ladder.targets import RungTarget, density_targets
 from sentei.pipeline.ladder.verify import VerifyOptions
 from sentei.pipeline.measure.baselines import KINDS
 from sentei.pipeline.measure.choices import explain_prompt
@@ -153,6 +155,44 @@ def test_the_evaluation_has_the_promised_keys(story: Any, tmp_path: Path) -> Non
     assert {row["kind"] for row in data["baselines"]} == set(KINDS)
     assert {"train scorers", "verify rungs", "time prefill"} <= set(story[3])
     assert save_trade_off(story[1], tmp_path / "plot.html").stat().st_size > 10_000
+
+
+def test_recall_alone_is_what_the_evaluation_found(story: Any) -> None:
+    """The same tasks on the same rungs, without anything else."""
+    adapter, evaluation, _, _ = story
+    options = EvaluateOptions(window_tokens=2048, num_tasks=1)
+
+    found = evaluate_recall(resolve_model("pocket"), adapter, load_corpus(), options)
+
+    assert found == {rung.rung: rung.recall for rung in evaluation.rungs}
+
+
+def test_rungs_are_made_for_a_loss_and_for_a_speed(story: Any) -> None:
+    """Each says what it was made for, keeps it, and reports the rest; the denser one comes first."""
+    adapter = replace(story[0], folder=None)
+    options = CalibrateOptions(
+        window_tokens=2048,
+        num_windows=3,
+        blocks_per_window=16,
+        # A loss that every rung keeps, a speed that every rung reaches, on however slow a machine.
+        targets=(RungTarget("loose", nll=5.0), RungTarget("slow", speed=1e-6), *density_targets([0.3])),
+        verify=VerifyOptions(window_tokens=2048, num_windows=1, blocks_per_window=12),
+        timed_runs=1,
+    )
+
+    ladder = calibrate(resolve_model("pocket"), adapter, load_corpus(), options)
+
+    assert [rung.id for rung in ladder.rungs] == ["dense", "slow", "d30", "loose"]
+    slow, d30, loose = ladder.rungs[1:]
+    assert (slow.target_speed, loose.target_nll, d30.target_density) == (1e-6, 5.0, 0.3)
+    assert (slow.target_density, slow.target_nll, loose.target_density, d30.target_nll) == (None,) * 4
+    assert slow.is_kept
+    assert loose.is_kept
+    for rung in (slow, d30, loose):
+        assert rung.verified is not None
+        assert rung.verified.prefill_speed is not None
+        assert rung.verified.prefill_speed > 0
+    assert slow.verified.density > d30.verified.density > loose.verified.density
 
 
 def test_a_trained_choice_is_explained(story: Any, tmp_path: Path) -> None:

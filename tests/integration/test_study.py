@@ -1,8 +1,10 @@
 """The study of scorer forms, small, on the shipped pocket model."""
 
+from dataclasses import replace
+
 import pytest
 
-from sentei.pipeline.experiments.study import StudyOptions, StudyRow, study
+from sentei.pipeline.experiments.study import StudyOptions, StudyRow, study, summarise_forms
 from sentei.pipeline.models import resolve_model
 from sentei.pipeline.text.corpus import load_corpus
 
@@ -10,7 +12,9 @@ SMALL = StudyOptions(
     window_tokens=1024,
     num_windows=3,
     blocks_per_window=8,
+    untrained_pools=(2,),
     pools=(4,),
+    two_stages=((16, 3),),
     ranks=(32,),
     query_pools=(1,),
     max_epochs=2,
@@ -31,13 +35,16 @@ def rows(every_row: list[StudyRow]) -> dict[tuple[int, str], StudyRow]:
 
 
 def test_every_layer_has_every_form(rows: dict[tuple[int, str], StudyRow]) -> None:
-    """Untrained, residual, exact and low rank stand side by side in each layer."""
+    """Untrained, residual, exact, low rank, a window and two stages stand side by side in each layer."""
     forms = [
         "exact",
+        "local window",
+        "low rank 32, mean of 16 picks 3 blocks, then single queries",
         "low rank 32, start",
         "low rank 32, trained",
         "residual, means of 4",
         "untrained antidiagonal_8",
+        "untrained means_2",
         "untrained means_4",
         "untrained min_max_16",
     ]
@@ -65,3 +72,35 @@ def test_fewer_rows_that_choose_together_need_fewer_blocks(every_row: list[Study
 
     assert all(exact[layer, 16] <= exact[layer, 64] for layer in range(4))
     assert any(exact[layer, 16] < 0.9 * exact[layer, 64] for layer in range(4))
+
+
+def test_the_first_of_two_stages_costs_little_and_may_lose_what_the_second_would_find(
+    rows: dict[tuple[int, str], StudyRow],
+) -> None:
+    """Never better than its own second stage over all blocks, at fewer multiply-adds."""
+    for layer in range(4):
+        alone = rows[layer, "low rank 32, trained"]
+        two = rows[layer, "low rank 32, mean of 16 picks 3 blocks, then single queries"]
+
+        assert two.dims_per_token < alone.dims_per_token
+        assert two.kl is None
+        assert two.at_density["0.1"].need_found <= alone.at_density["0.1"].need_found + 1e-3
+
+
+def test_a_summary_is_the_mean_over_layers(every_row: list[StudyRow]) -> None:
+    """For each form and size of query blocks, in the order in which they were studied."""
+    forms = summarise_forms(every_row)
+
+    assert len(forms) == len(every_row) / 4
+    exact = next(form for form in forms if (form.form, form.query_block) == ("exact", 16))
+    mine = [
+        row.at_density["0.1"].need_found for row in every_row if (row.form, row.query_block) == ("exact", 16)
+    ]
+    assert exact.need_found["0.1"] == pytest.approx(sum(mine) / 4)
+    assert next(form for form in forms if form.form == "local window").kl is None
+
+
+def test_layers_are_chosen_by_number() -> None:
+    """One that has no full attention is refused with those that have."""
+    with pytest.raises(ValueError, match="layer 9 of pocket has no full attention; choose from 0, 1, 2, 3"):
+        study(resolve_model("pocket"), load_corpus(), replace(SMALL, layers=(9,)))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sentei.pipeline.ladder.calibrate import RungTarget, _fill_empty_bins, _fit_bin
+from sentei.pipeline.ladder.calibrate import _fill_empty_bins, _fit_bin
+from sentei.pipeline.ladder.targets import RungTarget
 from sentei.pipeline.measure.needs import Scored, max_head_density, needle_threshold
 
 NOTHING = Scored([], [])

@@ -188,6 +188,22 @@ def test_an_unknown_scorer_form_is_bad_input() -> None:
     assert "choose from residual, low_rank" in done.output
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["evaluate", "--only", "speed"], "choose from recall"),
+        (["evaluate", "--only", "recall", "--timed-runs", "2"], "leaves out --tasks, --timed-runs"),
+        (["calibrate", "--missed-needles", "0.1"], "belongs to --density, --nll and --speed"),
+    ],
+)
+def test_what_does_not_go_together_is_said_before_a_model_is_loaded(options: list[str], words: str) -> None:
+    """The message names the options."""
+    done = CliRunner().invoke(app, options)
+
+    assert done.exit_code == ExitCode.BAD_INPUT
+    assert words in " ".join(done.output.replace("\u2502", " ").split())
+
+
 def test_an_extra_is_what_the_metadata_lists_for_it() -> None:
     """Extras inside extras are followed, and what only some platforms want is left out."""
     lines = [

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
-from sentei.pipeline.ladder.calibrate import CalibrateOptions, density_targets
+from sentei.pipeline.ladder.calibrate import CalibrateOptions, fit_reachable
 from sentei.pipeline.ladder.density import DensityError, DensityFit, fit_densities
+from sentei.pipeline.ladder.targets import CANDIDATES, density_targets, nll_targets
 from sentei.pipeline.measure.needs import row_shares
 from sentei.pipeline.measure.records import LayerRecord
 
@@ -135,6 +138,26 @@ def test_a_density_below_what_questions_need_is_refused_with_both_numbers() -> N
             block_q=BLOCK,
             most=limits,
         )
+
+
+def test_candidates_that_questions_leave_no_room_for_are_left_out() -> None:
+    """A rung of a loss is looked for among the densities that can be had; its own target stays refused."""
+    record, scorer = make_record(), BlockScorer(SHAPE, 8**-0.5)
+    mass = row_shares(scorer, record)[0].exp().nan_to_num()  # needles where it looks for them
+    sharp = mass**4 / (mass**4).sum(-1, keepdim=True).clamp_min(1e-9)
+    changes = {"is_asking": torch.ones(len(record.starts), dtype=torch.bool), "mass": sharp.half()}
+    asking = LayerRecord(**{name: getattr(record, name) for name in LayerRecord.__slots__} | changes)
+    targets = nll_targets([0.01], 0.6)
+    options = CalibrateOptions(targets=targets, query_block_tokens=4)
+
+    ladder = fit_reachable({0: scorer}, {0: [asking]}, options, "cpu")
+
+    found = [rung.target_density for rung in ladder.rungs[1:]]
+    assert found == list(CANDIDATES[: len(found)])
+    assert 0 < len(found) < len(CANDIDATES)
+    held = replace(options, targets=(*density_targets([0.05], 0.6), *targets))
+    with pytest.raises(DensityError, match=r"density 0\.05 is out of reach"):
+        fit_reachable({0: scorer}, {0: [asking]}, held, "cpu")
 
 
 def test_what_is_forced_is_kept_at_any_density() -> None:

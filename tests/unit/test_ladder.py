@@ -107,6 +107,23 @@ def test_a_bound_on_dropped_mass_is_kept_where_held_out_text_stays_below_it(
     assert make_rung(target_density=None, bound_dropped_mass=bound).is_kept is is_kept
 
 
+@pytest.mark.parametrize(("nll", "is_kept"), [(0.004, True), (0.0039, False)])
+def test_a_loss_is_kept_where_the_upper_end_of_its_interval_stays_within(nll: float, is_kept: bool) -> None:
+    """The mean alone is no proof."""
+    assert make_rung(target_density=None, target_nll=nll).is_kept is is_kept
+
+
+@pytest.mark.parametrize(("measured", "is_kept"), [(1.5, True), (1.49, False), (None, False)])
+def test_a_speed_is_kept_where_it_was_measured(measured: float | None, is_kept: bool) -> None:
+    """A rung that was not timed has none."""
+    rung = make_rung(target_density=None, target_speed=1.5)
+    ladder = Ladder((Rung(DENSE), rung), (2048,), 16)
+
+    timed = ladder if measured is None else ladder.with_speeds({"d20": measured})
+
+    assert timed.find("d20").is_kept is is_kept
+
+
 def test_a_rung_that_nobody_verified_says_neither() -> None:
     """No measurement is no promise kept."""
     assert make_rung(verified=None).is_kept is None
@@ -114,7 +131,8 @@ def test_a_rung_that_nobody_verified_says_neither() -> None:
 
 def test_a_ladder_survives_its_file() -> None:
     """Target, lengths and limits are read back as they were written."""
-    ladder = Ladder((Rung(DENSE), make_rung(decode_break_even_tokens={1: NEVER, 4: 2048})), (2048,), 16)
+    rung = make_rung(decode_break_even_tokens={1: NEVER, 4: 2048}, target_nll=0.01, target_speed=1.5)
+    ladder = Ladder((Rung(DENSE), rung), (2048,), 16).with_speeds({"d20": 1.4})
 
     assert ladder_from_dict(json.loads(json.dumps(ladder.to_dict()))) == ladder
 
@@ -131,9 +149,11 @@ def test_a_ladder_of_before_has_no_limit() -> None:
     """Ladders that name no verified length run as they did."""
     data = Ladder((Rung(DENSE), make_rung()), (2048,), 16).to_dict()
     for rung in data["rungs"]:
-        del rung["target_density"], rung["verified_tokens"], rung["decode_break_even_tokens"]
+        for name in ("density", "nll", "speed"):
+            del rung[f"target_{name}"]
+        del rung["verified_tokens"], rung["decode_break_even_tokens"]
         if rung["verified"] is not None:
-            del rung["verified"]["by_length"]
+            del rung["verified"]["by_length"], rung["verified"]["prefill_speed"]
 
     rung = ladder_from_dict(data).find("d20")
 

@@ -29,6 +29,8 @@ TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 NUM_SPANS = 17  # ten of the request, seven of its audit
 USER, KEY = "alice@example.org", "sk-nobody-may-see-this"
 
+pytestmark = pytest.mark.timeout(600)  # the app starts once: minutes where other work runs beside it
+
 
 @pytest.fixture
 def kept() -> InMemorySpanExporter:

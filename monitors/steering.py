@@ -132,7 +132,7 @@ class Steering(Database):
             row = connection.execute(query).first()
         if row is None:
             return None
-        table = _table_from_json(row.table_json)
+        table = table_from_json(row.table_json)
         return table if row.stop is None else _all_dense(table), int(row.renewals)
 
     def read_renewed_at(self, rollout_id: str) -> float | None:
@@ -322,7 +322,8 @@ def _all_dense(table: RoutingTable) -> RoutingTable:
     )
 
 
-def _table_from_json(text: str) -> RoutingTable:
+def table_from_json(text: str) -> RoutingTable:
+    """Return the routing table behind a row; raises what its fields raise where it is none."""
     raw = json.loads(text)
     routes = tuple(SliceRoute(**route) for route in raw.pop("routes"))
     return RoutingTable(routes=routes, **raw)

@@ -12,6 +12,7 @@ from ray.serve import Application
 
 from sentei.serving.deployments import AuditorServer, ControllerServer, IngressServer
 from sentei.serving.errors import ConfigError
+from sentei.serving.front.access import operators_of_environment
 from sentei.serving.replica.variant import ModelServer
 from sentei.serving.settings import AppArgs, VariantOptions, launch_folder
 
@@ -32,6 +33,7 @@ INGRESS_SLOTS = 8192
 def build(args: AppArgs) -> Application:
     """Return the app: ingress, dense, and, where there is an adapter, sparse, auditor and controller."""
     args = args.at(launch_folder())
+    operators_of_environment()  # refused here, not when an ingress has started
     if args.replica_gpus and args.engine != "vllm":
         raise ConfigError(f"replica_gpus is {args.replica_gpus:g}; engine 'builtin' runs on CPUs: set 'vllm'")
     note = GPU_NOTE if args.replica_gpus else missing_adapter(args)

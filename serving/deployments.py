@@ -35,6 +35,7 @@ from sentei.serving.rollout.controller import Controller, Mirror
 from sentei.serving.rollout.operations import add_admin_routes
 from sentei.serving.rollout.scrape import add_metrics_route
 from sentei.serving.settings import AppArgs
+from sentei.serving.traces import OFF, Tracer, read_tracer
 
 NO_MIRROR = "off"
 CREATED = "model_created_s"
@@ -81,6 +82,7 @@ class IngressServer:
             created_s=_created_s(self._store),
             user_key=read_user_key(sentei_home().create().root),
             now_s=self._store.clock(),
+            tracer=read_tracer("ingress"),
         )
         if note:
             logging.getLogger(__name__).warning("dense only: %s", note)
@@ -121,11 +123,14 @@ class IngressServer:
 class AuditorServer:
     """The auditor in a replica of its own."""
 
+    _tracer: Tracer = OFF
+
     def __init__(self, args: AppArgs, dense: Handle, sparse: Handle) -> None:
         set_up_logging()
         variants = {DENSE: RayVariant(DENSE, dense), SPARSE: RayVariant(SPARSE, sparse)}
         store = Store.open(args.resolved_store_url())
         self._writer = RecordWriter(store)
+        self._tracer = read_tracer("auditor")
         self._auditor = Auditor(
             variants,
             self._writer,
@@ -133,8 +138,13 @@ class AuditorServer:
             concurrency=args.audit_concurrency,
             kl_cap_nats=lru_cache(maxsize=64)(partial(_kl_cap_nats, store)),
             clock=store.clock(),
+            tracer=self._tracer,
         )
         self._has_started = False
+
+    def __del__(self) -> None:
+        """Send the last spans; Serve calls this when it ends the replica."""
+        self._tracer.stop()
 
     async def submit(self, job: AuditJob) -> Missing | None:
         """Queue a job; the workers start with the first one, on the loop that Serve runs."""

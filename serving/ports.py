@@ -59,6 +59,7 @@ class AuditJob:
     share: float = 0.0
     probability: float = 0.0  # with which the request was drawn
     artifact: str = ""  # digest of what the sparse replica must run; "": any
+    traceparent: str = ""  # W3C's, of the answer; "": nobody traces it
 
     def score(self, status: AuditStatus, at_s: float, **numbers: Any) -> AuditScore:
         """Return this answer's score; without numbers where it could not be scored."""

@@ -12,18 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
-import socket
 import subprocess
 import tempfile
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from PIL import Image
+from pictures import free_port, take, wait  # beside this file
 
 ROOT = Path(__file__).resolve().parents[2]
 PANELS = ("Share of sparse", "Evidence of harm over its bound")
@@ -46,14 +43,20 @@ def main() -> None:
         (folder / "prometheus.yml").write_text("global: {}\n", encoding="utf-8")
         plant = ["promtool", "tsdb", "create-blocks-from", "openmetrics", "series.om", "data"]
         subprocess.run(plant, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{found.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         command = ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data"]
         server = subprocess.Popen([*command, f"--web.listen-address={address}"], cwd=folder)
         try:
             wait(f"http://{address}/-/ready")
-            shoot(page(address, end_s), into / "dashboard-planted.png", folder)
+            height = HEADER + PANEL * len(PANELS)
+            take(
+                page(address, end_s),
+                into / "dashboard-planted.png",
+                size=(WIDTH, height),
+                crop=(0, HEADER, WIDTH, height),
+                settle_ms=15_000,
+                colours=64,
+            )
         finally:
             server.terminate()
             server.wait(30)
@@ -98,31 +101,6 @@ def page(address: str, end_s: int) -> str:
         words += [(f"g{i}.range_input", "3h"), (f"g{i}.end_input", until), (f"g{i}.tab", "0")]
         words.append((f"g{i}.expr", target["expr"]))
     return f"http://{address}/classic/graph?{urllib.parse.urlencode(words, quote_via=urllib.parse.quote)}"
-
-
-def shoot(address: str, path: Path, folder: Path) -> None:
-    """Take one picture, in 64 colours."""
-    taken = folder / "taken.png"
-    height = HEADER + PANEL * len(PANELS)
-    command = [shutil.which("chromium") or "chromium", "--headless", "--no-sandbox", "--disable-gpu"]
-    command += ["--disable-dev-shm-usage", f"--user-data-dir={folder / 'profile'}", "--hide-scrollbars"]
-    command += [f"--window-size={WIDTH},{height}", "--virtual-time-budget=15000"]
-    subprocess.run([*command, f"--screenshot={taken}", address], check=True, timeout=180)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Image.open(taken) as picture:
-        picture.convert("RGB").crop((0, HEADER, WIDTH, height)).quantize(64).save(path, optimize=True)
-
-
-def wait(address: str) -> None:
-    """Until the server answers, at most a minute."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except OSError:
-            time.sleep(1)
-    raise TimeoutError(address)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import tempfile
-import time
 import urllib.parse
-import urllib.request
 from pathlib import Path
 
 from mlflow import MlflowClient
-from PIL import Image
+from pictures import free_port, take, wait  # beside this file
 
 WIDTH, PANEL = 1640, 424  # of the window, and of MLflow's assistant at its right, which is cut off
 SETTLE_MS = 20_000  # of the browser's own clock, until the plot stands
@@ -36,9 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     uri = f"sqlite:///{(arguments.home / 'mlflow.db').resolve()}"
     client = MlflowClient(uri)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     command = ["mlflow", "server", "--backend-store-uri", uri, "--port", str(port), "--workers", "1"]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRACK": "true"}
     server = subprocess.Popen(command, env={**os.environ, **quiet}, start_new_session=True)
@@ -76,27 +69,8 @@ def shoot(port: int, runs: tuple[str, list[str]], path: Path, *, height: int) ->
     asked = {"runs": json.dumps(runs[1]), "experiments": json.dumps([runs[0]])}
     query = urllib.parse.urlencode(asked, quote_via=urllib.parse.quote)
     address = f"http://127.0.0.1:{port}/#/compare-runs?{query}"
-    with tempfile.TemporaryDirectory() as folder:
-        taken = Path(folder) / "taken.png"
-        command = [shutil.which("chromium") or "chromium", "--headless", "--no-sandbox", "--disable-gpu"]
-        command += ["--disable-dev-shm-usage", f"--user-data-dir={folder}", "--hide-scrollbars"]
-        command += [f"--window-size={WIDTH},{height}", f"--virtual-time-budget={SETTLE_MS}"]
-        subprocess.run([*command, f"--screenshot={taken}", address], check=True, timeout=180)
-        with Image.open(taken) as picture:
-            seen = picture.convert("RGB").crop((0, 0, WIDTH - PANEL, height))
-            seen.quantize(256).save(path, optimize=True)
-
-
-def wait(address: str) -> None:
-    """Until the server answers, at most two minutes."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except OSError:
-            time.sleep(1)
-    raise TimeoutError(address)
+    crop = (0, 0, WIDTH - PANEL, height)
+    take(address, path, size=(WIDTH, height), crop=crop, settle_ms=SETTLE_MS, colours=256)
 
 
 if __name__ == "__main__":

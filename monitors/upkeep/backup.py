@@ -113,8 +113,14 @@ def _dump(store: Database, url: URL, part: Path) -> None:
 
 def find_pg_dump() -> str | None:
     """Postgres' program of the newest version here; a newer one dumps older servers."""
-    found = sorted(DEBIAN.glob("*/bin/pg_dump"), key=lambda path: float(path.parts[-3]))
-    return str(found[-1]) if found else shutil.which("pg_dump")
+    found = max(DEBIAN.glob("*/bin/pg_dump"), key=_version, default=None)
+    return str(found) if found is not None else shutil.which("pg_dump")
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """The version that a folder is named by; one that is named otherwise comes before all of them."""
+    parts = path.parts[-3].split(".")
+    return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else ()
 
 
 def _sync(path: Path) -> None:

@@ -5,7 +5,6 @@ Nothing is changed, and one fault does not hide the next: what cannot be read is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,8 +15,10 @@ from sentei.errors import SenteiError
 from sentei.monitors.database import WRITES
 from sentei.monitors.events import COUNT, EventLog
 from sentei.monitors.migrations.revision import find_revision, refusal
+from sentei.monitors.steering import table_from_json
 from sentei.monitors.store import Store
 from sentei.monitors.tables import COUNTERS, EVENTS, METADATA, ROLLOUTS, ROUTING, VALUES
+from sentei.policies.state import PolicyStateError, state_from_json
 
 RESTORE = "restore a backup (sentei store backup made it), or see docs/guides/store.md"
 NUMBERED = tuple(table for table in METADATA.sorted_tables if "seq" in table.c and table is not EVENTS)
@@ -119,14 +120,14 @@ def _counts(store: Store) -> Finding:
 
 
 def _rollouts(store: Store) -> Finding:
-    """Each rollout with events is written down, and its newest state can be read."""
+    """Each rollout with events is written down, and its newest state is one, of that rollout."""
     newest = sa.select(sa.func.max(EVENTS.c.seq)).group_by(EVENTS.c.rollout_id)
     query = sa.select(EVENTS.c.rollout_id, EVENTS.c.state_json).where(EVENTS.c.seq.in_(newest))
     with store.read("rollouts") as connection:
         known = set(connection.execute(sa.select(ROLLOUTS.c.rollout_id)).scalars())
         states = connection.execute(query).all()
     wrong = [f"{name} is not written down" for name, _ in states if name not in known]
-    wrong += [f"the newest state of {name} cannot be read" for name, text in states if not _is_json(text)]
+    wrong += [f"the newest state of {name} {fault}" for name, text in states if (fault := _fault(name, text))]
     found = "; ".join(wrong) or f"{len(known)}, {len(states)} of them with events"
     return Finding("rollouts", not wrong, found, RESTORE if wrong else "")
 
@@ -150,15 +151,24 @@ def _routing(store: Store) -> Finding:
     with store.read("routing table") as connection:
         rows = connection.execute(query).all()
         known = set(connection.execute(sa.select(ROLLOUTS.c.rollout_id)).scalars())
-    wrong = [row.rollout_id for row in rows if row.rollout_id not in known or not _is_json(row.table_json)]
+    wrong = [row.rollout_id for row in rows if row.rollout_id not in known or not _is_table(row.table_json)]
     found = f"of {', '.join(row.rollout_id for row in rows)}" if rows else "none yet"
     way_out = "restart the app: its controller publishes a new one" if wrong else ""
     return Finding("routing table", not wrong, found, way_out)
 
 
-def _is_json(text: str) -> bool:
+def _fault(rollout_id: str, text: str) -> str:
+    """What is wrong with a state's bytes: a controller reads the same ones when it takes the rollout up."""
     try:
-        json.loads(text)
-    except ValueError:
+        state = state_from_json(text)
+    except PolicyStateError as error:
+        return f"cannot be read: {error}"
+    return "" if state.rollout_id == rollout_id else f"is one of {state.rollout_id}"
+
+
+def _is_table(text: str) -> bool:
+    try:
+        table_from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
     return True

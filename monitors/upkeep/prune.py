@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 
 from sentei.monitors.steering import PRUNED
 from sentei.monitors.store import Store
-from sentei.monitors.tables import ARRIVALS, ATTENTION, AUDITS, REQUESTS, ROLLOUTS
+from sentei.monitors.tables import ARRIVALS, ATTENTION, AUDITS, METRICS, REQUESTS, ROLLOUTS
 
 Condition = sa.ColumnElement[bool]
 ROWS_AT_A_TIME = 2_000  # in one transaction: the app's writers wait for it
@@ -31,11 +31,12 @@ class Pruned:
     audits: int
     arrivals: int
     attention: int
+    metrics: int
 
     @property
     def rows(self) -> int:
         """All of them together."""
-        return self.requests + self.audits + self.arrivals + self.attention
+        return self.requests + self.audits + self.arrivals + self.attention + self.metrics
 
 
 def prune_store(store: Store, *, before_s: float, is_dry: bool = False) -> tuple[Pruned, ...]:
@@ -64,6 +65,7 @@ def _count(connection: Connection, rollout_id: str, before_s: float, *, is_over:
         AUDITS: AUDITS.c.request_id.in_(ids) | alone,
         ARRIVALS: arrivals,
         ATTENTION: ATTENTION.c.request_id.in_(ids),
+        METRICS: _old_samples(rollout_id, before_s),
     }
     counts = {
         table.name: int(
@@ -83,6 +85,11 @@ def _old_rows(rollout_id: str, before_s: float) -> tuple[Condition, Condition, C
     return requests, arrivals, audits & ~sa.exists().where(REQUESTS.c.request_id == AUDITS.c.request_id)
 
 
+def _old_samples(rollout_id: str, before_s: float) -> Condition:
+    """Which answers to metrics of one's own are old."""
+    return (METRICS.c.rollout_id == rollout_id) & (METRICS.c.at_s < before_s)
+
+
 def _delete_all(store: Store, rollout_id: str, before_s: float) -> None:
     requests, arrivals, alone = _old_rows(rollout_id, before_s)
     with_them = (ATTENTION.c.request_id, AUDITS.c.request_id, REQUESTS.c.request_id)
@@ -90,6 +97,7 @@ def _delete_all(store: Store, rollout_id: str, before_s: float) -> None:
         (requests, with_them),
         (arrivals, (ARRIVALS.c.seq,)),
         (alone, (AUDITS.c.request_id,)),
+        (_old_samples(rollout_id, before_s), (METRICS.c.seq,)),
     ):
         while _delete_some(store, condition, keys):
             pass

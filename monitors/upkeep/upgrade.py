@@ -16,7 +16,7 @@ from sentei.monitors.events import EventLog
 from sentei.monitors.migrations import revision as revisions
 from sentei.monitors.steering import CONTROLLER
 from sentei.monitors.store import Store
-from sentei.monitors.tables import LEASES
+from sentei.monitors.tables import EVENTS, LEASES
 from sentei.monitors.upkeep.backup import back_up
 
 MIGRATIONS = Path(revisions.__file__).parent
@@ -53,14 +53,20 @@ def upgrade_store(
         if before == revisions.HEAD:
             return Upgraded(store.url, before, before, None, log.verify())
         if not is_forced:
-            _check_nobody_decides(store, clock())
+            with store.read("lease") as connection:  # before a copy that takes long
+                _check_nobody_decides(store, connection, clock())
         num_events = log.verify()
         copy = None
         if keeps_copy and store.path is not None:
             copy = back_up(url, store.path.with_name(f"{store.path.name}.{before}-{_stamp(clock())}"))
-        with store.write("upgraded tables") as connection:
+        now_s = clock()
+        with store.write("upgraded tables") as connection:  # nobody else writes until it ends
+            if not is_forced:
+                _check_nobody_decides(store, connection, now_s)
+            _check_count(store, connection, num_events, "while it was looked at: stop the app that writes it")
             run_migrations(connection)
-        return Upgraded(store.url, before, revisions.HEAD, copy, _same(log.verify(), num_events))
+            _check_count(store, connection, num_events, "by the upgrade, which is undone")
+        return Upgraded(store.url, before, revisions.HEAD, copy, log.verify())
 
 
 def run_migrations(connection: Connection, target: str = revisions.HEAD) -> None:
@@ -84,11 +90,10 @@ def _upgradable(store: Database) -> str:
     return found
 
 
-def _check_nobody_decides(store: Database, now_s: float) -> None:
+def _check_nobody_decides(store: Database, connection: Connection, now_s: float) -> None:
     """A lease that still runs says that an app is at work; one that was stopped leaves it to run out."""
     query = sa.select(LEASES.c.owner, LEASES.c.expires_at_s).where(LEASES.c.name == CONTROLLER)
-    with store.read("lease") as connection:
-        lease = connection.execute(query).first()
+    lease = connection.execute(query).first()
     if lease is not None and lease.expires_at_s > now_s:
         raise StoreError(
             f"store {store.url} is in use: the lease of controller {lease.owner!r} runs for "
@@ -96,10 +101,11 @@ def _check_nobody_decides(store: Database, now_s: float) -> None:
         )
 
 
-def _same(after: int, before: int) -> int:
-    if after != before:
-        raise StoreError(f"the log had {before} events before the upgrade and has {after}: restore the copy")
-    return after
+def _check_count(store: Database, connection: Connection, wanted: int, why: str) -> None:
+    """The log is the one whose chain was found whole."""
+    found = int(connection.execute(sa.select(sa.func.count()).select_from(EVENTS)).scalar_one())
+    if found != wanted:
+        raise StoreError(f"the log of {store.url} had {wanted} events and has {found}, changed {why}")
 
 
 def _stamp(now_s: float) -> str:

@@ -95,7 +95,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete old requests, audits and arrivals of rollouts that are over; never an event."""
+    """Delete old requests, audits, arrivals and samples of rollouts that are over; never an event."""
     from sentei.monitors.store import Store
     from sentei.monitors.upkeep.prune import prune_store
     from sentei.policies.schema.units import parse_duration
@@ -106,10 +106,10 @@ def prune(
         lines = prune_store(opened, before_s=before_s, is_dry=dry_run)
     going = [line for line in lines if line.is_over and line.rows]
     staying = [line for line in lines if not line.is_over]
-    table = Table("rollout", "requests", "audits", "arrivals", "attention", title_justify="left")
+    table = Table("rollout", "requests", "audits", "arrivals", "attention", "metrics", title_justify="left")
     table.title = f"older than {older_than}: {'would be deleted' if dry_run else 'deleted'}"
     for line in going:
-        counts = (line.requests, line.audits, line.arrivals, line.attention)
+        counts = (line.requests, line.audits, line.arrivals, line.attention, line.metrics)
         table.add_row(line.rollout_id, *(f"{number:,}" for number in counts))
     output.say(table if going else f"nothing is older than {older_than} of a rollout that is over")
     for line in staying:

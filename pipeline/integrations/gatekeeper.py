@@ -9,22 +9,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from sentei.errors import SenteiError
-from sentei.monitors.events import Event, EventLog
+from sentei.monitors.events import Event
 from sentei.monitors.store import Store
 from sentei.pipeline.integrations.calls import Secrets, call
+from sentei.pipeline.integrations.newest import NewestRollout, Pace
 from sentei.pipeline.integrations.shapes import readable_moment, sign
-from sentei.pipeline.rollout.revisions import PolicyBook
 from sentei.pipeline.rollout.runner import read_look
 from sentei.policies.machine import Phase, Wait
 from sentei.policies.schema.integrations.gate import GATE_ORDER, ApprovalWebhook
 from sentei.policies.schema.policy import Policy
-from sentei.policies.state import RolloutState, state_from_json
+from sentei.policies.state import RolloutState
 
 HEADERS = {"content-type": "application/json", "user-agent": "sentei-gate/1"}
 APPROVES = 200
@@ -37,28 +36,24 @@ class GateKeeper:
 
     def __init__(self, store: Store, secrets: Secrets, *, wall: Callable[[], float] = time.time) -> None:
         self._store = store
-        self._log = EventLog(store)
-        self._book = PolicyBook(store)
+        self._newest = NewestRollout(store)
         self._secrets = secrets
         self._wall = wall
-        self._asked: tuple[str, float] | None = None  # about which stay, and when
+        self._pace = Pace()  # of each stay
 
     def run_once(self, now_s: float) -> str | None:
         """Ask if it is time: why it was not approved, "" where it was, None where nobody was asked."""
-        rollouts = self._store.read_rollouts()
-        event = self._log.latest(rollouts[-1].rollout_id) if rollouts else None
-        if event is None:
+        found = self._newest.read()
+        if found is None:
             return None
-        state = state_from_json(event.state)
-        policy = self._book.find(state.rollout_id, state.policy_digest)
+        policy, state = found.policy, found.state
         gate = self._gate(policy, state)
-        if gate is None or self._is_answered(state) or not self._is_due(gate, state, now_s):
+        if gate is None or self._is_answered(state) or not self._pace.is_due(state.stay, gate.every, now_s):
             return None
-        self._asked = (state.stay, now_s)
+        self._pace.note(state.stay, now_s)
+        document = question(policy, state, found.event, self._evidence(found.event), asked_s=now_s)
         try:
-            answer = asyncio.run(
-                self._ask(gate, question(policy, state, event, self._evidence(event), asked_s=now_s))
-            )
+            answer = asyncio.run(self._ask(gate, document))
         except SenteiError as error:
             return f"gate {gate.id}: {error}"
         if answer != APPROVES:
@@ -76,9 +71,6 @@ class GateKeeper:
     def _is_answered(self, state: RolloutState) -> bool:
         """Whether an order waits that the next tick will see first."""
         return self._store.newest_order(state.rollout_id) > max(state.command_seq, state.revision)
-
-    def _is_due(self, gate: ApprovalWebhook, state: RolloutState, now_s: float) -> bool:
-        return self._asked is None or self._asked[0] != state.stay or now_s >= self._asked[1] + gate.every
 
     def _evidence(self, event: Event) -> list[Mapping[str, Any]]:
         """The newest verdicts: of the last tick, or of the event."""
@@ -131,15 +123,11 @@ def _stage(policy: Policy, stage_id: str) -> dict[str, Any]:
 
 def _evidence(verdicts: list[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for item in verdicts:
-        numbers = {name: item.get(name) for name in _NUMBERS}
         yield {
             "id": item["id"],
             "slice": item["slice_id"],
             "rung": item["rung_id"],
             "verdict": item["verdict"],
-            **{
-                name: value if value is None or math.isfinite(value) else None
-                for name, value in numbers.items()
-            },
+            **{name: item.get(name) for name in _NUMBERS},  # null where there is none that is finite
             "reason": str(item["reason"])[:MAX_REASON_CHARS],
         }

@@ -16,6 +16,7 @@ from sentei.monitors.events import Event
 from sentei.policies.machine import Phase, Wait
 from sentei.policies.schema.integrations.notify import HELD_LONG
 from sentei.policies.state import RolloutState, state_from_json
+from sentei.policies.steps.tick import ALERT, AUDITS_BLIND, DENSE_DOWN
 
 _DEEDS = {  # of an action: what it is called in a policy's `events`
     "rollback": "rolled_back",
@@ -131,15 +132,17 @@ def told_time(place: Place) -> Place:
 
 def _happenings(place: Place, event: Event, state: RolloutState) -> Iterator[tuple[str, str, str | None]]:
     """Kind, reason and slice of what happened."""
-    # Each alert is one of two, in the order of the steps: dense is down, then no audit was scored.
+    # Alerts of logs that were written before they said what they are about: in the order of the steps.
     alerts = []
     if state.dense_down_since_s is not None and not place.is_dense_down:
-        alerts.append("dense_down")
+        alerts.append(DENSE_DOWN)
     if state.is_blind and not place.is_blind:
-        alerts.append("audits_blind")
+        alerts.append(AUDITS_BLIND)
     for action in event.payload.get("actions", ()):
-        if action["kind"] == "alert" and alerts:
-            yield alerts.pop(0), action["detail"], None
+        if action["kind"] == ALERT:
+            about = action.get("about") or (alerts.pop(0) if alerts else None)
+            if about is not None:
+                yield about, action["detail"], None
         elif action["kind"] in _DEEDS:
             yield _DEEDS[action["kind"]], action["detail"], action["slice_id"]
     if state.waits_for == Wait.APPROVAL and place.waits_for != Wait.APPROVAL:

@@ -14,14 +14,12 @@ from typing import Any
 from urllib.parse import urlencode
 
 from sentei.errors import SenteiError
-from sentei.monitors.events import EventLog
 from sentei.monitors.records import MetricResult
 from sentei.monitors.store import Store
 from sentei.pipeline.integrations.calls import CallError, Secrets, call
-from sentei.pipeline.rollout.revisions import PolicyBook
+from sentei.pipeline.integrations.newest import NewestRollout, Pace
 from sentei.policies.machine import Phase
 from sentei.policies.schema.integrations.prometheus import PrometheusGuardrail
-from sentei.policies.state import state_from_json
 
 MAX_ANSWER_BYTES = 256 << 10
 MAX_DETAIL_CHARS = 300
@@ -34,36 +32,26 @@ class MetricReader:
 
     def __init__(self, store: Store, secrets: Secrets, *, wall: Callable[[], float] = time.time) -> None:
         self._store = store
-        self._log = EventLog(store)
-        self._book = PolicyBook(store)
+        self._newest = NewestRollout(store)
         self._secrets = secrets
         self._wall = wall
-        self._asked_s: dict[tuple[str, str], float] = {}
+        self._pace = Pace()  # of each rollout's metrics
 
     def run_once(self, now_s: float) -> tuple[str, ...]:
         """Query what is due and write it down; returns what gave no number, and why."""
-        rollouts = self._store.read_rollouts()
-        event = self._log.latest(rollouts[-1].rollout_id) if rollouts else None
-        if event is None:
+        newest = self._newest.read()
+        if newest is None or newest.state.phase == Phase.ROLLED_BACK:
             return ()
-        state = state_from_json(event.state)
-        if state.phase == Phase.ROLLED_BACK:
-            return ()
-        policy = self._book.find(state.rollout_id, state.policy_digest)
-        due = [
-            item for item in policy.spec.guardrails.prometheus if self._is_due(state.rollout_id, item, now_s)
-        ]
+        rollout_id = newest.state.rollout_id
+        items = newest.policy.spec.guardrails.prometheus
+        due = [item for item in items if self._pace.is_due((rollout_id, item.id), item.every, now_s)]
         if not due:
             return ()
-        found = asyncio.run(self._ask_all(state.rollout_id, due, now_s))
+        found = asyncio.run(self._ask_all(rollout_id, due, now_s))
         for result in found:
             self._store.add_metric(result)
-            self._asked_s[(result.rollout_id, result.metric_id)] = now_s
+            self._pace.note((rollout_id, result.metric_id), now_s)
         return tuple(f"{item.metric_id}: {item.detail}" for item in found if item.status != OK)
-
-    def _is_due(self, rollout_id: str, item: PrometheusGuardrail, now_s: float) -> bool:
-        asked_s = self._asked_s.get((rollout_id, item.id))
-        return asked_s is None or not 0 <= now_s - asked_s < item.every
 
     async def _ask_all(
         self, rollout_id: str, items: list[PrometheusGuardrail], now_s: float

@@ -107,6 +107,7 @@ class Tracker(Protocol):
 
 
 SQLITE = "sqlite:///"
+SERVER = ("http://", "https://")
 
 
 class MlflowTracker:
@@ -119,7 +120,9 @@ class MlflowTracker:
         self.tracking_uri = tracking_uri
         if tracking_uri.startswith(SQLITE):
             make_private(Path(tracking_uri.removeprefix(SQLITE)))
-        self._artifact_root = artifact_root
+        # A folder of this machine is no place for what a server's other clients, and its pages, read.
+        is_server = tracking_uri.startswith(SERVER)
+        self._artifact_root = None if is_server else artifact_root
         self._experiment_ids: dict[str, str] = {}
         self._client: Any = None
 

@@ -143,6 +143,17 @@ def _is_hidden_by(policy: Policy, gate: Guardrail, other: Guardrail) -> bool:
     return is_wider and is_no_harder and harm_alpha(policy, gate) <= harm_alpha(policy, other)
 
 
+def _answers_are_looked_at(case: _Case) -> Iterator[Advice]:
+    """Sparse attention fails without an error: latency and failures look well while answers are wrong."""
+    guardrails = case.policy.spec.guardrails.items
+    if not any(gate.metric.family == "quality" for gate in guardrails):
+        example = (
+            "- {id: mass, value: audit.dropped_mass_mean, bound: {max: 5%}, test: betting, action: rollback}"
+        )
+        message = f"no guardrail is of audits, so answers that are wrong roll nothing back; add {example}"
+        yield Advice(("guardrails", "items"), len(guardrails), message)
+
+
 def _gain_is_asked(case: _Case) -> Iterator[Advice]:
     """Safe is not enough: a rung that saves nothing costs its risk, its audits and its memory."""
     benefit = case.policy.spec.benefit
@@ -232,6 +243,7 @@ CHECKS: tuple[Callable[[_Case], Iterator[Advice]], ...] = (
     _rungs_are_used,
     _guardrails_can_fire,
     _guardrails_are_not_hidden,
+    _answers_are_looked_at,
     _gain_is_asked,
     _notices_come_when_meant,
     _breaker_can_trip,

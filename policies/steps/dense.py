@@ -9,7 +9,7 @@ from sentei.policies.schema.operations import VariantBreaker
 from sentei.policies.schema.units import format_duration
 from sentei.policies.signals import VariantHealth
 from sentei.policies.state import ALL_SLICES
-from sentei.policies.steps.tick import Tick, active_slices, move_slice, roll_back
+from sentei.policies.steps.tick import DENSE_DOWN, Tick, active_slices, move_slice, roll_back
 
 
 def check_dense(tick: Tick) -> Tick:
@@ -22,7 +22,7 @@ def check_dense(tick: Tick) -> Tick:
     tick = replace(tick, state=replace(tick.state, dense_down_since_s=since))
     if fault is None:
         return _settle(tick)
-    return (tick.with_action("alert", fault) if was_down is None else tick).with_hold(Wait.DENSE, fault)
+    return (tick.with_alert(DENSE_DOWN, fault) if was_down is None else tick).with_hold(Wait.DENSE, fault)
 
 
 def _find_fault(tick: Tick) -> str | None:

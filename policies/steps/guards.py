@@ -22,7 +22,15 @@ from sentei.policies.signals import Command, DriftSignal, Verdict
 from sentei.policies.state import ALL, ALL_SLICES, ARTIFACT, SERVED, DriftTrack, MetricTrack, SliceState
 from sentei.policies.steps.dense import describe_failures, is_failing
 from sentei.policies.steps.metrics import fold_samples
-from sentei.policies.steps.tick import Tick, active_slices, effective_rung, fall_back, pause, roll_back
+from sentei.policies.steps.tick import (
+    AUDITS_BLIND,
+    Tick,
+    active_slices,
+    effective_rung,
+    fall_back,
+    pause,
+    roll_back,
+)
 
 
 def observe(tick: Tick) -> Tick:
@@ -334,7 +342,7 @@ def _act_on_silence(tick: Tick, action: str, reason: str) -> Tick:
     if action == "rollback":
         return roll_back(tick, "no_data", reason)
     if not tick.state.is_blind:  # somebody must hear
-        tick = replace(tick, state=replace(tick.state, is_blind=True)).with_action("alert", reason)
+        tick = replace(tick, state=replace(tick.state, is_blind=True)).with_alert(AUDITS_BLIND, reason)
     return tick.with_hold(Wait.DATA, reason)
 
 

@@ -11,14 +11,17 @@ from sentei.policies.schema.policy import Policy
 from sentei.policies.signals import Command, Signals
 from sentei.policies.state import ARTIFACT, Quarantined, RolloutState, SliceState
 
+ALERT, DENSE_DOWN, AUDITS_BLIND = "alert", "dense_down", "audits_blind"
+
 
 @dataclass(frozen=True, slots=True)
 class Action:
     """Something that happened and that the world should hear of; the routing table follows from the state."""
 
-    kind: str  # an Event or SliceEvent of the machine, or "held", "bind" (an artifact), "refuse" or "alert"
+    kind: str  # an Event or SliceEvent of the machine, or "held", "bind" (an artifact), "refuse" or ALERT
     detail: str
     slice_id: str | None = None
+    about: str = ""  # of an alert: DENSE_DOWN or AUDITS_BLIND
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,10 @@ class Tick:
     def with_action(self, kind: str, detail: str, slice_id: str | None = None) -> Tick:
         """The same tick with one more thing to tell."""
         return replace(self, actions=(*self.actions, Action(kind, detail, slice_id)))
+
+    def with_alert(self, about: str, detail: str) -> Tick:
+        """The same tick with something that people must hear."""
+        return replace(self, actions=(*self.actions, Action(ALERT, detail, about=about)))
 
     def ended(self, reason: str) -> Tick:
         """The same tick, finished: no later step looks at it."""

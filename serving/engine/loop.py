@@ -53,6 +53,7 @@ class _Job:
     request: EngineRequest | ScoreRequest
     sink: Sink
     num_tokens: int = 0
+    on_prefill: Callable[[], None] | None = None
 
 
 class Engine:
@@ -92,11 +93,16 @@ class Engine:
         """Whether the thread runs."""
         return self._thread is not None and self._thread.is_alive()
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Yield tokens as they come; closing the iterator frees the request's cache."""
+    async def generate(
+        self, request: EngineRequest, on_prefill: Callable[[], None] | None = None
+    ) -> AsyncGenerator[TokenChunk, None]:
+        """Yield tokens as they come; closing the iterator frees the request's cache.
+
+        `on_prefill` is called on the engine's thread when the model begins to work for the request.
+        """
         queue: asyncio.Queue[TokenChunk | ScoreResult | Exception] = asyncio.Queue()
         sink = self._sink_into(queue)
-        self._post(lambda: self.submit(request, sink))
+        self._post(lambda: self.submit(request, sink, on_prefill))
         try:
             while True:
                 item = await queue.get()
@@ -140,14 +146,19 @@ class Engine:
 
     # Called on the engine's thread (or directly by a test, without any thread).
 
-    def submit(self, request: EngineRequest | ScoreRequest, sink: Sink) -> None:
+    def submit(
+        self,
+        request: EngineRequest | ScoreRequest,
+        sink: Sink,
+        on_prefill: Callable[[], None] | None = None,
+    ) -> None:
         """Queue a request; a refusal goes to its sink."""
         if (refusal := self._scheduler.refusal(request)) is not None:
             sink(refusal)
             return
         self._scheduler.add(request)
         num_sent = len(request.sent_ids) if isinstance(request, EngineRequest) else 0
-        self._jobs[request.request_id] = _Job(request, sink, num_sent)
+        self._jobs[request.request_id] = _Job(request, sink, num_sent, on_prefill)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free its cache; a cancel that comes late or twice does nothing."""
@@ -173,6 +184,8 @@ class Engine:
                 self.cancel(request.request_id)
                 return
             is_prefill = step.kind is StepKind.PREFILL
+            if is_prefill and job.on_prefill is not None:
+                job.on_prefill()
             token, compute_s = (
                 self._runner.prefill(request) if is_prefill else self._runner.decode(request.request_id)
             )

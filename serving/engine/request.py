@@ -66,6 +66,7 @@ class EngineRequest:
     sent_ids: tuple[int, ...] = ()
     stop_ids: frozenset[int] = frozenset()
     artifact: str = ""  # digest of what must answer; "": whatever runs
+    traceparent: str = ""  # W3C's; "": nobody traces it
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class ScoreRequest:
     prompt_chunk_tokens: int | None = None
     served_chunk_tokens: int | None = None
     artifact: str = ""  # digest of what must answer; "": whatever runs
+    traceparent: str = ""  # W3C's; "": nobody traces it
 
 
 @dataclass(frozen=True, slots=True)

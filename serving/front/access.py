@@ -21,7 +21,7 @@ from sentei.policies.schema.integrations.gate import GATE_NAME
 from sentei.serving.errors import ConfigError, RequestError
 
 KEYS_VARIABLE = "SENTEI_API_KEYS"  # `name=key`, or `key` alone, separated by commas
-TOKEN_VARIABLE = "SENTEI_ADMIN_TOKEN"
+TOKEN_VARIABLE, LOOK_VARIABLE = "SENTEI_ADMIN_TOKEN", "SENTEI_LOOK_TOKEN"
 USER_KEY_VARIABLE, USER_KEY_FILE = "SENTEI_USER_KEY", "user.key"
 MIN_KEY_CHARACTERS = 16
 MAX_FAILURES, FAILURES_WINDOW_S = 10, 60.0
@@ -86,9 +86,7 @@ def read_user_key(folder: Path) -> bytes:
     Raises ConfigError for one so short that it can be guessed.
     """
     if key := os.environ.get(USER_KEY_VARIABLE, ""):
-        if len(key) < MIN_KEY_CHARACTERS:
-            text = f"{USER_KEY_VARIABLE} has {len(key)} characters; give at least {MIN_KEY_CHARACTERS}"
-            raise ConfigError(text)
+        _check_length(USER_KEY_VARIABLE, key)
         return key.encode()
     path = folder / USER_KEY_FILE
     if not path.exists():
@@ -99,6 +97,29 @@ def read_user_key(folder: Path) -> bytes:
             os.link(scratch, path)
         scratch.unlink()
     return path.read_bytes()
+
+
+def operators_of_environment() -> list[Operator]:
+    """Return `admin`, who may do all, and `look`, who may read, as far as the environment has their tokens.
+
+    Raises ConfigError for a token that can be guessed, and where one opens both.
+    """
+    found = []
+    for name, variable, role in (("admin", TOKEN_VARIABLE, Role.APPROVE), ("look", LOOK_VARIABLE, Role.LOOK)):
+        if token := os.environ.get(variable, "").strip():
+            _check_length(variable, token)
+            found.append(Operator(name=name, token_sha256=_digest(token), role=role))
+    if len({operator.digest for operator in found}) < len(found):
+        raise ConfigError(f"{TOKEN_VARIABLE} and {LOOK_VARIABLE} are the same; who may look would be admin")
+    return found
+
+
+def _check_length(variable: str, secret: str) -> None:
+    if len(secret) < MIN_KEY_CHARACTERS:
+        raise ConfigError(
+            f"{variable} has {len(secret)} characters, and at least {MIN_KEY_CHARACTERS} are wanted; "
+            "make one by: openssl rand -hex 32"
+        )
 
 
 def _digest(secret: str) -> str:
@@ -210,7 +231,7 @@ class KeyBook:
 
 
 class OperatorBook:
-    """All operators' tokens; guesses are counted by the caller's address."""
+    """All operators' tokens; wrong ones are counted by the caller's address."""
 
     def __init__(
         self, operators: Sequence[Operator] = (), clock: Callable[[], float] = time.monotonic
@@ -221,22 +242,18 @@ class OperatorBook:
 
     @classmethod
     def read(cls, path: str | None) -> OperatorBook:
-        """Read the file, if one is named, and the environment's token, whose name is `admin`."""
+        """Read the file, if one is named, and the environment; raises ConfigError."""
         operators = list(_read_entries(path, Operator)) if path is not None else []
-        if token := os.environ.get(TOKEN_VARIABLE, ""):
-            digest = _digest(token)
-            operators.append(Operator(name="admin", token_sha256=digest, role=Role.APPROVE))
-        return cls(operators)
+        return cls([*operators, *operators_of_environment()])
 
     def check(self, authorization: str, caller: str, needed: Role) -> Operator:
         """Return who calls; raises RequestError for a wrong token, too many of them, or too small a role."""
         if not self._operators:
             text = f"the operations API is off: set {TOKEN_VARIABLE} where the app runs, and restart it"
             raise RequestError(text, status=403, code="admin_disabled")
-        self._check_failures(caller)
         operator = _find(self._operators, authorization)
         if operator is None:
-            self._failures.setdefault(caller, []).append(self._clock())
+            self._note_failure(caller)
             text = f"wrong or missing admin token; send `Authorization: Bearer ${TOKEN_VARIABLE}`"
             raise RequestError(text, status=401, code="invalid_admin_token")
         if not operator.role.covers(needed):
@@ -244,14 +261,18 @@ class OperatorBook:
             raise RequestError(text, status=403, code="role_too_small")
         return operator
 
-    def _check_failures(self, caller: str) -> None:
+    def _note_failure(self, caller: str) -> None:
+        """Count a wrong token; raises RequestError 429 where an address has sent too many of them.
+
+        A right one is let in all the same: behind a proxy an address may be everybody's.
+        """
         now_s = self._clock()
         recent = [at_s for at_s in self._failures.pop(caller, []) if now_s - at_s < FAILURES_WINDOW_S]
-        if recent:
-            self._failures[caller] = recent
+        is_too_many = len(recent) >= MAX_FAILURES
+        self._failures[caller] = recent if is_too_many else [*recent, now_s]
         while len(self._failures) > MAX_CALLERS:
             self._failures.popitem(last=False)
-        if len(recent) >= MAX_FAILURES:
+        if is_too_many:
             wait_s = int(FAILURES_WINDOW_S - (now_s - recent[0])) + 1
             text = f"{len(recent)} wrong admin tokens from {caller}; retry in {wait_s} s"
             raise RequestError(text, status=429, code="too_many_attempts", retry_after_s=wait_s)

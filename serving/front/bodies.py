@@ -23,6 +23,7 @@ LIMITS_VARIABLE = "SENTEI_BODY_LIMITS"  # JSON of `limits.bodies`, for processes
 LIMIT_HEADER = b"x-sentei-body-limit"  # bytes; an ingress says it with its readiness
 OPERATIONS = "/admin/"
 READINESS = "/readyz"
+DROP_BYTES, DROP_S, DROPS = 64 << 20, 5.0, 64  # of refused bodies: of each, and how many at a time
 AT_ONCE_S = 0.05  # no crowd keeps out what is here by then
 
 
@@ -38,10 +39,13 @@ def read_limits() -> BodyLimits:
 class BodyGate:
     """Hands requests on with their whole bodies; operations have a desk of their own."""
 
-    def __init__(self, app: ASGIApp, limits: BodyLimits | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, limits: BodyLimits | None = None, refusals: Refusals | None = None
+    ) -> None:
         self._app = app
         limits = limits or read_limits()
         self._desk, self._operations = BodyDesk(limits), BodyDesk(limits)
+        self._refusals = refusals or Refusals()
         # Until an ingress says what its model can take, it is the ingress that refuses what is too long.
         self._limit_bytes = Limits().max_body_bytes
 
@@ -74,7 +78,7 @@ class BodyGate:
                 del body
         except RequestError as error:
             if error.code != "disconnected":
-                await error_response(error)(scope, receive, send)
+                await self._refusals.answer(error, scope, receive_next, send)
             return
         await self._app(scope, receive_next, send)
 
@@ -87,6 +91,48 @@ class BodyGate:
             await send(message)
 
         return learn
+
+
+class Refusals:
+    """Answers a request whose body nobody wants so that its client sees the answer.
+
+    A socket that is closed on unread bytes takes the answer back, and clients send the whole body before they
+    read. So the answer goes out at once, and what still comes is taken and dropped, for a while and so much.
+    """
+
+    def __init__(self, *, max_bytes: int = DROP_BYTES, for_s: float = DROP_S, at_once: int = DROPS) -> None:
+        self._max_bytes = max_bytes
+        self._for_s = for_s
+        self._left = at_once
+
+    async def answer(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer, and end it when the body has ended, or has been too much or too long."""
+        is_slow = error.status == 408  # what has not come will not come now
+        if is_slow or not self._left:
+            await error_response(error)(scope, receive, send)
+            return
+
+        async def send_open(message: Message) -> None:
+            is_body = message["type"] == "http.response.body"
+            await send({**message, "more_body": True} if is_body else message)
+
+        self._left -= 1
+        try:
+            await error_response(error)(scope, receive, send_open)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._for_s):
+                    await self._drop(receive)
+        finally:
+            self._left += 1
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _drop(self, receive: Receive) -> None:
+        num_bytes = 0
+        while num_bytes <= self._max_bytes:
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
 
 
 async def _come_at_once(receive: Receive) -> list[Message]:

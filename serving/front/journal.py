@@ -30,6 +30,7 @@ class Choice:
 
     ids: list[int] = field(default_factory=list)
     finish: str | None = None
+    compute_s: float = 0.0  # model time that these tokens took
 
 
 @dataclass(slots=True)
@@ -46,14 +47,19 @@ class Journal:
         """Read a header's value; raises RequestError for one that no proxy of ours wrote."""
         try:
             raw = json.loads(text)
-            choices = {int(i): Choice([int(n) for n in ids], finish) for i, (ids, finish) in raw["c"].items()}
+            choices = {
+                int(i): Choice([int(n) for n in ids], finish, float(compute_s))
+                for i, (ids, finish, compute_s) in raw["c"].items()
+            }
             return cls(str(raw["t"]), choices, bool(raw["u"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RequestError(f"header {HEADER} cannot be read; leave it out", param=HEADER) from error
 
     def write(self) -> str:
         """Return the header's value."""
-        choices = {str(i): (choice.ids, choice.finish) for i, choice in self.choices.items()}
+        choices = {
+            str(i): (choice.ids, choice.finish, choice.compute_s) for i, choice in self.choices.items()
+        }
         return json.dumps({"t": self.ticket, "c": choices, "u": self.has_usage}, separators=(",", ":"))
 
     def take(self, line: bytes) -> None:
@@ -66,6 +72,7 @@ class Journal:
             choice = self.choices.setdefault(told["index"], Choice())
             choice.ids += told["ids"]
             choice.finish = told["finish"] or choice.finish
+            choice.compute_s = told["compute_s"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,7 @@ class Ticket:
     body_sha256: str = ""  # hexadecimal
     ttft_s: float = 0.0
     first_at_s: float = 0.0  # epoch seconds of the first token
+    traceparent: str = ""  # of the answer's first part, where it is traced
 
     def sign(self, key: bytes) -> str:
         """Return the ticket as one word that only holders of the key can make."""
@@ -108,11 +116,12 @@ class JournalWriter:
         choices = sent.choices if sent is not None else {}
         self._num_told = {index: len(choice.ids) for index, choice in choices.items()}
 
-    def piece(self, index: int, ids: list[int], num_tokens: int, finish: str | None) -> str:
+    def piece(self, index: int, ids: list[int], num_tokens: int, finish: str | None, compute_s: float) -> str:
         """Return the line of an event after which `num_tokens` of an answer's `ids` are sent."""
         begin = self._num_told.get(index, 0)
         self._num_told[index] = num_tokens
-        return self._line({"index": index, "ids": ids[begin:num_tokens], "finish": finish})
+        told = {"index": index, "ids": ids[begin:num_tokens], "finish": finish}
+        return self._line({**told, "compute_s": round(compute_s, 6)})
 
     def usage(self) -> str:
         """Return the line of the event that tells the usage."""

@@ -79,6 +79,6 @@ def add_middleware(api: FastAPI, keys: KeyBook, cors_origins: Sequence[str]) -> 
             CORSMiddleware,
             allow_origins=list(cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-session-id", "x-request-id"],
+            allow_headers=["authorization", "content-type", "traceparent", "x-session-id", "x-request-id"],
             expose_headers=["x-request-id", "x-sentei-request-id", "x-sentei-variant", "x-sentei-rung"],
         )

@@ -15,7 +15,8 @@ from sentei.serving.ports import AuditJob
 def sent_before(choice: Choice, ticket: Ticket, now_s: float) -> Sent:
     """Return what a client has of an answer that another ingress began."""
     finish = FinishReason(choice.finish) if choice.finish is not None else None
-    return Sent(tuple(choice.ids), finish, ticket.ttft_s, max(0.0, now_s - ticket.first_at_s))
+    ago_s = max(0.0, now_s - ticket.first_at_s)
+    return Sent(tuple(choice.ids), finish, ticket.ttft_s, ago_s, choice.compute_s)
 
 
 def arrival_of(assigned: Assignment, unit: str, *, at_s: float) -> Arrival:
@@ -67,6 +68,7 @@ def audit_job_of(question: Question, progress: Progress, max_tokens: int) -> Aud
         share=assigned.share,
         probability=assigned.audit_probability,
         artifact=assigned.artifact,
+        traceparent=progress.span.traceparent,
     )
 
 

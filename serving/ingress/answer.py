@@ -32,6 +32,7 @@ from sentei.serving.ports import Tokenizer, Variant
 from sentei.serving.settings import Limits
 from sentei.serving.text.pieces import Detokenizer, StopScanner, ToolCall
 from sentei.serving.text.tools import NO_TOOLS, ToolUse
+from sentei.serving.traces import NO_SPAN, TRY, Span
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Sent:
     finish_reason: FinishReason | None
     ttft_s: float
     ago_s: float  # since its first token
+    compute_s: float = 0.0  # model time that it took there
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class Question:
     sent: Sent | None = None  # what another ingress sent of the answer before it went away
     is_resumed: bool = False  # another ingress began it, and drew its audit
     is_stopped: bool = False  # since then its rollout was stopped, so dense goes on
+    span: Span = NO_SPAN  # of the request
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ class Progress:
     compute_s: float = 0.0
     first_compute_s: float | None = None  # model time up to the first token; None: another ingress sent it
     attention: dict[str, Any] | None = None  # what a thinned answer's attention kept, bounded
+    span: Span = NO_SPAN  # of this answer
 
     def note_failure(self, error: VariantError) -> None:
         """Remember that a try failed; what comes now is a fallback."""
@@ -142,6 +146,7 @@ class Answerer:
         if (sent := question.sent) is not None:
             progress.note_tokens(sent.ids, now_s - sent.ago_s)
             progress.began_s = now_s - sent.ago_s - sent.ttft_s
+            progress.compute_s = sent.compute_s
         return progress
 
     async def deltas(
@@ -214,27 +219,32 @@ class Answerer:
         """Yield what one variant gives, going on behind what was sent; every failure is a VariantError."""
         progress.variant = name
         progress.rung_id = question.assignment.rung_id if name == SPARSE else DENSE_RUNG
-        request = _engine_request(question, progress, self._own)
         spent_s, has_token = progress.compute_s, False
-        async with aclosing(self._generate(name, request)) as chunks:
-            while True:
-                chunk = await self._next(chunks, name, is_first=not has_token)
-                if chunk is None:
-                    raise VariantError(name, "crash", "the stream ended without a finish reason")
-                if name == SPARSE and not progress.ids and not chunk.ids and chunk.finish_reason:
-                    raise VariantError(name, "empty")
-                has_token = True
-                progress.compute_s = spent_s + chunk.compute_s
-                if progress.first_at_s is None:
-                    progress.first_compute_s = progress.compute_s
-                progress.note_tokens(chunk.ids, time.monotonic())
-                if chunk.attention is not None:
-                    progress.attention = chunk.attention.to_dict(self._limits.attention_record_bytes)
-                if name == SPARSE and chunk.finish_reason is not None:
-                    self._breaker.record(is_ok=True, unit=question.unit, now_s=time.monotonic())
-                yield chunk
-                if chunk.finish_reason is not None:
-                    return
+        with progress.span.child(TRY, variant=name, rung_id=progress.rung_id) as span:
+            request = _engine_request(question, progress, self._own, span.traceparent)
+            async with aclosing(self._generate(name, request)) as chunks:
+                while True:
+                    chunk = await self._next(chunks, name, is_first=not has_token)
+                    if name == SPARSE and not progress.ids and not chunk.ids and chunk.finish_reason:
+                        raise VariantError(name, "empty")
+                    has_token = True
+                    self._note_chunk(chunk, name, question, progress, spent_s=spent_s)
+                    yield chunk
+                    if chunk.finish_reason is not None:
+                        return
+
+    def _note_chunk(
+        self, chunk: TokenChunk, name: str, question: Question, progress: Progress, *, spent_s: float
+    ) -> None:
+        """Count what came; `spent_s` is the model time of the tries before this one."""
+        progress.compute_s = spent_s + chunk.compute_s
+        if progress.first_at_s is None:
+            progress.first_compute_s = progress.compute_s
+        progress.note_tokens(chunk.ids, time.monotonic())
+        if chunk.attention is not None:
+            progress.attention = chunk.attention.to_dict(self._limits.attention_record_bytes)
+        if name == SPARSE and chunk.finish_reason is not None:
+            self._breaker.record(is_ok=True, unit=question.unit, now_s=time.monotonic())
 
     async def _generate(self, name: str, request: EngineRequest) -> AsyncGenerator[TokenChunk, None]:
         try:
@@ -254,16 +264,19 @@ class Answerer:
 
     async def _next(
         self, chunks: AsyncGenerator[TokenChunk, None], name: str, *, is_first: bool
-    ) -> TokenChunk | None:
+    ) -> TokenChunk:
         limit_s = self._limits.first_token_timeout_s if is_first else self._limits.token_timeout_s
         try:
-            return await asyncio.wait_for(anext(chunks, None), limit_s)
+            chunk = await asyncio.wait_for(anext(chunks, None), limit_s)
         except TimeoutError as error:
             what = "first token" if is_first else "next token"
             raise VariantError(name, "timeout", f"no {what} within {limit_s:g} s") from error
+        if chunk is None:
+            raise VariantError(name, "crash", "the stream ended without a finish reason")
+        return chunk
 
 
-def _engine_request(question: Question, progress: Progress, own: str) -> EngineRequest:
+def _engine_request(question: Question, progress: Progress, own: str, traceparent: str) -> EngineRequest:
     request = EngineRequest(
         # A try of its own: the failed one may still be on its way out of the same engine.
         request_id=f"{question.request_id}/{progress.variant}/{len(progress.ids)}/{progress.outcome}/{own}",
@@ -273,5 +286,6 @@ def _engine_request(question: Question, progress: Progress, own: str) -> EngineR
         sampling=question.sampling,
         stop_ids=question.stop_ids,
         artifact=question.assignment.artifact if progress.variant == SPARSE else "",
+        traceparent=traceparent,
     )
     return replace(request, sent_ids=tuple(progress.ids))

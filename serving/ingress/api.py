@@ -20,6 +20,7 @@ from sentei.serving.front.admission import BodyDesk
 from sentei.serving.front.bodies import LIMIT_HEADER
 from sentei.serving.front.journal import HEADER, NEW, Journal, JournalWriter
 from sentei.serving.front.middleware import add_middleware, error_response
+from sentei.serving.front.traced import RequestSpans, span_of
 from sentei.serving.ingress import wire
 from sentei.serving.ingress.answer import Delta, Progress, Question
 from sentei.serving.ingress.choices import interleave
@@ -79,6 +80,8 @@ def build_api(
     _add_openai_routes(api, gateway, has_keeper=has_keeper)
     _add_health_routes(api, gateway)
     add_middleware(api, keys or KeyBook(), cors_origins)
+    if gateway.tracer.is_on:
+        api.add_middleware(RequestSpans, tracer=gateway.tracer)
     add_document(api)
     return api
 
@@ -141,7 +144,12 @@ async def _answer(
         request: GenerationRequest = parse_request(kind, body)
         digest = hashlib.sha256(body).hexdigest() if wanted is not None else ""
         questions = await gateway.check(
-            request, http.headers, num_bytes=len(body), journal=journal, body_sha256=digest
+            request,
+            http.headers,
+            num_bytes=len(body),
+            journal=journal,
+            body_sha256=digest,
+            span=span_of(http.scope),
         )
     del body  # an answer takes long, and a prompt may be large
     begun = gateway.begin(questions)
@@ -195,9 +203,11 @@ async def _events(
         begun.add(index)
         if lines is None:
             return wire.event(body)
-        return lines.piece(index, progresses[index].ids, delta.num_tokens, delta.finish_reason) + wire.event(
-            body
+        progress = progresses[index]
+        line = lines.piece(
+            index, progress.ids, delta.num_tokens, delta.finish_reason, compute_s=progress.compute_s
         )
+        return line + wire.event(body)
 
     async with aclosing(deltas):
         if text := piece(*first, is_wanted=True):

@@ -16,7 +16,7 @@ from typing import Any
 
 from sentei.monitors.clock import SteadyClock
 from sentei.monitors.errors import MonitorError
-from sentei.monitors.records import ARTIFACT, AuditStatus, Missing, Outcome
+from sentei.monitors.records import ARTIFACT, AuditStatus, Missing, Outcome, RequestRecord
 from sentei.policies.signals import RoutingTable
 from sentei.serving.errors import RequestError, ServingError
 from sentei.serving.front.admission import PromptDesk
@@ -48,6 +48,7 @@ from sentei.serving.text.pieces import TokenTexts
 from sentei.serving.text.prompts import check_biases, check_ending, prompt_ids, room_for_answer, tokenize
 from sentei.serving.text.schemas import SchemaChecker
 from sentei.serving.text.tools import NO_TOOLS, ToolUse, tool_use
+from sentei.serving.traces import ADMIT, ANSWER, NO_SPAN, OFF, QUEUE, ROUTE, Span, Tracer
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Gateway:
         created_s: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         now_s: Callable[[], float] | None = None,
+        tracer: Tracer = OFF,
     ) -> None:
         self.variants = variants
         self.tokenizer = tokenizer
@@ -92,6 +94,7 @@ class Gateway:
         self._clock = clock
         self.now_s = now_s or SteadyClock()  # of records: all processes of a machine should share it
         self.counts = IngressCounts()
+        self.tracer = tracer
         self.shared = SharedCounts(store, self.counts.process, self.count, now_s=self.now_s, clock=clock)
         self._draws, self._budget = AuditDraws(), AuditBudget(wait_s=limits.audit_wait_s)
         self._answerer = Answerer(variants, limits, Breaker())
@@ -123,6 +126,7 @@ class Gateway:
         await self._schemas.stop()
         self._prompts.stop()
         await asyncio.to_thread(self.writer.stop)
+        await asyncio.to_thread(self.tracer.stop)
         with suppress(MonitorError):  # the last counts are seen for a while after this ingress has gone
             await asyncio.to_thread(self.shared.write)
 
@@ -193,6 +197,7 @@ class Gateway:
         num_bytes: int = 0,
         journal: Journal | None = None,
         body_sha256: str = "",
+        span: Span = NO_SPAN,
     ) -> tuple[Question, ...]:
         """Turn a parsed request into its questions, one for each wanted answer; raises RequestError.
 
@@ -212,8 +217,13 @@ class Gateway:
             await self._schemas.check(sampling.json_schema)
         ids = await self._prompts.run(num_bytes, prompt_ids, request, use, self.tokenizer, card)
         max_tokens = room_for_answer(request, len(ids), card, self.limits.default_max_tokens)
-        ticket = ticket or self._ticket(headers, request.user, len(ids), sampling.seed)
-        assignment = Assignment(**ticket.assignment)
+        span.child(ADMIT, since_s=span.began_s, prompt_tokens=len(ids)).end()
+        if ticket is not None:
+            span.link(ticket.traceparent)
+        with span.child(ROUTE) as deciding:
+            ticket = ticket or self._ticket(headers, request.user, len(ids), sampling.seed)
+            assignment = Assignment(**ticket.assignment)
+            deciding.say(**_said_of(assignment))
         first = Question(
             request_id=ticket.request_id,
             unit=ticket.unit,
@@ -226,6 +236,7 @@ class Gateway:
             tools=use,
             is_resumed=journal is not None,
             is_stopped=journal is not None and self._is_stopped(assignment, len(ids), ticket.unit),
+            span=span,
         )
         questions = (first, *(self._sibling(first, i) for i in range(1, request.num_choices())))
         if journal is None:
@@ -243,6 +254,7 @@ class Gateway:
             body_sha256=body_sha256,
             ttft_s=(progress.ttft_ms() or 0.0) / 1e3,
             first_at_s=self.now_s(),
+            traceparent=progress.span.traceparent,
         )
         return ticket.sign(self._user_key)
 
@@ -272,6 +284,7 @@ class Gateway:
 
     def _begin_one(self, question: Question) -> tuple[Progress, AsyncGenerator[Delta, None]]:
         progress = self._answerer.begin(question)
+        progress.span = question.span.child(ANSWER, request_id=question.request_id)
         deltas, reader = self._run(question, progress), question.tools.reader()
         return progress, deltas if reader is None else read_calls(deltas, reader)
 
@@ -324,6 +337,7 @@ class Gateway:
             question = replace(question, assignment=replace(question.assignment, is_audited=False))
         record = record_of(question, progress, at_s=self.now_s(), total_ms=total_ms)
         self.writer.put(record)
+        _end_span(record, progress, is_resumed=question.is_resumed)
         self.counts.end(
             record,
             failed_by=progress.failed_by,
@@ -421,6 +435,40 @@ class Gateway:
             if is_known and name == DENSE:
                 return
             await asyncio.sleep(DESCRIBE_AGAIN_S if is_known else DESCRIBE_RETRY_S)
+
+
+def _said_of(assigned: Assignment) -> dict[str, Any]:
+    """What a span says of a decision: never of whom it was."""
+    return {
+        "rollout_id": assigned.rollout_id or None,
+        "variant": assigned.variant,
+        "slice_id": assigned.slice_id,
+        "rung_id": assigned.serving_rung_id,
+        "share": assigned.share,
+        "reason": assigned.reason,
+        "is_audited": assigned.is_audited,
+    }
+
+
+def _end_span(record: RequestRecord, progress: Progress, *, is_resumed: bool) -> None:
+    """End the span of an answer with what its record says, but for whose it was and an error's words."""
+    span, queue_s = progress.span, progress.queue_s()
+    if queue_s is not None:
+        span.child(QUEUE, since_s=progress.began_s).end(at_s=progress.began_s + queue_s)
+    span.say(
+        variant=record.variant_assigned,
+        variant_served=record.variant_served,
+        slice_id=record.slice_id,
+        rung_id=record.rung_id,
+        outcome=record.outcome,
+        reason=progress.failed_by or None,
+        prompt_tokens=record.prompt_tokens,
+        completion_tokens=record.completion_tokens,
+        compute_s=record.compute_s,
+        is_audited=record.chosen_for_audit,
+        is_resumed=is_resumed,
+    )
+    span.end(is_ok=record.outcome not in (Outcome.FAILED, Outcome.UNANSWERABLE))
 
 
 def session_unit(

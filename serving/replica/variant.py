@@ -27,7 +27,9 @@ from sentei.serving.replica.loading import (
     load_served_model,
     make_fault,
 )
+from sentei.serving.replica.watch import watch_generation
 from sentei.serving.settings import VariantOptions
+from sentei.serving.traces import ENGINE, OFF, Span, Tracer, read_tracer
 
 if TYPE_CHECKING:
     from sentei.serving.engine.runner import ModelRunner
@@ -47,10 +49,15 @@ class VariantServer(ABC):
     _rung_ids: tuple[str, ...]
     _artifact: str = ""
     _fault: dict[str, Any] | None = None
+    _tracer: Tracer = OFF
 
     @abstractmethod
     async def _set_fault(self, fault: dict[str, Any] | None) -> None:
         """Plant a fault in the running scorer, or take it out."""
+
+    def __del__(self) -> None:
+        """Send the last spans; Serve calls this when it ends a replica."""
+        self._tracer.stop()
 
     async def describe(self) -> ModelCard:
         """Say what runs here."""
@@ -66,6 +73,18 @@ class VariantServer(ABC):
             artifact=self._artifact,
             fault=self._fault,
             sampling=self._served.sampling,
+        )
+
+    def _replay_span(self, request: ScoreRequest) -> Span:
+        """Return the span of a replay."""
+        served = len(request.ids) - request.num_prompt
+        return self._tracer.follow(
+            ENGINE,
+            request.traceparent,
+            variant=self._options.variant,
+            rung_id=request.rung_id,
+            prompt_tokens=request.num_prompt,
+            audited_tokens=served,
         )
 
     async def plant(self, fault: dict[str, Any] | None) -> None:
@@ -91,6 +110,7 @@ class ModelServer(VariantServer):
 
         torch.set_num_threads(options.threads)
         self._options = options
+        self._tracer = read_tracer(options.variant)
         self._served: ServedModel = load_served_model(options)
         self._retrofit = attach_retrofit(self._served.model, options)
         adapter = getattr(self._retrofit, "adapter", None)
@@ -109,14 +129,19 @@ class ModelServer(VariantServer):
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenChunk, None]:
         """Yield an answer's tokens; closing the generator frees the cache."""
-        check_artifact(request, self._artifact)
-        async for chunk in self._engine.generate(request):
-            yield chunk
+        with watch_generation(self._tracer, self._options.variant, request) as watch:
+            check_artifact(request, self._artifact)
+            async for chunk in self._engine.generate(request, watch.begin_prefill):
+                watch.see(chunk)
+                yield chunk
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Replay served tokens for an audit, when users leave room for it."""
-        check_artifact(request, self._artifact)
-        return replace(await self._engine.score(request), artifact=self._artifact)
+        with self._replay_span(request) as span:
+            check_artifact(request, self._artifact)
+            result = await self._engine.score(request)
+            span.say(compute_s=result.compute_s)
+        return replace(result, artifact=self._artifact)
 
     async def _set_fault(self, fault: dict[str, Any] | None) -> None:
         planted = make_fault(fault)

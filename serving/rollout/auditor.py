@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from sentei.monitors.audit import KL_CAP_NATS, TokenScores, score_audit
 from sentei.monitors.clock import SteadyClock
@@ -23,6 +23,7 @@ from sentei.serving.errors import EngineError, VariantError
 from sentei.serving.ingress.router import DENSE, SPARSE
 from sentei.serving.ingress.writer import RecordWriter
 from sentei.serving.ports import AuditJob, AuditLoad, Variant
+from sentei.serving.traces import AUDIT, OFF, REPLAY, Span, Tracer
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Auditor:
         kl_cap_nats: Callable[[str], float] = lambda _: KL_CAP_NATS,
         clock: Callable[[], float] | None = None,
         monotonic: Callable[[], float] = time.monotonic,
+        tracer: Tracer = OFF,
     ) -> None:
         self._kl_cap_nats = kl_cap_nats  # by rollout id: the policy says it
         self._variants = variants
@@ -61,6 +63,7 @@ class Auditor:
         self._concurrency = concurrency
         self._clock = clock or SteadyClock()
         self._monotonic = monotonic
+        self._tracer = tracer
         self._job_s = FIRST_JOB_S  # mean of the newest jobs
         self._running = 0
         self._workers: list[asyncio.Task[None]] = []
@@ -93,8 +96,26 @@ class Auditor:
 
     async def audit(self, job: AuditJob) -> AuditScore:
         """Replay one answer and score it; failures become the score's status."""
+        with self._span(job) as span:
+            score = await self._score(job, span)
+            span.say(audit_status=score.status)
+        return score
+
+    def _span(self, job: AuditJob) -> Span:
+        return self._tracer.follow(
+            AUDIT,
+            job.traceparent,
+            request_id=job.request_id,
+            rollout_id=job.rollout_id,
+            slice_id=job.slice_id,
+            rung_id=job.rung_id,
+            variant_served=job.variant_served,
+            audited_tokens=len(job.served_ids),
+        )
+
+    async def _score(self, job: AuditJob, span: Span) -> AuditScore:
         try:
-            dense, again, sparse = await self._replay_all(job)
+            dense, again, sparse = await self._replay_all(job, span)
             numbers = score_audit(
                 job.served_ids,
                 _token_scores(dense),
@@ -139,12 +160,15 @@ class Auditor:
                 self._job_s += (self._monotonic() - began_s - self._job_s) / NUM_RECENT_JOBS
 
     def _miss(self, job: AuditJob, reason: Missing) -> None:
+        span = self._span(job)
+        span.say(audit_status=AuditStatus.MISSING, reason=reason)
+        span.end()
         self._writer.put(job.score(AuditStatus.MISSING, self._clock(), reason=reason.value))
 
-    async def _replay_all(self, job: AuditJob) -> tuple[ScoreResult, ScoreResult, ScoreResult]:
+    async def _replay_all(self, job: AuditJob, span: Span) -> tuple[ScoreResult, ScoreResult, ScoreResult]:
         """Replay through dense twice and sparse once, side by side; the first failure ends the others."""
         names = ((DENSE, "dense"), (DENSE, "again"), (SPARSE, "sparse"))
-        tasks = [asyncio.create_task(self._replay(variant, job, name)) for variant, name in names]
+        tasks = [asyncio.create_task(self._replay(variant, job, name, span)) for variant, name in names]
         try:
             dense, again, sparse = await asyncio.gather(*tasks)
         finally:
@@ -152,7 +176,7 @@ class Auditor:
                 task.cancel()
         return dense, again, sparse
 
-    async def _replay(self, variant: str, job: AuditJob, name: str) -> ScoreResult:
+    async def _replay(self, variant: str, job: AuditJob, name: str, span: Span) -> ScoreResult:
         """Teacher-force the span, fed as it was served: what came before it, then token by token."""
         before = (*job.prompt_ids, *job.earlier_ids)
         request = ScoreRequest(
@@ -164,12 +188,14 @@ class Auditor:
             served_chunk_tokens=None if name == "again" else 1,
             artifact=job.artifact if variant == SPARSE else "",
         )
-        try:
-            # Not wait_for: in Python 3.11 it swallows a cancellation that meets the result, and stop() hangs.
-            async with asyncio.timeout(REPLAY_TIMEOUT_S):
-                return await self._variants[variant].score(request)
-        except TimeoutError as error:  # a handle without replicas waits for ever
-            raise VariantError(variant, "timeout", f"no replay within {REPLAY_TIMEOUT_S:g} s") from error
+        with span.child(REPLAY, replay=name, variant=variant, rung_id=request.rung_id) as replaying:
+            request = replace(request, traceparent=replaying.traceparent)
+            try:
+                # Not wait_for: in Python 3.11 it swallows a cancellation that meets the result: stop() hangs.
+                async with asyncio.timeout(REPLAY_TIMEOUT_S):
+                    return await self._variants[variant].score(request)
+            except TimeoutError as error:  # a handle without replicas waits for ever
+                raise VariantError(variant, "timeout", f"no replay within {REPLAY_TIMEOUT_S:g} s") from error
 
 
 def _token_scores(result: ScoreResult) -> TokenScores:

@@ -24,6 +24,7 @@ from sentei.monitors.events import EventLog
 from sentei.monitors.records import ARTIFACT
 from sentei.monitors.store import Store
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions
+from sentei.policies.schema.policy import Policy
 
 log = logging.getLogger(__name__)
 
@@ -200,8 +201,11 @@ class Controller:
         self.notify_error = text
 
     def ask_gate(self) -> None:
-        """Ask the gate that the newest rollout waits for; while it is away or says no the stage holds."""
-        if self._gatekeeper is None or not self._has_lease:
+        """Ask the gate that the newest rollout waits for; while it is away or says no the stage holds.
+
+        Where its policy has no gate, nothing is read.
+        """
+        if self._gatekeeper is None or not self._has_lease or not _has_gate(self._policy()):
             return
         found = self._gatekeeper.run_once(self._clock())
         if found and found != self.gate_answer:
@@ -209,8 +213,11 @@ class Controller:
         self.gate_answer = self.gate_answer if found is None else found
 
     def read_metrics(self) -> None:
-        """Write down what metrics of one's own are; the tick reads it there, and waits for nobody."""
-        if self._metric_reader is None or not self._has_lease:
+        """Write down what metrics of one's own are; the tick reads it there, and waits for nobody.
+
+        Where its policy has none, nothing is read.
+        """
+        if self._metric_reader is None or not self._has_lease or not _has_metrics(self._policy()):
             return
         for text in self._metric_reader.run_once(self._clock()):
             log.warning("metric %s", text)
@@ -231,6 +238,10 @@ class Controller:
             "gate_answer": self.gate_answer,
         }
 
+    def _policy(self) -> Policy | None:
+        """The policy that the newest rollout runs by, as the newest tick knows it."""
+        return self._runner.policy if self._runner is not None else None
+
     def _newest(self) -> RolloutRunner | None:
         rollouts = self._store.read_rollouts()
         if not rollouts:
@@ -250,6 +261,15 @@ class Controller:
         threads = ThreadPoolExecutor(1, thread_name_prefix=job.__name__)
         self._threads.append(threads)
         self._scheduler.add_job(_in_thread(job, threads), "interval", seconds=every_s, id=job.__name__)
+
+
+def _has_gate(policy: Policy | None) -> bool:
+    stages = policy.spec.stages if policy is not None else ()
+    return any(stage.approval is not None and stage.approval.webhook is not None for stage in stages)
+
+
+def _has_metrics(policy: Policy | None) -> bool:
+    return policy is not None and bool(policy.spec.guardrails.prometheus)
 
 
 def _in_thread(job: Callable[[], None], threads: ThreadPoolExecutor) -> Callable[[], Any]:

@@ -166,7 +166,6 @@ class Scrape:
     def _read(self) -> tuple[Sample, ...]:
         samples, found, is_up = _Samples(), list[Sample](), True
         try:
-            self._gateway.shared.write()
             found = self._gateway.shared.others()
             self._add_rollout(samples)
         except (SenteiError, LookupError) as error:

@@ -32,7 +32,9 @@ from sentei.serving.errors import (
 )
 from sentei.serving.replica.loading import ServedModel, artifact_digest, load_served_model
 from sentei.serving.replica.variant import VariantServer, check_artifact
+from sentei.serving.replica.watch import watch_generation
 from sentei.serving.settings import VariantOptions
+from sentei.serving.traces import read_tracer
 from sentei.serving.vllm.engine import engine_args, set_environment
 from sentei.serving.vllm.meter import Use
 
@@ -53,6 +55,7 @@ class VllmServer(VariantServer):
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._options = options
+        self._tracer = read_tracer(options.variant)
         self._served, self._rung_ids, dtype, self._artifact = await asyncio.to_thread(read_model, options)
         self._limits = options.limits(self._served.max_context_tokens)
         self._num_running = self._num_replays = 0
@@ -69,16 +72,18 @@ class VllmServer(VariantServer):
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenChunk, None]:
         """Yield an answer's tokens; closing the generator frees the cache."""
-        self._check(request)
-        if self._num_running >= self._options.vllm.max_running + self._limits.max_queued:
-            raise EngineBusyError(f"{self._num_running} requests already run or wait; retry")
-        self._num_running += 1
-        try:
-            async with aclosing(self._chunks(request)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        finally:
-            self._num_running -= 1
+        with watch_generation(self._tracer, self._options.variant, request) as watch:
+            self._check(request)
+            if self._num_running >= self._options.vllm.max_running + self._limits.max_queued:
+                raise EngineBusyError(f"{self._num_running} requests already run or wait; retry")
+            self._num_running += 1
+            try:
+                async with aclosing(self._chunks(request)) as chunks:
+                    async for chunk in chunks:
+                        watch.see(chunk)
+                        yield chunk
+            finally:
+                self._num_running -= 1
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Replay served tokens for an audit, one by one as they were served.
@@ -86,6 +91,12 @@ class VllmServer(VariantServer):
         Each replay has a prefix cache of its own: dense and sparse costs are compared, and neither may find
         a prompt that the other must compute.
         """
+        with self._replay_span(request) as span:
+            result = await self._score(request)
+            span.say(compute_s=result.compute_s)
+        return result
+
+    async def _score(self, request: ScoreRequest) -> ScoreResult:
         from sentei.serving.vllm.wire import read_scores, replay_params
 
         self._check(request)

@@ -183,6 +183,34 @@ def test_no_upgrade_under_an_app(url: str) -> None:
     assert upgrade_store(url, clock=lambda: MIDWAY_LEASE_S, is_forced=True).after == HEAD
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("UPDATE leases SET owner = 'late', expires_at_s = 9e9", "lease of controller 'late' runs"),
+        ("DELETE FROM events WHERE seq = (SELECT max(seq) FROM events)", "changed while it was looked at"),
+    ],
+)
+def test_who_comes_while_it_is_looked_at_is_seen(url: str, change: str, words: str) -> None:
+    """The last look is inside the transaction of the upgrade: what came since the first one is not missed."""
+    build_old_store(url)
+    num_calls = 0
+
+    def clock() -> float:
+        """Somebody writes just before the transaction, after all that was looked at."""
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:
+            with raw(url) as connection:
+                connection.execute(sa.text(change))
+        return MIDWAY_LEASE_S + 3600.0
+
+    with pytest.raises(StoreError, match=words):
+        upgrade_store(url, keeps_copy=False, clock=clock)
+
+    with raw(url) as connection:
+        assert "alembic_version" not in sa.inspect(connection).get_table_names()
+
+
 def test_a_broken_log_is_not_upgraded(url: str) -> None:
     """Whoever upgrades learns of it before anything is changed."""
     build_old_store(url)

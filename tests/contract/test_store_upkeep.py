@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from sentei.monitors.events import EventLog
-from sentei.monitors.records import AuditScore, Rollout
+from sentei.monitors.records import AuditScore, MetricResult, Rollout
 from sentei.monitors.store import Store
 from sentei.monitors.upkeep import prune
 from sentei.monitors.upkeep.check import check_store
@@ -24,7 +24,9 @@ from tests.old_store import NUM_EVENTS, build_old_store
 
 EXAMPLE = Path(__file__).parents[2] / "policies" / "examples" / "fast-staging.yaml"
 OLD_S, CUT_S, YOUNG_S = 1_000.0, 2_000.0, 3_000.0
-TABLES = ("requests", "audits", "arrivals", "attention")
+NEWEST = "(SELECT max(seq) FROM events WHERE rollout_id = 'failed')"
+STATE = f"UPDATE events SET state_json = {{}} WHERE seq = {NEWEST}"
+TABLES = ("requests", "audits", "arrivals", "attention", "metrics")
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -43,6 +45,7 @@ def fill(store: Store, rollout_id: str, first: int) -> None:
         place = {"rollout_id": rollout_id, "at_s": at_s}
         store.add_arrival(make_arrival(i, **place))
         store.add_request(make_request(i, **place, attention='{"kept": 1}'))
+        store.add_metric(MetricResult(rollout_id, "cart", at_s, "ok", 0.01, ""))
         if i < first + 3:
             # Scored after the border, as its request was before it: both go together.
             late = place | {"at_s": YOUNG_S}
@@ -83,7 +86,9 @@ def test_prune_takes_old_records_of_rollouts_that_are_over(url: str) -> None:
             "audits": 3,
             "arrivals": 2,
             "attention": 2,
+            "metrics": 2,
         }
+        assert [item.at_s for _, item in store.read_metrics("first")] == [YOUNG_S + 2, YOUNG_S + 3]
         assert [row["request_id"] for row in store.read_requests("first")] == ["q2", "q3"]
         assert [row["request_id"] for row in store.read_audits("first")] == ["q2"]
         assert len(store.read_requests("newest")) == 4
@@ -101,11 +106,12 @@ def test_prune_goes_in_small_steps(url: str, monkeypatch: pytest.MonkeyPatch) ->
             store.add_request(make_request(i, **place))
             store.add_arrival(make_arrival(i, **place))
             store.add_audit(make_audit(i, **place))
+            store.add_metric(MetricResult("first", "cart", OLD_S, "ok", 0.01, ""))
         store.add_rollout(Rollout("newest", POLICY, 0.0, about={}))
 
         prune_store(store, before_s=CUT_S)
 
-        assert [sizes(store)[name] for name in TABLES] == [0, 0, 0, 0]
+        assert [sizes(store)[name] for name in TABLES] == [0] * 5
 
 
 def test_prune_leaves_every_event(url: str) -> None:
@@ -137,6 +143,18 @@ def test_prune_leaves_every_event(url: str) -> None:
         ("DROP INDEX events_decisions", "tables", "events_decisions"),
         ("ALTER TABLE audits DROP COLUMN artifact", "tables", "audits.artifact"),
         ("UPDATE routing SET table_json = 'x'", "routing table", "midway"),
+        ("UPDATE routing SET table_json = '{}'", "routing table", "midway"),
+        (STATE.format("'{}'"), "rollouts", "the newest state of failed cannot be read"),
+        (
+            STATE.format("replace(state_json, '\"stage_id\"', '\"stage\"')"),
+            "rollouts",
+            "state of failed cannot",
+        ),
+        (
+            STATE.format("replace(state_json, '\"failed\"', '\"midway\"')"),
+            "rollouts",
+            "failed is one of midway",
+        ),
         ("INSERT INTO kv VALUES ('events.count.failed', '99')", "numbers of events", "failed: 99 kept"),
         ("INSERT INTO kv VALUES ('events.count.failed', 'many')", "numbers of events", "many"),
     ],
@@ -153,4 +171,4 @@ def test_check_finds_what_is_wrong(url: str, change: str, name: str, word: str) 
         wrong = {finding.name: finding.found for finding in check_store(store) if not finding.is_ok}
 
     assert word in wrong[name]
-    assert set(wrong) <= {name, "numbers of events", "rollouts"}
+    assert set(wrong) <= {name, "numbers of events", "rollouts", "event log"}

@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 import yaml
 
+from sentei.serving.front.access import LOOK_VARIABLE
 from sentei.serving.settings import AppArgs
 from tests.infra.tools import INFRA, ROOT, load_package, read_yaml, run_tool
 
@@ -33,6 +34,8 @@ CHECKED = {
     **dict.fromkeys((f"infra/kuberay/{name}/serve.yaml" for name in ("base", "production")), "test_overlay"),
     "infra/kuberay/base/rayservice.yaml": "test_overlay",
     "infra/kuberay/base/storage.yaml": "test_overlay",
+    "infra/kuberay/mlflow/kustomization.yaml": "test_mlflow_for_a_cluster",
+    "infra/kuberay/mlflow/mlflow.yaml": "test_mlflow_for_a_cluster",
     "infra/Containerfile": "test_containerfile",
     "infra/Containerfile.dockerignore": "test_image_is_built_of_what_the_wheel_needs",
     "infra/compose/compose.yaml": "test_compose_file",
@@ -128,6 +131,28 @@ def test_overlay(overlay: str) -> None:
     assert_replicas_fit(arguments, cluster["workerGroupSpecs"])
 
 
+def test_mlflow_for_a_cluster() -> None:
+    """Kubernetes takes it; the bucket's key comes from a Secret to the server alone; the app finds it."""
+    documents = kustomize("mlflow")
+    validate = load_package("kubernetes_validate").validate
+    for document in documents:
+        validate(document, KUBERNETES, strict=True)
+    (deployment,), (service,), (settings,) = (
+        list(by_kind(documents, kind)) for kind in ("Deployment", "Service", "ConfigMap")
+    )
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    sources = [ref["name"] for source in container["envFrom"] for ref in source.values()]
+    (port,) = service["spec"]["ports"]
+    arguments = check_serve_config(read_yaml("kuberay/production/serve.yaml"), "0.0.0.0")
+
+    assert sources == [settings["metadata"]["name"], "sentei-mlflow"]
+    assert not any("KEY" in name or "PASSWORD" in name for name in settings["data"])
+    assert "--artifacts-destination=$(MLFLOW_ARTIFACTS)" in container["args"]
+    assert settings["data"]["MLFLOW_ARTIFACTS"].startswith("s3://")
+    assert arguments.mlflow_uri == f"http://{service['metadata']['name']}:{port['port']}"
+    assert not any("AWS_" in text.read_text() for text in (INFRA / "kuberay" / "base").glob("*.yaml"))
+
+
 def assert_replicas_fit(arguments: AppArgs, groups: list[dict[str, Any]]) -> None:
     """All replicas, and the surge of a rolling update, find their CPUs on the workers."""
     from sentei.serving.app import SMALL_CPUS
@@ -153,7 +178,8 @@ def test_compose_file() -> None:
     build = services["app"]["build"]
 
     assert schema_errors(compose, "compose-spec.json") == []
-    assert {"app", "postgres", "mlflow", "prometheus", "grafana"} == set(services)
+    assert {"app", "postgres", "mlflow", "prometheus", "grafana", "jaeger"} == set(services)
+    assert [name for name, item in services.items() if "profiles" in item] == ["jaeger"]
     assert [path for path in mounts if path.startswith(".") and not (folder / path).exists()] == []
     assert {name for name in mounts if not name.startswith(".")} == set(compose["volumes"])
     assert all(port.startswith("127.0.0.1:") for item in services.values() for port in item.get("ports", ()))
@@ -212,6 +238,8 @@ def test_prometheus_config() -> None:
     assert job["static_configs"] == [{"targets": ["app:8000"]}]
     (secret,) = compose["services"]["prometheus"]["secrets"]
     assert job["authorization"]["credentials_file"] == f"/run/secrets/{secret}"
+    assert compose["secrets"][secret] == {"environment": LOOK_VARIABLE}  # it may look, and order nothing
+    assert LOOK_VARIABLE in compose["services"]["app"]["environment"]
 
 
 def test_grafana_finds_what_it_is_given() -> None:

@@ -372,6 +372,15 @@ async def test_stopped_rollout_does_not_go_on_with_a_stream(prepare: Callable[[l
     assert (record.variant_assigned, record.variant_served, record.outcome) == ("sparse", "dense", "ok")
 
 
+async def test_model_time_of_an_answer_is_that_of_all_its_ingresses() -> None:
+    """What the dead ingress spent is in the record that the last one writes: cost and gain are read there."""
+    _, whole, _ = await ask([], stream=True)
+    _, worlds, _ = await ask([4, 3], stream=True)
+
+    assert [record.compute_s for record in whole[0].store.requests] == [0.25]
+    assert [record.compute_s for record in worlds[2].store.requests] == [0.75]  # each of three took 0.25
+
+
 async def test_ticket_goes_on_with_its_own_request_alone() -> None:
     """A ticket that was made for one body starts nothing with another."""
     world = make_world()

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from sentei.monitors.errors import StoreError
+from sentei.pipeline.integrations.calls import Secrets
+from sentei.pipeline.integrations.gatekeeper import GateKeeper
+from sentei.pipeline.integrations.prometheus import MetricReader
 from sentei.pipeline.rollout.runner import start_rollout
 from sentei.serving.rollout.controller import Controller
 from tests.fakes_records import POLICY, ROLLOUT, FlakyStore
@@ -109,3 +113,33 @@ def test_a_policy_that_checks_more_often_than_the_app_looks_is_obeyed(
         return controller.num_ticks
 
     assert asyncio.run(run()) >= 5
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_who_asks_nobody_reads_nothing_for_it(store: FlakyStore, tmp_path: Path, asks: bool) -> None:
+    """A policy with neither a gate nor a metric of its own costs no read beside the tick's, any second."""
+    policy = POLICY
+    if asks:
+        gate = "approval: {webhook: {id: ci, url: 'http://127.0.0.1:9/gate'}}"
+        item = "{id: cart, url: 'http://127.0.0.1:9', query: up, bound: {max: 1}, window: 5m}"
+        policy = POLICY.replace("share: 50%, rung: medium}", f"share: 50%, rung: medium, {gate}}}")
+        policy = policy.replace("  guardrails:\n", f"  guardrails:\n    prometheus: [{item}]\n")
+    clock, secrets = FakeClock(), Secrets(tmp_path, {})
+    start_rollout(store, policy, now_s=clock(), rollout_id=ROLLOUT)
+    controller = Controller(
+        store,
+        mirror=None,
+        reports=tmp_path,
+        clock=clock,
+        gatekeeper=GateKeeper(store, secrets),
+        metric_reader=MetricReader(store, secrets),
+    )
+    controller.tick()
+
+    for ask in (controller.ask_gate, controller.read_metrics):
+        store.calls_until_failure = 0
+        if asks:
+            with pytest.raises(StoreError, match="planted failure"):
+                ask()
+        else:
+            ask()

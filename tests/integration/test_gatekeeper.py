@@ -17,11 +17,10 @@ from sentei.pipeline.integrations.calls import Secrets
 from sentei.pipeline.integrations.gatekeeper import GateKeeper
 from sentei.pipeline.integrations.shapes import sign
 from sentei.pipeline.rollout.replay import replay
-from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
 from sentei.policies.schema.load import load_policy
-from tests.fakes_records import POLICY, ROLLOUT, START_S
+from tests.fakes_records import POLICY, ROLLOUT
 from tests.http_receiver import Received, Receiver, Reply, reply
-from tests.stories_rollout import serve
+from tests.stories_rollout import AskingStory
 
 KEY = "0123456789abcdef0123456789abcdef"
 
@@ -41,27 +40,22 @@ def gated(receiver: Receiver, **changes: Any) -> str:
     return POLICY.replace(f"{stage}}}", f"{stage}, approval: {{webhook: {json.dumps(hook)}}}}}")
 
 
-class Story:
-    """Traffic, a tick and a look of the gatekeeper each second."""
+class Story(AskingStory):
+    """A look of the gatekeeper after each tick."""
 
     def __init__(self, store: Store, policy: str, folder: Path) -> None:
-        start_rollout(store, policy, now_s=START_S, rollout_id=ROLLOUT)
-        self.store, self.second = store, 0
-        self.runner = RolloutRunner.open(store, ROLLOUT, RunnerOptions("a"))
+        super().__init__(store, policy)
         self.keeper = GateKeeper(store, Secrets(folder, {}), wall=lambda: 1_700_000_000.0)
         self.said: list[str] = []
 
+    def after(self, now_s: float) -> None:
+        """Ask."""
+        found = self.keeper.run_once(now_s)
+        self.said += [] if found is None else [found]
+
     def go(self, seconds: int) -> str:
         """The stage that it is in then."""
-        for _ in range(seconds):
-            serve(self.store, self.second)
-            self.runner.tick(START_S + self.second + 0.5)
-            found = self.keeper.run_once(START_S + self.second + 0.6)
-            self.said += [] if found is None else [found]
-            self.second += 1
-        state = self.runner.state()
-        assert state is not None
-        return state.stage_id
+        return self.run(seconds).stage_id
 
 
 def test_a_gate_is_asked_when_only_its_yes_is_missing_and_200_approves(store: Store, tmp_path: Path) -> None:

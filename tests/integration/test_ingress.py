@@ -20,6 +20,7 @@ from sentei.serving.ingress.api import build_api
 from sentei.serving.ingress.gateway import Gateway
 from sentei.serving.ports import AuditLoad
 from sentei.serving.settings import Limits
+from sentei.serving.traces import OFF, Tracer
 from tests.fakes_serving import (
     MODEL,
     FakeClock,
@@ -47,6 +48,7 @@ class World:
     limits: Limits = LIMITS
     user_key: bytes | None = None
     has_keeper: bool = False
+    tracer: Tracer = OFF
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[httpx.AsyncClient]:
@@ -61,6 +63,7 @@ class World:
             desk=self.desk,
             clock=self.clock,
             user_key=self.user_key,
+            tracer=self.tracer,
         )
         api = build_api(self.gateway, has_keeper=self.has_keeper)
         async with api.router.lifespan_context(api):

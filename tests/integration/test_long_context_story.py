@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(900)  # a hundred sessions, four passes over ea
 PROMPT_TOKENS = 1024
 BATCH = 12  # sessions between two ticks: enough for one tick to prove harm
 FAULT = {"kind": "pooled_keys_lost", "past_tokens": 512}
-HEADERS = {"authorization": "Bearer secret"}
+HEADERS = {"authorization": "Bearer a-token-of-tests"}
 
 
 def shrunk_policy(*, asks_gain: bool = False) -> str:
@@ -172,7 +172,7 @@ async def test_guardrails_promote_on_real_replays_and_roll_back_a_planted_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A good rung earns the proof of every gate; lost pooled keys are harm at once, worst rows included."""
-    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    monkeypatch.setenv(TOKEN_VARIABLE, "a-token-of-tests")
 
     async with open_shop(tmp_path) as shop:
         good = await shop.run(most_batches=40)
@@ -190,7 +190,7 @@ async def test_a_rung_that_saves_nothing_is_held_before_anybody_is_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As good as dense and dearer: held in shadow, with the ratio that the real replays measured."""
-    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    monkeypatch.setenv(TOKEN_VARIABLE, "a-token-of-tests")
 
     async with open_shop(tmp_path) as shop:
         found = await shop.run(most_batches=12, asks_gain=True)

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from sentei.monitors.errors import StoreError
 from sentei.monitors.records import Missing
 from sentei.monitors.store import Store
 from sentei.monitors.tally import read_audit_tally
@@ -128,8 +129,10 @@ class House:
             await gateway.read_routing_once()
 
     async def scrape(self, i: int = 0) -> Found:
-        """Scrape one ingress, a second after the last look."""
+        """Scrape one ingress, a second after the last look; it has just shared its counts."""
         self.clock.now_s += 1.5
+        with suppress(StoreError):
+            self.gateways[i].shared.write()
         response = await self.clients[i].get("/metrics", headers=HEADERS)
         assert response.status_code == 200, response.text
         return read(response.text)
@@ -335,6 +338,19 @@ async def test_store_that_is_away_is_said_and_own_counts_go_on(house: House, tmp
     assert total(later, "sentei_store_errors_total", operation="read_metrics") >= 1
     assert "sentei_rollout_phase" not in later
     assert total(back, "sentei_audits_total") == 120  # not counted twice
+
+
+async def test_a_scrape_writes_nothing(house: House) -> None:
+    """Who may look changes nothing, however often: the store was read, and counts are as shared."""
+    await house.ask(**{"x-session-id": "s0"})
+    before = house.store.read_values(PREFIX)
+    house.clock.now_s += 1.5
+
+    pages = [read((await house.clients[0].get("/metrics", headers=HEADERS)).text) for _ in range(3)]
+
+    assert house.store.read_values(PREFIX) == before
+    assert {total(page, "sentei_store_up") for page in pages} == {1}
+    assert {total(page, "sentei_requests_total") for page in pages} == {0}  # the next share tells of it
 
 
 async def test_a_scrape_that_is_given_up_counts_nothing_twice(house: House) -> None:

@@ -85,6 +85,11 @@ class HalfSent:
     async def _send(self, message: Any) -> None:
         self._sent.append(message)
 
+    @property
+    def has_answer(self) -> bool:
+        """Whether an answer has begun; what still comes of a refused body is dropped before it ends."""
+        return bool(self._sent)
+
     async def answer(self) -> tuple[int, str, str]:
         """Status, error code and `connection` header of what came back in the end."""
         await asyncio.wait_for(self.task, 5)
@@ -325,7 +330,7 @@ def test_key_of_users_that_can_be_guessed_is_refused(tmp_path: Path, monkeypatch
     """It signs what one ingress lets another go on with; the message names variable and length."""
     monkeypatch.setenv("SENTEI_USER_KEY", "short")
 
-    with pytest.raises(ConfigError, match="SENTEI_USER_KEY has 5 characters; give at least 16"):
+    with pytest.raises(ConfigError, match="SENTEI_USER_KEY has 5 characters, and at least 16"):
         read_user_key(tmp_path)
 
 
@@ -436,7 +441,7 @@ async def test_announced_bytes_are_bounded_before_they_come() -> None:
     long = [(b"content-length", b"60000")]
     halves = [HalfSent(gate, who=who, headers=long) for who in ("a", "a", "b", "c")]
     await asyncio.sleep(0.05)
-    refused = [half.task.done() for half in halves]
+    refused = [half.has_answer for half in halves]
     transport = httpx.ASGITransport(app=gate)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         short = await client.post(ASK, content=b"x" * 100)

@@ -18,11 +18,10 @@ from sentei.monitors.store import Store
 from sentei.pipeline.integrations.calls import CallError, Secrets
 from sentei.pipeline.integrations.prometheus import MetricReader, read_answer
 from sentei.pipeline.rollout.replay import replay
-from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
 from sentei.policies.schema.load import load_policy
-from tests.fakes_records import POLICY, ROLLOUT, START_S
+from tests.fakes_records import POLICY, ROLLOUT
 from tests.http_receiver import Received, Receiver, Reply, reply
-from tests.stories_rollout import serve
+from tests.stories_rollout import AskingStory
 
 WALL_S = 1_700_000_000.0
 QUERY = 'sum(rate(cart_errors_total{job="cart"}[5m]))'
@@ -57,25 +56,21 @@ def watched(server: Receiver, **changes: Any) -> str:
     return POLICY.replace("  guardrails:\n", f"  guardrails:\n    prometheus: {text}\n")
 
 
-class Story:
-    """Traffic, a look of the reader and a tick each second."""
+class Story(AskingStory):
+    """A look of the reader before each tick."""
 
     def __init__(self, store: Store, policy: str, folder: Path) -> None:
-        start_rollout(store, policy, now_s=START_S, rollout_id=ROLLOUT)
-        self.store, self.second = store, 0
-        self.runner = RolloutRunner.open(store, ROLLOUT, RunnerOptions("a"))
+        super().__init__(store, policy)
         self.reader = MetricReader(store, Secrets(folder, {"SENTEI_PROM": "t0ken"}), wall=lambda: WALL_S)
         self.said: list[str] = []
 
+    def before(self, now_s: float) -> None:
+        """Ask."""
+        self.said += self.reader.run_once(now_s)
+
     def go(self, seconds: int) -> str:
         """The phase and stage that it is in then."""
-        for _ in range(seconds):
-            serve(self.store, self.second)
-            self.said += self.reader.run_once(START_S + self.second + 0.3)
-            self.runner.tick(START_S + self.second + 0.5)
-            self.second += 1
-        state = self.runner.state()
-        assert state is not None
+        state = self.run(seconds)
         return f"{state.phase} {state.stage_id}"
 
 

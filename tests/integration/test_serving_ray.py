@@ -25,7 +25,7 @@ from tests.fakes_models import save_byte_tokenizer
 from tests.machine import wait_for
 from tests.trial_ladders import uncalibrated_ladder
 
-TOKEN = "test-token"
+TOKEN = "a-token-of-tests"
 PROMPT = "def add(a, b): return a + b\n" * 12
 SALT = "ray-test"
 POLICY = f"""

@@ -133,6 +133,18 @@ def test_postgres_is_dumped_and_restored(tmp_path: Path, postgres: PostgresServe
         assert [finding for finding in check_store(store) if not finding.is_ok] == []
 
 
+def test_the_newest_pg_dump_is_taken_however_folders_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Debian's folders are versions; what else lies there is taken last, and breaks nothing."""
+    monkeypatch.setattr(backup, "DEBIAN", tmp_path)
+    for name in ("9.6", "10", "16", "local", "16-old"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin" / "pg_dump").touch()
+
+    assert find_pg_dump() == str(tmp_path / "16" / "bin" / "pg_dump")
+
+
 def test_without_pg_dump_the_message_says_what_to_run(
     tmp_path: Path, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

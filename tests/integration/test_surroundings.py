@@ -32,6 +32,7 @@ from tests.machine import free_port, wait_for
 from tests.postgres_server import USER, PostgresServer, find_binary, run_postgres
 
 LIMIT_S = 600.0  # 221 s where two other jobs ran beside it, most of them the starts of MLflow and the app
+LOOK_TOKEN = "a-token-that-may-look"
 POLICY = """
 apiVersion: sentei/v1
 kind: RolloutPolicy
@@ -139,7 +140,7 @@ def run_mlflow(postgres: PostgresServer, folder: Path) -> Iterator[str]:
     words = [
         word.replace("0.0.0.0", "127.0.0.1")
         .replace("5000", str(port))
-        .replace("/mlflow/artifacts", str(folder / "artifacts"))
+        .replace("${MLFLOW_ARTIFACTS:-/mlflow/artifacts}", str(folder / "artifacts"))
         for word in service["command"]
     ]
     assert words.pop(0) == "mlflow"
@@ -176,7 +177,7 @@ def run_prometheus(app_url: str, receiver: Receiver, folder: Path) -> Iterator[s
     config["alerting"] = {
         "alertmanagers": [{"static_configs": [{"targets": [f"127.0.0.1:{receiver.port}"]}]}]
     }
-    (folder / "token").write_text(TOKEN)
+    (folder / "token").write_text(LOOK_TOKEN)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
     shutil.copy(INFRA / "prometheus" / "rules.yaml", folder)
     port = free_port()
@@ -225,6 +226,7 @@ def test_two_rollouts_with_all_neighbours(tmp_path: Path) -> None:
             "PGDATABASE": "sentei",
             "SENTEI_HOME": str(tmp_path / "home"),
             "SENTEI_ADMIN_TOKEN": TOKEN,
+            "SENTEI_LOOK_TOKEN": LOOK_TOKEN,
             "RAY_AUTH_MODE": "disabled",
         }
         config = {

@@ -54,7 +54,7 @@ OFFLINE = ("NewConnectionError", "ConnectTimeoutError", "Temporary failure in na
 TOO_HEAVY = {"torch", "ray", "transformers", "mlflow", "evidently", "triton", "pandas", "plotly", "pyarrow"}
 LINT_S = 1.0
 RUNS = 7
-TOKEN = "test-token"
+TOKEN = "a-token-of-tests"
 
 
 class Light:

@@ -10,6 +10,7 @@ import pytest
 from sentei.serving.errors import ConfigError, RequestError
 from sentei.serving.front.access import (
     KEYS_VARIABLE,
+    LOOK_VARIABLE,
     MAX_FAILURES,
     TOKEN_VARIABLE,
     ApiKey,
@@ -130,27 +131,55 @@ def test_each_role_may_do_its_own_and_less(role: Role, needed: Role) -> None:
     assert caught.value.status == 403
 
 
-def test_guessing_is_slowed_down_for_the_one_who_guesses() -> None:
-    """After ten wrong tokens in a minute an address waits, right token or not; others go on."""
+def test_wrong_tokens_are_slowed_down_and_right_ones_let_in() -> None:
+    """After ten wrong tokens in a minute an address gets a 429 for more of them; a right one is let in."""
     clock, statuses = FakeClock(), []
-    book = operators(clock)
-    for given, caller in [*[("Bearer x", "bad")] * MAX_FAILURES, ("Bearer " + "look" * 8, "bad")]:
+    book, right = operators(clock), "Bearer " + "look" * 8
+    for _ in range(MAX_FAILURES + 2):
         with pytest.raises(RequestError) as caught:
-            book.check(given, caller, Role.LOOK)
+            book.check("Bearer x", "proxy", Role.LOOK)
         statuses.append(caught.value.status)
-    elsewhere = book.check("Bearer " + "look" * 8, "good", Role.LOOK)
+    elsewhere = book.check(right, "other", Role.LOOK)
+    meanwhile = book.check(right, "proxy", Role.LOOK)
     clock.now_s += 61
-    later = book.check("Bearer " + "look" * 8, "bad", Role.LOOK)
+    with pytest.raises(RequestError) as later:
+        book.check("Bearer x", "proxy", Role.LOOK)
 
-    assert statuses == [401] * MAX_FAILURES + [429]
-    assert elsewhere == later
+    assert statuses == [401] * MAX_FAILURES + [429] * 2
+    assert elsewhere == meanwhile
+    assert later.value.status == 401
 
 
 def test_token_of_the_environment_may_do_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one token of small installations is `admin`; without any the operations API is off."""
-    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
-    assert OperatorBook.read(None).check("Bearer secret", "here", Role.APPROVE).name == "admin"
+    monkeypatch.setenv(TOKEN_VARIABLE, f"{'s' * 16}\n")
+    assert OperatorBook.read(None).check("Bearer " + "s" * 16, "here", Role.APPROVE).name == "admin"
 
     monkeypatch.delenv(TOKEN_VARIABLE)
     with pytest.raises(RequestError, match="is off"):
         OperatorBook.read(None).check("Bearer ", "here", Role.LOOK)
+
+
+def test_short_token_of_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that can be guessed starts no app; the error names the variable and the way out alone."""
+    monkeypatch.setenv(TOKEN_VARIABLE, "hunter2hunter2h")
+
+    with pytest.raises(ConfigError, match=r"SENTEI_ADMIN_TOKEN has 15 .* 16 .*openssl rand") as caught:
+        OperatorBook.read(None)
+
+    assert "hunter2" not in str(caught.value)
+
+
+def test_prometheus_gets_a_token_that_may_only_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second token of the environment reads and orders nothing; the admin's own is refused in its place."""
+    monkeypatch.setenv(TOKEN_VARIABLE, "a" * 16)
+    monkeypatch.setenv(LOOK_VARIABLE, "l" * 16)
+    book = OperatorBook.read(None)
+
+    assert book.check("Bearer " + "l" * 16, "here", Role.LOOK).name == "look"
+    with pytest.raises(RequestError, match="'look' has role 'look'"):
+        book.check("Bearer " + "l" * 16, "here", Role.OPERATE)
+
+    monkeypatch.setenv(LOOK_VARIABLE, "a" * 16)
+    with pytest.raises(ConfigError, match="are the same"):
+        OperatorBook.read(None)

@@ -20,6 +20,7 @@ from sentei.pipeline.integrations.shapes import sign, to_json_body, to_slack_bod
 from sentei.pipeline.rollout.runner import RolloutRunner, RunnerOptions, start_rollout
 from sentei.policies.schema.integrations.endpoint import SecretSource
 from sentei.policies.schema.policy import Policy
+from sentei.policies.state import state_from_json, state_to_json
 from tests.fakes_records import POLICY, ROLLOUT, START_S
 from tests.stories_rollout import serve
 from tests.strategies_policy import make_policy
@@ -159,6 +160,26 @@ def test_dense_that_is_down_and_a_shelter_are_news(tmp_path: Path) -> None:
     kinds = [item.kind for item in found]
     assert kinds[-2:] == ["dense_down", "sheltered"]
     assert found[-1].phase == "sheltered"
+
+
+def test_alerts_say_themselves_what_they_are_about(tmp_path: Path) -> None:
+    """In whichever order they stand in an event; in logs of before, which did not say it, as it was then."""
+    event = next(item for item in play(tmp_path, 320, quiet_from=3) if item.kind == "alert")
+    state = replace(state_from_json(event.state), dense_down_since_s=START_S)
+    alerts = [
+        {"kind": "alert", "detail": "no news", "slice_id": None, "about": "audits_blind"},
+        {"kind": "alert", "detail": "no dense", "slice_id": None, "about": "dense_down"},
+    ]
+
+    def told(actions: list[dict[str, Any]]) -> list[tuple[str, str]]:
+        payload = {**event.payload, "actions": actions}
+        found, _ = read_event(Place(), replace(event, state=state_to_json(state).decode(), payload=payload))
+        return [(item.kind, item.reason) for item in found]
+
+    before = [{**action, "detail": "", "about": None} for action in alerts]
+    assert event.payload["actions"][0]["about"] == "audits_blind"
+    assert told(alerts) == [("audits_blind", "no news"), ("dense_down", "no dense")]
+    assert told(before) == [("dense_down", ""), ("audits_blind", "")]
 
 
 @pytest.fixture

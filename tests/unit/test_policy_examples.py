@@ -100,7 +100,7 @@ def test_a_demo_holds_a_rung_that_does_not_pay(name: str) -> None:
 
 
 def test_the_demo_of_smollm2_promotes_within_the_sessions_that_its_time_allows() -> None:
-    """A rung that takes 0.68 of dense's time and changes one token in twenty: most seeds within 75 sessions."""
+    """A rung of 0.68 of dense's time that changes one token in twenty: 75 sessions do for most seeds."""
     runs = [play(example("demo-smollm2"), 0.05, seed=seed, ratio=0.68) for seed in range(20)]
 
     assert sum(outcome == "promoted" for outcome, *_ in runs) >= 19

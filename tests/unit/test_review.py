@@ -175,6 +175,25 @@ def test_a_stage_that_never_ends_makes_later_ones_unreachable() -> None:
     assert best_s(forecast(policy, UNKNOWN)) == math.inf
 
 
+def test_a_policy_that_looks_at_no_answer_is_told_so() -> None:
+    """Without a guardrail of audits, and the shadow that is refused without one, lint has a warning."""
+
+    def look_away(spec: dict[str, Any]) -> None:
+        kept = [item for item in spec["guardrails"]["items"] if not item["value"].startswith("audit.")]
+        spec["guardrails"]["items"] = kept
+        spec["advance"]["need"] = "no_harm"
+        spec["stages"] = [stage for stage in spec["stages"] if stage["share"] != 0]
+
+    policy = edited(look_away)
+    (said,) = [text for text in messages(policy) if text.startswith("guardrails.items:")]
+
+    assert policy.spec.stages[0].share > 0
+    assert said.startswith(
+        "guardrails.items: no guardrail is of audits, so answers that are wrong roll nothing back"
+    )
+    assert not any("no guardrail is of audits" in text for text in messages(make_policy()))
+
+
 def test_traffic_shows_what_is_too_short() -> None:
     """At ten sessions an hour an hour is too short for a stage, and the breaker can hardly trip."""
     found = messages(make_policy(), Expected(10.0))

@@ -21,7 +21,7 @@ SecretFile = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 # A prefix, so that a policy cannot name what the controller's environment holds for others.
 SecretVariable = Annotated[str, Field(pattern=r"^SENTEI_[A-Z0-9_]{1,100}$")]
 # What opens the app itself: a policy that named one could have it sent, as a bearer token, to whom it likes.
-THE_APPS_OWN = frozenset(("SENTEI_ADMIN_TOKEN", "SENTEI_API_KEYS", "SENTEI_USER_KEY"))
+THE_APPS_OWN = frozenset(("SENTEI_ADMIN_TOKEN", "SENTEI_LOOK_TOKEN", "SENTEI_API_KEYS", "SENTEI_USER_KEY"))
 
 
 class SecretSource(Section):

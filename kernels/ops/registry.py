@@ -107,6 +107,11 @@ def give_up_on(name: str, error: Exception) -> None:
         )
 
 
+def is_off(name: str) -> bool:
+    """Whether `give_up_on` has passed it over in this process."""
+    return name in _broken
+
+
 def why_no_compiler() -> str | None:
     """Why FlexAttention cannot be compiled for the CPU here, or None if it can."""
     if (reason := _why_no_cxx()) is not None:

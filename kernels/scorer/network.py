@@ -82,7 +82,7 @@ class ScorerShape:
 class BlockScorer(nn.Module):
     """Scores query tokens against pooled keys; logsumexp over a block estimates its attention mass."""
 
-    has_native_program = True  # whether the CPU program computes this score
+    has_native_program = True  # whether the programs for CPUs and GPUs compute this score
     scores_per_pool = 1.0  # numbers that one query token and one pool make on the way
 
     query_map: nn.Parameter

@@ -17,7 +17,8 @@ from sentei.kernels.ops.errors import ShapeError
 from sentei.kernels.ops.layouts import PagedCache
 from sentei.kernels.ops.native.calls import has_byte_scores
 from sentei.kernels.ops.native.paged import LANES, Pages, Rows, can_decode_pages, decode_pages_native
-from sentei.kernels.ops.registry import is_native_usable
+from sentei.kernels.ops.paged import attend_paged
+from sentei.kernels.ops.registry import is_native_usable, takes_triton
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
@@ -37,15 +38,27 @@ class Span:
 class ScorerPages:
     """One layer's scorer and the features of all pages: [P, Hkv, pools, features], padded for the program."""
 
-    def __init__(self, scorer: BlockScorer, rotary: RotaryTable, num_pages: int) -> None:
+    def __init__(
+        self,
+        scorer: BlockScorer,
+        rotary: RotaryTable,
+        num_pages: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> None:
         shape = scorer.shape
         self.scorer = scorer
+        self._backend = backend
         self.rotary = rotary
         self.block = shape.block_tokens
         self._pools = shape.block_tokens // shape.pool_tokens
         self._bias = scorer.bias(torch.arange(rotary.length // self.block + 2)).detach().float().contiguous()
         padded = -(-shape.num_features // LANES) * LANES
-        self.pooled = torch.zeros(num_pages, shape.kv_heads, self._pools, padded, device=rotary.cos.device)
+        # One page more than there are: empty slots of a batch write there.
+        room = (num_pages + 1, shape.kv_heads, self._pools, padded)
+        self._room = torch.zeros(room, device=rotary.cos.device, dtype=dtype)
+        self.pooled = self._room[:num_pages]
 
     @property
     def bytes_per_page(self) -> int:
@@ -86,6 +99,8 @@ class ScorerPages:
         self._check_pages(cache.keys)
         positions = cache.lengths.long() - 1
         cut = per_head_thresholds(thresholds, positions, q.shape[1])[..., 0].T
+        if fault is None and self._takes_triton(q):
+            return self._decode_in_triton(q, cache, cut, out)
         if fault is None and self._can_run_natively(cache):
             rows = Rows(q, self._encode(q, positions), cache.page_table, positions, cut)
             pages = Pages(cache.keys.transpose(2, 3), cache.values, self.pooled)
@@ -94,6 +109,44 @@ class ScorerPages:
                 scale=self.scorer.scale, pool_tokens=self.scorer.shape.pool_tokens,
             )  # fmt: skip
         return self._decode_one_by_one(q, cache, thresholds, out, fault)
+
+    @torch.no_grad()
+    def update_step(self, keys: Tensor, page_table: Tensor, lengths: Tensor) -> None:
+        """Encode the pool of each sequence's newest token; page_table [N, W], lengths [N]: no host sync.
+
+        A pool that is not full yet is written all the same: it lies in the newest block, which nobody scores, and
+        is written again. Empty slots of the batch change nothing.
+        """
+        self._check_pages(keys)
+        size = self.scorer.shape.pool_tokens
+        pool = (lengths.long() - 1).clamp_min(0) // size
+        pages = page_table.long().gather(1, pool[:, None] // self._pools)[:, 0].clamp_min(0)
+        tokens = pool[:, None] * size % self.block + torch.arange(size, device=keys.device)
+        newest = keys[pages[:, None], :, tokens].transpose(1, 2)  # [N, Hkv, size, D]
+        if self._takes_triton(keys):
+            from sentei.kernels.scorer.launches import encode_pools
+
+            encoded = encode_pools(self.scorer, newest, (pool + 1) * size, self.rotary)[:, :, 0]
+        else:
+            positions = pool[:, None] * size + torch.arange(size, device=keys.device)
+            by_head = newest.float().transpose(0, 1)  # [Hkv, N, size, D]
+            plain = unrotate(by_head, positions.clamp_max(self.rotary.length - 1), self.rotary)
+            pooled, plain = (pool_tokens(part, size)[:, :, 0][None] for part in (by_head, plain))
+            encoded = self.scorer.encode_keys(pooled, plain)[0].transpose(0, 1)
+        pages = torch.where(lengths > 0, pages, self.pooled.shape[0])
+        self._put(pages, pool % self._pools, encoded)
+
+    def _decode_in_triton(self, q: Tensor, cache: PagedCache, cut: Tensor, out: Tensor) -> Tensor:
+        """All rows at once, a list for each KV group, thresholds `cut` [N, Hq]; nothing waits for the device."""
+        from sentei.kernels.scorer.launches import choose_step
+
+        tokens = q[:, :, None]
+        lists, is_odd = choose_step(self.scorer, tokens, cache, self.pooled, self.rotary, cut)
+        found, _ = attend_paged(tokens, cache, lists, scale=self.scorer.scale, backend=self._backend)
+        group = q.shape[1] // lists.counts.shape[1]
+        is_broken = is_odd.repeat_interleave(group, dim=1) > 0
+        out.copy_(found[:, :, 0].masked_fill(is_broken[..., None], torch.nan))
+        return lists.counts.repeat_interleave(group, dim=1).masked_fill(is_broken, -1)
 
     def _decode_one_by_one(
         self, q: Tensor, cache: PagedCache, thresholds: Thresholds, out: Tensor, fault: Fault | None
@@ -157,7 +210,10 @@ class ScorerPages:
         self._put(pages, (ends - 1) % self.block // size, encoded)
 
     def _put(self, pages: Tensor, pools: Tensor, encoded: Tensor) -> None:
-        self.pooled[pages, :, pools, : encoded.shape[-1]] = encoded.float()
+        self._room[pages, :, pools, : encoded.shape[-1]] = encoded.to(self.pooled.dtype)
+
+    def _takes_triton(self, tensor: Tensor) -> bool:
+        return self.scorer.has_native_program and takes_triton(self._backend, tensor.device)
 
     def _can_run_natively(self, cache: PagedCache) -> bool:
         keys, block, dim = cache.keys, self.block, cache.keys.shape[3]

@@ -4,7 +4,7 @@ from weakref import ReferenceType, ref
 
 import torch
 
-from sentei.kernels.ops.registry import is_native_usable
+from sentei.kernels.ops.registry import is_native_usable, takes_triton
 from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.kernels.scorer.packed_keys import PackedKeys
@@ -18,9 +18,10 @@ class PooledCache:
     crop, a swap or a reordering is only seen where it changed the length or the last key.
     """
 
-    def __init__(self, scorer: BlockScorer) -> None:
+    def __init__(self, scorer: BlockScorer, backend: str = "auto") -> None:
         self.packed = PackedKeys()  # of the keys that `update` returned last
         self._scorer = scorer
+        self._backend = backend
         self._keys: torch.Tensor | None = None  # a view of the first pools of `_room`
         self._room: torch.Tensor | None = None
         self._tokens = 0
@@ -72,14 +73,18 @@ class PooledCache:
         return self._room[:, :, :total]
 
     def _encode(self, k: torch.Tensor, first: int, table: RotaryTable) -> torch.Tensor:
-        shape = self._scorer.shape
-        if shape.is_single and is_native_usable(k.device.type, shape.block_tokens) and k.shape[2]:
+        scorer, shape = self._scorer, self._scorer.shape
+        if scorer.has_native_program and takes_triton(self._backend, k.device):
+            from sentei.kernels.scorer.launches import encode_pools
+
+            return encode_pools(scorer, k, first, table)
+        last = first + k.shape[2]
+        is_native = scorer.has_native_program and is_native_usable(k.device.type, shape.block_tokens)
+        if is_native and shape.is_single and last > first:
             from sentei.kernels.ops.native.calls import encode_native
 
-            cos, sin = (
-                part[first : first + k.shape[2]].float().contiguous() for part in (table.cos, table.sin)
-            )
-            maps = self._scorer.frozen("key maps", lambda: self._scorer.key_map.detach().float().contiguous())
+            cos, sin = (part[first:last].float().contiguous() for part in (table.cos, table.sin))
+            maps = scorer.frozen("key maps", lambda: scorer.key_map.detach().float().contiguous())
             return encode_native(k, cos, sin, maps)
         pooled, plain = pool_keys(k, first, table, shape)
         return self._scorer.encode_keys(pooled.to(k.dtype), plain.to(k.dtype))

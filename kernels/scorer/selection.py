@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask
-from sentei.kernels.ops.registry import is_native_usable
+from sentei.kernels.ops.registry import give_up_on, is_native_usable, is_off, takes_triton
 from sentei.kernels.ops.rules import Grid, Threshold
 from sentei.kernels.ops.select import select_lists
 from sentei.kernels.scorer.features import RotaryTable, unrotate
@@ -22,6 +22,9 @@ from sentei.kernels.scorer.packed_keys import PackedKeys
 # 286, 279, 318, 379 and 416 ms with heads 4:1 of 256 at 8192 tokens (SDPA: 2370 ms);
 # 60, 59, 73, 77 and 92 ms with heads 4:2 of 64 at 4096.
 MAX_SCORES_PER_CHUNK = 500_000
+TRITON_SCORES = (
+    "triton scores"  # the name under which the scoring kernels are given up, apart from attention's
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,7 @@ def score_blocks(
     table: RotaryTable,
     block_q: int | None = None,
     packed: PackedKeys | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the neediest row's estimated log share per query block and key block, and the blocks' starts.
 
@@ -155,6 +159,7 @@ def score_blocks(
         block_q: rows of a query block; as long as a key block if None.
         packed: where the keys are kept as the native program reads them, from one decode step to the next;
             packed anew for this call if None.
+        backend: auto, triton or torch; auto takes triton on a GPU, our own program on a CPU.
 
     Returns:
         [B, Hq, n, blocks] and [n].
@@ -169,8 +174,19 @@ def score_blocks(
     kv_len = k.shape[2]
     q_offset = kv_len - q_len
     starts = block_starts(q_len, block_q, q_offset, q.device)
+    if scorer.has_native_program and takes_triton(backend, q.device) and not is_off(TRITON_SCORES):
+        try:
+            from sentei.kernels.scorer.launches import score_rows
+
+            return score_rows(scorer, q, k, keys, table, block_q), starts
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler can fail in any way; correctness must not depend on it
+            if backend != "auto":
+                raise
+            give_up_on(TRITON_SCORES, error)
     result = torch.full((B, Hq, len(starts), -(-kv_len // block)), float("-inf"), device=q.device)
-    if scorer.has_native_program and is_native_usable(q.device.type, block):
+    if scorer.has_native_program and backend == "auto" and is_native_usable(q.device.type, block):
         _fill_native(scorer, q, k, keys, table, result, block_q, packed)
     else:
         _fill_chunks(scorer, q, k, keys, table, starts, result, block_q)

@@ -116,6 +116,14 @@ def narrow(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def largest(x, axis: tl.constexpr, PRECISION: tl.constexpr):
+    """The largest number along an axis, NaN passed over, as devices do; the interpreter warns where all are NaN."""
+    if PRECISION == "widened":
+        x = tl.where(x == x, x, float("-inf"))
+    return tl.max(x, axis)
+
+
+@triton.jit
 def first_slot(listed, count, target):
     """Index of the first entry at or past `target` in an ascending list."""
     low = count * 0

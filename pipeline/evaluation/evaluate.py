@@ -64,6 +64,7 @@ class EvaluateOptions:
     task_lengths: tuple[int, ...] = ()  # none: a quarter of the window, and all of it
     num_tasks: int = 3  # of each kind at each length, the notes at as many depths
     timed_runs: int = 3
+    warm_up_tokens: int | None = None  # of the round before the timed ones; None: the whole window
     first_position: int | None = None  # of the judged ones; none: an eighth of the window
     # Rungs at whose density other choices of blocks are judged; None: the boldest; an empty tuple: none.
     baseline_rungs: tuple[str, ...] | None = None
@@ -195,7 +196,14 @@ def evaluate(
     losses = _measure_losses(loaded, adapter, texts, options, progress)
     sampling = Sampling(options.blocks_per_window, options.seed)
     dropped = dropped_by_rung(loaded, adapter, texts, sampling, progress)
-    timings = time_prefills(loaded, adapter, texts[0], runs=options.timed_runs, progress=progress)
+    timings = time_prefills(
+        loaded,
+        adapter,
+        texts[0],
+        runs=options.timed_runs,
+        progress=progress,
+        warm_up_tokens=options.warm_up_tokens,
+    )
     peaks = prefill_peaks(loaded, adapter, texts[0], runs=options.timed_runs, progress=progress)
     prefill_s = {rung.id: _timing(timings, rung.id).median_s for rung in adapter.ladder.rungs}
     setup_s = _setup_s(adapter, options) + time.monotonic() - started

@@ -64,6 +64,8 @@ class EvaluateOptions:
     task_lengths: tuple[int, ...] = ()  # none: a quarter of the window, and all of it
     num_tasks: int = 3  # of each kind at each length, the notes at as many depths
     timed_runs: int = 3
+    warm_up_tokens: int | None = None  # of the round before the timed ones; None: the whole window
+    dense_forms: tuple[str, ...] = DENSE_FORMS  # timed beside the rungs, our own among them
     first_position: int | None = None  # of the judged ones; none: an eighth of the window
     # Rungs at whose density other choices of blocks are judged; None: the boldest; an empty tuple: none.
     baseline_rungs: tuple[str, ...] | None = None
@@ -195,7 +197,15 @@ def evaluate(
     losses = _measure_losses(loaded, adapter, texts, options, progress)
     sampling = Sampling(options.blocks_per_window, options.seed)
     dropped = dropped_by_rung(loaded, adapter, texts, sampling, progress)
-    timings = time_prefills(loaded, adapter, texts[0], runs=options.timed_runs, progress=progress)
+    timings = time_prefills(
+        loaded,
+        adapter,
+        texts[0],
+        runs=options.timed_runs,
+        progress=progress,
+        dense=options.dense_forms,
+        warm_up_tokens=options.warm_up_tokens,
+    )
     peaks = prefill_peaks(loaded, adapter, texts[0], runs=options.timed_runs, progress=progress)
     prefill_s = {rung.id: _timing(timings, rung.id).median_s for rung in adapter.ladder.rungs}
     setup_s = _setup_s(adapter, options) + time.monotonic() - started
@@ -328,7 +338,7 @@ def _rung_result(rung_id: str, findings: _Findings) -> RungResult:
         dropped_mass_p99=dropped[1],
         prefill_s=timing.median_s,
         prefill_s_range=(timing.lowest_s, timing.highest_s),
-        prefill_s_by_baseline={name: timings[name].median_s for name in DENSE_FORMS},
+        prefill_s_by_baseline={name: timings[name].median_s for name in DENSE_FORMS if name in timings},
         peak_mib=findings.peaks.get(rung_id),
         tasks=recall.by_kind(),
         recall=recall,

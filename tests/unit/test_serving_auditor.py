@@ -89,6 +89,21 @@ async def test_replays_follow_the_way_it_was_served() -> None:
     assert sparse.scored[0].ids == (1, 2, 3, *SERVED)
 
 
+@pytest.mark.parametrize(("prompt_tokens", "pieces"), [(1000, 5), (1600, 8), (8064, 8), (100_000, 8)])
+async def test_the_second_dense_replay_of_a_long_prompt_is_cut_into_few_chunks(
+    prompt_tokens: int, pieces: int
+) -> None:
+    """Of an odd size, a multiple of no block's; each chunk reads all that came before it, so they are few."""
+    auditor, dense, _, _ = make_auditor()
+
+    await auditor.audit(replace(job(), prompt_ids=(1,) * prompt_tokens, earlier_ids=()))
+
+    size = dense.scored[1].prompt_chunk_tokens
+    assert size is not None
+    assert size % 2 == 1
+    assert -(-prompt_tokens // size) == pieces
+
+
 @pytest.mark.parametrize("failure", [crash("sparse"), EngineBusyError("full")])
 async def test_failed_replay_is_an_error_score(failure: Exception) -> None:
     """A replay that fails is written as an error, never left out."""

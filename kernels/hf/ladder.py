@@ -57,6 +57,8 @@ class Rung:
     verified_tokens: int | None = None  # the longest prompt that it was verified at; None: no limit
     # The same for decode steps, by how many sequences a timed step had, or NEVER; empty: nobody timed any.
     decode_break_even_tokens: Mapping[int, int] = field(default_factory=dict)
+    # Rows at a prompt's end that keep everything: they ask, and an answer is read from them (docs/adr/0027).
+    dense_last_tokens: int = 0
 
     @property
     def is_dense(self) -> bool:
@@ -115,6 +117,15 @@ class Rung:
             return None
         early = (self.break_even_tokens / check.tokens) ** 2
         return (check.density - early) / (1 - early)
+
+    def last_from(self, prompt_tokens: int, query_block_tokens: int) -> int:
+        """Return the position from which the rows of a prompt keep everything, up to its end.
+
+        Query blocks count from the start of a sequence, so it hangs on the prompt's length alone.
+        """
+        if not self.dense_last_tokens:
+            return prompt_tokens
+        return max(0, prompt_tokens - self.dense_last_tokens) // query_block_tokens * query_block_tokens
 
     def thins(self, layer: int) -> bool:
         """Whether any KV group of a layer may drop blocks at any length."""
@@ -223,6 +234,7 @@ def _rung_from_dict(item: Mapping[str, Any]) -> Rung:
         target_speed=item.get("target_speed"),
         verified_tokens=item.get("verified_tokens"),
         decode_break_even_tokens=_step_lengths(item.get("decode_break_even_tokens")),
+        dense_last_tokens=item.get("dense_last_tokens", 0),
     )
 
 

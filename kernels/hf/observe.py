@@ -74,7 +74,7 @@ class AttendedRows:
     """The rows of one attention call of one layer, and the LSE of what each truly read; None: all of it."""
 
     layer: LayerInfo
-    query: torch.Tensor  # [B, Hq, Tq, D], the newest positions
+    query: torch.Tensor  # [B, Hq, Tq, D], the newest positions of those that `key` holds
     key: torch.Tensor  # [B, Hkv, Tk, D]
     lse: torch.Tensor | None  # [B, Hq, Tq]
 

@@ -78,6 +78,7 @@ class Retrofit:
         self._observer: SelectionObserver | None = None
         self._attended: list[AttendedRows] | None = None
         self._num_attended: int | None = None
+        self._prompt_tokens: int | None = None
         self._clock: PartClock | None = None
         self.is_differentiable = False
         self._low_rank_hooks: list[Any] = []
@@ -162,6 +163,13 @@ class Retrofit:
         if self.adapter is None or self.adapter.low_rank is None:
             raise AdapterError("the adapter has no low-rank weights; train them with: sentei distill --joint")
         self._low_rank_hooks.extend(hook_low_rank(self.model, self.adapter.low_rank))
+
+    def set_prompt_tokens(self, tokens: int | None) -> None:
+        """Say where the prompt of what runs next ends; None: where a call of several rows with a cache ends.
+
+        The rows before it keep everything, as many as the rung says. Text without a cache has no such end.
+        """
+        self._prompt_tokens = tokens
 
     def set_differentiable(self, is_on: bool) -> None:
         """Run sparse attention so that gradients flow (for training on short windows), or fast again."""
@@ -306,13 +314,27 @@ class Retrofit:
             shares = torch.cat((shares[:, :, :-1], last), dim=2)
         return shares
 
+    def _last_rows(self, num_rows: int, kv_len: int) -> tuple[int, int]:
+        """Return between which positions rows keep everything because their prompt ends there."""
+        end = self._prompt_tokens
+        if end is None:
+            end = kv_len if num_rows > 1 and self._cache is not None else 0
+        return self._rung.last_from(end, self._ladder.query_block_tokens), end
+
     def _record(
         self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None
     ) -> None:
         if self._attended is not None:
-            newest = slice(-min(self._num_attended or query.shape[2], query.shape[2]), None)
+            num_rows, kv_len = query.shape[2], key.shape[2]
+            first, end = self._last_rows(num_rows, kv_len)
+            cut = 0
+            if lse is not None and kv_len - num_rows < first < kv_len <= end:
+                cut = kv_len - first  # what keeps everything by rule says nothing of the rung
+            last = num_rows - cut
+            newest = slice(max(0, last - (self._num_attended or last)), last)
             lse = None if lse is None else lse[:, :, newest].clone()
-            self._attended.append(AttendedRows(layer, query[:, :, newest].clone(), key, lse))
+            rows = AttendedRows(layer, query[:, :, newest].clone(), key[:, :, : kv_len - cut], lse)
+            self._attended.append(rows)
 
     @torch.no_grad()
     def _select(
@@ -333,6 +355,9 @@ class Retrofit:
         if self.fault is not None:
             shares = self.fault.shift(shares, starts)
         shares = self._keep_short(shares, starts, query)
+        first, end = self._last_rows(query.shape[2], key.shape[2])
+        if first < end:
+            shares = shares.masked_fill(((starts >= first) & (starts < end))[:, None], float("inf"))
         with self._part(SELECTION):
             mask = select_blocks(
                 shares,

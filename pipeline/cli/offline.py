@@ -154,6 +154,10 @@ def run_calibrate(
             max=1.0,
         ),
     ] = None,
+    dense_last: Annotated[
+        int | None,
+        typer.Option(help="Last rows of a prompt that keep everything, as the question stands there.", min=0),
+    ] = None,
     query_block: Annotated[
         int | None,
         typer.Option(help="Rows that choose together: 16, 32 or 64 [default: 16 on a CPU, 64 on a GPU]."),
@@ -184,6 +188,7 @@ def run_calibrate(
         num_windows=windows,
         targets=targets or None,
         query_block_tokens=query_block,
+        dense_last_tokens=dense_last,
     )
     bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:

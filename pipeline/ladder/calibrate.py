@@ -60,6 +60,7 @@ class CalibrateOptions:
         RungTarget("bold", 0.03, 0.40),
     )
     dense_above: float = 0.6
+    dense_last_tokens: int = 0  # of a prompt, whose rows keep everything (docs/adr/0027)
     # Rows that choose together; None: what suits the device. A divisor of the adapter's blocks.
     query_block_tokens: int | None = None
     verify: VerifyOptions = field(default_factory=VerifyOptions)
@@ -166,6 +167,7 @@ def fit_ladder(
             bound_dropped_mass=fits[target.id].bound_dropped_mass,
             break_even_tokens=options.break_even_tokens,
             target_density=target.density,
+            dense_last_tokens=options.dense_last_tokens,
         )
         for target in options.targets
     ]

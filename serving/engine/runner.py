@@ -44,6 +44,9 @@ class Retrofit(Protocol):
     def set_rung(self, rung_id: str) -> None:
         """Make the next forward pass run at this rung."""
 
+    def set_prompt_tokens(self, tokens: int | None) -> None:
+        """Say where the prompt of what runs next ends: its last rows may keep everything."""
+
     def stats(self) -> Stats:
         """What the attention calls did since the last reset."""
 
@@ -103,12 +106,12 @@ class ModelRunner:
         sampler = Sampler(request, self._grammars)  # first: a grammar that is none costs no pass
         live = _Live(request, DynamicCache(config=self._model.config), sampler)
         self._live[request.request_id] = live
-        return self._advance(live, [*request.prompt_ids, *request.sent_ids])
+        return self._advance(live, [*request.prompt_ids, *request.sent_ids], len(request.prompt_ids))
 
     def decode(self, request_id: str) -> tuple[TokenLogprob, float]:
         """Feed the token chosen last and choose the next one."""
         live = self._live[request_id]
-        return self._advance(live, [live.next_id])
+        return self._advance(live, [live.next_id], len(live.request.prompt_ids))
 
     def attention(self, request_id: str) -> AttentionUse | None:
         """Say what a running request's attention kept so far; None at the dense rung."""
@@ -126,7 +129,7 @@ class ModelRunner:
 
         A thinned replay also measures what mass some rows of answer and prompt drop, which it does not cost.
         """
-        self._use_rung(request.rung_id)
+        self._use_rung(request.rung_id, request.num_prompt)
         cache, scores = DynamicCache(config=self._model.config), _Scores()
         for begin, end, is_measured in _pieces(request):
             start_s = _cpu_s()
@@ -150,9 +153,9 @@ class ModelRunner:
             return nullcontext(())
         return self.retrofit.recording_rows(MEASURED_ROWS)
 
-    def _advance(self, live: _Live, ids: list[int]) -> tuple[TokenLogprob, float]:
+    def _advance(self, live: _Live, ids: list[int], num_prompt: int) -> tuple[TokenLogprob, float]:
         start_s = _cpu_s()
-        self._use_rung(live.request.rung_id)
+        self._use_rung(live.request.rung_id, num_prompt)
         if self.retrofit is not None:
             self.retrofit.reset_stats()
         logits = self._forward(ids, live.cache, keep=1)[0]
@@ -173,7 +176,7 @@ class ModelRunner:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _use_rung(self, rung_id: str) -> None:
+    def _use_rung(self, rung_id: str, num_prompt: int) -> None:
         if self.retrofit is None:
             if rung_id != DENSE_RUNG:
                 raise EngineRefusedError(
@@ -183,6 +186,7 @@ class ModelRunner:
         if rung_id != self._rung_id:
             self.retrofit.set_rung(rung_id)
             self._rung_id = rung_id
+        self.retrofit.set_prompt_tokens(num_prompt)
 
 
 def _pieces(request: ScoreRequest) -> Iterator[tuple[int, int, bool]]:

@@ -70,13 +70,14 @@ class SenteiMetadata(CPUAttentionMetadata):
 
     parts: tuple[Part, ...] = ()
     prompt_ends: tuple[int, ...] = ()
+    block_q: int = 0
     dtype: torch.dtype = torch.float32
     layouts: dict[frozenset[str], StepLayout] = field(default_factory=dict)
 
     def layout(self, thinning: frozenset[str]) -> StepLayout:
         """Return the step's layout in layers that these rungs thin."""
         if thinning not in self.layouts:
-            plan = plan_step(self.parts, self.prompt_ends, thinning)
+            plan = plan_step(self.parts, self.prompt_ends, thinning, block_q=self.block_q)
             self.layouts[thinning] = StepLayout(plan, self.block_table, self.dtype)
         return self.layouts[thinning]
 
@@ -97,7 +98,13 @@ class SenteiBuilder(CPUAttentionMetadataBuilder):
         self._state.meter.set_rows({part.ticket: part.num_tokens for part in parts if part.ticket})
         if all(part.rung.is_dense for part in parts):
             return stock
-        return SenteiMetadata(**vars(stock), parts=tuple(parts), prompt_ends=tuple(ends), dtype=self.dtype)
+        return SenteiMetadata(
+            **vars(stock),
+            parts=tuple(parts),
+            prompt_ends=tuple(ends),
+            block_q=self._state.ladder.query_block_tokens,
+            dtype=self.dtype,
+        )
 
     def _read_rows(self, common: Any) -> tuple[list[Part], list[int]]:
         assert self._state is not None

@@ -2,7 +2,8 @@
 
 Before the user's prompt ends, rows choose in query blocks; behind it each row chooses by itself, also where
 vLLM computes several of an answer's rows at once: after a preemption, or behind tokens that were sent before.
-A query block whose first row sees fewer tokens than the rung's break-even keeps everything.
+A query block whose first row sees fewer tokens than the break-even keeps everything, and so do the last
+rows of the user's prompt, as many as the rung says.
 """
 
 from __future__ import annotations
@@ -53,10 +54,12 @@ class StepPlan:
         return not self.prompts and not self.singles
 
 
-def plan_step(parts: Sequence[Part], prompt_ends: Sequence[int], thinning: Set[str]) -> StepPlan:
+def plan_step(
+    parts: Sequence[Part], prompt_ends: Sequence[int], thinning: Set[str], *, block_q: int
+) -> StepPlan:
     """Sort a step's rows, for layers that the rungs `thinning` thin.
 
-    `prompt_ends` says for each row where its user's prompt ends.
+    `prompt_ends` says for each row where its user's prompt ends; `block_q` rows of it choose together.
     """
     dense: list[Part] = []
     prompts: list[Part] = []
@@ -69,8 +72,10 @@ def plan_step(parts: Sequence[Part], prompt_ends: Sequence[int], thinning: Set[s
         fed.append(part)
         opens = part.rung.break_even_tokens - 1  # the first position that may be thinned
         border = min(max(end, part.first), part.last)
-        for in_prompt in _cut(part, part.first, border):
+        closing = min(max(part.rung.last_from(end, block_q), part.first), border)
+        for in_prompt in _cut(part, part.first, closing):
             (prompts if in_prompt.last > opens else dense).append(in_prompt)
+        dense += _cut(part, closing, border)
         opening = min(max(opens, border), part.last)
         dense += _cut(part, border, opening)
         for i in range(opening, part.last):

@@ -37,6 +37,9 @@ class FakeRetrofit:
     def set_rung(self, rung_id: str) -> None:
         self.rungs.append(rung_id)
 
+    def set_prompt_tokens(self, tokens: int | None) -> None:
+        self.prompt_tokens = tokens
+
     @contextmanager
     def recording_rows(self, newest: int | None = None) -> Iterator[list[FakeRows]]:
         self.num_recorded += 1

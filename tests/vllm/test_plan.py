@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -25,7 +26,7 @@ def part(first: int, last: int, rung: Rung = BOLD, index: int = 0, token: int = 
 
 def plan_of(*parts: Part, end: int = 1000) -> StepPlan:
     """A plan in layers that `bold` thins, all prompts of one length."""
-    return plan_step(parts, [end] * len(parts), {"bold"})
+    return plan_step(parts, [end] * len(parts), {"bold"}, block_q=16)
 
 
 def spans(parts: tuple[Part, ...]) -> list[tuple[int, int]]:
@@ -49,6 +50,20 @@ def test_a_short_row_is_dense_but_its_features_are_kept() -> None:
     assert spans(plan.dense) == [(0, 255), (254, 255)]
     assert len(plan.fed) == 2
     assert plan.thins_nothing
+
+
+def test_the_last_rows_of_a_prompt_are_dense_wherever_it_was_cut() -> None:
+    """Whole query blocks up to the prompt's end, which is known from its first piece on."""
+    asking = replace(BOLD, dense_last_tokens=40)
+
+    whole = plan_of(part(0, 1003, asking), end=1000)
+    last = plan_of(part(976, 1003, asking), end=1000)
+    early = plan_of(part(512, 960, asking), end=1000)
+
+    assert (spans(whole.prompts), spans(whole.dense)) == ([(0, 960)], [(960, 1000)])
+    assert (spans(last.prompts), spans(last.dense)) == ([], [(976, 1000)])
+    assert (spans(early.prompts), spans(early.dense)) == ([(512, 960)], [])
+    assert spans(last.singles) == [(1000, 1001), (1001, 1002), (1002, 1003)]
 
 
 def test_rows_behind_the_prompt_choose_alone() -> None:
@@ -80,9 +95,11 @@ def test_causal_blocks_are_those_of_a_mask() -> None:
     end=st.integers(1, 600),
     cuts=st.lists(st.integers(1, 700), max_size=6),
     length=st.integers(1, 700),
+    last=st.sampled_from([0, 1, 40]),
 )
-def test_how_a_sequence_is_cut_changes_nothing(end: int, cuts: list[int], length: int) -> None:
+def test_how_a_sequence_is_cut_changes_nothing(end: int, cuts: list[int], length: int, last: int) -> None:
     """Each position is handled as in one piece, if pieces of a prompt end at query blocks."""
+    rung = replace(BOLD, dense_last_tokens=last)
     borders = sorted({0, length, *(c // 16 * 16 if c < end else c for c in cuts if c < length)})
 
     def kinds(pieces: list[Part]) -> dict[int, str]:
@@ -97,8 +114,8 @@ def test_how_a_sequence_is_cut_changes_nothing(end: int, cuts: list[int], length
                         found[i] = "dense" if is_closed else name
         return found
 
-    whole = kinds([part(0, length)])
-    cut = kinds([part(a, b, token=a) for a, b in itertools.pairwise(borders)])
+    whole = kinds([part(0, length, rung)])
+    cut = kinds([part(a, b, rung, token=a) for a, b in itertools.pairwise(borders)])
 
     assert cut == whole
     assert sorted(whole) == list(range(length))

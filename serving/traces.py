@@ -209,7 +209,7 @@ class _Recorded(Span):
             context=context,
             kind=SpanKind[KINDS.get(name, "INTERNAL")],
             attributes=_attributes(said),
-            start_time=_wall_ns(since_s),
+            start_time=_wall_ns(self._began_s),  # by the clock that its parts are told by, too
             record_exception=False,
             set_status_on_exception=False,
         )

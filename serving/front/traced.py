@@ -23,7 +23,10 @@ class RequestSpans:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] != "http" or scope["path"] not in TRACED_PATHS:
+        is_generation = (
+            scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in TRACED_PATHS
+        )
+        if not is_generation:
             await self._app(scope, receive, send)
             return
         status = None

@@ -136,6 +136,7 @@ async def test_a_refusal_is_told_by_its_status(
     async with world.run() as client:
         await client.post("/v1/completions", json=body)
         await client.get("/v1/models")
+        await client.options("/v1/completions")
 
     (span,) = kept.get_finished_spans()
     assert [span.name.removeprefix("sentei.")] == names

@@ -271,3 +271,13 @@ def test_a_collector_that_hangs_holds_nobody(caplog: pytest.LogCaptureFixture) -
     assert took_s < 5
     assert 1.5 < stopped_s < 10
     assert "dropping" in caplog.text
+
+
+def test_parts_lie_within_their_whole(tracer: _OtelTracer, kept: InMemorySpanExporter) -> None:
+    """A part that is told afterwards begins where its whole began, not before it."""
+    span = tracer.begin(REQUEST)
+    span.child(PREFILL, since_s=span.began_s).end()
+    span.end()
+
+    part, whole = kept.get_finished_spans()
+    assert abs((part.start_time or 0) - (whole.start_time or 0)) < 1e6  # nanoseconds

@@ -63,7 +63,7 @@ class Near:
 
 
 def encode_keys_triton(k: Tensor, how: Encoding, *, first: int | Tensor) -> Tensor:
-    """Features [B, Hkv, T // pool, F] of the full pools of k [B, Hkv, T, D]; `first` as in `encode_launch`."""
+    """Features [B, Hkv, T // pool, F] of full pools of k [B, Hkv, T, D]; `first` as in `encode_launch`."""
     out = k.new_empty(*k.shape[:2], k.shape[2] // how.pool, how.num_features(k.shape[3]))
     if out.numel():
         encode_launch(k, how, out, first=first).run()

@@ -1,9 +1,9 @@
 """Log shares in Triton: features in, the neediest row's share of every key block out; no matrix of tokens.
 
 A program owns the rows of a few query blocks of as many heads of a KV group as its tile holds, and walks over
-the key blocks once. It keeps one logsumexp per row and block in a scratch of its own, because a row's total is
-known only at the end; then it takes off the total and takes the rows' maximum. Making products and exponentials
-a second time instead would double the work; the scratch is 8 bytes moved for each 64 of them (ADR 0026).
+the key blocks once. It keeps one logsumexp per row and block in a scratch of its own, because a row's total
+is known only at the end; then it takes off the total and takes the rows' maximum. Making products and
+exponentials a second time would double the work; the scratch moves 8 bytes for 64 of them (ADR 0026).
 """
 
 from __future__ import annotations

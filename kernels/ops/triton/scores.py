@@ -115,8 +115,8 @@ def scores_launch(features: Features, grid: Grid, out: Tensor, *, target: str | 
         "READ": min(32, triton.next_power_of_2(out.shape[3])),
         "PRECISION": pick_precision(rows.dtype, target),
     }
-    warps = 8 if tile_rows >= 128 and target != "gfx942" else 4
-    return Launch(_scores_kernel, (programs,), arguments, constants, warps, 1 if target == "gfx942" else 3)
+    warps, stages = _pick_warps(tile_rows, sum(width), target)
+    return Launch(_scores_kernel, (programs,), arguments, constants, warps, stages)
 
 
 def num_features_parts(features: int) -> tuple[int, int]:
@@ -143,6 +143,13 @@ def _pick_shape(width: int, block_rows: int, group: int, q_blocks: int, dtype: t
     while heads * blocks * rows_tile < 16:
         blocks *= 2
     return {"HEADS": heads, "Q_BLOCKS": blocks, "ROWS_TILE": rows_tile}
+
+
+def _pick_warps(tile_rows: int, width: int, target: str) -> tuple[int, int]:
+    """Warps and stages: wide features leave room for two programs; on sm_100 4 warps spilled at 320."""
+    if target == "gfx942":
+        return 4, 1
+    return 8 if tile_rows >= 128 or (target == "sm_100" and width > 192) else 4, 3 if width <= 64 else 2
 
 
 def _pick_columns(per_block: int, dtype: torch.dtype, width: int) -> tuple[int, int]:

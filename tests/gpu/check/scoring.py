@@ -115,7 +115,7 @@ def _cut_step(bench: Bench, pages: ScorerPages, q: Tensor, cache: PagedCache, de
     """The one log share with which the groups' lists keep this density, by trying."""
     low, high = -30.0, 0.0
     blocks, out = cache.page_table.shape[1], torch.empty_like(q)
-    for _ in range(3 if bench.sizes.is_tiny else 12):
+    for _ in range(1 if bench.sizes.is_tiny else 12):
         middle = (low + high) / 2
         thresholds = Thresholds(torch.full((cache.keys.shape[1], 1), middle, device=q.device), ())
         kept = float(pages.decode(q, cache, thresholds, out).float().mean()) / blocks

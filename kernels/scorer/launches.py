@@ -66,8 +66,8 @@ def choose_step(
 ) -> tuple[BlockLists, Tensor]:
     """Lists per KV group of one new token per sequence, and which of them had NaN [B, Hkv], int32.
 
-    q [B, Hq, 1, D]; pooled [P, Hkv, pools, F or more] lies beside the pages of `cache`; limits [B, Hq] are log
-    shares. A group reads what any of its heads wants: its keys are loaded once for all of them.
+    q [B, Hq, 1, D]; pooled [P, Hkv, pools, F or more] lies beside the pages of `cache`; limits [B, Hq] are
+    log shares. A group reads what any of its heads wants: its keys are loaded once for all of them.
     """
     shape = scorer.shape
     near = Near(cache.keys, scorer.scale, shape.block_tokens, shape.block_tokens, cache.page_table)

@@ -114,8 +114,8 @@ class ScorerPages:
     def update_step(self, keys: Tensor, page_table: Tensor, lengths: Tensor) -> None:
         """Encode the pool of each sequence's newest token; page_table [N, W], lengths [N]: no host sync.
 
-        A pool that is not full yet is written all the same: it lies in the newest block, which nobody scores, and
-        is written again. Empty slots of the batch change nothing.
+        A pool that is not full yet is written all the same: it lies in the newest block, which nobody scores,
+        and is written again. Empty slots of the batch change nothing.
         """
         self._check_pages(keys)
         size = self.scorer.shape.pool_tokens
@@ -137,7 +137,7 @@ class ScorerPages:
         self._put(pages, pool % self._pools, encoded)
 
     def _decode_in_triton(self, q: Tensor, cache: PagedCache, cut: Tensor, out: Tensor) -> Tensor:
-        """All rows at once, a list for each KV group, thresholds `cut` [N, Hq]; nothing waits for the device."""
+        """All rows at once, a list for each KV group, thresholds `cut` [N, Hq]; the host reads nothing."""
         from sentei.kernels.scorer.launches import choose_step
 
         tokens = q[:, :, None]

@@ -19,7 +19,10 @@ from tests.gpu.check.plan import Row
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = ROOT / "tests" / "gpu" / "check"
 # Without a card these have nothing to run on.
-NEED_A_CARD = {"answer/graph/decode", "answer/graph/prefill", "host_syncs"}
+NEED_A_CARD = {
+    *(f"answer/graph/{case}" for case in ("decode", "prefill", "scored_step", "scored_prompt")),
+    "host_syncs",
+}
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)"
@@ -68,6 +71,11 @@ def test_every_row_runs_in_the_interpreter(tmp_path: Path) -> None:
     scored = [line for line in rows["prefill/128/0.5"]["lines"] if line["what"] == "with scorer"]
     assert scored[0]["ms"] > 0
     assert "density" in scored[0]["note"]
+    shares = [line for line in rows["score/128"]["lines"] if line["what"].endswith(": all")]
+    assert len(shares) == 2
+    assert all("of dense" in line["note"] for line in shares)
+    steps = [line["what"] for line in rows["decode/128/0.5"]["lines"]]
+    assert "rank 32, 4 as one" in steps
 
 
 def test_a_row_that_fails_or_hangs_costs_itself_alone(
@@ -101,7 +109,8 @@ def test_rows_bring_what_they_stand_on(tmp_path: Path) -> None:
     """One timed row asked for: its answers and the peaks come first, nothing else comes."""
     listed = run_check(tmp_path, "--list", "--rows", "decode/32768/0.1").stdout.split()
 
-    assert listed == ["answer/decode/groups", "answer/select/threshold", "peaks", "decode/32768/0.1"]
+    answers = ["answer/decode/groups", "answer/select/threshold", "answer/step/tokens", "answer/step/means"]
+    assert listed == [*answers, "peaks", "decode/32768/0.1"]
 
 
 def test_without_a_card_nothing_runs_and_the_words_say_so(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (it exists for Linux only)")
-@pytest.mark.parametrize("name", ["prefill", "decode", "mass", "select"])
+@pytest.mark.parametrize("name", ["prefill", "decode", "mass", "select", "scores"])
 def test_kernels_agree_in_the_interpreter(name: str) -> None:
     """Triton decides at import whether it interprets: a fresh process runs the tests, and skips none."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -34,6 +34,14 @@ BOUNDS = {
     "merge": (64, 8 * 1024),
     "mass": (192, 80 * 1024),
     "select": (64, 16 * 1024),
+    # Scoring: two programs of 8 warps fill a unit's registers, or one with the features of the residual form.
+    "encode": (176, 32 * 1024),
+    "encode_residual": (128, 32 * 1024),
+    "scores": (128, 24 * 1024),
+    "scores_residual": (255, 100 * 1024),
+    "step_scores": (64, 8 * 1024),
+    "step_scores_residual": (80, 40 * 1024),
+    "select_step": (80, 16 * 1024),
 }
 ROW = Row("prefill", 128, "sm_80", 8, 200, 0, 65536)
 
@@ -101,6 +109,43 @@ def make_select(rule: Rule) -> Any:
     return select_launch(floats(1, 2, 5, 12), rule, grid, ints(1, 2, 5), ints(1, 2, 5, 9))
 
 
+def make_encode() -> Any:
+    """One row of each sequence beside pages of an odd size, residual, a group of 3."""
+    from sentei.kernels.ops.triton.encode import Encoding, Near, encode_launch
+
+    how = Encoding(empty(6, 60, 24), floats(999, 60), floats(999, 60), 1, floats(6))
+    near = Near(empty(50, 2, 48, 60), 0.1, 48, 48, ints(3, 20))
+    out, forced = empty(3, 6, 1, 84), floats(3, 6, 1)
+    return encode_launch(
+        empty(3, 6, 1, 60), how, out, first=ints(3), near=near, forced=forced, target="sm_80"
+    )
+
+
+def make_scores() -> Any:
+    """A chunk with a past, a group of 3, blocks of 12 pools, 48 features in two tiles."""
+    from sentei.kernels.ops.triton.scores import Features, scores_launch
+
+    features = Features(empty(2, 6, 333, 48), empty(2, 2, 100, 48), floats(2, 6, 333), floats(6, 16), 4)
+    return scores_launch(features, Grid(333, 400, 16, 48, 67), floats(2, 6, 21, 9), target="sm_80")
+
+
+def make_step_scores() -> Any:
+    """Keys side by side, a group of 3, blocks of 12 pools."""
+    from sentei.kernels.ops.triton.scores import Features
+    from sentei.kernels.ops.triton.step_scores import step_launch
+
+    features = Features(empty(2, 6, 1, 48), empty(2, 2, 100, 48), floats(2, 6, 1), floats(6, 16), 4)
+    return step_launch(features, ints(2), floats(2, 6, 9), block_k=48, target="sm_80")
+
+
+def make_select_step() -> Any:
+    """A group of 3 in one list, all blocks."""
+    from sentei.kernels.ops.triton.select import select_step_launch
+
+    results = (ints(2, 2), ints(2, 2, 9), ints(2, 2))
+    return select_step_launch(floats(2, 6, 9), floats(2, 6), floats(2, 6), ints(2), results, block_k=48)
+
+
 OPTIONS: dict[str, Callable[[], Any]] = {
     "prefill": make_prefill,
     "decode": make_decode,
@@ -108,6 +153,10 @@ OPTIONS: dict[str, Callable[[], Any]] = {
     "mass": make_mass,
     "select threshold": lambda: make_select(Threshold(floats(1, 2, 1))),
     "select top-p": lambda: make_select(TopP(0.9)),
+    "encode": make_encode,
+    "scores": make_scores,
+    "step scores": make_step_scores,
+    "select step": make_select_step,
 }
 
 

@@ -20,6 +20,7 @@ from sentei.kernels.ops.triton.launch import (
     Launch,
     first_slot,
     head_constants,
+    largest,
     narrow,
     pick_precision,
     pick_target,
@@ -202,7 +203,7 @@ def _decode_kernel(
         if window is not None:
             is_seen = is_seen & (key[None, :] > position[:, None] - window)
         scores = tl.where(is_seen, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        new_peak = tl.maximum(peak, largest(scores, 1, PRECISION))
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(peak - base)
@@ -229,7 +230,7 @@ def _merge_kernel(
     dims = tl.arange(0, DIM_V)
     place = split * num_rows + row
     logs = tl.load(part_lse + place, mask=split < SPLITS, other=float("-inf"))
-    peak = tl.max(logs, 0)
+    peak = largest(logs, 0, PRECISION)
     if sinks is not None:
         sink = tl.load(sinks + (row // num_tokens) % num_heads).to(tl.float32) * 1.4426950408889634
         peak = tl.maximum(peak, sink)

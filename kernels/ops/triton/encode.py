@@ -1,7 +1,7 @@
-"""From queries or keys to the scorer's features in Triton: unrotated, pooled and mapped in one pass over them.
+"""From queries or keys to the scorer's features in Triton: unrotated, pooled and mapped in one pass.
 
-The same program serves both sides. For queries it also measures the sink and the rows' own blocks exactly, while
-their means are at hand: what a row may choose is weighed against that.
+The same program serves both sides. For queries it also measures the sink and the rows' own blocks exactly,
+while their means are at hand: what a row may choose is weighed against that.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from sentei.kernels.ops.triton.launch import (
 class Encoding:
     """How one side is encoded: maps [H, 2 D, rank] of the low-rank form, [H, D, rank] of the residual one.
 
-    `gains` [H] fp32 is what the residual form multiplies pooled tokens by (None: 1); cos and sin [length, D] are
-    the rotation that is undone; `pool` neighbouring tokens become one row, by their mean.
+    `gains` [H] fp32 is what the residual form multiplies pooled tokens by (None: 1); cos and sin [length, D]
+    are the rotation that is undone; `pool` neighbouring tokens become one row, by their mean.
     """
 
     maps: Tensor
@@ -50,9 +50,9 @@ class Encoding:
 
 @dataclass(frozen=True, eq=False)
 class Near:
-    """The keys that rows always read, and the blocks that say which: keys [B, Hkv, T, D], or pages of one block.
+    """The keys that rows always read, and the blocks that say which: keys [B, Hkv, T, D].
 
-    With a page table [B, W] the keys are [P, Hkv, block_k, D].
+    With a page table [B, W] they are pages of one block each, [P, Hkv, block_k, D].
     """
 
     keys: Tensor
@@ -63,7 +63,7 @@ class Near:
 
 
 def encode_keys_triton(k: Tensor, how: Encoding, *, first: int | Tensor) -> Tensor:
-    """Features of the full pools of k [B, Hkv, T, D], [B, Hkv, T // pool, F]; `first` as in `encode_launch`."""
+    """Features [B, Hkv, T // pool, F] of full pools of k [B, Hkv, T, D]; `first` as in `encode_launch`."""
     out = k.new_empty(*k.shape[:2], k.shape[2] // how.pool, how.num_features(k.shape[3]))
     if out.numel():
         encode_launch(k, how, out, first=first).run()
@@ -73,10 +73,10 @@ def encode_keys_triton(k: Tensor, how: Encoding, *, first: int | Tensor) -> Tens
 def encode_queries_triton(
     q: Tensor, how: Encoding, near: Near, *, first: int | Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Features of pooled rows [B, Hq, R, F], and the exact log weight of sink and own blocks [B, Hq, R], fp32.
+    """Features of pooled rows [B, Hq, R, F], and the exact log weight of sink and own blocks [B, Hq, R].
 
-    Each query block has as many rows; where its tokens end, copies of the last one follow. Features are of q's
-    dtype, or of another that their counterparts are kept in.
+    Each query block has as many rows; where its tokens end, copies of the last one follow. Features are of
+    q's dtype, or of another that their counterparts are kept in.
     """
     block_rows = min(near.block_q, q.shape[2])
     rows = num_blocks(q.shape[2], block_rows) * num_blocks(block_rows, how.pool)
@@ -263,7 +263,7 @@ def _encode_kernel(
     )
 
     if forced is not None:
-        # The sink first, for rows whose own block is another; then their own blocks up to where each row sits.
+        # The sink first, for rows whose own block is another; then own blocks, up to where each row sits.
         low_q = narrow(low, x.dtype.element_ty, PRECISION)
         high_q = narrow(high, x.dtype.element_ty, PRECISION)
         start = tl.maximum(first, 0)  # an empty slot of a batch has no token: its rows see nothing

@@ -117,7 +117,7 @@ def narrow(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def largest(x, axis: tl.constexpr, PRECISION: tl.constexpr):
-    """The largest number along an axis, NaN passed over, as devices do; the interpreter warns where all are NaN."""
+    """The largest along an axis, NaN passed over, as devices do; the interpreter warns where all are NaN."""
     if PRECISION == "widened":
         x = tl.where(x == x, x, float("-inf"))
     return tl.max(x, axis)

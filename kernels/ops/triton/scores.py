@@ -1,9 +1,9 @@
-"""Log shares in Triton: features in, the neediest row's share of every key block out; no token by token matrix.
+"""Log shares in Triton: features in, the neediest row's share of every key block out; no matrix of tokens.
 
-A program owns the rows of a few query blocks of as many heads of a KV group as its tile holds, and walks over the
-key blocks once. It keeps one logsumexp per row and block in a scratch of its own, because a row's total is known
-only at the end; then it takes the total off and the rows' maximum. Making the products and exponentials a second
-time instead would cost all that the first pass cost; the scratch is 1/64 of them, and is mostly still in the cache.
+A program owns the rows of a few query blocks of as many heads of a KV group as its tile holds, and walks over
+the key blocks once. It keeps one logsumexp per row and block in a scratch of its own, because a row's total
+is known only at the end; then it takes off the total and takes the rows' maximum. Making products and
+exponentials a second time would double the work; the scratch moves 8 bytes for 64 of them (ADR 0026).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _PROGRAMS_PER_UNIT = 2
 class Features:
     """Encoded rows [B, Hq, R, F] and pools [B, Hkv, P, F] of `pool_tokens`, and what is added by distance.
 
-    `forced` [B, Hq, R] is the log weight of what a row always reads; `bias` [Hq, distances] counts blocks. A row
-    stands for `query_pool` tokens.
+    `forced` [B, Hq, R] is the log weight of what a row always reads; `bias` [Hq, distances] counts blocks. A
+    row stands for `query_pool` tokens.
     """
 
     rows: Tensor
@@ -50,7 +50,7 @@ class Features:
 
 
 def score_triton(features: Features, grid: Grid) -> Tensor:
-    """Log shares [B, Hq, Q, Kb], -inf for sink, diagonal and ahead; NaN in a row is NaN for its query block."""
+    """Log shares [B, Hq, Q, Kb], -inf for sink, diagonal and ahead; a row's NaN is its query block's."""
     rows = features.rows
     shape = (*rows.shape[:2], num_blocks(grid.q_len, grid.block_q), num_blocks(grid.kv_len, grid.block_k))
     out = torch.empty(shape, device=rows.device)
@@ -115,8 +115,8 @@ def scores_launch(features: Features, grid: Grid, out: Tensor, *, target: str | 
         "READ": min(32, triton.next_power_of_2(out.shape[3])),
         "PRECISION": pick_precision(rows.dtype, target),
     }
-    warps = 8 if tile_rows >= 128 and target != "gfx942" else 4
-    return Launch(_scores_kernel, (programs,), arguments, constants, warps, 1 if target == "gfx942" else 3)
+    warps, stages = _pick_warps(tile_rows, sum(width), target)
+    return Launch(_scores_kernel, (programs,), arguments, constants, warps, stages)
 
 
 def num_features_parts(features: int) -> tuple[int, int]:
@@ -128,14 +128,14 @@ def num_features_parts(features: int) -> tuple[int, int]:
 
 
 def _num_programs(device: torch.device) -> int:
-    """What the device runs side by side; elsewhere few, so that one has several tiles in the interpreter, too."""
+    """What the device runs side by side; few in the interpreter, so that one has several tiles there, too."""
     if device.type != "cuda":
         return 3 if device.type == "cpu" else _PROGRAMS_PER_UNIT * 132
     return _PROGRAMS_PER_UNIT * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _pick_shape(width: int, block_rows: int, group: int, q_blocks: int, dtype: torch.dtype) -> dict[str, int]:
-    """Heads of a KV group, query blocks and rows of a tile: wide tiles load the pools' features less often."""
+    """Heads of a KV group, query blocks and rows of a tile: wide tiles load features of pools less often."""
     rows_tile = triton.next_power_of_2(block_rows)
     room = 128 if width <= 192 and dtype != torch.float32 else 64
     heads = min(triton.next_power_of_2(group), max(1, room // rows_tile))
@@ -143,6 +143,13 @@ def _pick_shape(width: int, block_rows: int, group: int, q_blocks: int, dtype: t
     while heads * blocks * rows_tile < 16:
         blocks *= 2
     return {"HEADS": heads, "Q_BLOCKS": blocks, "ROWS_TILE": rows_tile}
+
+
+def _pick_warps(tile_rows: int, width: int, target: str) -> tuple[int, int]:
+    """Warps and stages: wide features leave room for two programs; on sm_100 4 warps spilled at 320."""
+    if target == "gfx942":
+        return 4, 1
+    return 8 if tile_rows >= 128 or (target == "sm_100" and width > 192) else 4, 3 if width <= 64 else 2
 
 
 def _pick_columns(per_block: int, dtype: torch.dtype, width: int) -> tuple[int, int]:
@@ -164,7 +171,7 @@ def block_logits(
     POOLS_TILE: tl.constexpr, FEATURES: tl.constexpr, DIM_A: tl.constexpr, DIM_B: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logsumexp over the pools of COLUMNS blocks, [M, COLUMNS], base 2; `base` [N] points at their features."""
+    """Logsumexp over the pools of COLUMNS blocks, [M, COLUMNS], base 2; `base` [N] points at features."""
     dims = tl.arange(0, DIM_A)
     is_read = is_pool[None, :] & (dims < FEATURES)[:, None]
     pools = tl.load(base[None, :] + dims[:, None], mask=is_read, other=0.0)
@@ -200,8 +207,8 @@ def _add_exponentials(peak, total, logits, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tiles", "num_rows", "q_blocks", "k_blocks", "q_offset"])
 def _scores_kernel(
-    q, k, bias, forced, out, scratch, num_tiles, num_rows, q_blocks, k_blocks, num_heads, num_groups, num_batch,
-    q_offset, log_pool, stride_p, stride_kb, stride_kh, stride_kt, stride_d,
+    q, k, bias, forced, out, scratch, num_tiles, num_rows, q_blocks, k_blocks, num_heads, num_groups,
+    num_batch, q_offset, log_pool, stride_p, stride_kb, stride_kh, stride_kt, stride_d,
     HEADS: tl.constexpr, Q_BLOCKS: tl.constexpr, ROWS_TILE: tl.constexpr, GROUP: tl.constexpr,
     TILES_PER_GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     POOLS: tl.constexpr, POOLS_TILE: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,

@@ -1,8 +1,8 @@
 """Selection in Triton: a program reads one query block's scores and writes its list; no matrix, no host sync.
 
 Cut-offs are found bit by bit: a score's bits, reordered so that they compare as whole numbers, are bisected
-32 times over the scores held in registers. That needs no sort, and is exact. A decode step has a kernel of its
-own: it makes shares of log weights first, and lets the heads of a KV group share one list.
+32 times over the scores held in registers. That needs no sort, and is exact. A decode step has a kernel of
+its own: it makes shares of log weights first, and lets the heads of a KV group share one list.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def select_step_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lists of one new token per sequence: (counts [B, lists], indices [B, lists, width], is_odd [B, lists]).
 
-    logits [B, Hq, W] are log weights of blocks, forced [B, Hq] the exact one of sink and own block, limits [B, Hq]
-    log shares. A list keeps what any of its query heads wants; it is odd (1, else 0) where a score is NaN.
+    logits [B, Hq, W] are log weights of blocks, forced [B, Hq] the exact one of sink and own block, limits
+    [B, Hq] log shares. A list keeps what any of its query heads wants; it is odd (1, else 0) where a score is
+    NaN.
     """
     shape = (logits.shape[0], lists)
     counts, is_odd = (torch.empty(shape, dtype=torch.int32, device=logits.device) for _ in range(2))
@@ -217,6 +218,7 @@ def _select_step_kernel(
         total = tl.sum(tl.exp2((values - top) * 1.4426950408889634), 0)
         total = total + tl.exp2((seen - top) * 1.4426950408889634)
         odd = tl.where((total == total) & (total < float("inf")), odd, 1)
+        total = tl.where(total == 0.0, 1.0, total)  # an empty slot: nothing was seen, nothing is open
         over = values - (top + tl.log2(total) * 0.6931471805599453) - tl.load(limits + head)
         margin = tl.maximum(margin, tl.where(over == over, over, float("-inf")))
     keep = is_open & (margin > 0)

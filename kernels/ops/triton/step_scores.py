@@ -1,8 +1,9 @@
 """Scores of a decode step in Triton: one row per sequence against the features of all its full blocks.
 
-The blocks of a sequence are dealt to several programs; each leaves the log weights of its blocks, not yet shares.
-What a row's shares are divided by is found by the selection (`select.select_step_triton`), which reads them all.
-Shapes alone say how many programs there are; lengths stay on the device, so that a CUDA graph serves every step.
+The blocks of a sequence are dealt to several programs; each leaves the log weights of its blocks, not yet
+shares. What a row's shares are divided by is found by the selection (`select.select_step_triton`), which
+reads them all. Shapes alone say how many programs there are; lengths stay on the device, so that a CUDA graph
+serves every step.
 """
 
 from __future__ import annotations

@@ -22,8 +22,7 @@ class Sizes:
     kv_heads: int
     head_dim: int
     block: int
-    rank: int
-    pool_tokens: int
+    forms: tuple[str, ...]  # of scorers, as `tensors.FORMS` names them; the first is what most rows time
     batch: int
     decode_tokens: int
     mass: tuple[tuple[int, int | None], ...]  # (tokens, sampled rows; None: all)
@@ -42,8 +41,7 @@ FULL = Sizes(
     kv_heads=8,
     head_dim=128,
     block=64,
-    rank=64,
-    pool_tokens=16,
+    forms=("rank 32, 4 as one", "rank 32", "rank 16, 4 as one", "means of 16", "means of 4"),
     batch=16,
     decode_tokens=32768,
     mass=((8192, None), (32768, None), (131072, 1024)),
@@ -61,8 +59,7 @@ TINY = Sizes(
     kv_heads=2,
     head_dim=32,
     block=32,
-    rank=4,
-    pool_tokens=16,
+    forms=("rank 32, 4 as one", "means of 16"),
     batch=2,
     decode_tokens=128,
     mass=((64, None), (96, 20)),
@@ -112,8 +109,10 @@ def _answers() -> Iterator[Row]:
     for kernel, cases in ANSWERS.items():
         for case in cases:
             yield Row(f"answer/{kernel}/{case}", f"{MODULES[kernel]}:{kernel}", {"case": case}, limit_s=60.0)
-    yield Row("answer/graph/decode", "answers_lists:graph", {"case": "decode"})
-    yield Row("answer/graph/prefill", "answers_lists:graph", {"case": "prefill"})
+    for case in ("decode", "prefill"):
+        yield Row(f"answer/graph/{case}", "answers_lists:graph", {"case": case})
+    for case in ("scored_step", "scored_prompt"):
+        yield Row(f"answer/graph/{case}", "answers_scores:graph", {"case": case})
 
 
 MODULES = {
@@ -121,20 +120,26 @@ MODULES = {
     "decode": "answers_attention",
     "mass": "answers_lists",
     "select": "answers_lists",
+    "scores": "answers_scores",
+    "step": "answers_scores",
 }
 ANSWERS = {
     "prefill": ("groups", "heads", "options", "fp32", "last_row", "empty", "packed"),
     "decode": ("groups", "heads", "options", "fp32"),
     "mass": ("all_rows", "sampled", "fp32"),
     "select": ("threshold", "top_p", "top_k"),
+    "scores": ("tokens", "single_queries", "means", "chunk", "last_row", "fp32"),
+    "step": ("tokens", "means"),
 }
 PREFILL = ("answer/prefill/groups", "answer/prefill/heads")
 SELECT = ("answer/select/threshold",)
+SCORES = ("answer/scores/tokens", "answer/scores/means", *SELECT)
+STEP = ("answer/step/tokens", "answer/step/means")
 
 
 def _times(sizes: Sizes) -> Iterator[Row]:
     yield Row("peaks", "speed:peaks", need_s=2.0)
-    yield Row("host_syncs", "speed:host_syncs", answers=SELECT)
+    yield Row("host_syncs", "speed:host_syncs", answers=(*SCORES, *STEP))
     first, *others = sizes.prompts
     yield from _prefills(first, sizes, 12.0)
     yield from (
@@ -142,7 +147,7 @@ def _times(sizes: Sizes) -> Iterator[Row]:
             f"decode/{sizes.decode_tokens}/{density}",
             "speed:decode",
             {"density": density},
-            ("answer/decode/groups", *SELECT),
+            ("answer/decode/groups", *SELECT, *STEP),
             need_s=4.0,
         )
         for density in sizes.densities
@@ -163,12 +168,13 @@ def _times(sizes: Sizes) -> Iterator[Row]:
 def _prefills(tokens: int, sizes: Sizes, need_s: float) -> Iterator[Row]:
     """The dense alternatives once, then each density beside the fastest of SDPA."""
     yield Row(f"dense/{tokens}", "speed:dense", {"tokens": tokens}, need_s=need_s, limit_s=60.0)
+    yield Row(f"score/{tokens}", "scoring:score", {"tokens": tokens}, SCORES, need_s=need_s, limit_s=45.0)
     for density in sizes.densities:
         yield Row(
             f"prefill/{tokens}/{density}",
             "speed:prefill",
             {"tokens": tokens, "density": density},
-            (*PREFILL, *SELECT),
+            (*PREFILL, *SCORES),
             need_s=need_s,
             limit_s=45.0,
         )
@@ -176,7 +182,9 @@ def _prefills(tokens: int, sizes: Sizes, need_s: float) -> Iterator[Row]:
 
 def _models() -> Iterator[Row]:
     for name in ("pocket", "gemma-3-270m"):
-        yield Row(f"model/{name}", "model:prefill", {"name": name}, PREFILL, need_s=10.0, limit_s=60.0)
+        yield Row(
+            f"model/{name}", "model:prefill", {"name": name}, (*PREFILL, *SCORES), need_s=10.0, limit_s=60.0
+        )
 
 
 class SkipRowError(Exception):

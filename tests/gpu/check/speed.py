@@ -14,15 +14,13 @@ from torch import Tensor
 from sentei.kernels.ops.attention import attend
 from sentei.kernels.ops.block_mask import causal_limits, num_blocks
 from sentei.kernels.ops.block_mass import block_mass
-from sentei.kernels.ops.layouts import BlockLists, PagedCache
+from sentei.kernels.ops.layouts import BlockLists
 from sentei.kernels.ops.paged import attend_paged
 from sentei.kernels.ops.rules import Rule, Threshold, TopK, TopP
 from sentei.kernels.ops.select import select_lists
-from sentei.kernels.scorer.network import BlockScorer, ScorerShape
-from sentei.kernels.scorer.pages import ScorerPages, Span
-from sentei.kernels.scorer.selection import Thresholds
 
 from .plan import Line, SkipRowError
+from .scoring import make_step, scored_step
 from .tensors import (
     draw,
     draw_lists,
@@ -32,7 +30,6 @@ from .tensors import (
     open_share,
     paged_cache,
     prompt_grid,
-    rotary_table,
 )
 from .timing import (
     Work,
@@ -142,7 +139,7 @@ def prefill(bench: Bench, tokens: int, density: float) -> Iterator[Line]:
 
 
 def decode(bench: Bench, density: float) -> Iterator[Line]:
-    """As CUDA graphs, so that launching costs nothing; and once as called, with the scorer as it is."""
+    """As CUDA graphs, so that launching costs nothing, with and without the scorer; and once as called."""
     sizes = bench.sizes
     batch, tokens = sizes.batch, sizes.decode_tokens
     keys, values = (draw(bench, batch, sizes.kv_heads, tokens, sizes.head_dim) for _ in range(2))
@@ -189,7 +186,8 @@ def decode(bench: Bench, density: float) -> Iterator[Line]:
             or ("per KV group from an idle device: launching counted" if name == "as called" else ""),
         )
     del keys, values
-    yield _with_scorer(bench, q, cache, density, base)
+    for form in sizes.forms if density == sizes.densities[0] else sizes.forms[:1]:
+        yield scored_step(bench, q, cache, density, base, form)
 
 
 def _fastest(bench: Bench, works: dict[str, Work]) -> tuple[str, Work]:
@@ -206,34 +204,6 @@ def _all_blocks(bench: Bench, batch: int, tokens: int) -> BlockLists:
     counts = torch.full((batch, heads), blocks, dtype=torch.int32, device=bench.device)
     indices = torch.arange(blocks, dtype=torch.int32, device=bench.device).expand(batch, heads, -1)
     return BlockLists(counts, indices.contiguous(), bench.sizes.block)
-
-
-def _with_scorer(bench: Bench, q: Tensor, cache: PagedCache, density: float, base: float) -> Line:
-    """Scoring over the features of all pages, selection and attention, by the package's own paged decode."""
-    sizes = bench.sizes
-    shape = ScorerShape(
-        sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.rank, sizes.pool_tokens, sizes.block
-    )
-    scorer = BlockScorer(shape, sizes.head_dim**-0.5).to(bench.device).eval()
-    pages = ScorerPages(scorer, rotary_table(bench, sizes.decode_tokens + sizes.block), cache.keys.shape[0])
-    spans = [Span(row, 0, sizes.decode_tokens) for row in cache.page_table]
-    pages.update(cache.keys, spans)
-    # A share of one block in as many as this density keeps: what random scores, all much alike, come near to.
-    cut = -torch.tensor(float(num_blocks(sizes.decode_tokens, sizes.block))).log()
-    thresholds = Thresholds(torch.full((sizes.kv_heads, 1), float(cut)), ())
-    one, out = q[:, :, 0], torch.empty_like(q[:, :, 0])
-    kept = pages.decode(one, cache, thresholds, out)
-    times = take_turns(
-        bench, {"with scorer": lambda: pages.decode(one, cache, thresholds, out)}, rounds_max=5
-    )
-    line = times.line("with scorer")
-    share = float(kept.float().mean()) / num_blocks(sizes.decode_tokens, sizes.block)
-    return times.line(
-        "with scorer",
-        against="dense",
-        ratio=base / line.ms if line.ms else None,
-        note=line.note or f"density {share:.3f} (wanted {density}): sequence by sequence, no kernel yet",
-    )
 
 
 def mass(bench: Bench, tokens: int, num_rows: int | None) -> Iterator[Line]:
@@ -303,7 +273,10 @@ def host_syncs(bench: Bench) -> Iterator[Line]:
     attend(q, k, v, mask, backend="triton")
     grid = scoring.grid
     cut = torch.tensor(-3.0, device=bench.device)
+    step = make_step(bench)
+    step()
     works: dict[str, Work] = {
+        "decode step with scorer": step,
         "score": lambda: scoring.shares(q, k),
         "score and select": lambda: scoring(q, k),
         "select": lambda: select_lists(shares, Threshold(cut), grid, backend="triton"),

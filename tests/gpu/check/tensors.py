@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ from sentei.kernels.scorer.selection import Thresholds, score_blocks, select_blo
 
 from .worker import Bench
 
+# Scorers by the name that rows give them: the forms that are distilled, and what lies beside them.
+FORMS: dict[str, dict[str, Any]] = {
+    "rank 32, 4 as one": {"form": "low_rank", "rank": 32, "pool_tokens": 1, "query_pool": 4},
+    "rank 32": {"form": "low_rank", "rank": 32, "pool_tokens": 1, "query_pool": 1},
+    "rank 16, 4 as one": {"form": "low_rank", "rank": 16, "pool_tokens": 1, "query_pool": 4},
+    "means of 16": {"form": "residual", "rank": 64, "pool_tokens": 16},
+    "means of 4": {"form": "residual", "rank": 64, "pool_tokens": 4},
+}
 _SAMPLE = 1 << 20  # scores looked at for a cut-off: one in some, evenly spaced
 
 
@@ -91,16 +100,30 @@ class Scoring:
     thresholds: Thresholds
     grid: Grid
 
-    def shares(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Log shares [B, Hq, Q, Kb], and where query blocks start."""
+    def shares(self, q: Tensor, k: Tensor, pools: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Log shares [B, Hq, Q, Kb], and where query blocks start; without their pools keys are encoded."""
         with torch.no_grad():
-            keys = PooledCache(self.scorer).update(k, k.shape[2], self.table)
-            return score_blocks(self.scorer, q, k, keys, table=self.table, block_q=self.grid.block_q)
+            return score_blocks(
+                self.scorer,
+                q,
+                k,
+                self.pools(k) if pools is None else pools,
+                table=self.table,
+                block_q=self.grid.block_q,
+                backend="triton",
+            )
+
+    def pools(self, k: Tensor) -> Tensor:
+        """Encoded pools of all keys."""
+        return PooledCache(self.scorer, "triton").update(k, k.shape[2], self.table)
 
     def __call__(self, q: Tensor, k: Tensor) -> BlockMask:
         """Choose blocks from nothing but queries and keys."""
+        return self.choose(*self.shares(q, k))
+
+    def choose(self, shares: Tensor, starts: Tensor) -> BlockMask:
+        """Lists from scores."""
         grid = self.grid
-        shares, starts = self.shares(q, k)
         return select_blocks(
             shares,
             self.thresholds,
@@ -113,16 +136,28 @@ class Scoring:
         )
 
 
-def make_scoring(bench: Bench, q: Tensor, k: Tensor, density: float) -> Scoring:
-    """A scorer of the default form with random weights, and the one threshold that meets the density."""
+def make_scorer(bench: Bench, form: str) -> BlockScorer:
+    """A scorer of the timed heads with random weights, none of them zero, so that scores differ."""
+    sizes = bench.sizes
+    shape = ScorerShape(sizes.heads, sizes.kv_heads, sizes.head_dim, block_tokens=sizes.block, **FORMS[form])
+    return with_random_weights(bench, BlockScorer(shape, sizes.head_dim**-0.5))
+
+
+def with_random_weights(bench: Bench, scorer: BlockScorer) -> BlockScorer:
+    """The scorer on the bench's device with weights of this row's seed, about as large as trained ones."""
+    scorer = scorer.to(bench.device).eval().requires_grad_(False)
+    for weight in (scorer.query_map, scorer.distance_bias, scorer.log_gain):
+        weight.add_(0.3 * torch.randn(weight.shape, generator=bench.generator, device=bench.device))
+    return scorer
+
+
+def make_scoring(bench: Bench, q: Tensor, k: Tensor, density: float, form: str | None = None) -> Scoring:
+    """A scorer with random weights, and the one threshold that meets the density."""
     sizes, grid = bench.sizes, prompt_grid(bench, q.shape[2])
-    shape = ScorerShape(
-        sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.rank, sizes.pool_tokens, sizes.block
-    )
-    scorer = BlockScorer(shape, sizes.head_dim**-0.5).to(bench.device).eval()
+    scorer = make_scorer(bench, form or sizes.forms[0])
     unset = Scoring(scorer, rotary_table(bench, q.shape[2]), Thresholds(torch.zeros(1, 1), ()), grid)
     cut = cut_for(unset.shares(q, k)[0], grid, density)
-    thresholds = Thresholds(torch.full((sizes.kv_heads, 1), cut), ())
+    thresholds = Thresholds(torch.full((sizes.kv_heads, 1), cut, device=bench.device), ())
     return Scoring(scorer, unset.table, thresholds, grid)
 
 

@@ -33,7 +33,11 @@ def exact_shares(scorer: BlockScorer, q: Tensor, k: Tensor, table: RotaryTable, 
     scores = _scores(scorer, mean_q, mean_plain, keys, plain_keys)
     blocks = -(-kv_len // block)
     full = kv_len // block
-    per_block = scores[..., : full * (block // shape.pool_tokens)].unflatten(-1, (full, -1)).logsumexp(-1)
+    per_block = (
+        scores[..., : full * (block // shape.pool_tokens)]
+        .unflatten(-1, (full, block // shape.pool_tokens))
+        .logsumexp(-1)
+    )
     weights = per_block + math.log(shape.pool_tokens)
     own = (past + first[:, :1].expand(-1, rows).flatten()) // block
     distance = own[:, None] - torch.arange(full, device=q.device)

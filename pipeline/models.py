@@ -43,7 +43,7 @@ class LoadedModel:
         return found
 
     def last_states(self, ids: torch.Tensor) -> torch.Tensor:
-        """Run tokens [T] without a cache; return the last layer's states [T, hidden] on the model's device."""
+        """Run tokens [T] without a cache; the last layer's states [T, hidden], on the model's device."""
         output = text_decoder(self.model)(input_ids=ids[None].to(self.device), use_cache=False)
         states: torch.Tensor = output.last_hidden_state[0]
         return states

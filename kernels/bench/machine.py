@@ -54,7 +54,7 @@ class Machine:
 
 
 def measure_machine(device: torch.device | None = None) -> Machine:
-    """Time one matrix product and one copy that is larger than any cache, on the CPU unless told otherwise."""
+    """Time one matrix product and one copy larger than any cache, on the CPU unless told otherwise."""
     device = device if device is not None else torch.device("cpu")
     is_cpu = device.type == "cpu"
     size, floats = (_MATRIX, _COPY_FLOATS) if is_cpu else (_MATRIX * _GPU_FACTOR, _COPY_FLOATS * _GPU_FACTOR)

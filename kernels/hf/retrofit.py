@@ -220,12 +220,12 @@ class Retrofit:
         self._cached_keys = cached_keys(cache, module)
 
     def _note_positions(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Positions that the model counts itself go on from its cache: nothing is to be checked."""
+        """Positions that the model counts itself go on from its cache: there is nothing to check."""
         self._has_own_positions = len(args) > 1 or kwargs.get("position_ids") is not None
         self._seen_positions = None
 
     def _check_positions(self, position_ids: torch.Tensor | None, kv_len: int) -> None:
-        """Refuse a caller's own positions where they have gaps; read once for each pass, not in each layer."""
+        """Refuse a caller's own positions where they have gaps; read once a pass, not in each layer."""
         if not self._has_own_positions or position_ids is None or position_ids is self._seen_positions:
             return
         last = int(position_ids[:, -1].max())
@@ -353,7 +353,7 @@ class Retrofit:
     def _select(
         self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor, pooled: PooledKeys
     ) -> tuple[BlockMask, torch.Tensor | None]:
-        """Return the mask, and on a GPU 0 or, where the scorer gave NaN, the NaN that the output must carry."""
+        """Return the mask, and on a GPU 0 or, where the scorer gave NaN, the NaN for the output to carry."""
         assert self.adapter is not None
         scorer = self.adapter.scorers[layer.index]
         block_q = self._ladder.query_block_tokens
@@ -463,7 +463,7 @@ def _match_layers(model: nn.Module, adapter: Adapter | None) -> dict[nn.Module, 
 
 
 def _kept_by_group(mask: BlockMask, kv_heads: int) -> torch.Tensor | tuple[float, ...]:
-    """Return each KV group's share of the causal blocks; on a GPU as a tensor [Hkv], which nobody waits for."""
+    """Return each KV group's share of the causal blocks; on a GPU a tensor [Hkv], not waited for."""
     batch, heads, _ = mask.counts.shape
     kept = mask.counts.view(batch, kv_heads, -1).sum(dim=(0, 2))
     sizes = (mask.q_len, mask.block_q, mask.block_k, mask.q_offset)

@@ -41,11 +41,11 @@ class RotaryReader:
         """Whether the frequencies are those of the table; values are compared only where they may differ."""
         frequencies, scaling = self._read()
         version = -1 if frequencies.is_inference() else frequencies._version
-        if frequencies is self._source and version == self._version:
-            # Writing in inference mode counts no version: on a CPU the values say whether it happened. On a GPU
-            # nobody waits for them: there the dynamic types put a new tensor in the old one's place.
-            if version != -1 or frequencies.device.type != "cpu":
-                return True
+        # Writing in inference mode counts no version: on a CPU the values say whether it happened. A GPU's
+        # are not waited for: the dynamic types put a new tensor in the old one's place.
+        is_telling = version != -1 or frequencies.device.type != "cpu"
+        if frequencies is self._source and version == self._version and is_telling:
+            return True
         is_same = (
             self._seen is not None
             and self._seen[1] == scaling

@@ -1,6 +1,6 @@
 """What a retrofit did: which attention calls were thinned, and how much they kept.
 
-What a call kept stays on the device of its mask until somebody asks: reading it off a GPU in each layer of each
+What a call kept stays on the device of its mask until somebody asks: reading it off a GPU in each layer of a
 decode step would stop the step there.
 """
 
@@ -16,7 +16,7 @@ CALLS_KEPT = 4096
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerCall:
-    """One attention call of one layer; the shares of the causal blocks that each KV group kept, [Hkv] fp64."""
+    """One attention call of one layer; `kept` of the causal blocks by each KV group, shares [Hkv] in fp64."""
 
     layer: int
     q_tokens: int

@@ -111,8 +111,8 @@ def forced_lse(
 ) -> torch.Tensor:
     """Return the exact log of the summed weights of sink and diagonal blocks: [B, Hq, n, rows].
 
-    A pooled row sees what the last of its tokens sees. `lead` is the most that a query block begins behind the
-    start of its key block (`most_lead`): no device is asked for it.
+    A pooled row sees what the last of its tokens sees. `lead` is the most that a query block begins behind
+    the start of its key block (`most_lead`): no device is asked for it.
     """
     B, Hq, n, rows, _ = blocks.q.shape
     Hkv, kv_len = k.shape[1], k.shape[2]
@@ -187,8 +187,8 @@ def score_blocks(
         backend: auto, triton or torch; auto takes triton on a GPU, our own program on a CPU.
 
     Returns:
-        [B, Hq, n, blocks] and [n]. A NaN is a ScorerError on a CPU; on a GPU nobody waits to look for one, and
-        it stays where it is (`nan_where_broken`).
+        [B, Hq, n, blocks] and [n]. A NaN is a ScorerError on a CPU; on a GPU nobody waits to look for one: it
+        stays where it is (`nan_where_broken`).
     """
     block = scorer.shape.block_tokens
     block_q = block if block_q is None else block_q

@@ -100,7 +100,7 @@ class JointReport:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """A text and what the dense model's last layer said about it: tokens [T], states [T, hidden]; on the CPU."""
+    """A text and what the dense model's last layer said of it: tokens [T], states [T, hidden], on the CPU."""
 
     ids: torch.Tensor
     states: torch.Tensor
@@ -227,10 +227,9 @@ def divergence(loaded: LoadedModel, lesson: Lesson, positions_per_step: int) -> 
     judged = slice(step - 1, None, step)
     teacher, student = lesson.states[judged].to(loaded.device), states[judged]
     total = torch.zeros((), device=loaded.device)
-    for told, found in zip(teacher.split(PART_POSITIONS), student.split(PART_POSITIONS), strict=True):
-        total = total + checkpoint(
-            _part_divergence, loaded.model.lm_head, told, found, use_reentrant=False
-        )
+    parts = (torch.split(side, PART_POSITIONS) for side in (teacher, student))
+    for told, found in zip(*parts, strict=True):
+        total = total + checkpoint(_part_divergence, loaded.model.lm_head, told, found, use_reentrant=False)
     return total / len(student)
 
 

@@ -1,7 +1,7 @@
 """Frozen activations as training and calibration records: sampled query blocks and each row's true mass.
 
-On a GPU the exact mass is computed there; each record moves to the CPU as it is made, where it waits, and where
-scorers learn from it.
+On a GPU the exact mass is computed there; each record moves to the CPU as it is made. There it waits, and
+there scorers learn from it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -81,7 +81,7 @@ class Sampled:
 def record_layer(
     layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, shape: ScorerShape, sampled: Sampled
 ) -> LayerRecord:
-    """Reduce one layer's attention inputs, on any device, to what training and calibration need on the CPU."""
+    """Reduce one layer's attention inputs, on any device, to what training and calibration need."""
     chosen = sampled.chosen.to(q.device)
     size = shape.block_tokens
     rows = (chosen[:, None] * size + torch.arange(size, device=q.device)).flatten()

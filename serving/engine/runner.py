@@ -181,7 +181,7 @@ class ModelRunner:
     def _now_s(self) -> float:
         """Seconds that only work adds to, read where the device is idle: the cost of a request.
 
-        Of this process's processors, whatever else runs on the same cores; with a GPU, which one replica keeps
+        Of this process's processors, whatever else runs on the same cores; with a GPU, which a replica keeps
         busy with one pass at a time, those of the wall clock.
         """
         return time.process_time() if self._device.type == "cpu" else time.perf_counter()

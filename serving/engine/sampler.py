@@ -59,9 +59,7 @@ class Sampler:
             values[ids] = worse
         if sampling.presence_penalty or sampling.frequency_penalty:
             counts = torch.tensor(list(self._counts.values()), dtype=values.dtype)
-            values[_ids(self._counts)] -= (
-                sampling.presence_penalty + sampling.frequency_penalty * counts
-            )
+            values[_ids(self._counts)] -= sampling.presence_penalty + sampling.frequency_penalty * counts
         if self._follower is not None:
             allowed = torch.from_numpy(self._follower.allowed()[: values.numel()])
             values[~allowed] = -torch.inf

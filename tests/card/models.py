@@ -36,7 +36,10 @@ def make_adapter(model: Any, form: str = "residual", shares: Mapping[str, float]
 
 def on_card(adapter: Adapter) -> Adapter:
     """The same adapter, its scorers copied and moved, as loading it for a model on a GPU does."""
-    copies = {index: put_on_card(scorer.with_query_pool(scorer.shape.query_pool)) for index, scorer in adapter.scorers.items()}
+    copies = {
+        index: put_on_card(scorer.with_query_pool(scorer.shape.query_pool))
+        for index, scorer in adapter.scorers.items()
+    }
     return replace(adapter, scorers=copies)
 
 

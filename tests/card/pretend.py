@@ -1,9 +1,9 @@
 """A GPU that is none: tensors that say `cuda:0`, whose numbers lie on the CPU, and that count every wait.
 
-Models run on it for real, so that code which depends on values (a sampler, an engine's loop) goes its way. What
-a GPU would make of it is written down: reading a value on the host, or an upload, is counted with its place in
-our tree; a tensor of the CPU beside one of the card is an error, as an index too, where torch would move it in
-silence. What it cannot tell: times, streams, memory, and whether a kernel compiles.
+Models run on it for real, so that code which depends on values (a sampler, an engine's loop) goes its way.
+What a GPU would make of it is written down: reading a value on the host, or an upload, is counted with its
+place in our tree; a tensor of the CPU beside one of the card is an error, as an index too, where torch would
+move it in silence. What it cannot tell: times, streams, memory, and whether a kernel compiles.
 
 For torch the card is of device `meta`, and `Tensor.device` says otherwise: a CPU build of torch has no device
 guard for CUDA. All operations pass `PretendCard`, which runs them on the CPU's tensors inside.
@@ -98,7 +98,7 @@ class CardTensor(torch.Tensor):
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """One moment in which the host and the card met: which operation, and where in our tree (or another's)."""
+    """One moment in which host and card met: which operation, and where in our tree (or another's)."""
 
     kind: str  # read or upload
     operation: str
@@ -170,6 +170,9 @@ class PretendCard(TorchDispatchMode):
         if name == "_to_copy" and has_card != goes_to_card:
             if args[0].numel():
                 self.note("upload" if goes_to_card else "read", name)
+        elif name == "copy_" and _place().startswith("transformers/"):  # theirs to decide; seen all the same
+            if isinstance(args[0], CardTensor) != isinstance(args[1], CardTensor):
+                self.note("upload" if isinstance(args[0], CardTensor) else "read", name)
         elif has_card:
             _check_one_device(name, tensors)
             if name in _READS or _has_mask_index(name, args) or _has_open_repeats(func, kwargs):

@@ -1,4 +1,4 @@
-"""Recording, calibrating, evaluating and timing on a GPU that is none: where values are read, and what moves."""
+"""Recording, calibrating, evaluating and timing on a GPU that is none: what is read, and what moves."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from sentei.kernels.hf.models import rotary_table
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
 from sentei.kernels.hf.stats import read_calls
+from sentei.kernels.ops.block_mass import block_mass
 from sentei.pipeline.ladder.calibrate import CalibrateOptions, density_targets, fit_ladder
 from sentei.pipeline.ladder.verify import VerifyOptions, verify_ladder
 from sentei.pipeline.measure import capture as capturing
@@ -32,7 +34,11 @@ SAMPLING = Sampling(3, 0)
 RECORD = "pipeline/measure/capture.py:record_layer"
 # Without a cache Transformers looks once for each kind of mask whether positions start anew; and it moves the
 # rotary frequencies to where a table is asked for.
-THEIRS = {"masking_utils.py:find_packed_sequence_indices", "modeling_llama.py:forward", "modeling_gemma3.py:forward"}
+THEIRS = {
+    "masking_utils.py:find_packed_sequence_indices",
+    "modeling_llama.py:forward",
+    "modeling_gemma3.py:forward",
+}
 
 
 def ours(waits: Waits) -> Counter[str]:
@@ -71,11 +77,13 @@ def test_records_come_to_the_cpu_as_they_are_made(
     expected = capture(plain, make_texts(), shapes, SAMPLING, label="x", progress=silent)
     for index in shapes:
         for made, known in zip(found[index], expected[index], strict=True):
-            pairs = [(getattr(made, f.name), getattr(known, f.name)) for f in fields(made) if f.name != "table"]
+            pairs = [
+                (getattr(made, f.name), getattr(known, f.name)) for f in fields(made) if f.name != "table"
+            ]
             for one, other in pairs:
                 assert not isinstance(one, CardTensor)
                 torch.testing.assert_close(one.float(), other.float(), rtol=2e-2, atol=2e-3)
-    monkeypatch.setattr(capturing, "block_mass", adding_an_item(capturing.block_mass))
+    monkeypatch.setattr(capturing, "block_mass", adding_an_item(block_mass))
     with card.counting() as waits:
         capture(loaded, make_texts(), shapes, SAMPLING, label="x", progress=silent)
     assert len(waits.places("read")) > 4 * 2 * len(shapes), "a value that is read in each layer goes unseen"
@@ -83,14 +91,12 @@ def test_records_come_to_the_cpu_as_they_are_made(
 
 @pytest.mark.parametrize("family", MAKERS)
 def test_calibrating_counts_beside_its_records(card: PretendCard, family: str) -> None:
-    """Thresholds are fitted on the CPU without asking the card; verifying reads losses, once for each text."""
+    """Thresholds are fitted on the CPU without asking the card; verifying runs on it."""
     loaded, adapter = make_case(family)
     records = capture(loaded, make_texts(), adapter.manifest.shapes, SAMPLING, label="x", progress=silent)
     scorers = scorers_beside_records(adapter.scorers)
     targets = (*CalibrateOptions().targets, *density_targets([0.8], 1.0))
-    options = CalibrateOptions(
-        bin_edges_tokens=(128,), break_even_tokens=0, targets=targets, dense_above=1.1
-    )
+    options = CalibrateOptions(bin_edges_tokens=(128,), break_even_tokens=0, targets=targets, dense_above=1.1)
 
     with card.counting() as waits:
         ladder = fit_ladder(scorers, records, options, loaded.device.type)
@@ -135,7 +141,7 @@ def test_other_choices_of_blocks_run_on_the_card(card: PretendCard, family: str)
     del card
     loaded, adapter = make_case(family)
     text, positions = make_texts()[0].ids, pick_positions(TOKENS, first=64, most=50)
-    table = capturing.rotary_table(loaded.model, TOKENS, loaded.device)
+    table = rotary_table(loaded.model, TOKENS, loaded.device)
 
     def chooser(kind: str) -> Any:
         return lambda kept: RankSelector(kind, kept, adapter.manifest.shapes, table, 64)
@@ -151,7 +157,9 @@ def test_other_choices_of_blocks_run_on_the_card(card: PretendCard, family: str)
         progress=silent,
     )
     ((_, found),) = turns
-    scores = score_variants(loaded, text, positions, {name: run.result for name, run in found.items()}, "dense")
+    scores = score_variants(
+        loaded, text, positions, {name: run.result for name, run in found.items()}, "dense"
+    )
 
     assert {score.loss.device.type for score in scores.values()} == {"cpu"}
     assert len(scores) == len(adapter.ladder.rungs) + len(KINDS)
@@ -161,7 +169,7 @@ def test_other_choices_of_blocks_run_on_the_card(card: PretendCard, family: str)
 def test_timed_decode_steps_wait_at_both_ends_alone(
     card: PretendCard, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """Greedy steps that nobody reads run without the host: a clock waits before the first and after the last."""
+    """Greedy steps that nobody reads run without the host: a clock waits before and after them."""
     loaded, adapter = make_case(family)
     text = make_texts()[0].ids
     filled, first = fill_cache(loaded, text[:-4]), text[-4][None, None].to(CARD)
@@ -177,7 +185,9 @@ def test_timed_decode_steps_wait_at_both_ends_alone(
         return waits.places("read")
 
     rungs = [rung.id for rung in adapter.ladder.rungs]
-    assert {rung: places(rung) for rung in rungs} == {rung: ["kernels/placement.py:synchronize"] * 2 for rung in rungs}
+    assert {rung: places(rung) for rung in rungs} == {
+        rung: ["kernels/placement.py:synchronize"] * 2 for rung in rungs
+    }
     monkeypatch.setattr(Retrofit, "_record", adding_an_item(Retrofit._record))
     assert all(len(places(rung)) > 2 for rung in rungs)
 
@@ -211,7 +221,7 @@ def test_every_way_of_reading_is_seen(card: PretendCard) -> None:
         lambda: torch.repeat_interleave(x, x),
         lambda: int(x.max()),
         lambda: x.cpu(),
-        lambda: x.unique(),
+        lambda: torch.unique(x),
     )
 
     for way in ways:

@@ -8,18 +8,27 @@ import pytest
 import torch
 
 from sentei.kernels.hf.retrofit import Retrofit, attach
+from sentei.kernels.ops.layouts import PagedCache
+from sentei.kernels.scorer.faults import Fault
+from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.kernels.scorer.pages import ScorerPages, Span
+from sentei.kernels.scorer.selection import Thresholds
 from sentei.serving.engine.request import EngineRequest, Sampling, ScoreRequest
 from sentei.serving.engine.runner import ModelRunner
 from sentei.serving.errors import BadLogitsError
 from tests.card.models import FORMS, MAKERS, RUNGS, adding_an_item, make_adapter, on_card
-from tests.card.pretend import PretendCard, put_on_card
+from tests.card.pretend import CARD, PretendCard, put_on_card
+from tests.strategies_attention import make_paged
 
 PROMPT = tuple(int(x) for x in torch.randint(1, 128, (200,), generator=torch.Generator().manual_seed(5)))
 STEPS = 3
 READ = "serving/engine/sampler.py:read_logits"
 UPLOAD = "serving/engine/runner.py:_forward"
 PLACED = "kernels/scorer/selection.py:on"  # a rung's thresholds, at their first use
-CACHE = "transformers/cache_utils.py:lazy_initialization"  # Gemma's: a cache with a window begins with a count
+CACHE = (
+    "transformers/cache_utils.py:lazy_initialization"  # Gemma's: a cache with a window begins with a count
+)
 ALL_RUNGS = ("dense", *RUNGS)
 
 
@@ -30,7 +39,9 @@ def make_runner(family: str, *, form: str = "residual", base: Any = "sdpa") -> M
     return ModelRunner(put_on_card(model), attach(model, on_card(adapter), base=base))
 
 
-def decode_waits(card: PretendCard, runner: ModelRunner, rung: str, sampling: Sampling) -> tuple[list[str], list[str]]:
+def decode_waits(
+    card: PretendCard, runner: ModelRunner, rung: str, sampling: Sampling
+) -> tuple[list[str], list[str]]:
     """Where some decode steps read, and where they upload."""
     runner.prefill(EngineRequest("a", PROMPT, 99, rung_id=rung, sampling=sampling))
     with card.counting() as waits:
@@ -60,7 +71,7 @@ def test_a_decode_step_reads_its_logits_and_nothing_else(
     form: str,
     sampling: Sampling,
 ) -> None:
-    """On every rung one read for each step, where the token is chosen, and one upload: the token before it."""
+    """On every rung one read a step, where the token is chosen, and one upload: the token before it."""
     runner = make_runner(family, form=form, base=base)
 
     found = {rung: decode_waits(card, runner, rung, sampling) for rung in ALL_RUNGS}
@@ -98,7 +109,7 @@ def test_requests_on_several_rungs_take_turns_without_more_reads(card: PretendCa
 def test_a_prefill_reads_its_logits_and_nothing_else(
     card: PretendCard, monkeypatch: pytest.MonkeyPatch, family: str, form: str
 ) -> None:
-    """The prompt and, at a rung's first use, its thresholds are uploaded; one read chooses the first token."""
+    """The prompt and, at a rung's first use, thresholds are uploaded; one read chooses the first token."""
 
     def waits(rung: str) -> tuple[list[str], set[str]]:
         with card.counting() as found:
@@ -146,7 +157,7 @@ def test_the_card_gives_what_the_cpu_gives(card: PretendCard, family: str) -> No
 @pytest.mark.parametrize("rows", ["prefill", "decode"])
 @pytest.mark.parametrize("family", MAKERS)
 def test_a_broken_scorer_reaches_the_logits(card: PretendCard, family: str, rows: str) -> None:
-    """Nobody waits for a GPU to look for NaN in each layer: attention carries it to where the step is read."""
+    """No layer waits to look for NaN: attention carries it to where the step is read anyway."""
     del card
     runner = make_runner(family)
     request = EngineRequest("a", PROMPT, 99, rung_id="bold")
@@ -159,3 +170,31 @@ def test_a_broken_scorer_reaches_the_logits(card: PretendCard, family: str, rows
 
     with pytest.raises(BadLogitsError, match="are NaN or infinite"):
         _ = runner.decode("a") if rows == "decode" else runner.prefill(request)
+
+
+@pytest.mark.parametrize("fault", [None, Fault("pooled_keys_lost", 300)])
+def test_paged_decode_reads_nothing(
+    card: PretendCard, monkeypatch: pytest.MonkeyPatch, fault: Fault | None
+) -> None:
+    """Scoring, selection and attention of all rows follow each other without the host, at any lengths."""
+    q, cache = make_paged((70, 400, 0, 129), 1, page=64, heads=(4, 2), dim=16, fill=0.0)
+    q, keys, values, table, lengths = (
+        x.to(CARD) for x in (q[:, :, 0], cache.keys, cache.values, cache.page_table, cache.lengths)
+    )
+    scorer = put_on_card(BlockScorer(ScorerShape(4, 2, 16, 8, 16), 0.25).requires_grad_(False))
+    angles = torch.arange(512, device=CARD)[:, None] * torch.ones(16, device=CARD)
+    pages = ScorerPages(scorer, RotaryTable(angles.cos(), angles.sin()), len(keys))
+    thresholds = Thresholds(torch.full((2, 2), -1.0), (200,))
+    thresholds.on(CARD)
+    pages.update(keys, [Span(table[1], 0, 400)])
+    out = torch.empty_like(q)
+
+    def places() -> list[str]:
+        with card.counting() as waits:
+            kept = pages.decode(q, PagedCache(keys, values, table, lengths), thresholds, out, fault=fault)
+        assert kept.shape == (4, 4)
+        return [wait.place for wait in waits.found]
+
+    assert places() == []
+    monkeypatch.setattr(pages, "_shares_together", adding_an_item(pages._shares_together))
+    assert len(places()) == 1

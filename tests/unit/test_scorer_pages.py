@@ -104,7 +104,9 @@ def test_all_rows_at_once_as_on_a_gpu_equal_each_row_alone(
     kept_by_row = pages._decode_one_by_one(q, cache, limits, expected, fault)
     # A slot that nobody uses stands between the others.
     table = torch.cat((cache.page_table, torch.full_like(cache.page_table[:1], -1)))
-    slots = PagedCache(cache.keys, cache.values, table, torch.cat((cache.lengths, cache.lengths.new_zeros(1))))
+    slots = PagedCache(
+        cache.keys, cache.values, table, torch.cat((cache.lengths, cache.lengths.new_zeros(1)))
+    )
     cut = per_head_thresholds(limits, slots.lengths.long() - 1, heads[0])[..., 0].T
 
     out = torch.full_like(torch.cat((q, q[:1])), 7.0)

@@ -165,8 +165,9 @@ def test_a_broken_scorer_reaches_the_logits(card: PretendCard, family: str, rows
         runner.prefill(request)
     assert isinstance(runner.retrofit, Retrofit)
     assert runner.retrofit.adapter is not None
-    for scorer in runner.retrofit.adapter.scorers.values():
-        scorer.log_gain.data.fill_(torch.nan)
+    with torch.no_grad():
+        for scorer in runner.retrofit.adapter.scorers.values():
+            scorer.log_gain.fill_(torch.nan)
 
     with pytest.raises(BadLogitsError, match="are NaN or infinite"):
         _ = runner.decode("a") if rows == "decode" else runner.prefill(request)
@@ -196,5 +197,5 @@ def test_paged_decode_reads_nothing(
         return [wait.place for wait in waits.found]
 
     assert places() == []
-    monkeypatch.setattr(pages, "_shares_together", adding_an_item(pages._shares_together))
+    monkeypatch.setattr(pages, "_check_pages", adding_an_item(pages._check_pages))
     assert len(places()) == 1

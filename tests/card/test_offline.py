@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from sentei.kernels.hf.low_rank import new_low_rank
 from sentei.kernels.hf.models import rotary_table
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
 from sentei.kernels.hf.stats import read_calls
 from sentei.kernels.ops.block_mass import block_mass
-from sentei.pipeline.ladder.calibrate import CalibrateOptions, density_targets, fit_ladder
+from sentei.pipeline.experiments.joint import Lesson
+from sentei.pipeline.experiments.joint import divergence as lesson_divergence
+from sentei.pipeline.ladder.calibrate import CalibrateOptions, fit_ladder
+from sentei.pipeline.ladder.targets import density_targets
 from sentei.pipeline.ladder.verify import VerifyOptions, verify_ladder
 from sentei.pipeline.measure import capture as capturing
 from sentei.pipeline.measure.baselines import KINDS, RankSelector
@@ -190,6 +194,31 @@ def test_timed_decode_steps_wait_at_both_ends_alone(
     }
     monkeypatch.setattr(Retrofit, "_record", adding_an_item(Retrofit._record))
     assert all(len(places(rung)) > 2 for rung in rungs)
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_fine_tune_learns_on_the_card_from_lessons_on_the_cpu(card: PretendCard, family: str) -> None:
+    """What the dense model said moves back for a step; gradients reach the weights beside the model."""
+    del card
+    model = MAKERS[family]()
+    adapter = make_adapter(model)
+    low_rank = new_low_rank(put_on_card(model), rank=2, rung="bold")
+    loaded, adapter = as_loaded(model), on_card(adapter).with_low_rank(low_rank)
+    (text, *_) = make_texts()
+    with retrofit(model, adapter, "dense") as handle:
+        with torch.no_grad():
+            lesson = Lesson(text.ids, loaded.last_states(text.ids).cpu())
+        handle.set_rung("bold")
+        handle.set_low_rank(True)
+        handle.set_differentiable(True)
+        for weight in low_rank.parameters():
+            weight.requires_grad_(True)
+
+        loss = lesson_divergence(loaded, lesson, 64)
+        loss.backward()
+
+    assert float(loss.detach()) > 0
+    assert all(weight.grad is not None for weight in low_rank.parameters())
 
 
 @pytest.mark.parametrize("kind", ["prompt", "index", "copy"])

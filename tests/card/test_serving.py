@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from sentei.kernels.hf.retrofit import Retrofit, attach
+from sentei.kernels.hf.models import ModelError
+from sentei.kernels.hf.retrofit import Retrofit, attach, retrofit
+from sentei.kernels.hf.versions import cache_argument
 from sentei.kernels.ops.layouts import PagedCache
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable
@@ -199,3 +202,25 @@ def test_paged_decode_reads_nothing(
     assert places() == []
     monkeypatch.setattr(pages, "_check_pages", adding_an_item(pages._check_pages))
     assert len(places()) == 1
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_positions_of_ones_own_are_read_once_a_pass(card: PretendCard, family: str) -> None:
+    """They may have gaps, which no layer could see; what the model counts by itself is not looked at."""
+    model = MAKERS[family]()
+    adapter = on_card(make_adapter(model))
+    put_on_card(model)
+    ids = torch.tensor([PROMPT]).to(CARD)
+    told = torch.arange(len(PROMPT), device=CARD)[None]
+    read = "kernels/hf/retrofit.py:_check_positions"
+
+    def reads(positions: torch.Tensor | None) -> list[str]:
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode(), card.counting() as waits:
+            model(input_ids=ids, position_ids=positions, **cache_argument(cache), use_cache=True)
+        return waits.places("read")
+
+    with retrofit(model, adapter, "bold"):
+        assert (reads(told), reads(None)) == ([read], [])
+        with pytest.raises(ModelError, match="position_ids end at 200, but the KV cache holds 200"):
+            reads(told + 1)

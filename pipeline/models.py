@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from sentei.kernels.hf.models import Fingerprint, find_family, fingerprint, pick_dtype, text_decoder
+from sentei.kernels.hf.models import Fingerprint, find_family, fingerprint, text_decoder
+from sentei.kernels.placement import Placement, place, read_hardware
 from sentei.pipeline.packaged import PACKAGED, ModelSourceError, convert_packaged, quiet_loading
 
 POCKET = "pocket"
@@ -35,21 +36,37 @@ class LoadedModel:
         """The most positions the model was made for."""
         return int(self.model.config.get_text_config().max_position_embeddings)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and where tokens must be to be run."""
+        found: torch.device = next(self.model.parameters()).device
+        return found
+
     def last_states(self, ids: torch.Tensor) -> torch.Tensor:
-        """Run tokens [T] without a cache; return the last layer's states [T, hidden]."""
-        output = text_decoder(self.model)(input_ids=ids[None], use_cache=False)
+        """Run tokens [T] without a cache; the last layer's states [T, hidden], on the model's device."""
+        output = text_decoder(self.model)(input_ids=ids[None].to(self.device), use_cache=False)
         states: torch.Tensor = output.last_hidden_state[0]
         return states
 
 
-def resolve_model(name: str, *, dtype: torch.dtype | None = None) -> LoadedModel:
-    """Load `pocket`, `gemma-3-270m`, a checkpoint folder or a hub id; fp32 where bf16 is slow.
+def place_model(name: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Placement:
+    """Decide where a model goes and in which precision; DeviceError where the device is not there.
 
     The pocket model runs in fp32 unless asked otherwise: its demo's figures are to be the same everywhere.
     """
-    if dtype is None:
-        dtype = torch.float32 if name == POCKET else pick_dtype()
-    model = _load_pretrained("AutoModelForCausalLM", name, dtype=dtype, use_safetensors=True)
+    return place(read_hardware(), device, dtype, usual=torch.float32 if name == POCKET else None)
+
+
+def resolve_model(name: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LoadedModel:
+    """Load `pocket`, `gemma-3-270m`, a checkpoint folder or a hub id; fp32 where bf16 is slow.
+
+    `device` is auto, cpu or cuda. Weights go from their file to the device, piece by piece.
+    """
+    placement = place_model(name, dtype=dtype, device=device)
+    options: dict[str, Any] = {"dtype": placement.dtype, "use_safetensors": True}
+    if placement.device.type != "cpu":
+        options["device_map"] = {"": placement.device}  # accelerate puts each weight there as it is read
+    model = _load_pretrained("AutoModelForCausalLM", name, **options)
     find_family(model)
     model.eval().requires_grad_(False)
     return LoadedModel(name, model, load_tokenizer(name), fingerprint(model, name))

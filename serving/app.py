@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 # Stock attention under the name of a rung would be dense that is called sparse.
-GPU_NOTE = "thinned attention is built for vLLM on CPUs only (docs/adr/0015); set replica_gpus to 0 for it"
+GPU_NOTE = "thinned attention is built for vLLM on CPUs only (docs/adr/0015); set device to cpu for it"
 SMALL_CPUS = 0.1  # ingress, auditor and controller mostly wait
 STREAM_GRACE_S = 60.0  # how long a replica that is replaced may finish its streams
 HEALTH_PERIOD_S = 5.0
@@ -34,9 +34,8 @@ def build(args: AppArgs) -> Application:
     """Return the app: ingress, dense, and, where there is an adapter, sparse, auditor and controller."""
     args = args.at(launch_folder())
     operators_of_environment()  # refused here, not when an ingress has started
-    if args.replica_gpus and args.engine != "vllm":
-        raise ConfigError(f"replica_gpus is {args.replica_gpus:g}; engine 'builtin' runs on CPUs: set 'vllm'")
-    note = GPU_NOTE if args.replica_gpus else missing_adapter(args)
+    has_gpus = args.gpus_per_replica() > 0
+    note = GPU_NOTE if has_gpus and args.engine == "vllm" else missing_adapter(args)
     if note:
         log.warning("dense only: %s", note)
     dense = _model_server("Dense", args, num_replicas=args.dense_replicas)
@@ -80,7 +79,7 @@ def _model_server(name: str, args: AppArgs, **options: Any) -> Any:
         _server_class(variant),
         name,
         num_cpus=args.replica_cpus,
-        num_gpus=args.replica_gpus,
+        num_gpus=args.gpus_per_replica(),
         max_ongoing_requests=room,
         max_queued_requests=variant.max_queued,
         **options,

@@ -87,6 +87,9 @@ class EngineOptions(_Options):
     )
     attention: Literal["sdpa", "best"] = "sdpa"
     threads: int = Field(default=1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="cuda: a GPU for each model replica (ROCm's, too); auto: where it has one"
+    )
     dtype: Literal["float32", "bfloat16"] | None = None
     max_context_tokens: int | None = Field(default=None, ge=2)
     max_running: int = Field(default=4, ge=1)
@@ -126,8 +129,10 @@ class AppArgs(EngineOptions):
     dense_replicas: int = Field(default=1, ge=1)
     sparse_replicas: int = Field(default=1, ge=1)
     replica_cpus: float = Field(default=0.4, gt=0)
-    replica_gpus: float = Field(
-        default=0.0, ge=0, description="GPUs that Ray gives each model replica: dense only, on vLLM"
+    replica_gpus: float | None = Field(
+        default=None,
+        ge=0,
+        description="GPUs that Ray gives each model replica, 0.5: two share one [default: 1 on cuda, else 0]",
     )
     audit_queue: int = Field(default=256, ge=1)
     audit_concurrency: int = Field(default=1, ge=1)
@@ -165,6 +170,21 @@ class AppArgs(EngineOptions):
             found["adapter"] = str(_find_below(self.adapter, folders) or folders[0] / self.adapter)
         return self.model_copy(update=found)
 
+    def gpus_per_replica(self) -> float:
+        """Return the GPUs that Ray is asked for; ConfigError where they do not fit device or engine."""
+        gpus = (1.0 if self.device == "cuda" else 0.0) if self.replica_gpus is None else self.replica_gpus
+        if bool(gpus) != (self.device == "cuda") and self.device != "auto":
+            raise ConfigError(
+                f"device is {self.device!r} and replica_gpus {gpus:g}: Ray hides GPUs that it did not give; "
+                "leave replica_gpus out, or set device to 'auto'"
+            )
+        if gpus > 1 and self.engine == "builtin":
+            raise ConfigError(
+                f"replica_gpus is {gpus:g}; engine 'builtin' keeps its model on one GPU: for more set "
+                "dense_replicas and sparse_replicas, or take engine 'vllm' with tensor_parallel"
+            )
+        return gpus
+
     def logical_name(self) -> str:
         """Return the model name that users send."""
         return self.model_name or short_name(self.model)
@@ -185,6 +205,8 @@ class AppArgs(EngineOptions):
         """Return one model server's options."""
         shared = {name: getattr(self, name) for name in EngineOptions.model_fields}
         shared["adapter"] = str(self.adapter_folder()) if variant == "sparse" else None
+        # A GPU that Ray did not give may be another replica's: `auto` looks at what was asked for alone.
+        shared["device"] = "cuda" if self.gpus_per_replica() else "cpu"
         return VariantOptions(**shared, variant=variant)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +12,12 @@ import torch
 
 from sentei.kernels.bench.cases import RANK, Shape
 from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.placement import clock_of
 
 _MATRIX = 1536
 _COPY_FLOATS = 2**25
 _TRIALS = 5
+_GPU_FACTOR = 8  # a GPU is not full with what a CPU takes half a second for
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,31 +53,35 @@ class Machine:
         return asdict(self)
 
 
-def measure_machine() -> Machine:
-    """Time one matrix product and one copy that is larger than any cache."""
-    source, target = torch.randn(_COPY_FLOATS), torch.empty(_COPY_FLOATS)
-    copy_s = _least_s(lambda: target.copy_(source))
+def measure_machine(device: torch.device | None = None) -> Machine:
+    """Time one matrix product and one copy larger than any cache, on the CPU unless told otherwise."""
+    device = device if device is not None else torch.device("cpu")
+    is_cpu = device.type == "cpu"
+    size, floats = (_MATRIX, _COPY_FLOATS) if is_cpu else (_MATRIX * _GPU_FACTOR, _COPY_FLOATS * _GPU_FACTOR)
+    source, target = torch.randn(floats, device=device), torch.empty(floats, device=device)
+    copy_s = _least_s(lambda: target.copy_(source), device)
     return Machine(
-        device=_processor(),
+        device=_processor() if is_cpu else torch.cuda.get_device_name(device),
         threads=torch.get_num_threads(),
         torch_version=torch.__version__,
-        gflops=_gflops(torch.float32, _MATRIX),
-        bf16_gflops=_gflops(torch.bfloat16, _MATRIX // 2),  # small: without the instructions it takes seconds
-        gbytes_per_s=8 * _COPY_FLOATS / copy_s / 1e9,
+        gflops=_gflops(torch.float32, size, device),
+        # small on a CPU: without the instructions it takes seconds
+        bf16_gflops=_gflops(torch.bfloat16, size // 2 if is_cpu else size, device),
+        gbytes_per_s=8 * floats / copy_s / 1e9,
     )
 
 
-def _gflops(dtype: torch.dtype, size: int) -> float:
-    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    return 2 * size**3 / _least_s(lambda: torch.mm(left, right)) / 1e9
+def _gflops(dtype: torch.dtype, size: int, device: torch.device) -> float:
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _least_s(lambda: torch.mm(left, right), device) / 1e9
 
 
-def _least_s(work: Callable[[], object]) -> float:
-    spent = []
+def _least_s(work: Callable[[], object], device: torch.device) -> float:
+    now, spent = clock_of(device), []
     for _ in range(_TRIALS):
-        started = time.perf_counter()
+        started = now()
         work()
-        spent.append(time.perf_counter() - started)
+        spent.append(now() - started)
     return min(spent)
 
 

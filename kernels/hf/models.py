@@ -174,17 +174,6 @@ def fingerprint(model: nn.Module, name: str) -> Fingerprint:
     return Fingerprint(name, digest.hexdigest(), _config_sha256(model))
 
 
-def pick_dtype(device: str = "cpu") -> torch.dtype:
-    """Return the precision in which this machine multiplies matrices fastest.
-
-    Measured on 2 cores of a CPU without AVX512-BF16, 2048 x 640 x 2048: fp32 159 GFLOP/s, bf16 0.5.
-    """
-    if device != "cpu":
-        return torch.bfloat16
-    is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if is_fast else torch.float32
-
-
 def _text_config(model: nn.Module) -> Any:
     find_family(model)
     return model.config.get_text_config()  # type: ignore[union-attr, operator]

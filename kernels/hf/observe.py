@@ -85,7 +85,7 @@ class AttendedRows:
         """
         shape, ahead = self.query.shape[:3], self.key.shape[2] - self.query.shape[2] + 1
         if self.lse is None:
-            return torch.zeros(shape)
+            return torch.zeros(shape, device=self.query.device)
         batch, kv_heads, _, dim = self.key.shape
         rows = self.query.float().reshape(batch, kv_heads, -1, dim)
         scores = (rows @ self.key.float().transpose(2, 3) * self.layer.scale).view(*shape, -1)

@@ -5,9 +5,10 @@ the attention modules to learn which KV cache a call belongs to, and takes all o
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -26,6 +27,7 @@ from sentei.kernels.hf.models import (
     LayerInfo,
     ModelError,
     attention_modules,
+    text_decoder,
     thinnable_layers,
 )
 from sentei.kernels.hf.observe import AttendedRows, Selection, SelectionObserver
@@ -41,12 +43,19 @@ from sentei.kernels.hf.rotary import RotaryReader
 from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.kernels.hf.versions import CACHE_KEYWORD
 from sentei.kernels.ops.attention import attend, dense_attend
-from sentei.kernels.ops.block_mask import BlockMask
+from sentei.kernels.ops.block_mask import BlockMask, num_blocks
 from sentei.kernels.ops.limits import DECODE_ROWS_MAX
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.packed_keys import PackedKeys
 from sentei.kernels.scorer.pooled_cache import PooledCache
-from sentei.kernels.scorer.selection import keep_before, per_head_thresholds, score_blocks, select_blocks
+from sentei.kernels.scorer.selection import (
+    Thresholds,
+    keep_before,
+    nan_where_broken,
+    per_head_thresholds,
+    score_blocks,
+    select_blocks,
+)
 
 # sdpa: Transformers' own. flex: compiled FlexAttention. best: our fastest dense path, call by call.
 Base = Literal["sdpa", "flex", "best"]
@@ -85,7 +94,10 @@ class Retrofit:
         self._ladder = adapter.ladder if adapter is not None else dense_ladder()
         self._layers = _match_layers(model, adapter)
         self._rung = self._ladder.find(rung)
+        self._thresholds_by_rung: dict[str, Mapping[int, Thresholds]] = {}
         self._thresholds = self._read_thresholds()
+        self._has_own_positions = True  # until a pass says otherwise
+        self._seen_positions: torch.Tensor | None = None
         self._stats = RetrofitStats()
         self._pooled: WeakKeyDictionary[Any, dict[int, PooledCache]] = WeakKeyDictionary()
         self._cache: Any = None
@@ -200,6 +212,8 @@ class Retrofit:
     def _install(self) -> None:
         AttentionInterface.register(self._name, self._attend)
         AttentionMaskInterface.register(self._name, self._make_mask)
+        decoder = text_decoder(self.model)
+        self._hooks.append(decoder.register_forward_pre_hook(self._note_positions, with_kwargs=True))
         for _, module in attention_modules(self.model):
             self._hooks.append(module.register_forward_pre_hook(self._note_cache, with_kwargs=True))
         self.model.set_attn_implementation(self._name)  # type: ignore[operator]
@@ -212,6 +226,23 @@ class Retrofit:
             )
         self._cache = cache
         self._cached_keys = cached_keys(cache, module)
+
+    def _note_positions(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Positions that the model counts itself go on from its cache: there is nothing to check."""
+        self._has_own_positions = len(args) > 1 or kwargs.get("position_ids") is not None
+        self._seen_positions = None
+
+    def _check_positions(self, position_ids: torch.Tensor | None, kv_len: int) -> None:
+        """Refuse a caller's own positions where they have gaps; read once a pass, not in each layer."""
+        if not self._has_own_positions or position_ids is None or position_ids is self._seen_positions:
+            return
+        last = int(position_ids[:, -1].max())
+        if last + 1 != kv_len:
+            raise ModelError(
+                f"position_ids end at {last}, but the KV cache holds {kv_len} tokens; "
+                "sparse attention needs positions that count from 0 without gaps"
+            )
+        self._seen_positions = position_ids
 
     def _is_untouched(self) -> bool:
         return self._rung.is_dense and self.base == "sdpa"
@@ -242,7 +273,7 @@ class Retrofit:
         layer = self._layers.get(module)
         if layer is not None and not self._rung.is_dense:
             _check_mask(attention_mask)
-            _check_positions(kwargs.get("position_ids"), key.shape[2])
+            self._check_positions(kwargs.get("position_ids"), key.shape[2])
             # A planted fault strikes the side cache, so layers that the rung leaves dense are not spared.
             is_thinned = self._rung.thins(layer.index) or self.fault is not None
             # What runs dense pays for no features: the side cache is made from the keys when it is asked for.
@@ -279,13 +310,14 @@ class Retrofit:
         value: torch.Tensor,
         pooled: PooledKeys,
     ) -> AttentionResult:
+        poison = None
         if self.selector is not None:
             mask = self.selector(layer, query, key)
         else:
-            mask = self._select(layer, query, key, pooled)
+            mask, poison = self._select(layer, query, key, pooled)
         with self._part(SELECTION):
-            density = _density_by_group(mask, layer.kv_heads)
-        self._stats.add(LayerCall(layer.index, query.shape[2], "sparse", density))
+            kept = _kept_by_group(mask, layer.kv_heads)
+        self._stats.add(LayerCall(layer.index, query.shape[2], "sparse", kept))
         with self._part(FULL_ATTENTION):
             if self.is_differentiable:
                 out = attend_masked(query, key, value, mask, scale=layer.scale)
@@ -293,7 +325,10 @@ class Retrofit:
                 wants_lse = self._attended is not None
                 out, lse = attend(query, key, value, mask, scale=layer.scale, return_lse=wants_lse)
                 self._record(layer, query, key, lse)
-        return out.transpose(1, 2).contiguous(), None
+        out = out.transpose(1, 2).contiguous()
+        if poison is not None:
+            out[..., :1].add_(poison)  # the projections behind carry it to all that follows
+        return out, None
 
     def _is_covered(self, query: torch.Tensor, kv_len: int) -> bool:
         """Whether a call runs sparse; one row is a decode step, which pays from another length on."""
@@ -339,7 +374,8 @@ class Retrofit:
     @torch.no_grad()
     def _select(
         self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor, pooled: PooledKeys
-    ) -> BlockMask:
+    ) -> tuple[BlockMask, torch.Tensor | None]:
+        """Return the mask, and on a GPU 0 or, where the scorer gave NaN, the NaN for the output to carry."""
         assert self.adapter is not None
         scorer = self.adapter.scorers[layer.index]
         block_q = self._ladder.query_block_tokens
@@ -352,6 +388,7 @@ class Retrofit:
             shares, starts = score_blocks(
                 scorer, query, key, pooled.keys, table=table, block_q=block_q, packed=packed
             )
+        poison = nan_where_broken(shares)
         if self.fault is not None:
             shares = self.fault.shift(shares, starts)
         shares = self._keep_short(shares, starts, query)
@@ -372,7 +409,7 @@ class Retrofit:
         if self._observer is not None:
             cut = per_head_thresholds(thresholds, starts, layer.query_heads)[..., 0]
             self._observer(Selection(layer, query, key, shares, cut, mask))
-        return mask
+        return mask, poison
 
     @torch.no_grad()
     def _update_pooled(self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor) -> PooledKeys:
@@ -385,12 +422,14 @@ class Retrofit:
         keys = pooled.update(key, query.shape[2], self._rotary.table(key.shape[2], key.device))
         return PooledKeys(keys, pooled.packed)
 
-    def _read_thresholds(self) -> dict[int, Any]:
-        if self._rung.is_dense:
-            return {}
-        return {
-            layer.index: self._ladder.thresholds(self._rung, layer.index) for layer in self._layers.values()
-        }
+    def _read_thresholds(self) -> Mapping[int, Thresholds]:
+        """Made once for each rung: requests on several rungs take turns, step by step."""
+        found = self._thresholds_by_rung.get(self._rung.id)
+        if found is None:
+            layers = () if self._rung.is_dense else self._layers.values()
+            found = {layer.index: self._ladder.thresholds(self._rung, layer.index) for layer in layers}
+            self._thresholds_by_rung[self._rung.id] = found
+        return found
 
 
 def attach(model: nn.Module, adapter: Adapter | None, *, rung: str = DENSE, base: Base = "sdpa") -> Retrofit:
@@ -448,24 +487,26 @@ def _match_layers(model: nn.Module, adapter: Adapter | None) -> dict[nn.Module, 
     return layers
 
 
-def _density_by_group(mask: BlockMask, kv_heads: int) -> tuple[float, ...]:
-    batch, heads, num = mask.counts.shape
+def _kept_by_group(mask: BlockMask, kv_heads: int) -> torch.Tensor | tuple[float, ...]:
+    """Return each KV group's share of the causal blocks; on a GPU a tensor [Hkv], not waited for."""
+    batch, heads, _ = mask.counts.shape
     kept = mask.counts.view(batch, kv_heads, -1).sum(dim=(0, 2))
-    one_row = (mask.q_offset + mask.q_len - 1) // mask.block_k + 1
-    causal = (one_row if num == 1 else int(mask.limits().sum())) * batch * (heads // kv_heads)
-    return tuple(count / causal for count in kept.tolist())
+    sizes = (mask.q_len, mask.block_q, mask.block_k, mask.q_offset)
+    causal = _causal_blocks(*sizes) * batch * (heads // kv_heads)
+    if kept.device.type == "cpu":
+        return tuple(count / causal for count in kept.tolist())
+    return kept.double() / causal
+
+
+@lru_cache(maxsize=64)  # the layers of one pass ask the same
+def _causal_blocks(q_len: int, block_q: int, block_k: int, q_offset: int) -> int:
+    """Key blocks at or before the last row of each query block, summed: counted without asking a device."""
+    ends = (min((i + 1) * block_q, q_len) for i in range(num_blocks(q_len, block_q)))
+    return sum((q_offset + end - 1) // block_k + 1 for end in ends)
 
 
 def _check_mask(mask: torch.Tensor | None) -> None:
     if mask is not None and not getattr(mask, "sentei_made", False):
         raise ModelError(
             "a mask of one's own (4 dimensions) is not supported; pass a 2-dimensional one, or none"
-        )
-
-
-def _check_positions(position_ids: torch.Tensor | None, kv_len: int) -> None:
-    if position_ids is not None and int(position_ids[:, -1].max()) + 1 != kv_len:
-        raise ModelError(
-            f"position_ids end at {int(position_ids[:, -1].max())}, but the KV cache holds {kv_len} tokens; "
-            "sparse attention needs positions that count from 0 without gaps"
         )

@@ -41,12 +41,16 @@ class RotaryReader:
         """Whether the frequencies are those of the table; values are compared only where they may differ."""
         frequencies, scaling = self._read()
         version = -1 if frequencies.is_inference() else frequencies._version
-        if frequencies is self._source and version == self._version != -1:
+        # Writing in inference mode counts no version: on a CPU the values say whether it happened. A GPU's
+        # are not waited for: the dynamic types put a new tensor in the old one's place.
+        is_telling = version != -1 or frequencies.device.type != "cpu"
+        if frequencies is self._source and version == self._version and is_telling:
             return True
         is_same = (
             self._seen is not None
             and self._seen[1] == scaling
-            and torch.equal(self._seen[0], frequencies.to(self._seen[0].device))
+            and self._seen[0].device == frequencies.device == torch.device("cpu")
+            and torch.equal(self._seen[0], frequencies)
         )
         self._source, self._version = frequencies, version
         self._seen = (frequencies.detach().clone(), scaling)

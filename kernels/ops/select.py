@@ -16,9 +16,9 @@ def select_lists(
 ) -> BlockMask:
     """Select by rule from log shares [B, H, Q, Kb]; NaN counts as -inf, what lies ahead is never kept.
 
-    `width` bounds a list: beyond it the lowest scores go. Triton (auto on a GPU) makes lists of that width,
-    or of all key blocks, without a host sync; the others cut them to the longest list, which is one. The
-    native program (auto on a CPU) knows the threshold rule only.
+    `width` bounds a list: beyond it the lowest scores go. On a GPU lists have that width, or that of all key
+    blocks: nobody waits to know the longest one, to which they are cut on a CPU. The native program (auto
+    there) knows the threshold rule only.
     """
     expected = (num_blocks(grid.q_len, grid.block_q), num_blocks(grid.kv_len, grid.block_k))
     least = num_blocks(grid.block_q, grid.block_k) + 2
@@ -40,7 +40,7 @@ def select_lists(
     ):
         counts, indices = _list_natively(scores, rule, grid)
     else:
-        counts, indices = _compact(_keep(scores, rule, grid, width))
+        counts, indices = _compact(_keep(scores, rule, grid, width), min(width or expected[1], expected[1]))
     sizes = (grid.q_len, grid.kv_len, grid.block_q, grid.block_k, grid.q_offset)
     return BlockMask(counts, indices, *sizes)
 
@@ -100,9 +100,9 @@ def _closed_last(order: Tensor, keep: Tensor) -> Tensor:
     return order.gather(-1, is_out.to(torch.int8).argsort(dim=-1, stable=True))
 
 
-def _compact(keep: Tensor) -> tuple[Tensor, Tensor]:
+def _compact(keep: Tensor, bound: int) -> tuple[Tensor, Tensor]:
     counts = keep.sum(dim=-1, dtype=torch.int32)
     order = torch.argsort(keep.to(torch.int8), dim=-1, descending=True, stable=True)
-    width = int(counts.max())  # the one host sync: how wide the lists are
+    width = int(counts.max()) if keep.device.type == "cpu" else bound
     indices = order[..., :width].to(torch.int32)
     return counts, indices.masked_fill(torch.arange(width, device=counts.device) >= counts[..., None], -1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sentei.kernels.ops.attention import attend
 from sentei.kernels.ops.errors import ShapeError
-from sentei.kernels.ops.layouts import PagedCache
+from sentei.kernels.ops.layouts import BlockLists, PagedCache
 from sentei.kernels.ops.native.calls import has_byte_scores
 from sentei.kernels.ops.native.paged import LANES, Pages, Rows, can_decode_pages, decode_pages_native
 from sentei.kernels.ops.paged import attend_paged
@@ -53,7 +53,9 @@ class ScorerPages:
         self.rotary = rotary
         self.block = shape.block_tokens
         self._pools = shape.block_tokens // shape.pool_tokens
-        self._bias = scorer.bias(torch.arange(rotary.length // self.block + 2)).detach().float().contiguous()
+        device = scorer.distance_bias.device
+        distances = torch.arange(rotary.length // self.block + 2, device=device)
+        self._bias = scorer.bias(distances).detach().float().contiguous()
         padded = -(-shape.num_features // LANES) * LANES
         # One page more than there are: empty slots of a batch write there.
         room = (num_pages + 1, shape.kv_heads, self._pools, padded)
@@ -108,6 +110,8 @@ class ScorerPages:
                 rows, pages, self._bias, out,
                 scale=self.scorer.scale, pool_tokens=self.scorer.shape.pool_tokens,
             )  # fmt: skip
+        if q.device.type != "cpu":
+            return self.decode_together(q, cache, cut, out, fault)
         return self._decode_one_by_one(q, cache, thresholds, out, fault)
 
     @torch.no_grad()
@@ -147,6 +151,56 @@ class ScorerPages:
         is_broken = is_odd.repeat_interleave(group, dim=1) > 0
         out.copy_(found[:, :, 0].masked_fill(is_broken[..., None], torch.nan))
         return lists.counts.repeat_interleave(group, dim=1).masked_fill(is_broken, -1)
+
+    @torch.no_grad()
+    def decode_together(
+        self, q: Tensor, cache: PagedCache, cut: Tensor, out: Tensor, fault: Fault | None = None
+    ) -> Tensor:
+        """The same in torch for a GPU, a list for each head: all rows at once; the host reads nothing.
+
+        `cut` [N, Hq] are the thresholds. For faults, scores without a kernel, and where Triton is missing.
+        """
+        positions = cache.lengths.long() - 1
+        shares = self._shares_together(q, cache, positions)  # [N, Hq, W]
+        is_broken = torch.isnan(shares).any(dim=2).any(dim=1) & (positions >= 0)
+        if fault is not None:
+            shares = fault.shift(shares.transpose(0, 1)[None], positions)[0].transpose(0, 1)
+        index = torch.arange(shares.shape[2], device=q.device)
+        own = (positions // self.block)[:, None, None]
+        keep = ((shares > cut[..., None]) | (index == 0) | (index == own)) & (index <= own)
+        counts = keep.sum(dim=2, dtype=torch.int32)
+        order = torch.argsort(keep.to(torch.int8), dim=2, descending=True, stable=True).to(torch.int32)
+        lists = BlockLists(counts, order.masked_fill(index >= counts[..., None], -1), self.block)
+        found, _ = attend_paged(q[:, :, None], cache, lists, scale=self.scorer.scale)
+        out.copy_(found[:, :, 0].masked_fill(is_broken[:, None, None], torch.nan))
+        return counts.masked_fill(is_broken[:, None], -1)
+
+    def _shares_together(self, q: Tensor, cache: PagedCache, positions: Tensor) -> Tensor:
+        """Log shares of single tokens, [N, Hq, W]: -inf for sink, own block and what lies ahead."""
+        table, rows = cache.page_table.clamp_min(0).long(), len(q)
+        kv_heads, group = cache.keys.shape[1], q.shape[1] // cache.keys.shape[1]
+        features = self._encode(q, positions.clamp_min(0))[:, :, None]
+        pooled = self.pooled[table].float().transpose(1, 2).flatten(2, 3)  # [N, Hkv, W * pools, features]
+        logits = self.scorer.block_logits(features, pooled)[:, :, 0]
+        own = (positions // self.block).clamp_min(0)
+        index = torch.arange(logits.shape[2], device=q.device)
+        distances = own[:, None] - index
+        bias = self._bias[:, distances.clamp(0, self._bias.shape[1] - 1)].transpose(0, 1)
+        is_closed = ((index < 1) | (distances < 1))[:, None]
+        logits = (logits + bias).masked_fill(is_closed, -torch.inf)
+        by_group = q.view(rows, kv_heads, group, -1)
+        in_page = torch.arange(self.block, device=q.device)
+
+        def weigh(pages: Tensor, last: Tensor) -> Tensor:
+            """LSE of the tokens 0 to `last` [N] of a page each [N]: [N, Hq]."""
+            scores = (by_group @ cache.keys[pages].transpose(2, 3)).float() * self.scorer.scale
+            is_ahead = (in_page > last[:, None])[:, None, None]
+            return scores.masked_fill(is_ahead, -torch.inf).logsumexp(dim=3).flatten(1, 2)
+
+        near = weigh(table.gather(1, own[:, None])[:, 0], positions % self.block)
+        sink = weigh(table[:, 0], torch.full_like(positions, self.block - 1))
+        forced = torch.where(own[:, None] > 0, torch.logaddexp(near, sink), near)
+        return logits - torch.logaddexp(logits.logsumexp(dim=2), forced)[..., None]
 
     def _decode_one_by_one(
         self, q: Tensor, cache: PagedCache, thresholds: Thresholds, out: Tensor, fault: Fault | None

@@ -6,7 +6,7 @@ other block's share has a sound denominator. Rows are handled in chunks: no matr
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,12 +33,23 @@ class Thresholds:
 
     log_share: torch.Tensor
     bin_edges: tuple[int, ...]
+    _placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
-    def at(self, position: int, query_heads: int) -> torch.Tensor:
+    def at(self, position: int, query_heads: int, device: torch.device) -> torch.Tensor:
         """Return the threshold of one query block that starts at a position: [Hq, 1]."""
-        i_bin = min(bisect_right(self.bin_edges, position), self.log_share.shape[1] - 1)
-        per_group = self.log_share[:, i_bin : i_bin + 1]
+        log_share, _ = self.on(device)
+        i_bin = min(bisect_right(self.bin_edges, position), log_share.shape[1] - 1)
+        per_group = log_share[:, i_bin : i_bin + 1]
         return per_group.repeat_interleave(query_heads // per_group.shape[0], dim=0)
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log shares and the bins' ends on a device: brought there at the first call alone."""
+        if device not in self._placed:
+            edges = torch.tensor(self.bin_edges, dtype=torch.int64, device=device)
+            self._placed[device] = (self.log_share.to(device), edges)
+        return self._placed[device]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,11 @@ class QueryBlocks:
     q_plain: torch.Tensor
     starts: torch.Tensor
     row_tokens: int = 1
+
+    @property
+    def block_tokens(self) -> int:
+        """How many tokens a block's rows stand for."""
+        return self.q.shape[3] * self.row_tokens
 
     @property
     def last_positions(self) -> torch.Tensor:
@@ -91,16 +107,17 @@ def padded_rows(block_q: int, q_len: int, query_pool: int) -> tuple[int, int]:
 
 
 def forced_lse(
-    blocks: QueryBlocks, k: torch.Tensor, *, scale: float, block_tokens: int, q_len_end: int
+    blocks: QueryBlocks, k: torch.Tensor, *, scale: float, block_tokens: int, q_len_end: int, lead: int
 ) -> torch.Tensor:
     """Return the exact log of the summed weights of sink and diagonal blocks: [B, Hq, n, rows].
 
-    A pooled row sees what the last of its tokens sees.
+    A pooled row sees what the last of its tokens sees. `lead` is the most that a query block begins behind
+    the start of its key block (`most_lead`): no device is asked for it.
     """
     B, Hq, n, rows, _ = blocks.q.shape
     Hkv, kv_len = k.shape[1], k.shape[2]
     firsts = blocks.starts.div(block_tokens, rounding_mode="floor") * block_tokens
-    width = int((blocks.starts - firsts).max()) + rows * blocks.row_tokens
+    width = lead + blocks.block_tokens
     local = firsts[:, None] + torch.arange(width, device=k.device)
     positions = blocks.last_positions.clamp_max(q_len_end - 1)
     grouped = blocks.q.reshape(B, Hkv, Hq // Hkv, n, rows, -1)
@@ -112,6 +129,14 @@ def forced_lse(
     far = torch.logsumexp(torch.einsum("bhgnrd,bhwd->bhgnrw", grouped, sink).float() * scale, dim=-1)
     has_own_sink = (firsts > 0)[:, None]
     return torch.where(has_own_sink, torch.logaddexp(lse, far), lse).reshape(B, Hq, n, rows)
+
+
+def most_lead(first: int, step: int, num: int, block_tokens: int) -> int:
+    """Return how far at most query blocks begin behind the start of their key block, in tokens.
+
+    They begin at positions `first`, `first + step`, ..., `num` of them; the leads repeat after a key block.
+    """
+    return max((first + i * step) % block_tokens for i in range(min(num, block_tokens)))
 
 
 def log_shares(
@@ -162,7 +187,8 @@ def score_blocks(
         backend: auto, triton or torch; auto takes triton on a GPU, our own program on a CPU.
 
     Returns:
-        [B, Hq, n, blocks] and [n].
+        [B, Hq, n, blocks] and [n]. A NaN is a ScorerError on a CPU; on a GPU nobody waits to look for one: it
+        stays where it is (`nan_where_broken`).
     """
     block = scorer.shape.block_tokens
     block_q = block if block_q is None else block_q
@@ -190,12 +216,22 @@ def score_blocks(
         _fill_native(scorer, q, k, keys, table, result, block_q, packed)
     else:
         _fill_chunks(scorer, q, k, keys, table, starts, result, block_q)
-    if torch.isnan(result).any():
+    if result.device.type == "cpu" and torch.isnan(result).any():
         raise ScorerError(
             "the scorer gave NaN; queries, keys or adapter weights hold NaN or infinite values: "
             "serve dense and check the adapter"
         )
     return result, starts
+
+
+def nan_where_broken(shares: torch.Tensor) -> torch.Tensor | None:
+    """Return 0, or NaN where any share is NaN, without dimensions and on the shares' device; None on a CPU.
+
+    Added to what attention gives, it reaches the logits, which are read and refused in any case.
+    """
+    if shares.device.type == "cpu":
+        return None  # `score_blocks` has raised
+    return torch.zeros((), device=shares.device).masked_fill_(torch.isnan(shares).any(), torch.nan)
 
 
 def _fill_chunks(
@@ -228,7 +264,14 @@ def _fill_chunks(
                 q_offset=q_offset + row,
                 query_pool=scorer.shape.query_pool,
             )
-            lse = forced_lse(blocks, k, scale=scorer.scale, block_tokens=block, q_len_end=k.shape[2])
+            lse = forced_lse(
+                blocks,
+                k,
+                scale=scorer.scale,
+                block_tokens=block,
+                q_len_end=k.shape[2],
+                lead=most_lead(q_offset + row, blocks.block_tokens, last - first, block),
+            )
             shares, _ = log_shares(scorer, blocks, keys[:, :, : visible * per_block], lse)
             result[:, :, first:last, : shares.shape[-1]] = shares.amax(dim=3)
         first = last
@@ -304,7 +347,7 @@ def select_blocks(
 ) -> BlockMask:
     """Keep every block whose share passes the threshold, plus sink and diagonal."""
     if shares.shape[2] == 1:
-        cut = thresholds.at(q_offset, shares.shape[1]).to(shares.device)
+        cut = thresholds.at(q_offset, shares.shape[1], shares.device)
     else:
         cut = per_head_thresholds(thresholds, starts, shares.shape[1])[..., 0]
     grid = Grid(q_len=q_len, kv_len=kv_len, block_q=block_q, block_k=block_k, q_offset=q_offset)
@@ -322,9 +365,9 @@ def keep_before(shares: torch.Tensor, starts: torch.Tensor, break_even_tokens: i
 
 def per_head_thresholds(thresholds: Thresholds, starts: torch.Tensor, query_heads: int) -> torch.Tensor:
     """Return the log threshold for each query head and query block: [Hq, n, 1]."""
-    edges = torch.tensor(thresholds.bin_edges, device=starts.device)
-    bins = torch.bucketize(starts, edges, right=True).clamp_max(thresholds.log_share.shape[1] - 1)
-    per_group = thresholds.log_share.to(starts.device)[:, bins]
+    log_share, edges = thresholds.on(starts.device)
+    bins = torch.bucketize(starts, edges, right=True).clamp_max(log_share.shape[1] - 1)
+    per_group = log_share[:, bins]
     return per_group.repeat_interleave(query_heads // per_group.shape[0], dim=0)[:, :, None]
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from sentei.pipeline.cli.extras import needs
 from sentei.pipeline.cli.load import bench_serving
-from sentei.pipeline.cli.offline import DTYPES, CorpusName, Dtype, Json, Model, open_bench
+from sentei.pipeline.cli.offline import DTYPES, CorpusName, DeviceName, Dtype, Json, Model, open_bench
 from sentei.pipeline.cli.output import Output, check_choice
 from sentei.pipeline.home import short_name
 from sentei.pipeline.progress import counted
@@ -178,6 +178,7 @@ def prefill(
         typer.Option("--unverified", help="Run rungs sparse at lengths that nobody verified too."),
     ] = False,
     dtype: Dtype = None,
+    device: DeviceName = "auto",
     as_json: Json = False,
 ) -> None:
     """Time a whole model's prefill, scorer included, beside its three dense forms: seconds and memory.
@@ -196,14 +197,14 @@ def prefill(
 
     output = Output(as_json=as_json)
     check_choice("--dense", dense or (), DENSE_FORMS)
-    bench = open_bench(model, corpus, output, dtype)
+    bench = open_bench(model, corpus, output, dtype, device)
     adapter = _with_rungs(bench.adapter(), rung)
     known = {found.id: found.verified_tokens for found in adapter.ladder.rungs}
     if unverified:
         adapter = adapter.with_ladder(adapter.ladder.without_limits())
     rows: list[dict[str, object]] = []
     parts: list[dict[str, object]] = []
-    machine = measure_machine()
+    machine = measure_machine(bench.loaded.device)
     for length in tokens or (8192,):
         (text,) = make_windows(
             bench.loaded, split_text(bench.corpus).evaluate, window_tokens=length, num=1, seed=3
@@ -294,6 +295,7 @@ def decode(
         typer.Option("--unverified", help="Run rungs sparse at lengths that nobody verified too."),
     ] = False,
     dtype: Dtype = None,
+    device: DeviceName = "auto",
     as_json: Json = False,
 ) -> None:
     """Time a whole model's decode steps, scorer included, beside our own dense: tokens per second.
@@ -306,11 +308,11 @@ def decode(
     from sentei.pipeline.text.splits import split_text
 
     output = Output(as_json=as_json)
-    bench = open_bench(model, corpus, output, dtype)
+    bench = open_bench(model, corpus, output, dtype, device)
     adapter = _with_rungs(bench.adapter(), rung)
     if unverified:
         adapter = adapter.with_ladder(adapter.ladder.without_limits())
-    machine = measure_machine()
+    machine = measure_machine(bench.loaded.device)
     held_out = split_text(bench.corpus).evaluate
     rows: list[dict[str, Any]] = []
     parts: list[dict[str, object]] = []

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from sentei.pipeline.cli.evaluation import evaluation_table, recall_table
 from sentei.pipeline.cli.extras import needs
-from sentei.pipeline.cli.offline import open_bench
+from sentei.pipeline.cli.offline import DeviceName, open_bench
 from sentei.pipeline.cli.output import ExitCode, Output
 from sentei.pipeline.cli.view import STYLES, rollout_panel
 from sentei.pipeline.home import HOME_VARIABLE, Home, sentei_home
@@ -31,10 +31,11 @@ def run_demo(
     reuse: Annotated[bool, typer.Option("--reuse", help="Keep the adapter made before.")] = False,
     engine: Annotated[str, typer.Option(help="builtin, or vllm (an extra).")] = "builtin",
     seed: Annotated[int, typer.Option(help="Seed of the traffic.")] = 0,
+    device: DeviceName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Distil, calibrate, evaluate, serve; one rollout promoted, one rolled back."""
-    from sentei.kernels.hf.models import pick_dtype
+    from sentei.kernels.placement import place, read_hardware
     from sentei.pipeline.demo.demo import DemoResult, is_as_expected, prepare, run_stories
     from sentei.pipeline.demo.sizes import demo_size
     from sentei.pipeline.steps import read_evaluation
@@ -43,9 +44,14 @@ def run_demo(
     started = time.monotonic()
     if engine not in ENGINES:
         raise typer.BadParameter(f"{engine}; choose from {', '.join(ENGINES)}", param_hint="--engine")
+    if engine == "vllm":
+        if device == "cuda":
+            raise typer.BadParameter("vllm thins on CPUs only (docs/adr/0015)", param_hint="--device")
+        device = "cpu"
     size = replace(demo_size(model), engine=engine)
     # What is to be shown is speed: the pocket model, too, runs in what this machine multiplies fastest.
-    bench = open_bench(model, None, output, str(pick_dtype()).removeprefix("torch."))
+    placement = place(read_hardware(), device)
+    bench = open_bench(model, None, output, placement.dtype_name, device)
     if not (reuse and read_evaluation(bench) is not None):
         with output.progress() as progress:
             prepare(bench, size, progress)

@@ -47,9 +47,17 @@ class Check:
 def run_doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Check Python, packages, compiler, memory, disk and the home folder."""
+    """Check Python, compiler, device, memory, disk, the home folder and packages."""
     output = Output(as_json=as_json)
-    checks = [_python(), _compiler(), _memory(), _disk(), _home(), *(_package(name) for name in PACKAGES)]
+    checks = [
+        _python(),
+        _compiler(),
+        _device(),
+        _memory(),
+        _disk(),
+        _home(),
+        *(_package(name) for name in PACKAGES),
+    ]
     table = Table("check", "", "found", "way out")
     for check in checks:
         table.add_row(check.name, _mark(check), check.found, escape(check.way_out))
@@ -76,6 +84,16 @@ def _compiler() -> Check:
     way_out = "" if found else "install a C++ compiler; without one the slower gather backend runs"
     has_models = _package("torch").is_ok
     return Check("C++ compiler", found is not None, found or "none", way_out, is_optional=not has_models)
+
+
+def _device() -> Check:
+    """What `--device auto` takes for a model, in which precision, and why."""
+    if not _package("torch").is_ok:
+        return Check("device", False, "torch is not installed", f"pip install '{PACKAGE}[train]'", True)
+    from sentei.kernels.placement import place, read_hardware
+
+    chosen = place(read_hardware())
+    return Check("device", True, f"{chosen.device.type} in {chosen.dtype_name}: {chosen.why}")
 
 
 def _memory() -> Check:

@@ -12,7 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from sentei.pipeline.cli.extras import needs
-from sentei.pipeline.cli.offline import CorpusName, Dtype, Json, Model, Windows, changed, open_bench
+from sentei.pipeline.cli.offline import (
+    CorpusName,
+    DeviceName,
+    Dtype,
+    Json,
+    Model,
+    Windows,
+    changed,
+    open_bench,
+)
 from sentei.pipeline.cli.output import Output, check_choice
 
 if TYPE_CHECKING:
@@ -60,6 +69,7 @@ def run_evaluate(
         str | None, typer.Option(help="Measure one part alone, and keep nothing: recall.")
     ] = None,
     dtype: Dtype = None,
+    device: DeviceName = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure every rung beside dense: quality, recall, your tasks, latency, memory, cost."""
@@ -88,7 +98,7 @@ def run_evaluate(
         timed_runs=timed_runs,
         prices=prices,
     )
-    bench = open_bench(model, corpus, output, dtype)
+    bench = open_bench(model, corpus, output, dtype, device)
     if only == RECALL_ALONE:
         _show_recall(bench, options, output)
         return

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from sentei.pipeline.cli.extras import needs
-from sentei.pipeline.cli.offline import Json, Model
+from sentei.pipeline.cli.offline import DeviceName, Json, Model
 from sentei.pipeline.cli.output import Output
 from sentei.pipeline.home import sentei_home
 
@@ -29,6 +29,7 @@ def run_explain(
     out: Annotated[
         Path | None, typer.Option(help="Where record and page go [default: reports at home].")
     ] = None,
+    device: DeviceName = "auto",
     as_json: Json = False,
 ) -> None:
     """Show which blocks each layer kept in one prefill, and why: score, threshold, rank."""
@@ -41,7 +42,7 @@ def run_explain(
     position = read_token(token)
     text = read_prompt(prompt)
     with output.errors.status(f"loading {model}"):
-        loaded = resolve_model(model)
+        loaded = resolve_model(model, device=device)
         folder = adapter or sentei_home().adapter_dir(model, loaded.fingerprint.weights_sha256)
         found = load_adapter(folder, loaded.model)
     with output.progress() as progress:

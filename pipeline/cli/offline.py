@@ -27,6 +27,9 @@ Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="float32 or bfloat16 [default: the faster one here; pocket: float32]."),
 ]
+DeviceName = Annotated[
+    str, typer.Option("--device", help="auto (a GPU where there is one), cpu, or cuda (ROCm's GPUs, too).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Windows = Annotated[int | None, typer.Option("--windows", help="Number of text windows.", min=1)]
 
@@ -53,6 +56,7 @@ def run_distill(
     ] = False,
     rung: Annotated[str | None, typer.Option(help="With --joint: whose mask [default: bold].")] = None,
     dtype: Dtype = None,
+    device: DeviceName = "auto",
     as_json: Json = False,
 ) -> None:
     """Teach the scorer which key blocks hold each row's attention mass."""
@@ -62,7 +66,8 @@ def run_distill(
                 "shape the scorer, which --joint leaves as it is", param_hint="--form, --pool, --query-pool"
             )
         changes = {"window_tokens": tokens, "num_windows": windows, "rank": rank, "rung": rung}
-        _run_joint(model, corpus, changes, dtype=dtype, as_json=as_json)
+        output = Output(as_json=as_json)
+        _run_joint(open_bench(model, corpus, output, dtype, device), changes, output)
         return
     if rung is not None:
         raise typer.BadParameter(
@@ -76,7 +81,7 @@ def run_distill(
     check_choice("--form", [form] if form else (), get_args(Form))
     if form is None and pool is not None and pool > 1:
         form = "residual"
-    bench = open_bench(model, corpus, output, dtype)
+    bench = open_bench(model, corpus, output, dtype, device)
     options = changed(
         usual_options(bench.loaded.model, cast("Form | None", form)),
         window_tokens=tokens,
@@ -93,14 +98,10 @@ def run_distill(
     )
 
 
-def _run_joint(
-    model: str, corpus: list[str] | None, changes: dict[str, Any], *, dtype: str | None, as_json: bool
-) -> None:
+def _run_joint(bench: Any, changes: dict[str, Any], output: Output) -> None:
     from sentei.pipeline.experiments.joint import JointOptions
     from sentei.pipeline.steps import joint_step
 
-    output = Output(as_json=as_json)
-    bench = open_bench(model, corpus, output, dtype)
     with output.progress() as progress:
         report = joint_step(bench, changed(JointOptions(), **changes), progress)
     document = report.to_dict()
@@ -163,6 +164,7 @@ def run_calibrate(
         typer.Option(help="Rows that choose together: 16, 32 or 64 [default: 16 on a CPU, 64 on a GPU]."),
     ] = None,
     dtype: Dtype = None,
+    device: DeviceName = "auto",
     as_json: Json = False,
 ) -> None:
     """Turn scores into a ladder of rungs, each verified on held-out text."""
@@ -190,7 +192,7 @@ def run_calibrate(
         query_block_tokens=query_block,
         dense_last_tokens=dense_last,
     )
-    bench = open_bench(model, corpus, output, dtype)
+    bench = open_bench(model, corpus, output, dtype, device)
     with output.progress() as progress:
         ladder = calibrate_step(bench, options, progress)
     rungs = [_with_verdict(rung) for rung in ladder.rungs]
@@ -256,7 +258,13 @@ def run_seal(
     output.emit({"folder": str(folder), "files": files})
 
 
-def open_bench(model: str, corpus: list[str] | None, output: Output, dtype: str | None = None) -> Any:
+def open_bench(
+    model: str,
+    corpus: list[str] | None,
+    output: Output,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> Any:
     """Load model and corpus, and say so."""
     import torch
 
@@ -267,10 +275,11 @@ def open_bench(model: str, corpus: list[str] | None, output: Output, dtype: str 
     check_choice("--dtype", [dtype] if dtype else (), DTYPES)
     precision = None if dtype is None else getattr(torch, dtype)
     with output.errors.status(f"loading {model}"):
-        loaded = resolve_model(model, dtype=precision)
+        loaded = resolve_model(model, dtype=precision, device=device)
         bench = Workbench(loaded, load_corpora(corpus), sentei_home().create())
     running = next(loaded.model.parameters()).dtype
-    output.say(f"[bold]{model}[/] in {str(running).removeprefix('torch.')}, corpus {bench.corpus.name}")
+    where = f"{str(running).removeprefix('torch.')} on {loaded.device.type}"
+    output.say(f"[bold]{model}[/] in {where}, corpus {bench.corpus.name}")
     if bench.corpus.passed_over:
         output.say(f"not read in the corpus: {bench.corpus.passed_over}")
     return bench

@@ -10,7 +10,16 @@ import typer
 from rich.table import Table
 
 from sentei.pipeline.cli.extras import needs
-from sentei.pipeline.cli.offline import CorpusName, Dtype, Json, Model, Windows, changed, open_bench
+from sentei.pipeline.cli.offline import (
+    CorpusName,
+    DeviceName,
+    Dtype,
+    Json,
+    Model,
+    Windows,
+    changed,
+    open_bench,
+)
 from sentei.pipeline.cli.output import Output
 from sentei.pipeline.home import sentei_home
 
@@ -28,6 +37,7 @@ def run_study(
         list[int] | None, typer.Option(help="A layer to look at; repeatable [default: all].", min=0)
     ] = None,
     dtype: Dtype = None,
+    device: DeviceName = "auto",
     as_json: Json = False,
 ) -> None:
     """Compare scorer forms on held-out text: what each must keep so as not to miss what matters."""
@@ -39,7 +49,7 @@ def run_study(
     options = changed(
         StudyOptions(), window_tokens=tokens, num_windows=windows, layers=tuple(layer or ()) or None
     )
-    bench = open_bench(model, corpus, output, dtype)
+    bench = open_bench(model, corpus, output, dtype, device)
     with output.progress() as progress:
         rows = study(bench.loaded, bench.corpus, options, progress)
     folder = sentei_home().create().root / "studies" / bench.adapter_dir.name

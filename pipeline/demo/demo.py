@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import Any
 
+import torch
 import yaml
 
 from sentei.monitors.store import Store
@@ -166,6 +167,7 @@ def serve_config(bench: Workbench, size: DemoSize) -> dict[str, Any]:
         "model_name": short_name(bench.loaded.name),
         "adapter": str(bench.adapter_dir),
         "dtype": str(bench.loaded.model.dtype).removeprefix("torch."),
+        **_device_options(bench.loaded.device),
         "attention": size.attention,
         "threads": size.threads,
         "engine": size.engine,
@@ -175,6 +177,13 @@ def serve_config(bench: Workbench, size: DemoSize) -> dict[str, Any]:
         "drift_every_s": 5.0,
         "allow_faults": True,
     }
+
+
+def _device_options(device: torch.device) -> dict[str, Any]:
+    """Dense and sparse share a GPU where there is but one."""
+    if device.type != "cuda":
+        return {"device": device.type}
+    return {"device": device.type, "replica_gpus": 0.5 if torch.cuda.device_count() == 1 else 1.0}
 
 
 def run_stories(

@@ -69,7 +69,7 @@ class CostReport:
 
 def this_machine(loaded: LoadedModel) -> Machine:
     """Return what the model runs on."""
-    kind = next(loaded.model.parameters()).device.type
+    kind = loaded.device.type
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if kind == "cuda":
         return Machine("rocm" if torch.version.hip else "cuda", cpus)

@@ -307,7 +307,7 @@ def _other_choices(
     make = partial(
         RankSelector,
         shapes=adapter.manifest.shapes,
-        table=rotary_table(loaded.model, length),
+        table=rotary_table(loaded.model, length, loaded.device),
         block_q=adapter.ladder.query_block_tokens,
     )
     return [

@@ -100,7 +100,7 @@ class JointReport:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """A text and what the dense model's last layer said about it: tokens [T], states [T, hidden]."""
+    """A text and what the dense model's last layer said of it: tokens [T], states [T, hidden], on the CPU."""
 
     ids: torch.Tensor
     states: torch.Tensor
@@ -176,7 +176,7 @@ def _check_rung(adapter: Adapter, rung_id: str, window: int) -> None:
 def _ask_teacher(
     loaded: LoadedModel, texts: Sequence[torch.Tensor], progress: Progress, label: str
 ) -> list[Lesson]:
-    return [Lesson(ids, loaded.last_states(ids)) for ids in counted(texts, label, progress)]
+    return [Lesson(ids, loaded.last_states(ids).cpu()) for ids in counted(texts, label, progress)]
 
 
 def _train(
@@ -224,13 +224,13 @@ def divergence(loaded: LoadedModel, lesson: Lesson, positions_per_step: int) -> 
     """KL from the dense model's next tokens to the running one's, in nats, mean over positions."""
     states = loaded.last_states(lesson.ids)
     step = max(1, math.ceil(len(lesson.ids) / positions_per_step))
-    positions = torch.arange(step - 1, len(lesson.ids), step)
-    total = torch.zeros(())
-    for part in torch.split(positions, PART_POSITIONS):
-        total = total + checkpoint(
-            _part_divergence, loaded.model.lm_head, lesson.states[part], states[part], use_reentrant=False
-        )
-    return total / len(positions)
+    judged = slice(step - 1, None, step)
+    teacher, student = lesson.states[judged].to(loaded.device), states[judged]
+    total = torch.zeros((), device=loaded.device)
+    parts = (torch.split(side, PART_POSITIONS) for side in (teacher, student))
+    for told, found in zip(*parts, strict=True):
+        total = total + checkpoint(_part_divergence, loaded.model.lm_head, told, found, use_reentrant=False)
+    return total / len(student)
 
 
 def _part_divergence(head: Any, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ def measure_decode_break_even(
     """
     ladder = adapter.ladder
     lengths = decode_lengths(len(text))
-    if not lengths or next(loaded.model.parameters()).device.type != "cpu":
+    if not lengths or loaded.device.type != "cpu":
         return ladder
     times = _time_attention(loaded, adapter, [text[:tokens] for tokens in lengths], how, progress)
     dense, *rungs = ladder.rungs

@@ -31,6 +31,7 @@ from sentei.pipeline.measure.needs import (
     max_head_density,
     needle_threshold,
     score_records,
+    scorers_beside_records,
 )
 from sentei.pipeline.measure.records import LayerRecord, LayerRecords
 from sentei.pipeline.measure.scores import pick_positions
@@ -102,8 +103,8 @@ def calibrate(
         label="capture calibration text",
         progress=progress,
     )
-    device = next(loaded.model.parameters()).device.type
-    fitted = adapter.with_ladder(fit_reachable(adapter.scorers, records, options, device))
+    scorers = scorers_beside_records(adapter.scorers)
+    fitted = adapter.with_ladder(fit_reachable(scorers, records, options, loaded.device.type))
     positions = pick_positions(len(windows[0]), first=verify.first_position, most=verify.max_positions)
     held_out = HeldOut(windows, positions, options.timed_runs)
     if any(target.is_searched for target in options.targets):

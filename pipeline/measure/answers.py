@@ -27,14 +27,14 @@ def answer_greedily(loaded: LoadedModel, prompt: str, *, max_tokens: int, stop: 
 
     The text ends before the first stop text; the end token is not counted.
     """
-    ids = encode_prompt(loaded, prompt)[None]
+    ids = encode_prompt(loaded, prompt)[None].to(loaded.device)
     ends = end_tokens(loaded.model, loaded.tokenizer)
     cache = DynamicCache(config=loaded.model.config)
     found: list[int] = []
     text = ""
     while len(found) < max_tokens:
         output = loaded.model(input_ids=ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
-        token = int(output.logits[0, -1].argmax())
+        token = int(output.logits[0, -1].argmax())  # the one thing that a step reads off a GPU
         if token in ends:
             return Answer(text, len(found), is_cut=False)
         found.append(token)
@@ -42,7 +42,7 @@ def answer_greedily(loaded: LoadedModel, prompt: str, *, max_tokens: int, stop: 
         places = [text.index(mark) for mark in stop if mark in text]
         if places:
             return Answer(text[: min(places)], len(found), is_cut=False)
-        ids = torch.tensor([[token]])
+        ids = torch.tensor([[token]], device=loaded.device)
     return Answer(text, len(found), is_cut=True)
 
 
@@ -57,10 +57,10 @@ def choose(loaded: LoadedModel, prompt: str, choices: Sequence[str]) -> int:
     for choice in choices:
         is_joined = prompt[-1:].isspace() or choice[:1].isspace()
         tail = torch.tensor(encode_text(loaded.tokenizer, choice if is_joined else f" {choice}"))
-        logits = loaded.model(
-            input_ids=torch.cat([head, tail])[None], use_cache=False, logits_to_keep=len(tail) + 1
-        ).logits[0, :-1]
-        scores.append(-float(torch.nn.functional.cross_entropy(logits.float(), tail, reduction="sum")))
+        ids = torch.cat([head, tail])[None].to(loaded.device)
+        logits = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=len(tail) + 1).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.float(), tail.to(loaded.device), reduction="sum")
+        scores.append(-float(loss))
     return scores.index(max(scores))
 
 

@@ -66,7 +66,7 @@ class RankSelector:
         shape = self.shapes[layer.index]
         starts = block_starts(q.shape[2], self.block_q, q_offset, q.device)
         if self.kind in UNTRAINED:
-            scorer = UNTRAINED[self.kind](shape, layer.scale)
+            scorer = UNTRAINED[self.kind](shape, layer.scale).to(q.device)
             pooled = pool_tokens(k, scorer.shape.pool_tokens)
             with torch.no_grad():
                 keys = scorer.encode_keys(pooled, pooled)
@@ -74,7 +74,7 @@ class RankSelector:
         num_k = -(-k.shape[2] // shape.block_tokens)
         if self.kind == LOCAL:
             own = starts // shape.block_tokens
-            ahead = torch.arange(num_k) - own[:, None]
+            ahead = torch.arange(num_k, device=own.device) - own[:, None]
             near = ahead.float().masked_fill(ahead > 0, float("-inf"))
             return near.expand(q.shape[0], q.shape[1], *near.shape).clone(), starts
         return self._true_needs(layer, q, k, num_k, len(starts)), starts
@@ -84,9 +84,9 @@ class RankSelector:
     ) -> torch.Tensor:
         size, rows_each = self.shapes[layer.index].block_tokens, self.block_q
         offset = k.shape[2] - q.shape[2]
-        needs = torch.empty(q.shape[0], q.shape[1], num_q, num_k)
+        needs = torch.empty(q.shape[0], q.shape[1], num_q, num_k, device=q.device)
         for i in range(num_q):
-            rows = torch.arange(i * rows_each, min((i + 1) * rows_each, q.shape[2]))
+            rows = torch.arange(i * rows_each, min((i + 1) * rows_each, q.shape[2]), device=q.device)
             _, mass = block_mass(q, k, scale=layer.scale, block_k=size, rows=rows, q_offset=offset)
             needs[:, :, i] = mass.amax(dim=2)
         return needs.log()
@@ -95,7 +95,7 @@ class RankSelector:
         size = next(iter(self.shapes.values())).block_tokens
         forced = forced_blocks(starts, scores.shape[-1], q_end=q_end, block_q=self.block_q, block_k=size)
         own = starts // size
-        is_open = (torch.arange(scores.shape[-1]) < own[:, None]) & ~forced
+        is_open = (torch.arange(scores.shape[-1], device=own.device) < own[:, None]) & ~forced
         heads = scores.shape[0] * scores.shape[1]
         budget = int(density * float((own + 1).sum()) * heads) - int(forced.sum()) * heads
         ranked = scores[:, :, is_open].flatten()

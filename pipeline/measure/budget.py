@@ -27,6 +27,7 @@ from sentei.kernels.hf.parts import (
     clocked_modules,
 )
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
+from sentei.kernels.placement import clock_of
 from sentei.pipeline.measure.latency import BEST_DENSE, DENSE_BASES, prefill
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, counted
@@ -78,7 +79,7 @@ def prefill_budgets(
 
 def clock_parts(handle: Retrofit, work: Callable[[], None]) -> Mapping[str, float]:
     """Return the seconds that each part of a model under retrofit takes in one call of `work`."""
-    clock = PartClock()
+    clock = PartClock(clock_of(next(handle.model.parameters()).device))
     with handle.clocked(clock), clocked_modules(handle.model, clock):
         work()
     return dict(clock.seconds)

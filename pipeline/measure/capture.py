@@ -1,4 +1,8 @@
-"""Frozen activations as training and calibration records: sampled query blocks and each row's true mass."""
+"""Frozen activations as training and calibration records: sampled query blocks and each row's true mass.
+
+On a GPU the exact mass is computed there; each record moves to the CPU as it is made. There it waits, and
+there scorers learn from it.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +53,7 @@ def capture(
             if layer.index in shapes:
                 records.add(layer.index, record_layer(layer, q, k, shapes[layer.index], sampled))
 
-        observe_attention(loaded.model, text.ids[None], keep)
+        observe_attention(loaded.model, text.ids[None].to(loaded.device), keep)
     return records
 
 
@@ -67,7 +71,7 @@ def sample_blocks(
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Which query blocks of a text are recorded, which of them ask, and the rotary table."""
+    """Which query blocks of a text are recorded, which of them ask, and the rotary table, all on the CPU."""
 
     chosen: torch.Tensor
     is_asking: torch.Tensor
@@ -77,21 +81,22 @@ class Sampled:
 def record_layer(
     layer: LayerInfo, q: torch.Tensor, k: torch.Tensor, shape: ScorerShape, sampled: Sampled
 ) -> LayerRecord:
-    """Reduce one layer's attention inputs to what training and calibration need."""
-    chosen, table = sampled.chosen, sampled.table
+    """Reduce one layer's attention inputs, on any device, to what training and calibration need."""
+    chosen = sampled.chosen.to(q.device)
     size = shape.block_tokens
-    rows = (chosen[:, None] * size + torch.arange(size)).flatten()
+    rows = (chosen[:, None] * size + torch.arange(size, device=q.device)).flatten()
     H, D, n = layer.query_heads, layer.head_dim, len(chosen)
     _, mass = block_mass(q, k, scale=layer.scale, block_k=size, rows=rows)
     own = q[:, :, rows].float().view(1, H, n, size, D)
     keys = k.float()
     blocks = QueryBlocks(own, own, chosen * size)
+    lse = forced_lse(blocks, keys, scale=layer.scale, block_tokens=size, q_len_end=keys.shape[2], lead=0)
     return LayerRecord(
-        q=own.bfloat16(),
-        starts=chosen * size,
-        keys=k.contiguous(),
-        lse=forced_lse(blocks, keys, scale=layer.scale, block_tokens=size, q_len_end=keys.shape[2]),
-        mass=mass.view(1, H, n, size, -1).half(),
+        q=own.bfloat16().cpu(),
+        starts=sampled.chosen * size,
+        keys=k.contiguous().cpu(),
+        lse=lse.cpu(),
+        mass=mass.view(1, H, n, size, -1).half().cpu(),
         is_asking=sampled.is_asking,
-        table=table,
+        table=sampled.table,
     )

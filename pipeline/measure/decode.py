@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
@@ -30,6 +29,7 @@ from sentei.kernels.hf.parts import (
 )
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
 from sentei.kernels.hf.versions import cache_argument
+from sentei.kernels.placement import clock_of
 from sentei.pipeline.measure.budget import Budget, weight_count
 from sentei.pipeline.measure.latency import BEST_DENSE
 from sentei.pipeline.models import LoadedModel
@@ -61,7 +61,8 @@ def fill_cache(loaded: LoadedModel, text: torch.Tensor, batch: int = 1) -> Any:
     """Return the KV cache of a prompt [T], the same for each of `batch` sequences; prefilled dense."""
     with retrofit(loaded.model, None, DENSE, base="best"):
         cache = DynamicCache(config=loaded.model.config)
-        loaded.model(input_ids=text[None], **cache_argument(cache), use_cache=True, logits_to_keep=1)
+        ids = text[None].to(loaded.device)
+        loaded.model(input_ids=ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
     if batch > 1:
         cache.batch_repeat_interleave(batch)
     return cache
@@ -79,6 +80,7 @@ def take_turn(
 
     One step before them rebuilds what belongs to a cache, and is not counted; `clocks` run after it.
     """
+    now = clock_of(next(handle.model.parameters()).device)
     cache, ids = deepcopy(filled), first
 
     def step() -> None:
@@ -91,10 +93,10 @@ def take_turn(
     with ExitStack() as stack:
         for clock in clocks:
             stack.enter_context(clock)
-        started = time.perf_counter()
+        started = now()
         for _ in range(steps):
             step()
-        return time.perf_counter() - started
+        return now() - started
 
 
 def time_decodes(
@@ -136,7 +138,7 @@ def decode_budgets(
         turns = list(product(range(how.runs), handle.ladder.rungs))
         for _, rung in counted(turns, "clock the parts of decode steps", progress):
             handle.set_rung(rung.id)
-            clock = PartClock()
+            clock = PartClock(clock_of(loaded.device))
             clocks = (handle.clocked(clock), clocked_modules(handle.model, clock))
             take_turn(handle, filled, first, how.steps, clocks)
             name = BEST_DENSE if rung.is_dense else rung.id
@@ -190,7 +192,7 @@ def _fill(loaded: LoadedModel, text: torch.Tensor, steps: int, batch: int) -> tu
     if steps + 1 >= len(text):
         raise ValueError(f"a turn of {steps} steps and one before needs more than {len(text)} tokens")
     done = len(text) - steps - 1
-    return fill_cache(loaded, text[:done], batch), text[done].expand(batch, 1)
+    return fill_cache(loaded, text[:done], batch), text[done].expand(batch, 1).to(loaded.device)
 
 
 def _summarise(seconds: Sequence[float], steps: int, batch: int, density: float | None) -> DecodeTiming:

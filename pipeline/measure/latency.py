@@ -1,7 +1,6 @@
 """Prefill time, the variants taking turns in one run."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE
 from sentei.kernels.hf.retrofit import Base, retrofit
+from sentei.kernels.placement import clock_of
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, counted
 
@@ -50,7 +50,7 @@ def time_prefills(
     for i_run, variant in counted(list(product(range(runs + 1), variants)), "time prefill", progress):
         prompt = text if i_run else text[:warm_up_tokens]
         with variant_of(loaded, adapter, variant):
-            spent = time_once(partial(prefill, loaded, prompt))
+            spent = time_once(partial(prefill, loaded, prompt), loaded.device)
         if i_run:
             seconds[variant].append(spent)
     return {variant: _summarise(seconds[variant]) for variant in variants}
@@ -75,14 +75,15 @@ def variant_of(loaded: LoadedModel, adapter: Adapter, variant: str) -> Iterator[
 @torch.no_grad()
 def prefill(loaded: LoadedModel, text: torch.Tensor) -> None:
     """Run a prompt as a server would: KV cache filled, logits of the last token only."""
-    loaded.model(input_ids=text[None], use_cache=True, logits_to_keep=1)
+    loaded.model(input_ids=text[None].to(loaded.device), use_cache=True, logits_to_keep=1)
 
 
-def time_once(work: Callable[[], None]) -> float:
-    """Return the seconds that one call takes."""
-    started = time.perf_counter()
+def time_once(work: Callable[[], None], device: torch.device) -> float:
+    """Return the seconds that one call takes, to its end on the device."""
+    now = clock_of(device)
+    started = now()
     work()
-    return time.perf_counter() - started
+    return now() - started
 
 
 def _summarise(seconds: list[float]) -> Timing:

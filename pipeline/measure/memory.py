@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from sentei.kernels.hf.adapter import Adapter
+from sentei.kernels.placement import synchronize
 from sentei.pipeline.measure.latency import BEST_DENSE, prefill, variant_of
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, counted
@@ -33,7 +34,7 @@ def prefill_peaks(
 
     `dense` is our own dense program. Everything must have run once before, or its compilation is measured.
     """
-    kind = next(loaded.model.parameters()).device.type
+    kind = loaded.device.type
     if kind != "cuda" and not _can_measure():
         return {}
     measure = _on_device if kind == "cuda" else _on_host
@@ -45,12 +46,12 @@ def prefill_peaks(
 
 
 def _on_device(loaded: LoadedModel, text: torch.Tensor) -> float:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    synchronize(loaded.device)
+    torch.cuda.reset_peak_memory_stats(loaded.device)
+    before = torch.cuda.memory_allocated(loaded.device)
     prefill(loaded, text)
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    synchronize(loaded.device)
+    return (torch.cuda.max_memory_allocated(loaded.device) - before) / 2**20
 
 
 def _on_host(loaded: LoadedModel, text: torch.Tensor) -> float:

@@ -4,7 +4,7 @@ A needle is a block that holds more than 30% of some row's attention (docs/adr/0
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -49,6 +49,7 @@ def pooled_shares(scorer: BlockScorer, record: LayerRecord) -> tuple[torch.Tenso
             scale=scorer.scale,
             block_tokens=shape.block_tokens,
             q_len_end=record.keys.shape[2],
+            lead=0,
         )
     shares, forced = _shares_in_parts(scorer, blocks, keys, lse)
     missing = record.mass.shape[-1] - shares.shape[-1]
@@ -79,6 +80,20 @@ def _shares_in_parts(
 def _part(blocks: QueryBlocks, inside: slice) -> QueryBlocks:
     q, plain = blocks.q[:, :, inside], blocks.q_plain[:, :, inside]
     return replace(blocks, q=q, q_plain=plain, starts=blocks.starts[inside])
+
+
+def scorers_beside_records(scorers: Mapping[int, BlockScorer]) -> Mapping[int, BlockScorer]:
+    """Return the scorers on the CPU, where records are: themselves, or copies of those on a GPU."""
+    return {
+        index: scorer if scorer.query_map.device.type == "cpu" else _on_cpu(scorer)
+        for index, scorer in scorers.items()
+    }
+
+
+def _on_cpu(scorer: BlockScorer) -> BlockScorer:
+    copied = BlockScorer(scorer.shape, scorer.scale)
+    copied.load_state_dict({name: weight.cpu() for name, weight in scorer.state_dict().items()})
+    return copied.train(scorer.training)
 
 
 def query_block_needs(
@@ -229,7 +244,7 @@ def dropped_by_rung(
     ladder = adapter.ladder
     rungs = [rung for rung in ladder.rungs if not rung.is_dense]
     rows: dict[str, list[torch.Tensor]] = {rung.id: [] for rung in rungs}
-    for index, scorer in adapter.scorers.items():
+    for index, scorer in scorers_beside_records(adapter.scorers).items():
         for record in records[index]:
             needs, mass = query_block_needs(scorer, record, ladder.query_block_tokens)
             starts = record.starts.repeat_interleave(needs.shape[1] // len(record.starts))

@@ -20,7 +20,7 @@ from sentei.kernels.scorer.selection import QueryBlocks
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """What one layer saw in some query blocks of one text, and where its attention truly went."""
+    """What one layer saw in some query blocks of one text, and where its attention truly went: on the CPU."""
 
     q: torch.Tensor  # [1, Hq, n, rows, D], bf16
     starts: torch.Tensor  # [n]

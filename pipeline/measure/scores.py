@@ -21,6 +21,10 @@ class TokenScores:
     kl: torch.Tensor
     agrees: torch.Tensor
 
+    def cpu(self) -> "TokenScores":
+        """Return them on the CPU."""
+        return TokenScores(self.loss.cpu(), self.kl.cpu(), self.agrees.cpu())
+
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
@@ -33,8 +37,8 @@ class Agreement:
 
 @torch.no_grad()
 def hidden_at(loaded: LoadedModel, text: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Run a text and return the last hidden states [P, D] at some positions."""
-    return loaded.last_states(text)[positions]
+    """Run a text and return the last hidden states [P, D] at some positions, on the model's device."""
+    return loaded.last_states(text)[positions.to(loaded.device)]
 
 
 @torch.no_grad()
@@ -45,16 +49,21 @@ def score_variants(
     hidden: Mapping[str, torch.Tensor],
     reference: str,
 ) -> dict[str, TokenScores]:
-    """Turn hidden states per variant into scores against the variant named `reference`, chunk by chunk."""
+    """Turn hidden states per variant into scores against the variant named `reference`, chunk by chunk.
+
+    The scores are on the CPU, whatever the device.
+    """
     found: dict[str, list[TokenScores]] = {name: [] for name in hidden}
-    for places in torch.split(torch.arange(len(positions)), CHUNK):
-        target = text[positions[places] + 1]
-        dense = _log_probs(loaded, hidden[reference][places])
+    targets = text[positions + 1].to(loaded.device)
+    for start in range(0, len(positions), CHUNK):
+        part = slice(start, start + CHUNK)
+        target = targets[part]
+        dense = _log_probs(loaded, hidden[reference][part])
         for name, states in hidden.items():
-            own = dense if name == reference else _log_probs(loaded, states[places])
+            own = dense if name == reference else _log_probs(loaded, states[part])
             kl = F.kl_div(own, dense, log_target=True, reduction="none").sum(dim=-1).clamp_min(0.0)
             found[name].append(TokenScores(_nll(own, target), kl, own.argmax(-1) == dense.argmax(-1)))
-    scores = {name: join_scores(parts) for name, parts in found.items()}
+    scores = {name: join_scores(parts).cpu() for name, parts in found.items()}
     for name, joined in scores.items():
         _check(loaded, joined.loss, f"on variant {name!r}")
     return scores
@@ -115,14 +124,15 @@ def pick_positions(length: int, *, first: int, most: int) -> torch.Tensor:
 
 @torch.no_grad()
 def token_losses(loaded: LoadedModel, text: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Return the negative log likelihood, in nats, of the token after each position."""
-    hidden = hidden_at(loaded, text, positions)
+    """Return the negative log likelihood, in nats, of the token after each position, on the CPU."""
+    hidden, targets = hidden_at(loaded, text, positions), text[positions + 1].to(loaded.device)
     losses = [
-        _nll(_log_probs(loaded, states), text[part + 1])
-        for states, part in zip(torch.split(hidden, CHUNK), torch.split(positions, CHUNK), strict=True)
+        _nll(_log_probs(loaded, states), target)
+        for states, target in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True)
     ]
-    _check(loaded, torch.cat(losses), "on held-out text")
-    return torch.cat(losses)
+    found = torch.cat(losses).cpu()
+    _check(loaded, found, "on held-out text")
+    return found
 
 
 def paired_delta(sparse: torch.Tensor, dense: torch.Tensor) -> PairedDelta:

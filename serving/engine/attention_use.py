@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsFloat
 
 
 class Call(Protocol):
@@ -24,8 +24,8 @@ class Call(Protocol):
         """`dense` or `sparse`."""
 
     @property
-    def density(self) -> float:
-        """Kept share of the causal blocks."""
+    def mean_kept(self) -> Any:
+        """Kept share of the causal blocks: a number, or a value that is still on a GPU and adds like one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +62,14 @@ class AttentionUse:
 
 @dataclass(slots=True)
 class AttentionMeter:
-    """Adds up a request's attention calls, pass by pass; its size depends on the number of layers alone."""
+    """Adds up a request's attention calls, pass by pass; its size depends on the number of layers alone.
+
+    Sums of what is on a GPU stay there until they are read.
+    """
 
     sparse_calls: int = 0
     dense_calls: int = 0
-    _sums: dict[int, list[float]] = field(default_factory=dict)  # per layer: density and calls, twice
+    _sums: dict[int, list[Any]] = field(default_factory=dict)  # per layer: density and calls, twice
 
     def add(self, calls: Iterable[Call]) -> None:
         """Take in the calls of one forward pass."""
@@ -77,7 +80,7 @@ class AttentionMeter:
                 self.dense_calls += 1
             sums = self._sums.setdefault(call.layer, [0.0, 0.0, 0.0, 0.0])
             at = 2 if call.q_tokens == 1 else 0
-            sums[at] += call.density
+            sums[at] = sums[at] + call.mean_kept  # never in place: the call keeps its own
             sums[at + 1] += 1
 
     def read(self) -> AttentionUse:
@@ -94,8 +97,8 @@ def to_json(found: dict[str, Any] | None) -> str:
     return "" if found is None else json.dumps(found, separators=(",", ":"))
 
 
-def _ratio(total: float, count: float) -> float | None:
-    return round(total / count, 4) if count else None
+def _ratio(total: SupportsFloat, count: float) -> float | None:
+    return round(float(total) / count, 4) if count else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

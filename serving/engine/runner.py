@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from sentei.kernels.hf.versions import cache_argument
+from sentei.kernels.placement import synchronize
 from sentei.serving.engine.attention_use import AttentionMeter, AttentionUse, Call
 from sentei.serving.engine.grammar import Grammars
 from sentei.serving.engine.request import DENSE_RUNG, EngineRequest, ScoreRequest, ScoreResult, TokenLogprob
@@ -79,13 +80,14 @@ class _Scores:
     compute_s: float = 0.0
 
     def add(self, logits: torch.Tensor, num_top: int) -> None:
-        """Take in the logits [n, V] of some served positions."""
-        logprobs = logits.float().log_softmax(-1)
-        if bool(torch.isnan(logprobs).any()):
+        """Take in the logits [n, V] of some served positions; one read for all of them."""
+        top = logits.float().log_softmax(-1).topk(min(num_top, logits.shape[-1]), dim=-1)
+        # fp64 holds ids and log-probabilities alike. Of a row with a NaN, all are NaN.
+        values, ids = torch.stack((top.values.double(), top.indices.double())).cpu()
+        if bool(torch.isnan(values).any()):
             raise BadLogitsError("logits of a replay are NaN; see the variant's log")
-        top = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
-        self.top_ids += [tuple(row) for row in top.indices.tolist()]
-        self.top_logprobs += [tuple(row) for row in top.values.tolist()]
+        self.top_ids += [tuple(row) for row in ids.long().tolist()]
+        self.top_logprobs += [tuple(row) for row in values.tolist()]
 
 
 class ModelRunner:
@@ -132,15 +134,18 @@ class ModelRunner:
         self._use_rung(request.rung_id, request.num_prompt)
         cache, scores = DynamicCache(config=self._model.config), _Scores()
         for begin, end, is_measured in _pieces(request):
-            start_s = _cpu_s()
+            start_s = self._now_s()
             # Positions num_prompt - 1 .. len - 2 predict the served tokens; all others need no logits.
             first, last = max(begin, request.num_prompt - 1), min(end, len(request.ids) - 1)
             with self._recording(request.rung_id, is_measured) as rows:
                 logits = self._forward(list(request.ids[begin:end]), cache, keep=max(end - first, 1))
             if last > first:
                 scores.add(logits[: last - first], request.num_top)
-            scores.compute_s += _cpu_s() - start_s
-            scores.dropped_mass += [share for part in rows for share in part.dropped().flatten().tolist()]
+            else:
+                synchronize(self._device)  # nothing was read: a GPU may still be at it
+            scores.compute_s += self._now_s() - start_s
+            if rows:
+                scores.dropped_mass += torch.cat([part.dropped().flatten() for part in rows]).tolist()
         return ScoreResult(
             top_ids=tuple(scores.top_ids),
             top_logprobs=tuple(scores.top_logprobs),
@@ -154,7 +159,7 @@ class ModelRunner:
         return self.retrofit.recording_rows(MEASURED_ROWS)
 
     def _advance(self, live: _Live, ids: list[int], num_prompt: int) -> tuple[TokenLogprob, float]:
-        start_s = _cpu_s()
+        start_s = self._now_s()
         self._use_rung(live.request.rung_id, num_prompt)
         if self.retrofit is not None:
             self.retrofit.reset_stats()
@@ -163,7 +168,7 @@ class ModelRunner:
             live.meter.add(self.retrofit.stats().calls)
         token = live.sampler.choose(logits)
         live.next_id = token.token_id
-        live.compute_s += _cpu_s() - start_s
+        live.compute_s += self._now_s() - start_s
         return token, live.compute_s
 
     def _forward(self, ids: list[int], cache: Any, keep: int) -> torch.Tensor:
@@ -175,6 +180,14 @@ class ModelRunner:
             )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _now_s(self) -> float:
+        """Seconds that only work adds to, read where the device is idle: the cost of a request.
+
+        Of this process's processors, whatever else runs on the same cores; with a GPU, which a replica keeps
+        busy with one pass at a time, those of the wall clock.
+        """
+        return time.process_time() if self._device.type == "cpu" else time.perf_counter()
 
     def _use_rung(self, rung_id: str, num_prompt: int) -> None:
         if self.retrofit is None:
@@ -199,8 +212,3 @@ def _pieces(request: ScoreRequest) -> Iterator[tuple[int, int, bool]]:
     every = -(-served // (size * MEASURED_ROWS))
     for i, begin in enumerate(range(request.num_prompt, len(request.ids), size)):
         yield begin, min(begin + size, len(request.ids)), i % every == 0
-
-
-def _cpu_s() -> float:
-    """Processor seconds of this process: the cost of a request, whatever else runs on the same cores."""
-    return time.process_time()

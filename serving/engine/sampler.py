@@ -31,7 +31,7 @@ class Sampler:
 
     def choose(self, logits: torch.Tensor) -> TokenLogprob:
         """Choose the next token from logits [V]; raises BadLogitsError on NaN or infinity, GrammarError."""
-        raw = logits.float()
+        raw = read_logits(logits)
         _check_finite(raw, self.num_tokens)
         values = self._adjust(raw)
         token_id = (
@@ -51,21 +51,27 @@ class Sampler:
         for token_id, bias in sampling.logit_bias:
             values[token_id] += bias
         if sampling.repetition_penalty != 1.0:
-            ids = _ids({*self._prompt_ids, *self._counts}, values)
+            ids = _ids({*self._prompt_ids, *self._counts})
             found = values[ids]
             worse = torch.where(
                 found > 0, found / sampling.repetition_penalty, found * sampling.repetition_penalty
             )
             values[ids] = worse
         if sampling.presence_penalty or sampling.frequency_penalty:
-            counts = torch.tensor(list(self._counts.values()), dtype=values.dtype, device=values.device)
-            values[_ids(self._counts, values)] -= (
-                sampling.presence_penalty + sampling.frequency_penalty * counts
-            )
+            counts = torch.tensor(list(self._counts.values()), dtype=values.dtype)
+            values[_ids(self._counts)] -= sampling.presence_penalty + sampling.frequency_penalty * counts
         if self._follower is not None:
-            allowed = torch.from_numpy(self._follower.allowed()[: values.numel()]).to(values.device)
+            allowed = torch.from_numpy(self._follower.allowed()[: values.numel()])
             values[~allowed] = -torch.inf
         return values
+
+
+def read_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Bring a step's logits [V] to the CPU, in fp32: the one thing that a decode step reads off a GPU.
+
+    Grammar, penalties, the draw and what is said of it follow on the CPU, the same for every device.
+    """
+    return logits.float().cpu()
 
 
 def _follow(request: EngineRequest, grammars: Grammars | None) -> Follower | None:
@@ -76,8 +82,8 @@ def _follow(request: EngineRequest, grammars: Grammars | None) -> Follower | Non
     return grammars.follow(request.sampling.json_schema, request.sent_ids)
 
 
-def _ids(token_ids: set[int] | Counter[int], values: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(list(token_ids), dtype=torch.long, device=values.device)
+def _ids(token_ids: set[int] | Counter[int]) -> torch.Tensor:
+    return torch.tensor(list(token_ids), dtype=torch.long)
 
 
 def _check_finite(values: torch.Tensor, i_token: int) -> None:
@@ -111,4 +117,4 @@ def _draw(values: torch.Tensor, sampling: Sampling, i_token: int) -> int:
         ordered[is_cut] = 0.0
     ordered[1:][ordered[1:] < sampling.min_p * ordered[0]] = 0.0
     generator = torch.Generator().manual_seed((sampling.seed + i_token * _SEED_STRIDE) & _SEED_BITS)
-    return int(order[int(torch.multinomial(ordered.cpu(), 1, generator=generator))])
+    return int(order[int(torch.multinomial(ordered, 1, generator=generator))])

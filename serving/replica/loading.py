@@ -24,16 +24,18 @@ class ServedModel:
     sampling: Sampling = NEUTRAL
 
 
-def load_served_model(options: VariantOptions) -> ServedModel:
-    """Load a variant's model."""
+def load_served_model(options: VariantOptions, *, to_read: bool = False) -> ServedModel:
+    """Load a variant's model onto its device; `to_read`, for another engine to run, onto the CPU."""
     import torch
 
     from sentei.kernels.hf.models import end_tokens
-    from sentei.pipeline.models import resolve_model
+    from sentei.pipeline.models import place_model, resolve_model
 
     # Asked for, not cast: values that were rounded to bf16 on the way stay rounded.
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    loaded = resolve_model(options.model, dtype=dtype)
+    placement = place_model(options.model, dtype=dtype, device=options.device)
+    device = "cpu" if to_read else options.device
+    loaded = resolve_model(options.model, dtype=placement.dtype, device=device)
     model = loaded.model
     config = model.config.get_text_config()
     return ServedModel(

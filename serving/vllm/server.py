@@ -217,7 +217,7 @@ def read_model(options: VariantOptions) -> tuple[ServedModel, tuple[str, ...], s
 
     Returns what is known of it, the rungs that can be served, its dtype's name, and the artifact's digest.
     """
-    served = load_served_model(options)
+    served = load_served_model(options, to_read=True)  # vLLM's workers hold the one that runs
     rung_ids: tuple[str, ...] = (DENSE_RUNG,)
     artifact = ""
     if options.variant == "sparse":

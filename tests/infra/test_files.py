@@ -88,7 +88,7 @@ def test_serve_config(name: str) -> None:
     """Ray's schema takes the file, the app its arguments; on one machine it listens on loopback."""
     arguments = check_serve_config(read_yaml(name), "127.0.0.1")
 
-    assert (arguments.replica_gpus > 0) == (name == "serve-gpu.yaml")
+    assert (arguments.gpus_per_replica() > 0) == (name == "serve-gpu.yaml")
 
 
 def kustomize(overlay: str) -> list[dict[str, Any]]:

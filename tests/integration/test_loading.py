@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sentei.kernels.hf.adapter import new_adapter, save_adapter
+from sentei.kernels.placement import Hardware
 from sentei.pipeline import models
 from sentei.pipeline.models import load_tokenizer
 from sentei.serving.engine.request import EngineRequest, ScoreRequest
@@ -36,7 +37,7 @@ def test_precision_is_asked_for_and_not_cast_to(
 ) -> None:
     """Where bf16 is the machine's own choice, fp32 weights that were asked for are still the checkpoint's."""
     folder, model = checkpoint
-    monkeypatch.setattr(models, "pick_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(models, "read_hardware", lambda: Hardware("2.13.0", None, has_cpu_bf16=True))
 
     served = load_served_model(VariantOptions(model=str(folder), variant="dense", dtype=dtype))
 

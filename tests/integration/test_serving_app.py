@@ -106,17 +106,21 @@ def test_ingress_runs_as_often_as_the_settings_say() -> None:
     assert application["args"]["ingress_replicas"] == 2
 
 
-def test_gpus_are_asked_for_and_give_dense_alone() -> None:
-    """Ray gives a replica the GPUs that the settings name; the built-in engine has no use for them."""
-    from sentei.serving.app import GPU_NOTE, _deploy, build
-    from sentei.serving.replica.variant import ModelServer
+def test_each_model_replica_gets_the_gpu_that_its_device_needs() -> None:
+    """Ray gives the models the GPUs that the settings name, one each on cuda, and nobody else."""
+    from sentei.serving.app import GPU_NOTE, build
 
-    asked = [_deploy(ModelServer, "Dense", num_gpus=number).ray_actor_options for number in (0.0, 0.5)]
+    def gpus(**options: Any) -> dict[str, float]:
+        ingress = build(AppArgs(controller=False, **options))._bound_deployment
+        parts = {"ingress": ingress, "dense": ingress.init_args[1]._bound_deployment}
+        return {name: part.ray_actor_options.get("num_gpus", 0.0) for name, part in parts.items()}
 
-    assert [options["num_gpus"] for options in asked] == [0.0, 0.5]
+    assert gpus() == {"ingress": 0.0, "dense": 0.0}
+    assert gpus(device="cuda") == {"ingress": 0.0, "dense": 1.0}
+    assert gpus(device="cuda", replica_gpus=0.5) == {"ingress": 0.0, "dense": 0.5}
     assert "CPUs only" in GPU_NOTE
-    with pytest.raises(ConfigError, match="replica_gpus is 1; engine 'builtin'"):
-        build(AppArgs(replica_gpus=1))
+    with pytest.raises(ConfigError, match="device is 'cpu' and replica_gpus 1"):
+        build(AppArgs(device="cpu", replica_gpus=1))
 
 
 def test_a_service_outlives_its_standard_input() -> None:

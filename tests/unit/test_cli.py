@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,32 @@ def test_doctor_reports_each_package() -> None:
     """`doctor --json` names what it looked at."""
     done = CliRunner().invoke(app, ["doctor", "--json"])
 
-    assert {"torch", "ray", "home"} <= {check["name"] for check in json.loads(done.stdout)["checks"]}
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert {"torch", "ray", "home", "device"} <= set(checks)
+    assert re.match(r"(cpu|cuda) in (float32|bfloat16): .+; this .PU ", checks["device"]["found"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["distill", "calibrate", "evaluate", "study", "explain x", "demo", "bench prefill", "bench decode"],
+)
+def test_every_offline_command_can_be_told_its_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    """One option in all of them; a GPU that is not there is said before anything is loaded."""
+    from sentei.kernels import placement
+    from sentei.pipeline import models
+
+    none = placement.Hardware("2.13.0", "CUDA")
+    for module in (placement, models):
+        monkeypatch.setattr(module, "read_hardware", lambda: none)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").write_text("text")
+
+    done = CliRunner().invoke(app, [*command.split(), "--device", "cuda"])
+
+    assert isinstance(done.exception, placement.DeviceError)
+    assert "built for CUDA, finds no GPU" in str(done.exception)
 
 
 def test_unreachable_app_names_address_and_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

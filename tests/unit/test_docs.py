@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from sentei.pipeline.cli.app import app
 from sentei.pipeline.integrations.shapes import sign
 from sentei.policies.schema.load import load_policy
+from sentei.serving.settings import AppArgs
 from tests.strategies_policy import make_policy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +24,7 @@ GUIDE = (ROOT / "docs" / "guides" / "policy.md").read_text(encoding="utf-8")
 SECTIONS = re.findall(r"```yaml\n(.*?)```", GUIDE, flags=re.DOTALL)
 POLICIES = re.findall(r"```yaml\n(apiVersion: sentei/v1\n.*?)```", README, flags=re.DOTALL)
 SECURITY = (ROOT / "docs" / "guides" / "security.md").read_text(encoding="utf-8")
+GPU = (ROOT / "docs" / "guides" / "gpu.md").read_text(encoding="utf-8")
 FOREIGN = (ROOT / "docs" / "guides" / "from-argo-and-flagger.md").read_text(encoding="utf-8")
 FOREIGN_POLICIES = re.findall(r"```yaml\n(.*?)```", FOREIGN, flags=re.DOTALL)
 COMMANDS = sorted(set(re.findall(r"^sentei ((?:policy |rollout )?[a-z]+)", README, flags=re.MULTILINE)))
@@ -83,6 +85,13 @@ def test_the_check_that_the_security_guide_shows_takes_what_we_sign() -> None:
     assert not is_ours(fresh, body + b" ", key.encode())
     assert not is_ours(fresh, body, b"another key of 32 bytes or more")
     assert not is_ours(old, body, key.encode())
+
+
+def test_settings_in_the_guide_for_gpus_are_the_apps() -> None:
+    """What the guide shows is taken by the serving settings, and asks for a GPU for each replica."""
+    [text] = re.findall(r"```yaml\n(.*?)```", GPU, flags=re.DOTALL)
+
+    assert AppArgs.model_validate(yaml.safe_load(text)).gpus_per_replica() == 1.0
 
 
 @pytest.mark.parametrize("command", COMMANDS)

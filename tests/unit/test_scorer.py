@@ -84,7 +84,7 @@ def test_the_estimate_is_exact_where_keys_of_a_pool_are_equal() -> None:
     k = pool_tokens(k, 4).repeat_interleave(4, dim=2)
     scorer = BlockScorer(SHAPE, SCALE)
     blocks = cut_queries(q, table, block_q=16, q_offset=0)
-    lse = forced_lse(blocks, k, scale=SCALE, block_tokens=16, q_len_end=64)
+    lse = forced_lse(blocks, k, scale=SCALE, block_tokens=16, q_len_end=64, lead=0)
     pooled = pool_tokens(k, 4)
 
     shares, forced = log_shares(scorer, blocks, scorer.encode_keys(pooled, pooled), lse)
@@ -105,7 +105,7 @@ def test_a_decode_step_scores_like_the_last_row_of_a_prefill(length: int) -> Non
     alone = find_shares(scorer, q[:, :, -1:], k, table)
 
     blocks = cut_queries(q, table, block_q=16, q_offset=0)
-    lse = forced_lse(blocks, k, scale=SCALE, block_tokens=16, q_len_end=length)
+    lse = forced_lse(blocks, k, scale=SCALE, block_tokens=16, q_len_end=length, lead=0)
     keys = PooledCache(scorer).update(k, length, table)
     rows, _ = log_shares(scorer, blocks, keys, lse)
     inside = rows.flatten(2, 3)[:, :, length - 1]
@@ -130,7 +130,7 @@ def test_equal_queries_score_as_one_what_they_score_alone(length: int) -> None:
     parts = []
     for scorer, step in ((alone, 1), (together, 4)):
         blocks = cut_queries(q, table, block_q=16, q_offset=0, query_pool=step)
-        lse = forced_lse(blocks, k, scale=SCALE, block_tokens=16, q_len_end=length)
+        lse = forced_lse(blocks, k, scale=SCALE, block_tokens=16, q_len_end=length, lead=0)
         parts.append(log_shares(scorer, blocks, keys, lse)[0])
 
     torch.testing.assert_close(parts[1], parts[0][:, :, :, 3::4])

@@ -15,7 +15,7 @@ from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
 from sentei.kernels.scorer.pages import ScorerPages, Span
 from sentei.kernels.scorer.pooled_cache import PooledCache
-from sentei.kernels.scorer.selection import Thresholds
+from sentei.kernels.scorer.selection import Thresholds, per_head_thresholds
 from tests.strategies_attention import make_paged
 
 LENGTHS = (1, 64, 65, 700, 321, 1000)
@@ -88,6 +88,34 @@ def test_all_rows_in_one_call_equal_each_row_alone(
         assert float((kept == kept_by_row).float().mean()) > 0.8
         same = (kept == kept_by_row)[..., None]
         assert float(((out - expected).abs() * same).max()) < 20 * ERROR_FLOOR[dtype]
+
+
+@pytest.mark.parametrize("fault", [None, Fault("pooled_keys_lost", 600), Fault(past_tokens=300)])
+@pytest.mark.parametrize(
+    ("heads", "form", "pool"), [((6, 2), "residual", 16), ((4, 1), "low_rank", 2)], ids=str
+)
+def test_all_rows_at_once_as_on_a_gpu_equal_each_row_alone(
+    heads: tuple[int, int], form: Form, pool: int, fault: Fault | None
+) -> None:
+    """What a GPU runs, without a loop over rows: as many blocks, the same output; an empty slot gives 0."""
+    q, cache, pages = make_case(heads, form=form, pool=pool)
+    limits, expected = thresholds(heads[1], 0.05), torch.full_like(q, torch.nan)
+    pages.pooled[cache.page_table[4, 2].long()] = torch.nan
+    kept_by_row = pages._decode_one_by_one(q, cache, limits, expected, fault)
+    # A slot that nobody uses stands between the others.
+    table = torch.cat((cache.page_table, torch.full_like(cache.page_table[:1], -1)))
+    slots = PagedCache(
+        cache.keys, cache.values, table, torch.cat((cache.lengths, cache.lengths.new_zeros(1)))
+    )
+    cut = per_head_thresholds(limits, slots.lengths.long() - 1, heads[0])[..., 0].T
+
+    out = torch.full_like(torch.cat((q, q[:1])), 7.0)
+    kept = pages.decode_together(torch.cat((q, q[:1])), slots, cut, out, fault)
+
+    assert torch.equal(kept[:-1], kept_by_row)
+    assert kept[4].tolist() == [-1] * heads[0]
+    torch.testing.assert_close(out[:-1], expected, equal_nan=True, rtol=1e-4, atol=1e-4)
+    assert (kept[-1].abs().sum(), out[-1].abs().sum()) == (0, 0)
 
 
 def test_features_do_not_depend_on_how_tokens_came() -> None:

@@ -229,7 +229,8 @@ class Retrofit:
 
     def _note_positions(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Positions that the model counts itself go on from its cache: there is nothing to check."""
-        self._has_own_positions = len(args) > 1 or kwargs.get("position_ids") is not None
+        told = (kwargs.get(name) for name in ("position_ids", "cache_position"))
+        self._has_own_positions = len(args) > 1 or any(positions is not None for positions in told)
         self._seen_positions = None
 
     def _check_positions(self, position_ids: torch.Tensor | None, kv_len: int) -> None:

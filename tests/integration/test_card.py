@@ -1,4 +1,4 @@
-"""The pretended card once more, with the GPU kernels themselves in Triton's interpreter, in a process of its own."""
+"""The pretended card once more, with the GPU kernels in the interpreter, in a process of its own."""
 
 from __future__ import annotations
 

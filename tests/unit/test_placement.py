@@ -58,7 +58,7 @@ def test_what_was_asked_stands_above_what_is_usual_and_that_above_what_is_fast()
 def test_a_gpu_that_is_not_there_is_refused_with_the_way_out(hardware: Hardware) -> None:
     """The message says what torch is built for, where to look and what else to ask for; it is an absence."""
     with pytest.raises(
-        DeviceError, match="device is 'cuda', but torch 2.13.*nvidia-smi.*or ask for 'auto'"
+        DeviceError, match=r"device is 'cuda', but torch 2.13.*nvidia-smi.*or ask for 'auto'"
     ) as told:
         place(hardware, "cuda")
 
@@ -68,7 +68,7 @@ def test_a_gpu_that_is_not_there_is_refused_with_the_way_out(hardware: Hardware)
 @pytest.mark.parametrize("name", ["rocm", "gpu", "CUDA", "cuda:1", ""])
 def test_other_names_are_refused_with_those_there_are(name: str) -> None:
     """ROCm's name is cuda, torch says so, and the message does."""
-    with pytest.raises(ValueError, match="choose auto, cpu, cuda .GPUs of AMD are 'cuda', too"):
+    with pytest.raises(ValueError, match=r"choose auto, cpu, cuda .GPUs of AMD are 'cuda', too"):
         place(ONE_GPU, name)
 
 

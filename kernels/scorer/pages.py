@@ -47,7 +47,7 @@ class ScorerPages:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
-        """`dtype` is that of the features: what the program for CPUs takes, fp32, or bf16 on a GPU, if None."""
+        """`dtype` is that of the features; None: fp32 on a CPU, as its program takes them, bf16 on a GPU."""
         shape = scorer.shape
         self.scorer = scorer
         self._backend = backend

@@ -44,9 +44,10 @@ class ScorerPages:
         rotary: RotaryTable,
         num_pages: int,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
+        """`dtype` is that of the features; None: fp32 on a CPU, as its program takes them, bf16 on a GPU."""
         shape = scorer.shape
         self.scorer = scorer
         self._backend = backend
@@ -57,6 +58,8 @@ class ScorerPages:
         distances = torch.arange(rotary.length // self.block + 2, device=device)
         self._bias = scorer.bias(distances).detach().float().contiguous()
         padded = -(-shape.num_features // LANES) * LANES
+        if dtype is None:
+            dtype = torch.float32 if rotary.cos.device.type == "cpu" else torch.bfloat16
         # One page more than there are: empty slots of a batch write there.
         room = (num_pages + 1, shape.kv_heads, self._pools, padded)
         self._room = torch.zeros(room, device=rotary.cos.device, dtype=dtype)

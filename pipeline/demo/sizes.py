@@ -135,7 +135,7 @@ SMOLLM2_SIZE = DemoSize(
     fault_past_tokens=1024,
     attention="best",
     max_rollout_s=3600.0,
-    # One thread each: an audit's two dense replays run side by side on two cores, and wait for no other thread.
+    # One thread each: an audit's two dense replays run side by side, and wait for no thread but their own.
     dense_replicas=2,
     policy="demo-smollm2",
 )

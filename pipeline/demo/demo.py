@@ -46,6 +46,7 @@ class DemoSize:
     attention: str
     max_rollout_s: float
     threads: int = 1
+    dense_replicas: int = 1
     engine: str = "builtin"
     expected: str = "promoted"  # how the rollout of the calibrated rung has to end
     policy: str = "demo"  # the shipped one that both rollouts follow
@@ -170,6 +171,7 @@ def serve_config(bench: Workbench, size: DemoSize) -> dict[str, Any]:
         **_device_options(bench.loaded.device),
         "attention": size.attention,
         "threads": size.threads,
+        "dense_replicas": size.dense_replicas,
         "engine": size.engine,
         "store_url": bench.home.store_url,
         "mlflow_uri": bench.home.mlflow_uri,

@@ -134,8 +134,9 @@ SMOLLM2_SIZE = DemoSize(
     think_s=10.0,  # about as long as the replays take beyond the next answer
     fault_past_tokens=1024,
     attention="best",
-    max_rollout_s=2000.0,
-    threads=2,
+    max_rollout_s=3600.0,
+    # One thread each: an audit's two dense replays run side by side, and wait for no thread but their own.
+    dense_replicas=2,
     policy="demo-smollm2",
 )
 

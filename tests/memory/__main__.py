@@ -43,6 +43,7 @@ class Peaks:
         """Close the running phase and begin another."""
         reached = max(self.gib.get(self._label, 0.0), _resident("VmHWM") / GIB)
         self.gib[self._label] = round(reached, 2)
+        print(f"{self._label}: {reached:.2f} GiB at its peak", file=sys.stderr, flush=True)
         self._label = label
         CLEAR.write_text("5", encoding="ascii")  # the mark begins again at what is resident now
 

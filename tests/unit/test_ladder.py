@@ -59,6 +59,14 @@ def test_a_step_smaller_than_any_that_was_timed_runs_dense() -> None:
     assert not make_rung(decode_break_even_tokens={4: 1024}).covers_step(4096, 3)
 
 
+@pytest.mark.parametrize(
+    ("asked", "prompt", "first"), [(0, 500, 500), (1, 500, 496), (40, 500, 448), (40, 512, 464), (40, 20, 0)]
+)
+def test_the_last_rows_begin_with_a_query_block(asked: int, prompt: int, first: int) -> None:
+    """At least as many rows as the rung says, whole query blocks of 16; none where it says none."""
+    assert make_rung(dense_last_tokens=asked).last_from(prompt, 16) == first
+
+
 def test_without_limits_a_rung_runs_at_any_length() -> None:
     """For timing alone."""
     ladder = Ladder((Rung(DENSE), make_rung()), (2048,), 16).without_limits()
@@ -151,7 +159,7 @@ def test_a_ladder_of_before_has_no_limit() -> None:
     for rung in data["rungs"]:
         for name in ("density", "nll", "speed"):
             del rung[f"target_{name}"]
-        del rung["verified_tokens"], rung["decode_break_even_tokens"]
+        del rung["verified_tokens"], rung["decode_break_even_tokens"], rung["dense_last_tokens"]
         if rung["verified"] is not None:
             del rung["verified"]["by_length"], rung["verified"]["prefill_speed"]
 

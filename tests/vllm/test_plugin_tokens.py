@@ -24,9 +24,9 @@ PROMPTS = make_prompts(LENGTHS)
 Wanted = dict[tuple[int, str], tuple[int, ...]]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma"])
+@pytest.fixture(scope="module", params=["llama", "gemma", "bytes"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """Full attention in all layers; and in one between two that slide."""
+    """Full attention everywhere, or in one layer between two that slide; means scored, or single keys."""
     return make_tiny(tmp_path_factory.mktemp(request.param), kind=request.param)
 
 
@@ -117,6 +117,22 @@ def test_rungs_mix_in_one_batch(engine: Offline, wanted: Wanted) -> None:
     found = engine.answer([PROMPTS[i] for i, _ in jobs], [Asked(rung) for _, rung in jobs])
 
     assert ids_of(found) == [wanted[job] for job in jobs]
+
+
+def test_others_do_not_notice_who_leaves(engine: Offline, wanted: Wanted) -> None:
+    """Aborted in the prompt and in the answer: rows move up in the batch, pages are dealt again."""
+    engine.forget()
+    jobs = [(i, rung) for rung in ("bold", "mild") for i in range(len(PROMPTS))]
+    leaving = {1: 1, 4: 3, 7: 5}
+
+    found = engine.answer_while_some_leave(
+        [PROMPTS[i] for i, _ in jobs], [Asked(rung) for _, rung in jobs], leaving
+    )
+
+    assert found.keys() == set(range(len(jobs))) - leaving.keys()
+    assert all(ids == wanted[jobs[i]] for i, ids in found.items())
+    again = engine.answer([PROMPTS[1], PROMPTS[4]], [Asked("bold")] * 2)
+    assert ids_of(again) == [wanted[1, "bold"], wanted[4, "bold"]]
 
 
 @pytest.mark.parametrize("num_sent", [1, 9])

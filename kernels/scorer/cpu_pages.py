@@ -61,7 +61,7 @@ class FullPages:
 class DecodeRows:
     """Single query tokens of a step, [N, 4] int64: token of the batch, sequence of the tables, position, cut.
 
-    A cut is a row of all thresholds that `CpuScorerPages` was given, one for each of them and each length bin.
+    A cut is a row of all thresholds that the pages were given, one for each of them and each length bin.
     """
 
     packed: Tensor
@@ -98,12 +98,7 @@ class CpuScorerPages:
         self._pools = shape.block_tokens // shape.pool_tokens
         self._columns = -(-shape.rank // LANES) * LANES
         self._width = self._columns + (shape.head_dim if shape.is_residual else 0)
-        self._has_bytes = (
-            shape.pool_tokens == 1
-            and not shape.is_residual
-            and device.type == "cpu"
-            and has_byte_scores(shape.rank)
-        )
+        self._has_bytes = shape.is_single and has_byte_scores(shape.rank)
         heads, floats = shape.kv_heads, dtype if self._has_bytes else torch.float32
         sizes = (num_pages, heads, self._pools, shape.num_features if self._has_bytes else self._width)
         self.pooled = torch.zeros(sizes, dtype=floats, device=device)
@@ -249,11 +244,13 @@ class CpuScorerPages:
         by_head = near.transpose(0, 1)  # [Hkv, n, block, D]
         positions = blocks[:, None] * self.block + torch.arange(self.block, device=blocks.device)
         plain = unrotate(by_head, positions, self.rotary)
+        # As beside a cache of one sequence: means are rounded on their way, single keys are not.
+        between = torch.float32 if shape.is_single else dtype
         pooled, plain = (
-            pool_tokens(part, shape.pool_tokens).reshape(1, heads, num * self._pools, -1).to(dtype)
+            pool_tokens(part, shape.pool_tokens).reshape(1, heads, num * self._pools, -1).to(between)
             for part in (by_head, plain)
         )
-        encoded = self.scorer.encode_keys(pooled, plain)
+        encoded = self.scorer.encode_keys(pooled, plain).to(dtype)
         return encoded.view(heads, num, self._pools, -1).transpose(0, 1)
 
     def _put_bytes(self, pages: Tensor, encoded: Tensor) -> None:

@@ -20,8 +20,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 from sentei.kernels.hf.ladder import Rung
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.layouts import PagedCache
+from sentei.kernels.scorer.cpu_pages import CpuScorerPages, DecodeRows, FullPages
 from sentei.kernels.scorer.page_mass import dropped_over_pages
-from sentei.kernels.scorer.cpu_pages import DecodeRows, FullPages, CpuScorerPages
 from sentei.kernels.scorer.selection import keep_before, score_blocks, select_blocks
 from sentei.serving.vllm.layout import CpuPages, DenseRows, attend_dense, pick_rows
 from sentei.serving.vllm.plan import Part, StepPlan, measured_rows, plan_step

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sentei.kernels.hf.adapter import read_adapter
 from sentei.kernels.hf.ladder import Ladder, Rung, dense_ladder
+from sentei.kernels.scorer.cpu_pages import CpuScorerPages
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
-from sentei.kernels.scorer.cpu_pages import CpuScorerPages
 from sentei.kernels.scorer.selection import Thresholds
 from sentei.serving.engine.grammar import Grammars
 from sentei.serving.errors import ConfigError

@@ -12,11 +12,11 @@ from sentei.kernels.ops.errors import ShapeError
 from sentei.kernels.ops.layouts import PagedCache
 from sentei.kernels.ops.native.calls import has_byte_scores
 from sentei.kernels.ops.tolerances import ERROR_FLOOR
+from sentei.kernels.scorer.cpu_pages import CpuScorerPages, DecodeRows, FullPages
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
 from sentei.kernels.scorer.page_mass import dropped_over_pages
-from sentei.kernels.scorer.cpu_pages import DecodeRows, FullPages, CpuScorerPages
 from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import Thresholds, select_blocks
 from tests.strategies_attention import make_paged

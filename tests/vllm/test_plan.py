@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sentei.kernels.hf.ladder import NEVER, Rung
+from sentei.kernels.hf.ladder import NEVER, Ladder, Rung
 from sentei.serving.engine.attention_use import LayerUse
 from sentei.serving.engine.request import Sampling
 from sentei.serving.vllm.asked import Asked, read_asked
 from sentei.serving.vllm.meter import TICKETS_KEPT, Use, UseMeter
+from sentei.serving.vllm.options import LADDER_FILE, EngineOptions
 from sentei.serving.vllm.plan import Part, StepPlan, measured_rows, plan_step
+from sentei.serving.vllm.state import steps_of_batch
 
 DENSE, BOLD = Rung("dense"), Rung("bold", break_even_tokens=256)
 
@@ -92,6 +96,34 @@ def test_a_decode_step_has_a_break_even_of_its_own() -> None:
     assert [p.first for p in plan.singles[:4]] == [511, 512, 513, 600]
     assert plan_of(part(0, 500, rung), end=500).prompts
     assert not plan_of(part(2000, 2001, replace(rung, decode_break_even_tokens={1: NEVER})), end=500).singles
+
+
+def test_steps_have_the_break_even_of_the_most_that_run_at_once() -> None:
+    """Whoever is in the step: else an answer would depend on its company."""
+    timed = replace(BOLD, decode_break_even_tokens={1: NEVER, 8: 2048})
+    ladder = Ladder((DENSE, timed, replace(BOLD, id="mild")), ())
+
+    alone, many = (steps_of_batch(ladder, batch).rungs[1] for batch in (4, 16))
+    untimed = steps_of_batch(ladder, 16).rungs[2]
+
+    assert not alone.covers_step(8000)
+    assert many.covers_step(2048)
+    assert not many.covers_step(2047)
+    assert untimed.covers_step(256)
+
+
+def test_the_scheduler_learns_from_the_ladder_what_was_verified(tmp_path: Path) -> None:
+    """By rung, where it is known; an engine without an adapter has nothing to know."""
+    rungs = (DENSE, replace(BOLD, verified_tokens=800), replace(BOLD, id="mild"))
+    folder = tmp_path / LADDER_FILE
+    folder.write_text(json.dumps(Ladder(rungs, (), 16).to_dict()), encoding="utf-8")
+
+    options = EngineOptions("e", str(tmp_path))
+
+    assert options.verified_tokens() == {"bold": 800}
+    assert options.query_block_tokens() == 16
+    assert EngineOptions("e").verified_tokens() == {}
+    assert EngineOptions("e").query_block_tokens() == 1
 
 
 def test_what_is_longer_than_was_verified_is_dense() -> None:

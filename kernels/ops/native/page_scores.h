@@ -159,11 +159,13 @@ void encode_pages(const Paged& p, int64_t n, const int64_t* pages, const int64_t
   const int64_t own = p.is_residual ? p.D : 0, columns = p.E - own, W = p.is_residual ? p.D : 2 * p.D;
   const int64_t size = p.block / p.pools, wide = up(columns, NR);
   std::vector<float> packed(p.Hkv * wide * W);  // [column panel][W][NR]
+  // As elsewhere: means are tensors of the keys' type on their way, single keys are not.
+  auto rounded = [&](float x) { return size > 1 ? round_as(x, keys) : x; };
   for (int64_t h = 0; h < p.Hkv; ++h)
     for (int64_t d = 0; d < W; ++d)
       for (int64_t c = 0; c < wide; ++c)
         packed[(h * wide + c / NR * NR) * W + d * NR + c % NR] =
-            c < columns ? round_as(maps[(h * W + d) * columns + c], keys) : 0.0f;
+            c < columns ? rounded(maps[(h * W + d) * columns + c]) : 0.0f;
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> rows(p.block * p.D), plain(p.D), in(p.pools * 2 * p.D), out(p.pools * wide), top(p.E);
@@ -182,10 +184,10 @@ void encode_pages(const Paged& p, int64_t n, const int64_t* pages, const int64_t
       }
       for (int64_t j = 0; j < p.pools; ++j) {
         float *mean = &in[j * 2 * p.D], *mean_plain = mean + p.D;
-        for (int64_t d = 0; d < 2 * p.D; ++d) mean[d] = round_as(mean[d] / float(size), keys);
+        for (int64_t d = 0; d < 2 * p.D; ++d) mean[d] = rounded(mean[d] / float(size));
         if (!p.is_residual) continue;
         const float norm = 1.0f / std::sqrt(square(mean_plain, p.D) / float(p.D) + 1e-6f);
-        for (int64_t d = 0; d < p.D; ++d) mean_plain[d] = round_as(mean_plain[d] * norm, keys);
+        for (int64_t d = 0; d < p.D; ++d) mean_plain[d] = rounded(mean_plain[d] * norm);
       }
       for (int64_t c = 0; c < wide; c += NR)
         rows_by_panel(int(p.pools), int(W), in.data() + own, 2 * p.D, &packed[(h * wide + c) * W], &out[c], wide);

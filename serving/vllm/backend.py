@@ -168,15 +168,14 @@ class SenteiImpl(CPUAttentionBackendImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, *scales, **named_scales
             )
         layout = attn_metadata.layout(state, index)
-        call = LayerCall(self, state, layer, index, CpuPages.of(kv_cache, layer.isa), layout)
-        if layout.plan.fed:
+        if layout.full_pages.pages.numel() or not layout.plan.thins_nothing:
+            call = LayerCall(self, state, layer, index, CpuPages.of(kv_cache, layer.isa), layout)
             call.feed(kv_cache)
-        if layout.plan.thins_nothing:
-            state.meter.note_dense(index, layout.causal["dense"])
-            call.note_kept(layout.plan.dense)
-            return self._stock(layer, query, key, value, kv_cache, attn_metadata, output)
-        call.run(query, key, kv_cache, output.view(-1, self.num_heads, self.head_size))
-        return output
+            if not layout.plan.thins_nothing:
+                call.run(query, key, kv_cache, output.view(-1, self.num_heads, self.head_size))
+                return output
+        note_dense(state, index, layout, self.num_heads)
+        return self._stock(layer, query, key, value, kv_cache, attn_metadata, output)
 
     def _index(self, layer: Any) -> int:
         if self._layer is None:
@@ -216,6 +215,14 @@ def causal_blocks(parts: Sequence[Part], block_q: int, block_k: int) -> list[tup
     ]
 
 
+def note_dense(state: WorkerState, layer: int, layout: StepLayout, heads: int) -> None:
+    """Count the rows of a layer that keep everything, and that measured ones among them drop nothing."""
+    state.meter.note_dense(layer, layout.causal["dense"])
+    for part in layout.plan.dense:
+        if part.measured:
+            state.meter.note_dropped(part.ticket, [0.0] * (len(part.measured) * heads))
+
+
 @dataclass(slots=True)
 class LayerCall:
     """One attention call of one layer in which some rows are thinned, now or once they are longer."""
@@ -241,11 +248,13 @@ class LayerCall:
         if plan.dense:
             with meter.attention(layout.weights[1]):
                 attend_dense(self.impl, self.layer, query, kv_cache, layout.dense_rows, output)
-            meter.note_dense(self.index, layout.causal["dense"])
-            self.note_kept(plan.dense)
+            note_dense(self.state, self.index, layout, self.impl.num_heads)
         for part in plan.prompts:
+            table = layout.block_table[part.index : part.index + 1]
+            cache = self.pages.batch(table, torch.tensor([part.last], dtype=torch.int32))
             with meter.attention({part.ticket: 1.0}):
-                self._attend_prompt(scorer, part, query, key, output)
+                lse = self._attend_prompt(scorer, part, cache, query, key, output)
+            self._measure(part, query, lse.T, cache, 0)
         if plan.singles:
             with meter.attention(layout.weights[2]):
                 cache = self.pages.batch(layout.block_table, layout.lengths)
@@ -259,26 +268,22 @@ class LayerCall:
                 meter.note_blocks(ticket, self.index, kept=blocks / heads, causal=causal, is_single=True)
 
     def _attend_prompt(
-        self, scorer: CpuScorerPages, part: Part, query: Tensor, key: Tensor, output: Tensor
-    ) -> None:
-        tokens = slice(part.token, part.token + part.num_tokens)
-        table = self.layout.block_table[part.index]
+        self,
+        scorer: CpuScorerPages,
+        part: Part,
+        cache: PagedCache,
+        query: Tensor,
+        key: Tensor,
+        output: Tensor,
+    ) -> Tensor:
+        tokens, table = slice(part.token, part.token + part.num_tokens), cache.page_table[0]
         keys = self.pages.near_keys(table, key[tokens].transpose(0, 1), part.first)
         q = query[tokens]
         mask = self._choose(scorer, part, q.transpose(0, 1)[None], keys, scorer.read(table, part.last))
-        lengths = torch.tensor([part.last], dtype=torch.int32)
-        cache = self.pages.batch(table[None], lengths)
         lse = scorer.attend_prompt(q, cache, mask, output[tokens])
-        self._measure(part, query, lse.T, cache, 0)
         kept, causal = float(mask.counts.sum()) / mask.counts.shape[1], float(mask.limits().sum())
         self.state.meter.note_blocks(part.ticket, self.index, kept=kept, causal=causal, is_single=False)
-
-    def note_kept(self, parts: Sequence[Part]) -> None:
-        """Note that measured rows of dense parts dropped nothing."""
-        for part in parts:
-            if part.measured:
-                num = len(part.measured) * self.impl.num_heads
-                self.state.meter.note_dropped(part.ticket, [0.0] * num)
+        return lse
 
     def _measure(self, part: Part, query: Tensor, lse: Tensor, cache: PagedCache, sequence: int) -> None:
         """Note what measured rows of a part dropped; lse [n, Hq] is of all its rows."""

@@ -133,7 +133,7 @@ async def test_a_replay_equals_the_builtin_engines(
 async def test_a_replay_measures_the_mass_that_its_rung_dropped(
     server: VllmServer, pocket: tuple[Any, Any], prompts: list[tuple[int, ...]]
 ) -> None:
-    """As on the built-in engine: rows of the answer and the prompt's last, all heads and layers; dense: none."""
+    """As on the built-in engine: rows of the answer and the prompt's last, all heads and layers."""
     loaded, adapter = pocket
     ids = (*prompts[2], *prompts[0][:NUM_TOKENS])
     request = ScoreRequest("mass", ids, len(prompts[2]), "bold", served_chunk_tokens=1)

@@ -110,13 +110,12 @@ def measure_system(
 
     loads = []
     with start(system, model, folder) as running:
-        first = replace(plans[0], prompts=plans[0].prompts[:1], rate_per_s=None, body=system.body)
-        run_load(replace(first, prompts=(first.prompts[0].shortened(),)), running.url, running.model, folder)
+        plans = [replace(plan, body=system.body, forces_length=system.forces_length) for plan in plans]
+        first = replace(plans[0], prompts=(plans[0].prompts[0].shortened(),), rate_per_s=None)
+        run_load(first, running.url, running.model, folder / "warm-up")
         for i, plan in enumerate(plans):
             with peak_memory(running) as peak:
-                load = run_load(
-                    replace(plan, body=system.body), running.url, running.model, folder / f"run-{i}"
-                )
+                load = run_load(plan, running.url, running.model, folder / f"run-{i}")
             loads.append(replace(load, memory_mib=peak()))
     return loads
 

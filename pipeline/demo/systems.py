@@ -50,6 +50,11 @@ class System:
         """What its requests say beside the rest."""
         return {} if self.rung == DENSE else {"vllm_xargs": {"sentei": self.rung}}
 
+    @property
+    def forces_length(self) -> bool:
+        """Whether it takes `ignore_eos`."""
+        return self.kind != "transformers"
+
     def __str__(self) -> str:
         return self.kind if self.rung == DENSE else f"{self.kind}:{self.rung}"
 
@@ -143,8 +148,8 @@ def server_command(system: System, model: ModelUnderTest, port: int) -> tuple[li
     """Return the command of a server that is not ours, and what its environment has beside ours."""
     if system.kind == "transformers":
         command = [
-            "-m", "transformers.cli.transformers", "serve", "--force-model", model.source,
-            "--continuous-batching", "--dtype", model.dtype, "--device", "cpu", "--port", str(port),
+            "-m", "transformers.cli.transformers", "serve", model.source, "--continuous-batching",
+            "--host", "127.0.0.1", "--port", str(port), "--dtype", model.dtype, "--device", "cpu",
         ]  # fmt: skip
         return [sys.executable, *command], {"OMP_NUM_THREADS": str(model.threads)}
     command = [

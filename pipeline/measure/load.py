@@ -57,7 +57,7 @@ class Goal:
 class LoadPlan:
     """Requests that leave at `rate_per_s` in a Poisson process, or all at once; answers have one length.
 
-    `body` is merged into each request's body: what one server alone understands.
+    Where a server knows no way to go on behind an end token (`forces_length`), answers may be shorter. `body` is merged into each request's body: what one server alone understands.
     """
 
     prompts: tuple[Prompt, ...]
@@ -66,6 +66,7 @@ class LoadPlan:
     seed: int = 0
     timeout_s: float = 600.0
     body: Mapping[str, Any] = field(default_factory=dict)
+    forces_length: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +153,9 @@ def run_load(plan: LoadPlan, url: str, model: str, folder: Path) -> Load:
 
 def write_requests(plan: LoadPlan) -> str:
     """Return the requests as guidellm reads them: one JSON object a line."""
+    length = {"output_tokens_count": plan.answer_tokens} if plan.forces_length else {}
     lines = (
-        json.dumps(
-            {
-                "prompt": prompt.text,
-                "prompt_tokens_count": prompt.tokens,
-                "output_tokens_count": plan.answer_tokens,
-            }
-        )
+        json.dumps({"prompt": prompt.text, "prompt_tokens_count": prompt.tokens, **length})
         for prompt in plan.prompts
     )
     return "\n".join(lines) + "\n"
@@ -175,6 +171,7 @@ def guidellm_arguments(plan: LoadPlan, url: str, model: str, requests: Path, rep
         "request_format": "/v1/completions",
         "http2": False,
         "timeout": plan.timeout_s,
+        "max_tokens": plan.answer_tokens,
         "validate_backend": False,
         "extras": {"body": body},
     }

@@ -95,6 +95,9 @@ def test_each_request_is_a_line_with_its_lengths() -> None:
     lines = [json.loads(line) for line in write_requests(PLAN).splitlines()]
 
     assert lines[1] == {"prompt": "two words", "prompt_tokens_count": 2, "output_tokens_count": 8}
+    shorter = json.loads(write_requests(LoadPlan(PLAN.prompts, 8, forces_length=False)).splitlines()[1])
+    assert shorter == {"prompt": "two words", "prompt_tokens_count": 2}
+    assert options_of(PLAN)["--backend"]["max_tokens"] == 8
 
 
 def test_a_report_is_what_users_felt() -> None:
@@ -186,6 +189,7 @@ def test_transformers_serves_the_checkpoint_by_its_own_name() -> None:
     system = System("transformers")
 
     assert "--continuous-batching" in server_command(system, MODEL, 7)[0]
+    assert not system.forces_length  # its API refuses `ignore_eos`
     assert served_name(system, MODEL) == "/models/m"
     assert served_name(System("app"), MODEL) == "bench"
 

@@ -57,7 +57,8 @@ class Goal:
 class LoadPlan:
     """Requests that leave at `rate_per_s` in a Poisson process, or all at once; answers have one length.
 
-    Where a server knows no way to go on behind an end token (`forces_length`), answers may be shorter. `body` is merged into each request's body: what one server alone understands.
+    Where a server knows no way to go on behind an end token (`forces_length`), answers may be shorter.
+    `body` is merged into each request's body: what one server alone understands.
     """
 
     prompts: tuple[Prompt, ...]

@@ -127,7 +127,7 @@ def plan_prompts(tokenizer: Any, lengths: Sequence[int], *, runs: int, seed: int
                 if document is None:
                     wanted_tokens = f"{runs} runs of {sum(lengths)} tokens"
                     raise LoadError(f"the corpus has too little text for {wanted_tokens}; ask for fewer")
-                ids += tokenizer(document.text, add_special_tokens=False)["input_ids"]
+                ids += tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
             text = tokenizer.decode(ids[:length])
             ids = ids[length:]
             prompts.append(Prompt(text, len(tokenizer(text)["input_ids"])))

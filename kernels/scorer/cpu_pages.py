@@ -164,9 +164,7 @@ class CpuScorerPages:
             k, v = (part[:, :, :length] for part in cache.read(sequence))
             pooled = self.read(cache.page_table[sequence], length)
             try:
-                shares, starts = score_blocks(
-                    self.scorer, one, k, pooled, table=self.rotary, block_q=self.block
-                )
+                shares, starts = self.score_prompt(one, k, pooled, self.block)
             except ScorerError:
                 out[token], kept[i] = torch.nan, -1
                 continue
@@ -196,6 +194,10 @@ class CpuScorerPages:
         assert lse is not None
         out.copy_(by_head[0].transpose(0, 1))
         return lse[0]
+
+    def score_prompt(self, q: Tensor, k: Tensor, pooled: Tensor, block_q: int) -> tuple[Tensor, Tensor]:
+        """Do what `score_blocks` does, so that a row's shares depend on no key behind it: never in 8 bits."""
+        return score_blocks(self.scorer, q, k, pooled, table=self.rotary, block_q=block_q, in_bytes=False)
 
     def has_native_decode(self, cache: PagedCache) -> bool:
         """Whether all decode rows run in one call of the CPU program."""

@@ -22,7 +22,7 @@ from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.layouts import PagedCache
 from sentei.kernels.scorer.cpu_pages import CpuScorerPages, DecodeRows, FullPages
 from sentei.kernels.scorer.page_mass import dropped_over_pages
-from sentei.kernels.scorer.selection import keep_before, score_blocks, select_blocks
+from sentei.kernels.scorer.selection import keep_before, select_blocks
 from sentei.serving.vllm.layout import CpuPages, DenseRows, attend_dense, pick_rows
 from sentei.serving.vllm.plan import Part, StepPlan, measured_rows, plan_step
 from sentei.serving.vllm.rows import NOBODY
@@ -299,7 +299,7 @@ class LayerCall:
 
     def _choose(self, scorer: CpuScorerPages, part: Part, q: Tensor, k: Tensor, pooled: Tensor) -> BlockMask:
         block_q = self.state.ladder.query_block_tokens
-        shares, starts = score_blocks(scorer.scorer, q, k, pooled, table=scorer.rotary, block_q=block_q)
+        shares, starts = scorer.score_prompt(q, k, pooled, block_q)
         if self.state.fault is not None:
             shares = self.state.fault.shift(shares, starts)
         shares = keep_before(shares, starts, part.rung.break_even_tokens)

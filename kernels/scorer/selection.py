@@ -174,6 +174,7 @@ def score_blocks(
     block_q: int | None = None,
     packed: PackedKeys | None = None,
     backend: str = "auto",
+    in_bytes: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the neediest row's estimated log share per query block and key block, and the blocks' starts.
 
@@ -185,6 +186,8 @@ def score_blocks(
         packed: where the keys are kept as the native program reads them, from one decode step to the next;
             packed anew for this call if None.
         backend: auto, triton or torch; auto takes triton on a GPU, our own program on a CPU.
+        in_bytes: whether single keys may be scored in 8 bits, in steps of all full blocks: a row's shares
+            then depend on keys that come after it, and on where the prompt was cut.
 
     Returns:
         [B, Hq, n, blocks] and [n]. A NaN is a ScorerError on a CPU; on a GPU nobody waits to look for one: it
@@ -213,7 +216,7 @@ def score_blocks(
             give_up_on(TRITON_SCORES, error)
     result = torch.full((B, Hq, len(starts), -(-kv_len // block)), float("-inf"), device=q.device)
     if scorer.has_native_program and backend == "auto" and is_native_usable(q.device.type, block):
-        _fill_native(scorer, q, k, keys, table, result, block_q, packed)
+        _fill_native(scorer, q, k, keys, table, result, block_q, packed, in_bytes)
     else:
         _fill_chunks(scorer, q, k, keys, table, starts, result, block_q)
     if result.device.type == "cpu" and torch.isnan(result).any():
@@ -287,6 +290,7 @@ def _fill_native(
     result: torch.Tensor,
     block_q: int,
     packed: PackedKeys | None,
+    in_bytes: bool,
 ) -> None:
     from sentei.kernels.ops.native.calls import (
         ScorerWeights,
@@ -309,7 +313,7 @@ def _fill_native(
         pool_tokens=scorer.shape.pool_tokens,
         query_pool=scorer.shape.query_pool,
     )
-    if fit_bytes(weights):
+    if in_bytes and fit_bytes(weights):
         panels = (packed or PackedKeys()).panels(keys, q.dtype, weights)
         byte_shares_native(q, k, panels, weights, result, block_q)
     else:

@@ -66,6 +66,12 @@ class LocalServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        """The app's process, while it runs."""
+        assert self._process is not None, "the app does not run"
+        return self._process.pid
+
     def stop(self) -> None:
         """Let the app end by itself; end its whole process group if it does not."""
         process, self._process = self._process, None
@@ -78,7 +84,7 @@ class LocalServer:
         except subprocess.TimeoutExpired:
             pass
         finally:
-            _end_group(process)
+            end_group(process)
 
     def _read(self, stdout: IO[str]) -> None:
         with stdout:
@@ -114,7 +120,7 @@ class LocalServer:
         return f"read {self.log_path}; it ends with: " + " | ".join(lines[-4:])
 
 
-def _end_group(process: subprocess.Popen[str]) -> None:
+def end_group(process: subprocess.Popen[str]) -> None:
     """Kill what is left of the process group; nothing left is the normal case."""
     try:
         os.killpg(process.pid, signal.SIGKILL)

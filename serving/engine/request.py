@@ -8,6 +8,9 @@ from enum import StrEnum
 from sentei.serving.engine.attention_use import AttentionUse
 
 DENSE_RUNG = "dense"
+# Rows of one replay that its dropped mass is measured in: so many spread evenly over the answer, and the last
+# of the prompt. Where decode steps run dense the answer's alone would tell of nothing that the rung does.
+MEASURED_ROWS = 16
 GREEDY_BELOW = 1e-5  # temperature: the second token is 100,000 nats apart for each nat of the logits
 
 

@@ -15,13 +15,16 @@ from sentei.kernels.hf.versions import cache_argument
 from sentei.kernels.placement import synchronize
 from sentei.serving.engine.attention_use import AttentionMeter, AttentionUse, Call
 from sentei.serving.engine.grammar import Grammars
-from sentei.serving.engine.request import DENSE_RUNG, EngineRequest, ScoreRequest, ScoreResult, TokenLogprob
+from sentei.serving.engine.request import (
+    DENSE_RUNG,
+    MEASURED_ROWS,
+    EngineRequest,
+    ScoreRequest,
+    ScoreResult,
+    TokenLogprob,
+)
 from sentei.serving.engine.sampler import Sampler
 from sentei.serving.errors import BadLogitsError, EngineRefusedError
-
-# Rows of one replay that its dropped mass is measured in: so many spread evenly over the answer, and the last
-# of the prompt. Where decode steps run dense the answer's alone would tell of nothing that the rung does.
-MEASURED_ROWS = 16
 
 
 class Rows(Protocol):

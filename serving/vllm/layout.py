@@ -39,13 +39,26 @@ class CpuPages:
         values = flat[:, :, 1].as_strided((pages, heads, size, dim), (*strides, dim, 1))
         return cls(keys, values)
 
-    def sequence(self, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Return one sequence's first keys and values, [1, Hkv, length, D], side by side."""
-        return self.batch(table[None], [length]).read(0)
+    def batch(self, tables: Tensor, lengths: Tensor) -> PagedCache:
+        """Return rows of a batch as our operations take them; lengths are int32."""
+        return PagedCache(self.keys, self.values, tables, lengths)
 
-    def batch(self, tables: Tensor, lengths: Sequence[int]) -> PagedCache:
-        """Return rows of a batch as our operations take them."""
-        return PagedCache(self.keys, self.values, tables, torch.tensor(lengths, dtype=torch.int32))
+    def near_keys(self, table: Tensor, new: Tensor, first: int) -> Tensor:
+        """Return the keys that a scorer measures exactly: the first page, and from the page of `first` on.
+
+        [1, Hkv, T, D] from the step's own keys new [Hkv, n, D], which sit on `first` to T - 1; what lies
+        between is not written, and a scorer does not read it.
+        """
+        if first == 0:
+            return new[None]
+        heads, num, dim = new.shape
+        page = self.keys.shape[2]
+        found = new.new_empty(1, heads, first + num, dim)
+        begin = first // page * page
+        found[0, :, :page] = self.keys[int(table[0])][:, : first + num]
+        found[0, :, begin:first] = self.keys[int(table[first // page])][:, : first - begin]
+        found[0, :, first:] = new
+        return found
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ class Use:
     attention: AttentionUse | None = None
     has_bad_logits: bool = False
     grammar_error: str = ""
+    dropped_mass: tuple[float, ...] = ()  # one share per measured row, head and layer
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as vLLM's remote calls carry them."""
@@ -39,7 +40,8 @@ class Use:
         if seen is not None:
             layers = tuple(LayerUse(**layer) for layer in seen["layers"])
             attention = AttentionUse(seen["sparse_calls"], seen["dense_calls"], layers)
-        return cls(found["compute_s"], attention, found["has_bad_logits"], found["grammar_error"])
+        dropped = tuple(found["dropped_mass"])
+        return cls(found["compute_s"], attention, found["has_bad_logits"], found["grammar_error"], dropped)
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class _Account:
     dense_calls: int = 0
     has_bad_logits: bool = False
     grammar_error: str = ""
+    dropped_mass: list[float] = field(default_factory=list)
     # By layer: kept and causal blocks of the prompt, kept and causal blocks of single tokens.
     blocks: dict[int, list[float]] = field(default_factory=dict)
 
@@ -80,15 +83,27 @@ class UseMeter:
         self._attention_s += spent_s
         self._share(spent_s, weights)
 
+    @contextmanager
+    def unpaid(self) -> Iterator[None]:
+        """Take out of the step what is measured beside it; no request pays for it."""
+        began_s = self._clock()
+        yield
+        self._attention_s += self._clock() - began_s
+
+    def note_dropped(self, ticket: str, shares: Iterable[float]) -> None:
+        """Keep what measured rows of a replay dropped."""
+        self._account(ticket).dropped_mass += shares
+
     def note_blocks(self, ticket: str, layer: int, *, kept: float, causal: float, is_single: bool) -> None:
         """Count an attention call that thinned; kept and causal are blocks, the mean over heads."""
         self._note(ticket, layer, kept, causal, is_single)
         self._account(ticket).sparse_calls += 1
 
-    def note_dense(self, ticket: str, layer: int, *, causal: float, is_single: bool) -> None:
-        """Count an attention call that kept everything."""
-        self._note(ticket, layer, causal, causal, is_single)
-        self._account(ticket).dense_calls += 1
+    def note_dense(self, layer: int, rows: Iterable[tuple[str, float, bool]]) -> None:
+        """Count rows that kept everything: whose they are, blocks in sight, whether it is a single token."""
+        for ticket, causal, is_single in rows:
+            self._note(ticket, layer, causal, causal, is_single)
+            self._account(ticket).dense_calls += 1
 
     def note_bad_logits(self, ticket: str) -> None:
         """Remember that a request's logits were not finite."""
@@ -115,7 +130,8 @@ class UseMeter:
             for layer, sums in sorted(account.blocks.items())
         )
         attention = AttentionUse(account.sparse_calls, account.dense_calls, layers) if calls else None
-        return Use(account.compute_s, attention, account.has_bad_logits, account.grammar_error)
+        dropped = tuple(account.dropped_mass)
+        return Use(account.compute_s, attention, account.has_bad_logits, account.grammar_error, dropped)
 
     def take(self, ticket: str) -> Use:
         """Return it and forget it."""

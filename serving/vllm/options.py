@@ -44,10 +44,18 @@ class EngineOptions:
 
     def query_block_tokens(self) -> int:
         """Return how many rows choose as one; 1 where nothing chooses. Reads the ladder."""
+        return int(self._read_ladder().get("query_block_tokens", 1))
+
+    def verified_tokens(self) -> dict[str, int]:
+        """Return the longest context that each rung was verified at, where one is known. Reads the ladder."""
+        rungs = self._read_ladder().get("rungs", [])
+        return {rung["id"]: int(rung["verified_tokens"]) for rung in rungs if rung.get("verified_tokens")}
+
+    def _read_ladder(self) -> dict[str, Any]:
         if self.adapter is None:
-            return 1
-        ladder = json.loads((Path(self.adapter) / LADDER_FILE).read_text(encoding="utf-8"))
-        return int(ladder["query_block_tokens"])
+            return {}
+        found: dict[str, Any] = json.loads((Path(self.adapter) / LADDER_FILE).read_text(encoding="utf-8"))
+        return found
 
 
 def check_engine(vllm_config: Any) -> None:

@@ -2,8 +2,9 @@
 
 Before the user's prompt ends, rows choose in query blocks; behind it each row chooses by itself, also where
 vLLM computes several of an answer's rows at once: after a preemption, or behind tokens that were sent before.
-A query block whose first row sees fewer tokens than the break-even keeps everything, and so do the last
-rows of the user's prompt, as many as the rung says.
+A query block whose first row sees fewer tokens than the rung's break-even keeps everything, and so do the
+last rows of the user's prompt, as many as the rung says; a row that chooses alone has the break-even of a
+decode step. A context longer than the rung was verified for is dense.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from sentei.kernels.hf.ladder import Rung
+from sentei.serving.engine.request import MEASURED_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class Part:
     token: int
     first: int
     last: int
+    measured: tuple[int, ...] = ()  # positions among them whose dropped mass is asked for
 
     @property
     def num_tokens(self) -> int:
@@ -69,16 +72,19 @@ def plan_step(
         if part.rung.id not in thinning:
             dense.append(part)
             continue
+        if not part.rung.covers(max(part.rung.break_even_tokens, end)):  # a prompt longer than was verified
+            dense.append(part)
+            continue
         fed.append(part)
-        opens = part.rung.break_even_tokens - 1  # the first position that may be thinned
         border = min(max(end, part.first), part.last)
         closing = min(max(part.rung.last_from(end, block_q), part.first), border)
         for in_prompt in _cut(part, part.first, closing):
-            (prompts if in_prompt.last > opens else dense).append(in_prompt)
+            (prompts if in_prompt.last >= part.rung.break_even_tokens else dense).append(in_prompt)
         dense += _cut(part, closing, border)
-        opening = min(max(opens, border), part.last)
-        dense += _cut(part, border, opening)
-        for i in range(opening, part.last):
+        open_ = [i for i in range(border, part.last) if part.rung.covers_step(i + 1)]
+        opening, ending = (open_[0], open_[-1] + 1) if open_ else (part.last, part.last)
+        dense += [*_cut(part, border, opening), *_cut(part, ending, part.last)]
+        for i in open_:
             singles += _cut(part, i, i + 1)
     return StepPlan(tuple(dense), tuple(prompts), tuple(singles), tuple(fed))
 
@@ -87,4 +93,19 @@ def _cut(part: Part, first: int, last: int) -> list[Part]:
     """Return the tokens first to last - 1 of a part; nothing where there are none."""
     if last <= first:
         return []
-    return [Part(part.index, part.ticket, part.rung, part.token + first - part.first, first, last)]
+    measured = tuple(position for position in part.measured if first <= position < last)
+    return [Part(part.index, part.ticket, part.rung, part.token + first - part.first, first, last, measured)]
+
+
+def measured_rows(first: int, last: int, *, closing: int, end: int, served: int) -> tuple[int, ...]:
+    """Return which positions of a replay, of `served` tokens behind a prompt of `end`, say what they dropped.
+
+    As on the built-in engine: the last of the prompt that choose, before `closing`, and as many spread evenly
+    over the answer.
+    """
+    every = -(-served // MEASURED_ROWS)
+    return tuple(
+        position
+        for position in range(max(first, closing - MEASURED_ROWS), last)
+        if position < closing or (position >= end and (position - end) % every == 0)
+    )

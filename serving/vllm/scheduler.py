@@ -56,7 +56,8 @@ class _Rules:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
-        self._query_block = EngineOptions.of(vllm_config).query_block_tokens()
+        options = EngineOptions.of(vllm_config)
+        self._query_block, self._verified = options.query_block_tokens(), options.verified_tokens()
         self._asked: dict[str, Asked] = {}
         # vLLM asks before it schedules a piece; models with states answer for a reason of their own.
         self.need_mamba_block_aligned_split = True
@@ -67,8 +68,11 @@ class _Rules:
         asked = read_asked(params.extra_args if params is not None else None)
         self._asked[request.request_id] = asked
         if not asked.is_dense and request._block_hasher is not None:
-            request.cache_salt = f"sentei:{asked.rung}:{request.cache_salt or ''}"
-            num_shared = (asked.prompt_tokens or request.num_prompt_tokens) // self.hash_block_size  # type: ignore[attr-defined]
+            num_prompt = asked.prompt_tokens or request.num_prompt_tokens
+            # A prompt longer than its rung was verified for runs dense: its pages are of another kind.
+            kind = "" if num_prompt <= self._verified.get(asked.rung, num_prompt) else "-unverified"
+            request.cache_salt = f"sentei:{asked.rung}{kind}:{request.cache_salt or ''}"
+            num_shared = num_prompt // self.hash_block_size  # type: ignore[attr-defined]
             request._block_hasher = private_tail(request._block_hasher, num_shared)
             request.block_hashes = []
             request.update_block_hashes()

@@ -38,7 +38,7 @@ from sentei.serving.traces import read_tracer
 from sentei.serving.vllm.engine import engine_args, set_environment
 from sentei.serving.vllm.meter import Use
 
-NUMERICS = "vllm/1"  # counts up when the plugin computes something else than before
+NUMERICS = "vllm/2"  # counts up when the plugin computes something else than before
 USERS, REPLAYS = 0, 1  # priorities: users come first
 CONTROL_TIMEOUT_S = 60.0
 
@@ -123,7 +123,7 @@ class VllmServer(VariantServer):
         if use.has_bad_logits or tuple(answer.token_ids) != served:
             raise BadLogitsError("logits of a replay are NaN or infinite; see the variant's log")
         found = read_scores(served, answer.logprobs, num_top=request.num_top, compute_s=use.compute_s)
-        return replace(found, artifact=self._artifact)
+        return replace(found, artifact=self._artifact, dropped_mass=use.dropped_mass)
 
     async def _set_fault(self, fault: dict[str, Any] | None) -> None:
         """Strike between two steps; what was computed under another fault, or none, is forgotten."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sentei.kernels.hf.adapter import read_adapter
 from sentei.kernels.hf.ladder import Ladder, Rung, dense_ladder
+from sentei.kernels.scorer.cpu_pages import CpuScorerPages
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
-from sentei.kernels.scorer.pages import ScorerPages
 from sentei.kernels.scorer.selection import Thresholds
 from sentei.serving.engine.grammar import Grammars
 from sentei.serving.errors import ConfigError
@@ -32,19 +34,20 @@ class WorkerState:
         self.fault: Fault | None = None
         self.ladder: Ladder = dense_ladder()
         self.scorers: dict[int, BlockScorer] = {}
-        self._pages: dict[int, ScorerPages] = {}
+        self._pages: dict[int, CpuScorerPages] = {}
         self._thresholds: dict[tuple[str, int], Thresholds] = {}
         if options.adapter is None:
             return
         check_engine(vllm_config)
         adapter = read_adapter(options.adapter, device)
-        self.ladder = adapter.ladder
+        self.ladder = steps_of_batch(adapter.ladder, vllm_config.scheduler_config.max_num_seqs)
         self.scorers = {index: scorer.requires_grad_(False) for index, scorer in adapter.scorers.items()}
         self.rotary = rotary_table(vllm_config, device)
+        self.block_tokens = next(iter(self.scorers.values())).shape.block_tokens
+        self._rungs = [rung.id for rung in self.ladder.rungs if not rung.is_dense]
         self._thresholds = {
-            (rung.id, index): self.ladder.thresholds(rung, index)
-            for rung in self.ladder.rungs
-            if not rung.is_dense
+            (rung_id, index): self.ladder.thresholds(self.ladder.find(rung_id), index)
+            for rung_id in self._rungs
             for index in self.scorers
         }
 
@@ -64,10 +67,21 @@ class WorkerState:
         """Return a rung's thresholds for a layer."""
         return self._thresholds[rung.id, layer]
 
-    def pages(self, layer: int, num_pages: int) -> ScorerPages:
-        """Return a layer's features, made for as many pages as the KV cache has."""
+    def rung_index(self, rung: Rung) -> int:
+        """Return which of the thresholds of a layer's features are a rung's."""
+        return self._rungs.index(rung.id)
+
+    def pages(self, layer: int, kv_cache: Tensor) -> CpuScorerPages:
+        """Return a layer's features, made for as many pages as its KV cache has."""
         if layer not in self._pages:
-            self._pages[layer] = ScorerPages(self.scorers[layer], self.rotary, num_pages)
+            thresholds = [self._thresholds[rung_id, layer] for rung_id in self._rungs]
+            self._pages[layer] = CpuScorerPages(
+                self.scorers[layer],
+                self.rotary,
+                kv_cache.shape[0],
+                dtype=kv_cache.dtype,
+                thresholds=thresholds,
+            )
         return self._pages[layer]
 
 
@@ -84,6 +98,18 @@ def find_state(vllm_config: Any, device: torch.device) -> WorkerState | None:
     if options.engine not in _STATES:
         _STATES[options.engine] = WorkerState(vllm_config, options, device)
     return _STATES[options.engine]
+
+
+def steps_of_batch(ladder: Ladder, batch: int) -> Ladder:
+    """Return a ladder whose decode steps have the break-even of steps of so many sequences, whatever runs.
+
+    It is the most that the engine runs at once, so that no answer depends on who else is in its step.
+    """
+    rungs = (
+        replace(rung, decode_break_even_tokens={1: rung.step_break_even_tokens(batch)})
+        for rung in ladder.rungs
+    )
+    return replace(ladder, rungs=tuple(rungs))
 
 
 def rotary_table(vllm_config: Any, device: torch.device) -> RotaryTable:

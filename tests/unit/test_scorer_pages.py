@@ -60,36 +60,6 @@ def thresholds(heads: int, share: float) -> Thresholds:
     return Thresholds(torch.full((heads, 2), math.log(share)), (500,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("heads", "dim", "form", "pool"),
-    [((6, 2), 32, "residual", 16), ((4, 1), 64, "low_rank", 2), ((9, 3), 64, "residual", 4)],
-    ids=str,
-)
-def test_all_rows_in_one_call_equal_each_row_alone(
-    heads: tuple[int, int], dim: int, form: Form, pool: int, dtype: torch.dtype
-) -> None:
-    """Ragged lengths, heads that choose apart: the program keeps as many blocks and gives the same output."""
-    q, cache, pages = make_case(heads, dim, form=form, pool=pool)
-    q = q.to(dtype)
-    cache = PagedCache(cache.keys.to(dtype), cache.values.to(dtype), cache.page_table, cache.lengths)
-    out, expected = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
-    limits = thresholds(heads[1], 0.05)
-    assert pages._can_run_natively(cache)  # else the definition would be compared with itself
-
-    kept = pages.decode(q, cache, limits, out)
-    kept_by_row = pages._decode_one_by_one(q, cache, limits, expected, None)
-
-    assert 2 < float(kept[3:].float().mean()) < 10
-    if dtype == torch.float32:
-        assert torch.equal(kept, kept_by_row)
-        assert float((out - expected).abs().max()) < ERROR_FLOOR[dtype]
-    else:  # the plain path rounds features to bf16, so that a block at the border may go either way
-        assert float((kept == kept_by_row).float().mean()) > 0.8
-        same = (kept == kept_by_row)[..., None]
-        assert float(((out - expected).abs() * same).max()) < 20 * ERROR_FLOOR[dtype]
-
-
 @pytest.mark.parametrize("fault", [None, Fault("pooled_keys_lost", 600), Fault(past_tokens=300)])
 @pytest.mark.parametrize(
     ("heads", "form", "pool"), [((6, 2), "residual", 16), ((4, 1), "low_rank", 2)], ids=str

@@ -1,116 +1,240 @@
-"""The load on a server: times that do not wait, what was felt, and the table's row."""
+"""The load on servers: what guidellm is told, what its report says, how servers are started, the table."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import io
+import json
+from pathlib import Path
+from typing import Any
 
-import httpx
 import pytest
+from rich.console import Console
 
+from sentei.pipeline.cli.load import make_table
+from sentei.pipeline.demo.systems import (
+    ModelUnderTest,
+    System,
+    SystemNameError,
+    app_config,
+    read_system,
+    served_name,
+    server_command,
+)
 from sentei.pipeline.measure.load import (
-    Felt,
     Goal,
-    Request,
-    openai_sender,
-    plan_arrivals,
-    read_piece,
+    Load,
+    LoadError,
+    LoadPlan,
+    Prompt,
+    guidellm_arguments,
+    plan_prompts,
+    read_report,
     run_load,
     summarise,
+    write_requests,
 )
 
-
-class Clock:
-    """A clock that moves when somebody sleeps, and when a fake server takes its time."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    async def sleep(self, seconds: float) -> None:
-        """Let time pass."""
-        self.now_s += seconds
+PLAN = LoadPlan(
+    (Prompt("one", 1), Prompt("two words", 2)), 8, 2.5, seed=3, body={"vllm_xargs": {"sentei": "d"}}
+)
+MODEL = ModelUnderTest("/models/m", "bfloat16", 9000, 2, 16, 512, 2048, Path("/adapters/m"))
 
 
-def test_arrivals_are_drawn_beforehand_and_of_one_seed() -> None:
-    """A rate gives rising times that another run repeats; without a rate all leave at once."""
-    prompts = [(1, 2)] * 200
-
-    drawn = plan_arrivals(prompts, rate_per_s=4.0, answer_tokens=8, seed=3)
-
-    assert drawn == plan_arrivals(prompts, rate_per_s=4.0, answer_tokens=8, seed=3)
-    assert [r.at_s for r in drawn] == sorted(r.at_s for r in drawn)
-    assert drawn[-1].at_s == pytest.approx(50.0, rel=0.25)
-    assert {r.at_s for r in plan_arrivals(prompts, rate_per_s=None, answer_tokens=8, seed=3)} == {0.0}
-    assert len({r.session for r in drawn}) == 200
+def options_of(plan: LoadPlan) -> dict[str, Any]:
+    """The arguments of guidellm by their name."""
+    words = guidellm_arguments(plan, "http://h:1", "m", Path("in.jsonl"), Path("out.json"))
+    assert words[0] == "run"
+    return {name: json.loads(value) for name, value in zip(words[1:-1:2], words[2:-1:2], strict=True)}
 
 
-async def test_what_is_felt_counts_from_the_time_of_leaving() -> None:
-    """Two seconds to the first token, one for each of the next two; a failure is a row, not the end."""
-    clock = Clock()
-
-    async def send(request: Request) -> AsyncIterator[int]:
-        if request.session == "bad":
-            raise ValueError("status 503")
-        for pause_s in (2.0, 1.0, 1.0):
-            await clock.sleep(pause_s)
-            yield 1
-
-    requests = [Request(5.0, (1, 2, 3), 3, "good"), Request(0.0, (1,), 3, "bad")]
-
-    felt, seconds = await run_load(requests, send, clock=clock, sleep=clock.sleep)
-
-    assert (felt[0].first_s, felt[0].last_s, felt[0].tokens) == (2.0, 4.0, 3)
-    assert felt[0].per_token_s == 1.0
-    assert felt[1].failure == "ValueError: status 503"
-    assert seconds == 9.0
-
-
-def test_the_row_counts_failures_and_what_was_good() -> None:
-    """Goodput holds both times against the goal; medians are over what was answered."""
-    felt = [Felt(10, 0.1, 1.1, 11), Felt(10, 0.3, 0.5, 3), Felt(10, failure="x"), Felt(10, 9.0, 9.1, 2)]
-
-    row = summarise(felt, 10.0, Goal(first_ms=1000, per_token_ms=100))
-
-    assert row["failed"] == 1
-    assert row["ttft_ms_p50"] == 300.0
-    assert row["ttft_ms_p95"] == 9000.0
-    assert row["tpot_ms_p50"] == 100.0
-    assert row["tokens_per_s"] == 1.6
-    assert row["goodput_per_s"] == 0.2
+def report(**changes: Any) -> dict[str, Any]:
+    """A report as guidellm 0.8 writes it, what is not read left out."""
+    answered = [
+        {
+            "prompt_tokens": 100 * i,
+            "output_tokens": 8,
+            "time_to_first_token_ms": 50.0 * i,
+            "inter_token_latency_ms": 4.0,
+        }
+        for i in (1, 2, 3)
+    ]
+    short = answered[0] | {"output_tokens": 1, "inter_token_latency_ms": None, "time_to_first_token_ms": 10.0}
+    requests = {
+        "successful": [*answered, short],
+        "errored": [{"info": {"error": "status 503"}}],
+        "incomplete": [],
+    }
+    run = {"requests": requests, "duration": 2.0, **changes}
+    return {"metadata": {"guidellm_version": "0.8.1"}, "benchmarks": [run]}
 
 
-def test_a_line_of_the_stream_brings_text_a_count_or_an_error() -> None:
-    """The end, comments and an empty piece bring nothing; an error in the stream is one."""
-    assert read_piece('data: {"choices": [{"text": "a", "finish_reason": "length"}]}') == (True, None)
-    assert read_piece('data: {"choices": [{"text": "", "finish_reason": "length"}]}') == (False, None)
-    assert read_piece('data: {"choices": [], "usage": {"completion_tokens": 5}}') == (False, 5)
-    assert read_piece("data: [DONE]") == (False, None)
-    assert read_piece("") == (False, None)
-    with pytest.raises(ValueError, match="gone"):
-        read_piece('data: {"error": {"message": "gone"}}')
+def test_requests_leave_at_drawn_times_and_bodies_suit_strict_servers() -> None:
+    """A Poisson process of the seed; what guidellm adds and our own API refuses is null."""
+    options = options_of(PLAN)
+
+    assert options["--profile"] == {"kind": "poisson", "rate": [2.5]}
+    assert options["--constraint"] == {"kind": "max_requests", "count": 2}
+    assert options["--seed"] == {"kind": "static", "value": 3}
+    backend = options["--backend"]
+    assert (backend["target"], backend["request_format"]) == ("http://h:1", "/v1/completions")
+    body = backend["extras"]["body"]
+    assert body["temperature"] == 0.0
+    assert body["stream_options"] == {"continuous_usage_stats": None}
+    assert body["vllm_xargs"] == {"sentei": "d"}
 
 
-async def test_requests_go_to_the_openai_api() -> None:
-    """Ids as the prompt, a session of its own, streaming; a refusal says what the server said."""
-    seen: list[httpx.Request] = []
+def test_without_a_rate_all_leave_at_once() -> None:
+    """As many at a time as there are requests."""
+    plan = LoadPlan(PLAN.prompts, 8)
 
-    def handle(request: httpx.Request) -> httpx.Response:
-        seen.append(request)
-        if b"wrong" in request.content:
-            return httpx.Response(404, text="no such model")
-        line = 'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n'
-        usage = 'data: {"choices": [], "usage": {"completion_tokens": 5}}\n\n'
-        return httpx.Response(200, text=line * 2 + usage + "data: [DONE]\n\n")
+    assert options_of(plan)["--profile"] == {"kind": "throughput", "max_concurrency": 2}
 
-    async with httpx.AsyncClient(transport=httpx.MockTransport(handle), base_url="http://server") as client:
-        request = Request(0.0, (4, 5), 7, "s1")
-        pieces = [num async for num in openai_sender(client, "pocket", {"seed": 1})(request)]
-        with pytest.raises(ValueError, match="status 404: no such model"):
-            [num async for num in openai_sender(client, "wrong", {})(request)]
 
-    assert pieces == [1, 1, 3]
-    assert seen[0].url.path == "/v1/completions"
-    assert seen[0].headers["x-session-id"] == "s1"
-    assert b'"prompt":[4,5]' in seen[0].content.replace(b" ", b"")
+def test_each_request_is_a_line_with_its_lengths() -> None:
+    """The answer's length is asked for with each, so that no answer ends early."""
+    lines = [json.loads(line) for line in write_requests(PLAN).splitlines()]
+
+    assert lines[1] == {"prompt": "two words", "prompt_tokens_count": 2, "output_tokens_count": 8}
+    shorter = json.loads(write_requests(LoadPlan(PLAN.prompts, 8, forces_length=False)).splitlines()[1])
+    assert shorter == {"prompt": "two words", "prompt_tokens_count": 2}
+    assert options_of(PLAN)["--backend"]["max_tokens"] == 8
+
+
+def test_a_report_is_what_users_felt() -> None:
+    """Medians over requests, throughput over the whole time, and how many were good."""
+    load = read_report(report())
+    figures = load.measure(Goal(first_ms=100.0, per_token_ms=5.0))
+
+    assert load.failures == ("status 503",)
+    assert figures["ttft_ms"] == 75.0
+    assert figures["tpot_ms"] == 4.0
+    assert figures["tokens_per_s"] == 12.5
+    assert figures["prompt_tokens_per_s"] == 350.0
+    assert figures["goodput_per_s"] == 1.5
+    assert load.measure(None)["goodput_per_s"] is None
+
+
+@pytest.mark.parametrize("changes", [{"requests": {}}, {"duration": None}])
+def test_a_report_of_another_form_is_told_with_its_version(changes: dict[str, Any]) -> None:
+    """Not a traceback: the tool's next minor may write it differently."""
+    with pytest.raises(LoadError, match=r"the report of guidellm 0\.8\.1 is not as expected"):
+        read_report(report(**changes))
+
+
+def test_a_row_has_medians_over_runs_and_their_spread() -> None:
+    """Where nothing was answered there is no figure, and what failed is counted."""
+    loads = [
+        Load(read_report(report()).felt, (), seconds, memory_mib=mib)
+        for seconds, mib in ((2.0, 100.0), (4.0, 300.0), (8.0, 200.0))
+    ]
+    row = summarise(loads, None)
+
+    assert (row["runs"], row["requests"], row["failed"]) == (3, 12, 0)
+    assert row["tokens_per_s"] == 6.25
+    assert row["tokens_per_s_range"] == [3.125, 12.5]
+    assert row["memory_mib_range"] == [100.0, 300.0]
+    assert row["goodput_per_s"] is None
+    nothing = summarise([Load((), ("gone",), 1.0)], Goal(1.0, 1.0))
+    assert (nothing["failed"], nothing["ttft_ms"], nothing["goodput_per_s"]) == (1, None, 0.0)
+
+
+def test_the_table_shows_a_spread_only_where_there_is_one() -> None:
+    """One line for each system."""
+    row = summarise([Load(read_report(report()).felt, (), 2.0)], None)
+    several = summarise([Load(read_report(report()).felt, (), s) for s in (2.0, 4.0)], None)
+    rows = [{"system": "vllm", "rung": "d20", **row}, {"system": "app", "rung": "dense", **several}]
+    out = io.StringIO()
+    Console(file=out, width=200).print(make_table(rows))
+
+    lines = out.getvalue().splitlines()
+    assert any("vllm" in line and "12.5" in line and "to" not in line.split("d20")[1] for line in lines)
+    assert any("app" in line and "9.375 (6.25 to 12.5)" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sglang", "none of builtin, app, vllm, transformers, or vllm:RUNG"),
+        ("app:bold", "a rung is measured on vLLM's own server, as vllm:bold"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_name(text: str, message: str) -> None:
+    """Before anything starts."""
+    with pytest.raises(SystemNameError, match=message):
+        read_system(text)
+
+
+def test_a_rung_is_vllms_server_with_the_plugin() -> None:
+    """Stock vLLM gets nothing of ours; a rung gets scheduler and adapter, and says itself in each request."""
+    stock, _ = server_command(read_system("vllm"), MODEL, 7)
+    rung = read_system("vllm:d20")
+    ours, environment = server_command(rung, MODEL, 7)
+
+    assert not any("sentei" in word for word in stock)
+    assert [word for word in ours if word not in stock] == [
+        "--no-async-scheduling",
+        "--scheduler-cls",
+        "sentei.serving.vllm.scheduler.SenteiScheduler",
+        "--additional-config",
+        '{"sentei": {"engine": "bench", "adapter": "/adapters/m"}}',
+    ]
+    assert rung.body == {"vllm_xargs": {"sentei": "d20"}}
+    assert environment["OMP_NUM_THREADS"] == "2"
+    with pytest.raises(SystemNameError, match="a rung needs an adapter"):
+        server_command(rung, ModelUnderTest("m", "bfloat16", 1, 1, 1, 64, 128), 7)
+
+
+def test_transformers_serves_the_checkpoint_by_its_own_name() -> None:
+    """It knows no other name."""
+    system = System("transformers")
+
+    assert "--continuous-batching" in server_command(system, MODEL, 7)[0]
+    assert not system.forces_length  # its API refuses `ignore_eos`
+    assert served_name(system, MODEL) == "/models/m"
+    assert served_name(System("app"), MODEL) == "bench"
+
+
+def test_the_app_is_dense_alone_and_keeps_everything_in_its_folder(tmp_path: Path) -> None:
+    """Its settings are ones that the app knows."""
+    from sentei.serving.settings import AppArgs
+
+    options = AppArgs.model_validate(app_config(System("app"), MODEL, tmp_path))
+
+    assert options.engine == "vllm"
+    assert options.store_url == f"sqlite:///{tmp_path / 'store.db'}"
+    assert AppArgs.model_validate(app_config(System("builtin"), MODEL, tmp_path)).engine == "builtin"
+
+
+def test_a_load_that_does_not_run_is_told_with_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the tool is not there, too."""
+    monkeypatch.setattr("sentei.pipeline.measure.load.MODULE", "no_such_tool")
+
+    with pytest.raises(LoadError, match=r"guidellm ended with 1 and said .*No module named no_such_tool"):
+        run_load(PLAN, "http://h:1", "m", tmp_path)
+
+
+class Words:
+    """A tokenizer of words."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[str]]:
+        return {"input_ids": text.split()}
+
+    def decode(self, ids: list[str]) -> str:
+        """The words again."""
+        return " ".join(ids)
+
+
+def test_prompts_share_no_text_and_come_in_a_drawn_order() -> None:
+    """Each has the length that was asked for, in each run; the same seed gives the same."""
+    runs = plan_prompts(Words(), [50, 100, 200], runs=2, seed=1)
+
+    assert [sorted(prompt.tokens for prompt in run) for run in runs] == [[50, 100, 200]] * 2
+    texts = [prompt.text for run in runs for prompt in run]
+    assert len(set(texts)) == 6
+    assert runs == plan_prompts(Words(), [50, 100, 200], runs=2, seed=1)
+    assert runs != plan_prompts(Words(), [50, 100, 200], runs=2, seed=2)
+    short = runs[0][0].shortened()
+    assert short.tokens == runs[0][0].tokens // 10
+    assert not runs[0][0].text.startswith(short.text)

@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 VOCAB = 256
 RUNGS = {"mild": 0.01, "bold": 0.05}
 # Seeds under which no step of a test's prompts has two best tokens that rounding alone would tell apart.
-SEEDS = {"llama": 0, "gemma": 1}
+SEEDS = {"llama": 0, "gemma": 1, "bytes": 0}
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,12 @@ class Tiny:
 
 
 def make_tiny(folder: Path, *, kind: str = "llama") -> Tiny:
-    """Three layers whose attention is peaked enough that rungs drop blocks; `gemma` has sliding ones."""
+    """Three layers whose attention is peaked enough that rungs drop blocks.
+
+    `gemma` has sliding ones; `bytes` is the Llama with a score of single keys, in 8 bits where that is built.
+    """
     torch.manual_seed(SEEDS[kind])
-    model = _llama() if kind == "llama" else _gemma()
+    model = _gemma() if kind == "gemma" else _llama()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "q_proj" in name or "k_proj" in name:
@@ -44,14 +47,17 @@ def make_tiny(folder: Path, *, kind: str = "llama") -> Tiny:
             if "q_norm" in name or "k_norm" in name:  # Gemma's norms would take the factor out again
                 weight.fill_(2.0)
     model.save_pretrained(folder)
-    adapter = new_adapter(model, "tiny", rank=16, pool_tokens=16)
+    if kind == "bytes":
+        adapter = new_adapter(model, "tiny", form="low_rank", rank=16, pool_tokens=1)
+    else:
+        adapter = new_adapter(model, "tiny", rank=16, pool_tokens=16)
     generator = torch.Generator().manual_seed(1)
     for scorer in adapter.scorers.values():
         for weight in (scorer.query_map, scorer.distance_bias):
             weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
     ladder = uncalibrated_ladder(adapter, RUNGS)
     dense, mild, bold = ladder.rungs
-    rungs = (dense, replace(mild, break_even_tokens=192), bold)
+    rungs = (dense, replace(mild, break_even_tokens=192, decode_break_even_tokens={1: 400}), bold)
     adapter = adapter.with_ladder(replace(ladder, rungs=rungs, query_block_tokens=16))
     return Tiny(model, save_adapter(adapter, folder / "adapter"), folder)
 

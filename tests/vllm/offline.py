@@ -50,19 +50,31 @@ class Offline:
         self, prompts: Sequence[Sequence[int]], asked: Sequence[Asked], num_tokens: int = NUM_TOKENS
     ) -> list[Answer]:
         """Run all requests at once."""
-        from vllm import SamplingParams
-
-        params = [
-            SamplingParams(
-                temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False,
-                extra_args=wish.to_extra_args(),
-            )
-            for wish in asked
-        ]  # fmt: skip
+        params = [_params(wish, num_tokens) for wish in asked]
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False
         )
         return [Answer(tuple(o.outputs[0].token_ids), o.num_cached_tokens) for o in outputs]
+
+    def answer_while_some_leave(
+        self,
+        prompts: Sequence[Sequence[int]],
+        asked: Sequence[Asked],
+        leaving: dict[int, int],
+        num_tokens: int = NUM_TOKENS,
+    ) -> dict[int, tuple[int, ...]]:
+        """Run all at once; `leaving` says after which step one is aborted. Answers of those that stay."""
+        engine = self.llm.llm_engine
+        for i, (ids, wish) in enumerate(zip(prompts, asked, strict=True)):
+            engine.add_request(str(i), {"prompt_token_ids": list(ids)}, _params(wish, num_tokens))
+        found, step = {}, 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    found[int(output.request_id)] = tuple(output.outputs[0].token_ids)
+            step += 1
+            engine.abort_request([str(i) for i, after in leaving.items() if after == step])
+        return found
 
     def forget(self) -> None:
         """Empty the prefix cache."""
@@ -75,6 +87,15 @@ class Offline:
     def close(self) -> None:
         """Let go of the engine."""
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def _params(wish: Asked, num_tokens: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False,
+        extra_args=wish.to_extra_args(),
+    )  # fmt: skip
 
 
 def make_prompts(lengths: Sequence[int], vocab: int = VOCAB) -> list[tuple[int, ...]]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sentei.kernels.hf.ladder import Rung
+from sentei.kernels.hf.ladder import NEVER, Ladder, Rung
 from sentei.serving.engine.attention_use import LayerUse
 from sentei.serving.engine.request import Sampling
 from sentei.serving.vllm.asked import Asked, read_asked
 from sentei.serving.vllm.meter import TICKETS_KEPT, Use, UseMeter
-from sentei.serving.vllm.plan import Part, StepPlan, plan_step
+from sentei.serving.vllm.options import LADDER_FILE, EngineOptions
+from sentei.serving.vllm.plan import Part, StepPlan, measured_rows, plan_step
+from sentei.serving.vllm.state import steps_of_batch
 
 DENSE, BOLD = Rung("dense"), Rung("bold", break_even_tokens=256)
 
@@ -81,6 +85,69 @@ def test_single_tokens_open_at_the_break_even() -> None:
 
     assert spans(plan.dense) == [(250, 255)]
     assert spans(plan.singles)[0] == (255, 256)
+
+
+def test_a_decode_step_has_a_break_even_of_its_own() -> None:
+    """As on the built-in engine: calibration measures it apart from that of a prompt."""
+    rung = replace(BOLD, decode_break_even_tokens={1: 512})
+    plan = plan_of(part(508, 514, rung), part(600, 700, rung, 1, 6), end=500)
+
+    assert spans(plan.dense) == [(508, 511)]
+    assert [p.first for p in plan.singles[:4]] == [511, 512, 513, 600]
+    assert plan_of(part(0, 500, rung), end=500).prompts
+    assert not plan_of(part(2000, 2001, replace(rung, decode_break_even_tokens={1: NEVER})), end=500).singles
+
+
+def test_steps_have_the_break_even_of_the_most_that_run_at_once() -> None:
+    """Whoever is in the step: else an answer would depend on its company."""
+    timed = replace(BOLD, decode_break_even_tokens={1: NEVER, 8: 2048})
+    ladder = Ladder((DENSE, timed, replace(BOLD, id="mild")), ())
+
+    alone, many = (steps_of_batch(ladder, batch).rungs[1] for batch in (4, 16))
+    untimed = steps_of_batch(ladder, 16).rungs[2]
+
+    assert not alone.covers_step(8000)
+    assert many.covers_step(2048)
+    assert not many.covers_step(2047)
+    assert untimed.covers_step(256)
+
+
+def test_the_scheduler_learns_from_the_ladder_what_was_verified(tmp_path: Path) -> None:
+    """By rung, where it is known; an engine without an adapter has nothing to know."""
+    rungs = (DENSE, replace(BOLD, verified_tokens=800), replace(BOLD, id="mild"))
+    folder = tmp_path / LADDER_FILE
+    folder.write_text(json.dumps(Ladder(rungs, (), 16).to_dict()), encoding="utf-8")
+
+    options = EngineOptions("e", str(tmp_path))
+
+    assert options.verified_tokens() == {"bold": 800}
+    assert options.query_block_tokens() == 16
+    assert EngineOptions("e").verified_tokens() == {}
+    assert EngineOptions("e").query_block_tokens() == 1
+
+
+def test_what_is_longer_than_was_verified_is_dense() -> None:
+    """A prompt as a whole, wherever it is cut; an answer from the token on that nobody looked at."""
+    rung = replace(BOLD, verified_tokens=800)
+
+    assert plan_of(part(0, 512, rung), end=801).thins_nothing
+    assert plan_of(part(0, 512, rung), end=800).prompts
+    plan = plan_of(part(798, 802, rung), end=700)
+    assert spans(plan.singles) == [(798, 799), (799, 800)]
+    assert spans(plan.dense) == [(800, 802)]
+
+
+def test_measured_rows_are_the_prompts_last_and_some_of_the_answers() -> None:
+    """However the sequence is cut; parts take those among their own positions along."""
+    where = {"closing": 100, "end": 100, "served": 64}
+    whole = measured_rows(0, 164, **where)
+
+    assert whole == (*range(84, 100), *range(100, 164, 4))
+    assert measured_rows(0, 90, **where) + measured_rows(90, 164, **where) == whole
+    assert measured_rows(0, 101, closing=64, end=100, served=1) == (*range(48, 64), 100)
+    plan = plan_of(replace(part(250, 300), measured=(260, 270, 290)), end=280)
+    assert [p.measured for p in plan.prompts] == [(260, 270)]
+    assert [p.first for p in plan.singles if p.measured] == [290]
 
 
 def test_causal_blocks_are_those_of_a_mask() -> None:
@@ -172,7 +239,7 @@ def test_a_density_weighs_pieces_by_their_blocks() -> None:
     meter = UseMeter()
     meter.note_blocks("a", 3, kept=10, causal=10, is_single=False)
     meter.note_blocks("a", 3, kept=15, causal=90, is_single=False)
-    meter.note_dense("a", 3, causal=8, is_single=True)
+    meter.note_dense(3, [("a", 8.0, True)])
 
     use = meter.take("a")
 
@@ -181,6 +248,23 @@ def test_a_density_weighs_pieces_by_their_blocks() -> None:
     assert (use.attention.sparse_calls, use.attention.dense_calls) == (2, 1)
     assert Use.from_dict(use.to_dict()) == use
     assert meter.read("a") == Use()
+
+
+def test_what_is_measured_beside_a_step_costs_nobody() -> None:
+    """A replay's dropped mass needs all keys: that is no part of what the rung takes."""
+    clock = Clock()
+    meter = UseMeter(clock)
+
+    meter.begin_step()
+    meter.set_rows({"a": 1})
+    with meter.unpaid():
+        clock.now_s = 3.0
+    meter.note_dropped("a", [0.1, 0.0])
+    clock.now_s = 4.0
+    meter.end_step()
+
+    assert meter.read("a").compute_s == pytest.approx(1.0)
+    assert Use.from_dict(meter.take("a").to_dict()).dropped_mass == (0.1, 0.0)
 
 
 def test_accounts_that_nobody_asks_for_are_forgotten() -> None:

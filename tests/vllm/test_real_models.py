@@ -20,8 +20,9 @@ from tests.vllm.conftest import RUNGS, Tiny
 from tests.vllm.offline import Offline, answer_builtin
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(1500)]
-LENGTHS = (7, 64, 130, 517, 900, 1300)
+LENGTHS = (7, 64, 130, 517, 895, 1300)  # the answer to 895 needs another page
 NUM_TOKENS = 12
+Wanted = dict[tuple[int, str], tuple[int, ...]]
 MODELS = ("pocket", "smollm2-135m", "gemma-3-270m")
 
 
@@ -52,6 +53,15 @@ def prompts(loaded: LoadedModel) -> list[tuple[int, ...]]:
 
 
 @pytest.fixture(scope="module")
+def wanted(model: Tiny, prompts: list[tuple[int, ...]]) -> Wanted:
+    """The built-in engine's answers by prompt and rung."""
+    rungs = ("dense", *RUNGS)
+    return {
+        (i, rung): answer_builtin(model, p, rung, NUM_TOKENS) for i, p in enumerate(prompts) for rung in rungs
+    }
+
+
+@pytest.fixture(scope="module")
 def engine(model: Tiny) -> Iterator[Offline]:
     """Room for 16 of 64 requests at a time, prompts in pieces of 512 tokens."""
     started = Offline(
@@ -62,15 +72,73 @@ def engine(model: Tiny) -> Iterator[Offline]:
 
 
 def test_mixed_requests_have_the_builtin_engines_tokens(
-    engine: Offline, model: Tiny, prompts: list[tuple[int, ...]]
+    engine: Offline, wanted: Wanted, prompts: list[tuple[int, ...]]
 ) -> None:
     """Dense and two rungs in one batch, in pieces, most of them with pages of the prefix cache."""
     jobs = [(i % len(prompts), ("dense", "mild", "bold")[i // len(prompts) % 3]) for i in range(64)]
-    wanted = {job: answer_builtin(model, prompts[job[0]], job[1], NUM_TOKENS) for job in sorted(set(jobs))}
 
     found = engine.answer([prompts[i] for i, _ in jobs], [Asked(rung) for _, rung in jobs], NUM_TOKENS)
 
     assert [answer.ids for answer in found] == [wanted[job] for job in jobs]
+
+
+@pytest.mark.parametrize("chunk", [64, 200, 512])
+def test_pieces_of_a_prompt_change_nothing(
+    engine: Offline, wanted: Wanted, prompts: list[tuple[int, ...]], chunk: int
+) -> None:
+    """Three sizes, none of them found in the prefix cache."""
+    engine.forget()
+    found = engine.answer(prompts, [Asked("bold", chunk_tokens=chunk)] * len(prompts), NUM_TOKENS)
+
+    assert [answer.ids for answer in found] == [wanted[i, "bold"] for i in range(len(prompts))]
+
+
+def test_an_answer_goes_on_behind_sent_tokens(
+    engine: Offline, wanted: Wanted, prompts: list[tuple[int, ...]]
+) -> None:
+    """They come as a prompt, and choose as the answer that they are."""
+    sent = [wanted[i, "bold"][:5] for i in range(len(prompts))]
+    longer = [(*prompt, *ids) for prompt, ids in zip(prompts, sent, strict=True)]
+    asked = [Asked("bold", prompt_tokens=len(prompt)) for prompt in prompts]
+
+    found = engine.answer(longer, asked, NUM_TOKENS - 5)
+
+    assert [answer.ids for answer in found] == [wanted[i, "bold"][5:] for i in range(len(prompts))]
+
+
+def test_others_do_not_notice_who_leaves(
+    engine: Offline, wanted: Wanted, prompts: list[tuple[int, ...]]
+) -> None:
+    """Two are aborted, one in its prompt and one in its answer."""
+    engine.forget()
+    jobs = [(i, rung) for rung in ("bold", "mild") for i in range(len(prompts))]
+
+    found = engine.answer_while_some_leave(
+        [prompts[i] for i, _ in jobs], [Asked(rung) for _, rung in jobs], {5: 1, 2: 6}, NUM_TOKENS
+    )
+
+    assert len(found) == len(jobs) - 2
+    assert all(ids == wanted[jobs[i]] for i, ids in found.items())
+
+
+def test_preempted_requests_resume_as_if_they_had_not_been(
+    model: Tiny, wanted: Wanted, prompts: list[tuple[int, ...]]
+) -> None:
+    """Answers outgrow a cache that holds their prompts: some lose their pages and compute them again."""
+    config = model.model.config.get_text_config()
+    page = 64 * 2 * 4 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    one = next(i for i, prompt in enumerate(prompts) if len(prompt) == 895)
+    small = Offline(
+        model, f"small-{model.folder.name}", max_model_len=1024, max_num_batched_tokens=512,
+        kv_cache_memory_bytes=page * 45, enable_prefix_caching=False,
+    )  # fmt: skip
+    try:
+        found = small.answer([prompts[one]] * 3, [Asked("bold")] * 3, NUM_TOKENS)
+
+        assert small.num_preemptions() > 0
+        assert [answer.ids for answer in found] == [wanted[one, "bold"]] * 3
+    finally:
+        small.close()
 
 
 def test_dense_has_the_tokens_of_transformers(

@@ -130,6 +130,28 @@ async def test_a_replay_equals_the_builtin_engines(
     assert found.compute_s > 0
 
 
+async def test_a_replay_measures_the_mass_that_its_rung_dropped(
+    server: VllmServer, pocket: tuple[Any, Any], prompts: list[tuple[int, ...]]
+) -> None:
+    """As on the built-in engine: rows of the answer and the prompt's last, all heads and layers."""
+    loaded, adapter = pocket
+    ids = (*prompts[2], *prompts[0][:NUM_TOKENS])
+    request = ScoreRequest("mass", ids, len(prompts[2]), "bold", served_chunk_tokens=1)
+    with retrofit(loaded.model, adapter) as handle:
+        wanted = ModelRunner(loaded.model, handle).score(request)
+
+    found = await server.score(request)
+    dense = await server.score(replace(request, request_id="mass-dense", rung_id="dense"))
+
+    rows = 16 + NUM_TOKENS - 1  # the last served token is not fed here
+    heads = loaded.model.config.num_attention_heads * len(adapter.scorers)
+    assert len(found.dropped_mass) == rows * heads
+    mean, expected = (sum(x.dropped_mass) / len(x.dropped_mass) for x in (found, wanted))
+    assert expected > 0.005
+    assert mean == pytest.approx(expected, rel=0.1)
+    assert dense.dropped_mass == ()
+
+
 async def test_a_stream_that_moves_draws_on(server: VllmServer, prompts: list[tuple[int, ...]]) -> None:
     """Token i depends on the seed and i alone, on either engine; log-probabilities come when asked for."""
     drawn = EngineRequest(

@@ -15,7 +15,10 @@ from sentei.kernels.ops.errors import BackendError
 
 SOURCE = Path(__file__).with_name("programs.cpp")
 # What the one text to compile is made of.
-PARTS = (SOURCE, *(SOURCE.with_name(part) for part in ("rows.h", "byte_scores.h", "paged.hpp")))
+PARTS = (
+    SOURCE,
+    *(SOURCE.with_name(part) for part in ("rows.h", "byte_scores.h", "paged.hpp", "page_scores.h")),
+)
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17")
 
 

@@ -1,15 +1,12 @@
 // Decode over the pages of a KV cache, scoring included: part of programs.cpp, whose vectors and rows it uses.
 //
-// Each row is one query token of one sequence. A page holds one key block: keys [D, block], so that lanes are tokens,
-// values [block, D], and the features of its pools [pools, E]. Sink and own block are measured exactly, every other
-// block is scored, and those whose share of the attention passes the row's threshold are read.
+// A page holds one key block: keys [D, block], so that lanes are tokens, and values [block, D]. In decode each row is
+// one query token of one sequence: sink and own block are measured exactly, every other block is scored, and those whose
+// share of the attention passes the row's threshold are read. Prefill reads the blocks of a mask.
 
 namespace {
 
-struct Paged {
-  int64_t rows, Hq, Hkv, D, E, block, pools, table_width, num_bias;
-  int64_t q_row, q_h, f_row, f_h, k_page, k_h, v_page, v_h, p_page, p_h, o_row, o_h;  // strides
-};
+#include "page_scores.h"
 
 // s[M, W * VL] = q[M, D] * keys[D, .], lanes are tokens
 template <int M, int W, class S>
@@ -30,16 +27,22 @@ inline void dot_dims(int64_t D, const float* q, const S* keys, int64_t ldk, floa
     for (int w = 0; w < W; ++w) store(s + r * lds + w * VL, x[r][w]);
 }
 
+// Where a query token lies in the batch, which sequence of the tables is its own, and which row of the thresholds.
+struct PagedRow {
+  int64_t token, sequence, position, cut;
+};
+
 // What one thread needs for the heads of one KV group, `some` of which read a block.
 struct PagedScratch {
-  std::vector<float> q, s, o, top, total, fade, logits, far;
+  std::vector<float> q, s, o, top, total, fade, logits, features, row, forced;
   std::vector<float> some_q, some_o, pool_scores;
   std::vector<int> some;
   std::vector<uint8_t> keep;
+  std::vector<int64_t> read;  // pages that some head wants
   PagedScratch(const Paged& p, int64_t heads)
       : q(heads * p.D), s(heads * p.block), o(heads * p.D), top(heads), total(heads), fade(heads),
-        logits(heads * up(p.table_width, VL)), far(up(p.table_width, VL)), some_q(heads * p.D), some_o(heads * p.D),
-        pool_scores(heads * std::max(p.pools, int64_t(1))), keep(heads * p.table_width) {}
+        logits(heads * up(p.table_width, VL)), features(heads * p.E), row(2 * p.D), forced(heads), some_q(heads * p.D),
+        some_o(heads * p.D), pool_scores(heads * std::max(p.pools, int64_t(1))), keep(heads * p.table_width) {}
 };
 
 // Online softmax of the heads in w.some over the first n tokens of one page.
@@ -78,46 +81,43 @@ void read_page(const Paged& p, PagedScratch& w, const S* keys, const S* values, 
   for (int i = 0; i < num; ++i) std::memcpy(&w.o[w.some[i] * p.D], &w.some_o[i * p.D], sizeof(float) * p.D);
 }
 
-// Marks in w.keep [heads, width] the blocks 1 .. own - 1 whose share passes; false where a score is NaN.
-inline bool choose(const Paged& p, PagedScratch& w, int heads, int64_t own, const float* features, const float* pooled,
-                   const int32_t* table, const float* cut, const float* bias, float log_pool) {
+// Marks in w.keep [heads, width] the blocks 1 .. own - 1 whose share passes, and lists them in w.read; false where a
+// score is NaN.
+inline bool choose(const Paged& p, PagedScratch& w, int heads, int64_t own, const float* pooled, const uint32_t* bytes,
+                   const float* steps, const int32_t* table, const float* cut, const float* bias, float log_pool) {
   const int64_t wide = up(p.table_width, VL), end = up(own, VL);
+  w.read.clear();
+  if (own < 2) return true;
   std::fill(w.logits.begin(), w.logits.end(), -INF);
-  for (int64_t j = 1; j < own; ++j) {
-    const float* page = pooled + table[j] * p.p_page;
-    const float* next = j + 1 < own ? pooled + table[j + 1] * p.p_page : page;
-    by_rows<4>(heads, [&](int r, auto m) {
-      dot_rows<m>(p.pools, p.E, features + r * p.f_h, p.f_h, page, p.E, &w.pool_scores[r * p.pools], p.pools, next,
-                  p.E);
-    });
-    for (int g = 0; g < heads; ++g) {
-      const float* s = &w.pool_scores[g * p.pools];
-      float top = s[0], sum = 0.0f;
-      for (int64_t i = 1; i < p.pools; ++i) top = std::fmax(top, s[i]);
-      if (p.pools == 1) {
-        w.logits[g * wide + j] = s[0] + log_pool;
-        continue;
-      }
-      for (int64_t i = 0; i < p.pools; ++i) sum += std::exp(s[i] - top);
-      w.logits[g * wide + j] = top + std::log(sum) + log_pool;
-    }
-  }
+  for (int g = 0; g < heads; ++g) w.forced[g] = w.top[g] + std::log(w.total[g]);
+  score_pages(p, heads, own, w.features.data(), pooled, bytes, steps, table, w.forced.data(), log_pool,
+              w.pool_scores.data(), w.logits.data(), wide);
   for (int g = 0; g < heads; ++g) {
     float* row = &w.logits[g * wide];
+    row[0] = -INF;
     for (int64_t j = 1; j < own; ++j) row[j] += bias[g * p.num_bias + own - j];
-    const float total = log_add(log_sum(row, end), w.top[g] + std::log(w.total[g]));
+    for (int64_t j = own; j < end; ++j) row[j] = -INF;
+    const float total = log_add(log_sum(row, end), w.forced[g]);
     if (std::isnan(total)) return false;
     for (int64_t j = 1; j < own; ++j) w.keep[g * p.table_width + j] = row[j] - total > cut[g];
   }
+  for (int64_t j = 1; j < own; ++j)
+    for (int g = 0; g < heads; ++g)
+      if (w.keep[g * p.table_width + j]) {
+        w.read.push_back(j);
+        break;
+      }
   return true;
 }
 
-// kept [rows, Hq] counts the blocks that were read; -1, and NaN for an output, where a score is NaN.
+// kept [rows, Hq] counts the blocks that were read, lse [rows, Hq] is of what they hold; -1 and NaN, also for an output,
+// where a score is NaN.
 template <class S>
-void decode_pages(const Paged& p, const S* q, const float* features, const S* keys, const S* values,
-                  const float* pooled, const int32_t* table, const int64_t* positions, const float* cut,
-                  const float* bias, S* out, int32_t* kept, float scale, float log_pool, int threads) {
-  const int64_t group = p.Hq / p.Hkv;
+void decode_pages(const Paged& p, const PagedRow* rows, const S* q, const S* keys, const S* values,
+                  const float* pooled, const uint32_t* bytes, const float* steps, const int32_t* tables,
+                  const float* cuts, const float* maps, const float* gains, const float* cos, const float* sin,
+                  const float* bias, S* out, float* lse, int32_t* kept, float scale, float log_pool, int threads) {
+  const int64_t group = p.Hq / p.Hkv, map = (p.is_residual ? p.D : 2 * p.D) * (p.E - (p.is_residual ? p.D : 0));
   // Heads of a group share what they load, unless that would leave threads without work.
   const int64_t heads = p.rows * p.Hkv >= threads ? group : 1, tasks = p.rows * p.Hq / heads;
 #pragma omp parallel num_threads(threads)
@@ -125,12 +125,16 @@ void decode_pages(const Paged& p, const S* q, const float* features, const S* ke
     PagedScratch w(p, heads);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t row = task * heads / p.Hq, h0 = task * heads % p.Hq, h_kv = h0 / group;
-      const int32_t* pages = table + row * p.table_width;
-      const int64_t own = positions[row] / p.block, last = positions[row] % p.block + 1;
-      const S *k0 = keys + h_kv * p.k_h, *v0 = values + h_kv * p.v_h;
+      const int64_t i = task * heads / p.Hq, h0 = task * heads % p.Hq, h_kv = h0 / group;
+      const PagedRow& row = rows[i];
+      const int32_t* pages = tables + row.sequence * p.table_width;
+      const int64_t own = row.position / p.block, last = row.position % p.block + 1;
+      const S *k0 = keys + h_kv * p.k_h, *v0 = values + h_kv * p.v_h, *q0 = q + row.token * p.q_t + h0 * p.q_h;
       for (int64_t g = 0; g < heads; ++g)
-        for (int64_t d = 0; d < p.D; ++d) w.q[g * p.D + d] = widen(q[row * p.q_row + (h0 + g) * p.q_h + d]) * scale;
+        for (int64_t d = 0; d < p.D; ++d) w.q[g * p.D + d] = widen(q0[g * p.q_h + d]) * scale;
+      if (own > 1)
+        encode_token(p, heads, q0, cos + row.position * p.D, sin + row.position * p.D, maps + h0 * map, gains + h0,
+                     w.row.data(), w.features.data());
       std::fill(w.o.begin(), w.o.end(), 0.0f);
       std::fill(w.top.begin(), w.top.end(), -INF);
       std::fill(w.total.begin(), w.total.end(), 0.0f);
@@ -143,42 +147,122 @@ void decode_pages(const Paged& p, const S* q, const float* features, const S* ke
       if (own > 0) read(0, p.block, own);
       read(own, last, own);
       const bool is_sound =
-          choose(p, w, int(heads), own, features + row * p.f_row + h0 * p.f_h, pooled + h_kv * p.p_h, pages,
-                 cut + row * p.Hq + h0, bias + h0 * p.num_bias, log_pool);
-      for (int64_t j = 1; j < own && is_sound; ++j) {
+          choose(p, w, int(heads), own, pooled + h_kv * p.pools * p.E, bytes + h_kv * p.cells * p.block,
+                 steps + h_kv * p.E, pages, cuts + row.cut * p.Hq + h0, bias + h0 * p.num_bias, log_pool);
+      for (size_t n = 0; n < w.read.size() && is_sound; ++n) {
+        const int64_t j = w.read[n];
         w.some.clear();
         for (int g = 0; g < heads; ++g)
           if (w.keep[g * p.table_width + j]) w.some.push_back(g);
-        if (!w.some.empty()) read(j, p.block, j + 1);
+        read(j, p.block, n + 1 < w.read.size() ? w.read[n + 1] : j);
       }
       for (int g = 0; g < heads; ++g) {
         const float share = is_sound ? 1.0f / w.total[g] : NAN;
+        lse[i * p.Hq + h0 + g] = is_sound ? w.top[g] + std::log(w.total[g]) : NAN;
         int32_t num = own > 0 ? 2 : 1;
         for (int64_t j = 1; j < own; ++j) num += w.keep[g * p.table_width + j];
-        kept[row * p.Hq + h0 + g] = is_sound ? num : -1;
+        kept[i * p.Hq + h0 + g] = is_sound ? num : -1;
         for (int64_t d = 0; d < p.D; ++d)
-          narrow(w.o[g * p.D + d] * share, out + row * p.o_row + (h0 + g) * p.o_h + d);
+          narrow(w.o[g * p.D + d] * share, out + row.token * p.o_t + (h0 + g) * p.o_h + d);
       }
     }
   }
+}
+
+// NR tokens of a page from token `at` on, `live` of them written: keys [D, block] and values [block, D] to the panels
+// of a prefill.
+template <class P, class S>
+void pack_page(const Prefill& p, const S* key, const S* value, int64_t at, int64_t live, typename P::Cell* keys,
+               typename P::Cell* values, int64_t apart) {
+  const int64_t block = p.block_k;
+  if (live < NR) {  // the end of a sequence: what lies past it may be anything
+    S k[NR * 256], v[NR * 256];
+    std::memset(k, 0, sizeof(S) * NR * p.D);
+    std::memset(v, 0, sizeof(S) * NR * p.D);
+    for (int64_t j = 0; j < live; ++j)
+      for (int64_t d = 0; d < p.D; ++d) {
+        k[j * p.D + d] = key[d * block + at + j];
+        v[j * p.D + d] = value[(at + j) * p.D + d];
+      }
+    P::pack_key_panel(k, p.D, 0, std::max(live, int64_t(0)), p.D, keys);
+    P::pack_value_rows(v, p.D, 0, std::max(live, int64_t(0)), p.D, values, apart);
+    return;
+  }
+  if constexpr (P::PER == 1) {
+    for (int64_t d = 0; d < p.D; ++d)
+      for (int64_t j = 0; j < NR; j += VL) store(keys + d * NR + j, load_wide(key + d * block + at + j));
+    for (int64_t d = 0; d < p.D; d += NR)
+      for (int64_t j = 0; j < NR; ++j)
+        for (int64_t c = 0; c < NR; c += VL)
+          store(values + d / NR * apart + j * NR + c, load_wide(value + (at + j) * p.D + d + c));
+  } else {
+    auto pair = [](const S* a, const S* b, typename P::Cell* to) {
+      halves x, y;
+      std::memcpy(&x, a, sizeof x);
+      std::memcpy(&y, b, sizeof y);
+      const words both = __builtin_convertvector(x, words) | __builtin_convertvector(y, words) << 16;
+      std::memcpy(to, &both, sizeof both);
+    };
+    for (int64_t d = 0; d < p.D; d += 2)
+      for (int64_t j = 0; j < NR; j += VL)
+        pair(key + d * block + at + j, key + (d + 1) * block + at + j, keys + d / 2 * NR + j);
+    for (int64_t d = 0; d < p.D; d += NR)
+      for (int64_t j = 0; j < NR; j += 2)
+        for (int64_t c = 0; c < NR; c += VL)
+          pair(value + (at + j) * p.D + d + c, value + (at + j + 1) * p.D + d + c,
+               values + d / NR * apart + j / 2 * NR + c);
+  }
+}
+
+// A prompt's rows against selected blocks of one sequence's pages: k_b and v_b are from page to page, B is 1.
+template <class P, class S>
+void prefill_pages(const Prefill& p, const S* q, const S* k, const S* v, const int32_t* table, const int32_t* counts,
+                   const int32_t* indices, S* out, float* lse, float scale, int threads) {
+  auto pack = [&](int64_t, int64_t h, int64_t t, auto* keys, auto* values, int64_t apart) {
+    const int64_t page = table[t / p.block_k];
+    pack_page<P>(p, k + page * p.k_b + h * p.k_h, v + page * p.v_b + h * p.v_h, t % p.block_k, p.Tk - t, keys, values,
+                 apart);
+  };
+  prefill_packed<P>(p, q, counts, indices, out, lse, scale, threads, pack);
 }
 
 }  // namespace
 
 extern "C" {
 
-void sentei_decode_pages_f32(const Paged* p, const float* q, const float* features, const float* keys,
-                             const float* values, const float* pooled, const int32_t* table, const int64_t* positions,
-                             const float* cut, const float* bias, float* out, int32_t* kept, float scale,
-                             float log_pool, int threads) {
-  decode_pages(*p, q, features, keys, values, pooled, table, positions, cut, bias, out, kept, scale, log_pool,
-               threads);
+#define SENTEI_DECODE_PAGES(NAME, S)                                                                                  \
+  void NAME(const Paged* p, const int64_t* rows, const S* q, const S* keys, const S* values, const float* pooled,     \
+            const uint32_t* bytes, const float* steps, const int32_t* tables, const float* cuts, const float* maps,   \
+            const float* gains, const float* cos, const float* sin, const float* bias, S* out, float* lse,            \
+            int32_t* kept, float scale, float log_pool, int threads) {                                                \
+    decode_pages(*p, (const PagedRow*)rows, q, keys, values, pooled, bytes, steps, tables, cuts, maps, gains, cos,    \
+                 sin, bias, out, lse, kept, scale, log_pool, threads);                                                \
+  }
+SENTEI_DECODE_PAGES(sentei_decode_pages_f32, float)
+SENTEI_DECODE_PAGES(sentei_decode_pages_bf16, uint16_t)
+
+#define SENTEI_ENCODE_PAGES(NAME, S, F)                                                                               \
+  void NAME(const Paged* p, int64_t n, const int64_t* pages, const int64_t* blocks, const S* keys, const float* maps, \
+            const float* cos, const float* sin, int64_t stride, F* pooled, uint32_t* bytes, float* steps,             \
+            int threads) {                                                                                            \
+    encode_pages(*p, n, pages, blocks, keys, maps, cos, sin, stride, pooled, bytes, steps, threads);                  \
+  }
+SENTEI_ENCODE_PAGES(sentei_encode_pages_f32_f32, float, float)
+SENTEI_ENCODE_PAGES(sentei_encode_pages_bf16_f32, uint16_t, float)
+SENTEI_ENCODE_PAGES(sentei_encode_pages_bf16_bf16, uint16_t, uint16_t)
+
+void sentei_prefill_pages_f32(const Prefill* p, const float* q, const float* k, const float* v, const int32_t* table,
+                              const int32_t* counts, const int32_t* indices, float* out, float* lse, float scale,
+                              int threads) {
+  prefill_pages<FullCells>(*p, q, k, v, table, counts, indices, out, lse, scale, threads);
 }
-void sentei_decode_pages_bf16(const Paged* p, const uint16_t* q, const float* features, const uint16_t* keys,
-                              const uint16_t* values, const float* pooled, const int32_t* table,
-                              const int64_t* positions, const float* cut, const float* bias, uint16_t* out,
-                              int32_t* kept, float scale, float log_pool, int threads) {
-  decode_pages(*p, q, features, keys, values, pooled, table, positions, cut, bias, out, kept, scale, log_pool,
-               threads);
+void sentei_prefill_pages_bf16(const Prefill* p, const uint16_t* q, const uint16_t* k, const uint16_t* v,
+                               const int32_t* table, const int32_t* counts, const int32_t* indices, uint16_t* out,
+                               float* lse, float scale, int threads) {
+#if defined(__AVX512BF16__)
+  prefill_pages<PairCells>(*p, q, k, v, table, counts, indices, out, lse, scale, threads);
+#else
+  prefill_pages<FullCells>(*p, q, k, v, table, counts, indices, out, lse, scale, threads);
+#endif
 }
 }

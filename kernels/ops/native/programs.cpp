@@ -12,7 +12,7 @@
 #include <limits>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -415,9 +415,10 @@ void attend_block(const Prefill& p, Scratch<P>& w, int rows, int64_t first, cons
   }
 }
 
-template <class P, class S>
-void prefill(const Prefill& p, const S* q, const S* k, const S* v, const int32_t* counts, const int32_t* indices,
-             S* out, float* lse, float scale, int threads) {
+// `pack(b, h_kv, t, keys, values)` lays NR keys and values from t on where the panels of one KV head want them.
+template <class P, class S, class Pack>
+void prefill_packed(const Prefill& p, const S* q, const int32_t* counts, const int32_t* indices, S* out, float* lse,
+                    float scale, int threads, Pack pack) {
   const int64_t Tp = up(p.Tk, p.block_k), Dp = up(p.Dv, NR), group = p.Hq / p.Hkv, cells = up(p.D, P::PER) / P::PER;
   std::vector<typename P::Cell> keys(Tp * cells), values(Tp / P::PER * Dp);
   const float size = std::fabs(scale), sign = scale < 0.0f ? -1.0f : 1.0f;
@@ -426,13 +427,9 @@ void prefill(const Prefill& p, const S* q, const S* k, const S* v, const int32_t
     Scratch<P> w(p.block_q, p.D, Dp);
     for (int64_t bh = 0; bh < p.B * p.Hkv; ++bh) {
       const int64_t b = bh / p.Hkv, h_kv = bh % p.Hkv;
-      const S* k0 = k + b * p.k_b + h_kv * p.k_h;
-      const S* v0 = v + b * p.v_b + h_kv * p.v_h;
 #pragma omp for schedule(static)
-      for (int64_t t = 0; t < Tp; t += NR) {
-        P::pack_key_panel(k0, p.k_t, t, p.Tk, p.D, keys.data() + t * cells);
-        P::pack_value_rows(v0, p.v_t, t, p.Tk, p.Dv, values.data() + t / P::PER * NR, Tp / P::PER * NR);
-      }
+      for (int64_t t = 0; t < Tp; t += NR)
+        pack(b, h_kv, t, keys.data() + t * cells, values.data() + t / P::PER * NR, Tp / P::PER * NR);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < p.num_q * group; ++task) {
         const int64_t i_q = p.num_q - 1 - task / group, h = h_kv * group + task % group;  // the longest first
@@ -453,6 +450,16 @@ void prefill(const Prefill& p, const S* q, const S* k, const S* v, const int32_t
       }
     }
   }
+}
+
+template <class P, class S>
+void prefill(const Prefill& p, const S* q, const S* k, const S* v, const int32_t* counts, const int32_t* indices,
+             S* out, float* lse, float scale, int threads) {
+  auto pack = [&](int64_t b, int64_t h, int64_t t, auto* keys, auto* values, int64_t apart) {
+    P::pack_key_panel(k + b * p.k_b + h * p.k_h, p.k_t, t, p.Tk, p.D, keys);
+    P::pack_value_rows(v + b * p.v_b + h * p.v_h, p.v_t, t, p.Tk, p.Dv, values, apart);
+  };
+  prefill_packed<P>(p, q, counts, indices, out, lse, scale, threads, pack);
 }
 
 typedef uint16_t halves __attribute__((vector_size(VL * 2)));

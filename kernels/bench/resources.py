@@ -61,14 +61,16 @@ class Row:
         return asdict(self)
 
 
-def read_resources(head_dims: tuple[int, ...] = HEAD_DIMS) -> Iterator[Row]:
-    """Compile every kernel for every target."""
+def read_resources(
+    head_dims: tuple[int, ...] = HEAD_DIMS, kernels: tuple[str, ...] = KERNELS
+) -> Iterator[Row]:
+    """Compile kernels for every target."""
     refusal = why_no_triton("cuda")
     if refusal is not None:
         raise RuntimeError(f"nothing to compile with: {refusal}")
     from sentei.kernels.ops.triton.compile import compile_launch
 
-    for kernel in KERNELS:
+    for kernel in kernels:
         for head_dim in head_dims if kernel not in HEADLESS else (0,):
             for target in TARGET_NAMES:
                 taken = asdict(compile_launch(make_launch(kernel, head_dim, target), target))

@@ -12,6 +12,7 @@ from sentei.pipeline.measure.records import LayerRecord
 
 # Log shares of blocks that the first stage left out lie below all others, and are still shares in fp32.
 LOWEST, FAR_BELOW = -30.0, 40.0
+TIE = 1e-3  # less than lies between two distances of some hundred blocks
 
 
 def local_needs(scorer: BlockScorer, record: LayerRecord, block_q: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,7 +21,9 @@ def local_needs(scorer: BlockScorer, record: LayerRecord, block_q: int) -> tuple
     own = record.starts // scorer.shape.block_tokens
     away = (own[:, None] - torch.arange(needs.shape[-1])).clamp_min(0).float()
     near = -torch.log1p(away).repeat_interleave(needs.shape[1] // len(own), dim=0)
-    return torch.where(torch.isinf(needs), needs, near), mass
+    # Blocks equally far away are told apart by chance, or a threshold would take all of them or none.
+    chance = torch.rand(needs.shape, generator=torch.Generator().manual_seed(0))
+    return torch.where(torch.isinf(needs), needs, near + TIE * chance), mass
 
 
 @dataclass(frozen=True, slots=True)

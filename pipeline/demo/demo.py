@@ -45,6 +45,7 @@ class DemoSize:
     fault_past_tokens: int
     attention: str
     max_rollout_s: float
+    think_share: float = 0.0  # of the answer's own time, added to the pause: longer where a machine is busy
     threads: int = 1
     dense_replicas: int = 1
     engine: str = "builtin"
@@ -223,7 +224,14 @@ def _run_story(
     prefix = f"{story.name}-{int(time.time())}"
     prompts = prompt_mix(bench.loaded.tokenizer, held_out, options=size.mix, seed=seed, prefix=prefix)
     model_name = short_name(bench.loaded.name)
-    driver = TrafficDriver(admin.url, model_name, prompts, clients=size.clients, think_s=size.think_s)
+    driver = TrafficDriver(
+        admin.url,
+        model_name,
+        prompts,
+        clients=size.clients,
+        think_s=size.think_s,
+        think_share=size.think_share,
+    )
     with driver as traffic:
         time.sleep(LEAD_S)
         started = time.monotonic()

@@ -106,11 +106,18 @@ class TrafficDriver:
     """A fixed number of clients in a thread of their own; each sends its next session when the last ends."""
 
     def __init__(
-        self, url: str, model: str, prompts: Iterator[Prompt], *, clients: int = 2, think_s: float = 0.0
+        self,
+        url: str,
+        model: str,
+        prompts: Iterator[Prompt],
+        *,
+        clients: int = 2,
+        think_s: float = 0.0,
+        think_share: float = 0.0,
     ) -> None:
         self.totals = TrafficTotals()
         self._url, self._model, self._prompts, self._clients = url, model, prompts, clients
-        self._think_s = think_s
+        self._think_s, self._think_share = think_s, think_share
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sentei-traffic", daemon=True)
@@ -133,11 +140,12 @@ class TrafficDriver:
     async def _client(self, client: httpx.AsyncClient) -> None:
         while not self._stopping.is_set():
             prompt = await asyncio.to_thread(self._next)
+            began_s = time.perf_counter()
             try:
                 await self._send(client, prompt)
             except (httpx.HTTPError, ValueError) as error:
                 self.totals.add_failure(f"{type(error).__name__}: {error}")
-            await asyncio.sleep(self._think_s)
+            await asyncio.sleep(self._think_s + self._think_share * (time.perf_counter() - began_s))
 
     def _next(self) -> Prompt:
         with self._lock:

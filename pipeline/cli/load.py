@@ -53,6 +53,9 @@ def bench_serving(
     threads: Annotated[int, typer.Option(help="Cores of each server.", min=1)] = 2,
     kv_cache_mib: Annotated[int, typer.Option(help="Keys and values of a vLLM engine.", min=64)] = 2048,
     step_tokens: Annotated[int, typer.Option(help="Tokens of one step of vLLM.", min=128)] = 2048,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Let vLLM compile: a minute or two at each start.")
+    ] = True,
     timeout_s: Annotated[float, typer.Option(help="Longest silence in a stream.")] = 900.0,
     seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
@@ -88,6 +91,7 @@ def bench_serving(
         kv_cache_mib=kv_cache_mib,
         step_tokens=step_tokens,
         adapter=adapter if adapter.is_dir() else None,
+        is_compiled=compiled,
     )
     for one in systems:
         output.say(f"{one}: starts")

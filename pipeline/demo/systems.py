@@ -71,6 +71,7 @@ class ModelUnderTest:
     kv_cache_mib: int
     step_tokens: int
     adapter: Path | None = None
+    is_compiled: bool = True  # by vLLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,7 @@ def app_config(system: System, model: ModelUnderTest, folder: Path) -> dict[str,
             "max_running": model.max_running,
             "step_tokens": model.step_tokens,
             "kv_cache_mib": model.kv_cache_mib,
+            "compile": model.is_compiled,
         },
         "store_url": f"sqlite:///{folder / 'store.db'}",
         "mlflow_uri": "off",
@@ -159,6 +161,8 @@ def server_command(system: System, model: ModelUnderTest, port: int) -> tuple[li
         "--max-num-batched-tokens", str(model.step_tokens),
         "--kv-cache-memory-bytes", str(model.kv_cache_mib << 20), "--block-size", str(PAGE_TOKENS),
     ]  # fmt: skip
+    if not model.is_compiled:
+        command.append("--enforce-eager")
     if system.rung != DENSE:
         command += [*PLUGIN, "--additional-config", plugin_config(model)]
     environment = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,8 @@ def test_a_rung_is_vllms_server_with_the_plugin() -> None:
     ours, environment = server_command(rung, MODEL, 7)
 
     assert not any("sentei" in word for word in stock)
+    eager, _ = server_command(read_system("vllm"), replace(MODEL, is_compiled=False), 7)
+    assert eager == [*stock, "--enforce-eager"]
     assert [word for word in ours if word not in stock] == [
         "--no-async-scheduling",
         "--scheduler-cls",

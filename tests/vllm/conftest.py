@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,14 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 VOCAB = 256
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure() -> None:
+    """Let vLLM's sockets end with the process: no mark of a test reaches what is found after the last one."""
+    warnings.filterwarnings("ignore", "Unclosed context", ResourceWarning)
+
+
 RUNGS = {"mild": 0.01, "bold": 0.05}
 # Seeds under which no step of a test's prompts has two best tokens that rounding alone would tell apart.
 SEEDS = {"llama": 0, "gemma": 1, "bytes": 0}

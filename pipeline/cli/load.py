@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -113,7 +114,7 @@ def measure_system(
     from sentei.pipeline.measure.load import run_load
 
     loads = []
-    with start(system, model, folder) as running:
+    with ending_in_order(), start(system, model, folder) as running:
         plans = [replace(plan, body=system.body, forces_length=system.forces_length) for plan in plans]
         first = replace(plans[0], prompts=(plans[0].prompts[0].shortened(),), rate_per_s=None)
         run_load(first, running.url, running.model, folder / "warm-up")
@@ -122,6 +123,20 @@ def measure_system(
                 load = run_load(plan, running.url, running.model, folder / f"run-{i}")
             loads.append(replace(load, memory_mib=peak()))
     return loads
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """Let SIGTERM end the `with` blocks inside, and with them a server that would live on by itself."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager

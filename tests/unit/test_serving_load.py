@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sentei.pipeline.cli.load import make_table
+from sentei.pipeline.cli.load import ending_in_order, make_table
 from sentei.pipeline.demo.systems import (
     ModelUnderTest,
     System,
@@ -216,6 +218,26 @@ def test_a_load_that_does_not_run_is_told_with_its_last_words(
 
     with pytest.raises(LoadError, match=r"guidellm ended with 1 and said .*No module named no_such_tool"):
         run_load(PLAN, "http://h:1", "m", tmp_path)
+
+
+def test_a_terminated_bench_ends_what_it_started() -> None:
+    """SIGTERM leaves through the `with` blocks; before and behind them it is what it was."""
+    previous, steps = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with ending_in_order():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                steps.append("not reached")
+            finally:
+                steps.append("ended")
+
+    with pytest.raises(SystemExit) as ended:
+        work()
+
+    assert ended.value.code == 143
+    assert steps == ["ended"]
+    assert signal.getsignal(signal.SIGTERM) is previous
 
 
 class Words:

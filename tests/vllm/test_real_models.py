@@ -121,6 +121,20 @@ def test_others_do_not_notice_who_leaves(
     assert all(ids == wanted[jobs[i]] for i, ids in found.items())
 
 
+def test_dense_has_the_tokens_of_transformers(
+    engine: Offline, model: Tiny, prompts: list[tuple[int, ...]]
+) -> None:
+    """`generate` of the bare model, greedy."""
+    found = engine.answer(prompts, [Asked("dense")] * len(prompts), NUM_TOKENS)
+
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        sizes = {"max_new_tokens": NUM_TOKENS, "min_new_tokens": NUM_TOKENS}
+        wanted = model.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **sizes)
+        assert answer.ids == tuple(wanted[0, len(prompt) :].tolist())
+
+
+# The last of a model's tests: an engine that ends takes the process groups of the other one with it.
 def test_preempted_requests_resume_as_if_they_had_not_been(
     model: Tiny, wanted: Wanted, prompts: list[tuple[int, ...]]
 ) -> None:
@@ -139,16 +153,3 @@ def test_preempted_requests_resume_as_if_they_had_not_been(
         assert [answer.ids for answer in found] == [wanted[one, "bold"]] * 3
     finally:
         small.close()
-
-
-def test_dense_has_the_tokens_of_transformers(
-    engine: Offline, model: Tiny, prompts: list[tuple[int, ...]]
-) -> None:
-    """`generate` of the bare model, greedy."""
-    found = engine.answer(prompts, [Asked("dense")] * len(prompts), NUM_TOKENS)
-
-    for prompt, answer in zip(prompts, found, strict=True):
-        ids = torch.tensor([prompt])
-        sizes = {"max_new_tokens": NUM_TOKENS, "min_new_tokens": NUM_TOKENS}
-        wanted = model.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **sizes)
-        assert answer.ids == tuple(wanted[0, len(prompt) :].tolist())

@@ -141,15 +141,19 @@ def test_preempted_requests_resume_as_if_they_had_not_been(
     """Answers outgrow a cache that holds their prompts: some lose their pages and compute them again."""
     config = model.model.config.get_text_config()
     page = 64 * 2 * 4 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        pytest.skip(
+            "layers with a window give pages back: no cache that holds one answer was found too small for six"
+        )
     one = next(i for i, prompt in enumerate(prompts) if len(prompt) == 895)
     small = Offline(
         model, f"small-{model.folder.name}", max_model_len=1024, max_num_batched_tokens=512,
         kv_cache_memory_bytes=page * 45, enable_prefix_caching=False,
     )  # fmt: skip
     try:
-        found = small.answer([prompts[one]] * 3, [Asked("bold")] * 3, NUM_TOKENS)
+        found = small.answer([prompts[one]] * 6, [Asked("bold")] * 6, NUM_TOKENS)
 
         assert small.num_preemptions() > 0
-        assert [answer.ids for answer in found] == [wanted[one, "bold"]] * 3
+        assert [answer.ids for answer in found] == [wanted[one, "bold"]] * 6
     finally:
         small.close()

@@ -13,7 +13,9 @@ import time
 
 from sentei.monitors.events import EventLog
 from sentei.monitors.store import Store
-from tests.fakes_records import ROLLOUT, make_audit, make_request
+from sentei.policies.engine import initial_state
+from sentei.policies.state import state_to_json
+from tests.fakes_records import POLICY, ROLLOUT, make_audit, make_request
 from tests.stories_rollout import begin
 
 
@@ -26,11 +28,12 @@ def main(url: str) -> None:
         token = store.acquire_lease("writer", ttl_s=60.0, now_s=0.0)
         assert token is not None
         log, rounds, longest_s = EventLog(store), 0, 0.0
+        state = state_to_json(initial_state(POLICY, ROLLOUT, 0.0)).decode()
         while not end.is_set():
             began_s = time.perf_counter()
             store.add_request(make_request(rounds))
             store.add_audit(make_audit(rounds))
-            log.append(ROLLOUT, "evidence", payload={}, state_after="{}", token=token, at_s=float(rounds))
+            log.append(ROLLOUT, "evidence", payload={}, state_after=state, token=token, at_s=float(rounds))
             longest_s, rounds = max(longest_s, time.perf_counter() - began_s), rounds + 1
             if rounds == 1:
                 print("writing", flush=True)

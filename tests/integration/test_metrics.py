@@ -277,6 +277,7 @@ async def test_nothing_that_a_client_or_a_policy_sends_makes_many_series(house: 
     audits.add(read_audit_tally(house.store, ROLLOUT, after=0, since_s=0.0, now_s=house.clock.now_s))
 
     house.clock.now_s += 1.5
+    house.gateways[0].shared.write()  # as it does by itself every few seconds
     text = (await house.clients[0].get("/metrics", headers=HEADERS)).text
 
     found = read(text)

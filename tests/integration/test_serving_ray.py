@@ -239,6 +239,7 @@ def test_metrics_tell_of_the_rollout_through_rays_proxy(server: LocalServer) -> 
         return found
 
     wait_for(lambda: page().get("sentei_audits_total", 0) >= 3, "three audits are counted")
+    wait_for(lambda: page().get("sentei_requests_total", 0) >= 5, "ingresses have shared their counts")
     found = page()
 
     assert httpx.get(f"{server.url}/metrics", trust_env=False).status_code == 401

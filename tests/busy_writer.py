@@ -15,7 +15,7 @@ from sentei.monitors.events import EventLog
 from sentei.monitors.store import Store
 from sentei.policies.engine import initial_state
 from sentei.policies.state import state_to_json
-from tests.fakes_records import POLICY, ROLLOUT, make_audit, make_request
+from tests.fakes_records import ROLLOUT, make_audit, make_request
 from tests.stories_rollout import begin
 
 
@@ -24,11 +24,11 @@ def main(url: str) -> None:
     end = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), end.set()), daemon=True).start()
     with Store.open(url) as store:
-        begin(store)
+        policy = begin(store).policy
         token = store.acquire_lease("writer", ttl_s=60.0, now_s=0.0)
         assert token is not None
         log, rounds, longest_s = EventLog(store), 0, 0.0
-        state = state_to_json(initial_state(POLICY, ROLLOUT, 0.0)).decode()
+        state = state_to_json(initial_state(policy, ROLLOUT, 0.0)).decode()
         while not end.is_set():
             began_s = time.perf_counter()
             store.add_request(make_request(rounds))

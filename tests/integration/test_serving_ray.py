@@ -341,6 +341,7 @@ def test_abort_is_obeyed_when_it_is_answered(
         operator.command(running["rollout_id"], "abort")
     wait_for(lambda: all(r["outcome"] for r in operator.rollouts()), "what ran before ends")
     long_lease = POLICY.replace("monitor_lease: 3s", "monitor_lease: 15s")
+    time.sleep(1.0)  # a rollout is named by the second in which it starts
     rollout_id = operator.start_rollout(long_lease, release_quarantine=True)["rollout_id"]
     wait_for(lambda: who_answers(client) == "sparse", "sparse answers")
     pid = admin(server, "status")["workers"]["controller"]["pid"]

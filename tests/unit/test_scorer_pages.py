@@ -11,36 +11,14 @@ from sentei.kernels.ops.errors import ShapeError
 from sentei.kernels.ops.layouts import PagedCache
 from sentei.kernels.ops.tolerances import ERROR_FLOOR
 from sentei.kernels.scorer.faults import Fault
-from sentei.kernels.scorer.features import RotaryTable
-from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
+from sentei.kernels.scorer.network import Form
 from sentei.kernels.scorer.pages import ScorerPages, Span
 from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import Thresholds, per_head_thresholds
 from tests.strategies_attention import make_paged
+from tests.strategies_scorer import lay_as_vllm, make_rotary, make_scorer
 
 LENGTHS = (1, 64, 65, 700, 321, 1000)
-
-
-def make_scorer(heads: tuple[int, int], dim: int, *, form: Form, pool: int, rank: int = 24) -> BlockScorer:
-    """A scorer with weights that were not learned, but none of them zero."""
-    scorer = BlockScorer(ScorerShape(*heads, dim, rank, pool, 64, form), dim**-0.5, seed=3)
-    generator = torch.Generator().manual_seed(4)
-    for weight in (scorer.query_map, scorer.distance_bias):
-        weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
-    return scorer.requires_grad_(False)
-
-
-def make_rotary(dim: int, length: int = 1024) -> RotaryTable:
-    """The default embedding."""
-    angles = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, dim, 2) / dim)
-    angles = torch.cat([angles, angles], dim=-1)
-    return RotaryTable(angles.cos(), angles.sin())
-
-
-def lay_as_vllm(cache: PagedCache) -> PagedCache:
-    """The same pages with each block's keys stored [D, block]."""
-    keys = cache.keys.transpose(2, 3).contiguous().transpose(2, 3)
-    return PagedCache(keys, cache.values, cache.page_table, cache.lengths)
 
 
 def make_case(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from sentei.kernels.ops.errors import BackendError
 from sentei.kernels.ops.limits import DECODE_ROWS_MAX, NATIVE_BLOCK_STEP
 from sentei.kernels.ops.native.build import compiler, load_native
 from sentei.kernels.ops.rules import Softmax
+
+Result = TypeVar("Result")
 
 # These build a program at first use: where that fails, the next backend takes over.
 COMPILED_BACKENDS = ("native", "flex", "triton")
@@ -105,6 +107,19 @@ def give_up_on(name: str, error: Exception) -> None:
         warnings.warn(
             f"attention backend {name!r} is off for this process, {reason}", RuntimeWarning, stacklevel=3
         )
+
+
+def attempt(name: str, work: Callable[[], Result], *, must_work: bool) -> Result | None:
+    """Return what `work` gives; None where it fails, or failed before, and another way will do."""
+    if is_off(name) and not must_work:
+        return None
+    try:
+        return work()
+    except Exception as error:  # a compiler can fail in any way; correctness must not depend on it
+        if must_work or isinstance(error, torch.OutOfMemoryError):
+            raise
+        give_up_on(name, error)
+        return None
 
 
 def is_off(name: str) -> bool:

@@ -108,12 +108,6 @@ class CpuScorerPages:
         self._steps = torch.zeros(num, heads, self._columns, device=device)
         self._program: PageScorer | None = None
 
-    @property
-    def bytes_per_page(self) -> int:
-        """What a page's features take."""
-        parts = (self.pooled, self._cells, self._steps)
-        return sum(part[0].numel() * part.element_size() for part in parts if part.numel())
-
     @torch.no_grad()
     def update(self, keys: Tensor, full: FullPages) -> None:
         """Encode pages that have become full; keys [P, Hkv, block, D] already hold their tokens."""

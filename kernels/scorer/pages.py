@@ -48,7 +48,7 @@ class ScorerPages:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
-        """`dtype` is that of the features; None: fp32 on a CPU, as its program takes them, bf16 on a GPU."""
+        """`dtype` is that of the features; None: fp32 on a CPU, bf16 on a GPU."""
         shape = scorer.shape
         self.scorer = scorer
         self._backend = backend
@@ -65,11 +65,6 @@ class ScorerPages:
         room = (num_pages + 1, shape.kv_heads, self._pools, padded)
         self._room = torch.zeros(room, device=rotary.cos.device, dtype=dtype)
         self.pooled = self._room[:num_pages]
-
-    @property
-    def bytes_per_page(self) -> int:
-        """What a page's features take."""
-        return self.pooled[0].numel() * self.pooled.element_size()
 
     @torch.no_grad()
     def update(self, keys: Tensor, spans: Sequence[Span]) -> None:

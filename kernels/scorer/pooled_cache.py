@@ -1,13 +1,15 @@
 """Pooled keys beside a KV cache: they grow with it, and start anew where it is not what it was."""
 
+from functools import partial
 from weakref import ReferenceType, ref
 
 import torch
 
-from sentei.kernels.ops.registry import is_native_usable, takes_triton
+from sentei.kernels.ops.registry import attempt, is_native_usable, takes_triton
 from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.kernels.scorer.packed_keys import PackedKeys
+from sentei.kernels.scorer.selection import TRITON_SCORES
 
 
 class PooledCache:
@@ -84,7 +86,10 @@ class PooledCache:
         if scorer.has_native_program and takes_triton(self._backend, k.device):
             from sentei.kernels.scorer.launches import encode_pools
 
-            return encode_pools(scorer, k, first, table)
+            work = partial(encode_pools, scorer, k, first, table)
+            found = attempt(TRITON_SCORES, work, must_work=self._backend != "auto")
+            if found is not None:
+                return found
         last = first + k.shape[2]
         is_native = scorer.has_native_program and is_native_usable(k.device.type, shape.block_tokens)
         if is_native and shape.is_single and last > first:

@@ -7,11 +7,12 @@ other block's share has a sound denominator. Rows are handled in chunks: no matr
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask
-from sentei.kernels.ops.registry import give_up_on, is_native_usable, is_off, takes_triton
+from sentei.kernels.ops.registry import attempt, is_native_usable, takes_triton
 from sentei.kernels.ops.rules import Grid, Threshold
 from sentei.kernels.ops.select import select_lists
 from sentei.kernels.scorer.features import RotaryTable, unrotate
@@ -203,17 +204,13 @@ def score_blocks(
     kv_len = k.shape[2]
     q_offset = kv_len - q_len
     starts = block_starts(q_len, block_q, q_offset, q.device)
-    if scorer.has_native_program and takes_triton(backend, q.device) and not is_off(TRITON_SCORES):
-        try:
-            from sentei.kernels.scorer.launches import score_rows
+    if scorer.has_native_program and takes_triton(backend, q.device):
+        from sentei.kernels.scorer.launches import score_rows
 
-            return score_rows(scorer, q, k, keys, table, block_q), starts
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a compiler can fail in any way; correctness must not depend on it
-            if backend != "auto":
-                raise
-            give_up_on(TRITON_SCORES, error)
+        work = partial(score_rows, scorer, q, k, keys, table, block_q)
+        found = attempt(TRITON_SCORES, work, must_work=backend != "auto")
+        if found is not None:
+            return found, starts
     result = torch.full((B, Hq, len(starts), -(-kv_len // block)), float("-inf"), device=q.device)
     if scorer.has_native_program and backend == "auto" and is_native_usable(q.device.type, block):
         _fill_native(scorer, q, k, keys, table, result, block_q, packed, in_bytes)

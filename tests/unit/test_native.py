@@ -347,13 +347,16 @@ def test_kept_panels_score_as_panels_packed_anew_do(
 
 
 @pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
-@pytest.mark.parametrize("where", ["query", "key"])
+@pytest.mark.parametrize("where", ["query", "key", "bias"])
 def test_bytes_do_not_hide_what_is_no_number(where: str) -> None:
     """NaN has no byte: it must come out as an error, never as a share."""
     generator = torch.Generator().manual_seed(1)
     q, k = (torch.randn(1, heads, 700, 32, generator=generator) for heads in (4, 2))
     scorer, table = make_scorer(64, 1, "low_rank", 4), make_table(700)
-    (q if where == "query" else k)[0, 0, 300, 3] = torch.nan
+    if where == "bias":
+        scorer.distance_bias.data[1, 2] = torch.nan
+    else:
+        (q if where == "query" else k)[0, 0, 300, 3] = torch.nan
     keys = PooledCache(scorer).update(k, 700, table)
 
     with torch.no_grad(), pytest.raises(ScorerError, match="the scorer gave NaN"):

@@ -151,20 +151,21 @@ __attribute__((noinline)) ByteRow pack_byte_query(const float* x, int64_t cells,
     all += size;
   }
   const float step = std::max(_mm512_reduce_max_ps((__m512)high), 1e-20f) / 127.0f;
-  const float reach = _mm512_reduce_add_ps((__m512)all);
-  if (!std::isfinite(reach)) {
+  if (!std::isfinite(_mm512_reduce_add_ps((__m512)all)) || !std::isfinite(bias)) {
     std::memset(query, 0, 4 * cells);
     return {step, 0.0f, NAN, false};
   }
-  __m512i total = _mm512_setzero_si512();
+  __m512i total = _mm512_setzero_si512(), reach = total;
   const __m512 inverse = _mm512_set1_ps(1.0f / step);
   for (int64_t d = 0; d < 4 * cells; d += VL) {
     const __m512i byte = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + d), inverse));
     total = _mm512_add_epi32(total, byte);
+    reach = _mm512_add_epi32(reach, _mm512_abs_epi32(byte));
     _mm_storeu_si128((__m128i*)(query + d / 4), _mm512_cvtsepi32_epi8(byte));
   }
   const float correction = 128.0f * float(_mm512_reduce_add_epi32(total));
-  return {step, correction, reference, 127.0f * reach + bias - reference < BOUND_NATS};
+  const float most = 127.0f * step * float(_mm512_reduce_add_epi32(reach)) + bias;
+  return {step, correction, reference, most - reference < BOUND_NATS};
 }
 
 inline int64_t byte_cells(int64_t rank) { return rank <= 16 ? 4 : rank <= 32 ? 8 : rank <= 48 ? 12 : 16; }
@@ -297,7 +298,11 @@ void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, co
                           exact.data(), tops.data(), forced.data());
         std::fill(far.begin(), far.end(), -INF);
         float highest = -INF;
-        for (int64_t j = 1; j < open; ++j) highest = std::max(highest, far[j] = bias[h * p.num_bias + home - j]);
+        for (int64_t j = 1; j < open; ++j) {
+          far[j] = bias[h * p.num_bias + home - j];
+          if (!(far[j] <= highest)) highest = far[j];  // NaN is kept
+          if (far[j] != far[j]) break;
+        }
         for (int r = 0; r < rows; ++r)
           how[r] = pack_byte_query(encoded.data() + r * lde, cells, forced[r], highest, query.data() + r * cells);
         auto sum_up = [&](auto c) {

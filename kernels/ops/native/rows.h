@@ -1,7 +1,7 @@
 // Rows of queries and keys with and without their rotation, and their features: a part of programs.cpp, which
 // includes it in its namespace.
 
-// What takes the rotation out of neighbouring tokens, read once for all heads: a token without it is
+// What takes the rotation out of neighbouring tokens, read once for a query block: a token without it is
 // x * own + (the other half of x) * other. A scaled embedding (YaRN) is divided out by cos^2 + sin^2.
 struct Unrotation {
   std::vector<float> own, other;

@@ -83,9 +83,10 @@ def run_evaluate(
     check_choice("--task-kind", task_kind or (), MAKERS)
     check_choice("--compare", [compare], ("boldest", "all", "none"))
     check_choice("--only", [only] if only else (), (RECALL_ALONE,))
-    if only and (tasks or timed_runs or prices or second_half):
+    if only and (tasks or timed_runs or prices or second_half or windows or compare != "boldest"):
         raise typer.BadParameter(
-            "leaves out --tasks, --timed-runs, --prices and --second-half", param_hint="--only"
+            "leaves out --windows, --tasks, --compare, --timed-runs, --prices and --second-half",
+            param_hint="--only",
         )
     options = changed(
         EvaluateOptions(),

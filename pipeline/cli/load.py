@@ -14,7 +14,8 @@ import typer
 from rich.table import Table
 
 from sentei.pipeline.cli.extras import check_extras, needs
-from sentei.pipeline.cli.output import Output
+from sentei.pipeline.cli.offline import DTYPES, Json, Model
+from sentei.pipeline.cli.output import Output, check_choice
 
 if TYPE_CHECKING:
     from sentei.pipeline.demo.systems import ModelUnderTest, Running, System
@@ -40,7 +41,7 @@ def bench_serving(
     ] = None,
     url: Annotated[str | None, typer.Option(help="Load a server that runs already, instead.")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name at --url [default: --model].")] = None,
-    model: Annotated[str, typer.Option(help="pocket, a packaged model, a folder, a hub id.")] = "pocket",
+    model: Model = "pocket",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     prompt_tokens: Annotated[
         list[int] | None, typer.Option(help="Lengths in turn; repeatable [default: 1024 to 8000].")
@@ -50,7 +51,9 @@ def bench_serving(
     rate: Annotated[float | None, typer.Option(help="Arrivals per second [default: all at once].")] = None,
     runs: Annotated[int, typer.Option(help="Runs on each server, each with its own prompts.", min=1)] = 1,
     goal_ttft_ms: Annotated[float | None, typer.Option(help="Good answers begin by then.")] = None,
-    goal_tpot_ms: Annotated[float, typer.Option(help="... and go on at this pace.")] = 200.0,
+    goal_tpot_ms: Annotated[
+        float, typer.Option(help="... and go on at this pace; counts only with --goal-ttft-ms.")
+    ] = 200.0,
     threads: Annotated[int, typer.Option(help="Cores of each server.", min=1)] = 2,
     kv_cache_mib: Annotated[int, typer.Option(help="Keys and values of a vLLM engine.", min=64)] = 2048,
     step_tokens: Annotated[int, typer.Option(help="Tokens of one step of vLLM.", min=128)] = 2048,
@@ -59,7 +62,7 @@ def bench_serving(
     ] = True,
     timeout_s: Annotated[float, typer.Option(help="Longest silence in a stream.")] = 900.0,
     seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Send requests at times that do not wait for answers; TTFT, TPOT, tokens a second, goodput, memory."""
     from sentei.pipeline.demo.systems import EXTRAS, ModelUnderTest, read_system
@@ -68,6 +71,7 @@ def bench_serving(
     from sentei.pipeline.models import checkpoint_source, load_tokenizer
 
     output = Output(as_json=as_json)
+    check_choice("--dtype", [dtype], DTYPES)
     systems = [] if url else [read_system(text) for text in system or ["builtin"]]
     for one in systems:
         check_extras(*EXTRAS[one.kind])

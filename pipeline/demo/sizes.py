@@ -99,9 +99,9 @@ LARGE_SIZE = DemoSize(
 
 
 # Full attention at every layer is more than half of a prefill at 8k: there is something to gain. On paper,
-# seconds of two cores with AVX512-BF16 and nothing beside it: distil 230, calibrate 180, evaluate 200, start
-# 30; a session is served and replayed three times in about 20: some 60 for the first rollout, 20 for the
-# second.
+# seconds of two cores with AVX512-BF16 and nothing beside it: distil 230, calibrate 180, evaluate 120, start
+# 30; a session is served and replayed three times in about 24: some 50 for the first rollout, 20 for the
+# second. No run has come to its end yet (docs/measured/2026-11-27-pays.md).
 SMOLLM2_SIZE = DemoSize(
     distill=DistillOptions(),
     # A tenth is faster still, but costs 16% of perplexity on some texts (docs/measured.md).

@@ -111,6 +111,12 @@ class ScoreRequest:
     served_chunk_tokens: int | None = None
     artifact: str = ""  # digest of what must answer; "": whatever runs
     traceparent: str = ""  # W3C's; "": nobody traces it
+    num_earlier: int = 0  # of num_prompt, answered before the scored span, behind the user's prompt
+
+    @property
+    def prompt_end(self) -> int:
+        """Where the user's prompt ends, by which a rung decides as it did when the answer was served."""
+        return self.num_prompt - self.num_earlier
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,7 @@ class ModelRunner:
 
         A thinned replay also measures what mass some rows of answer and prompt drop, which it does not cost.
         """
-        self._use_rung(request.rung_id, request.num_prompt)
+        self._use_rung(request.rung_id, request.prompt_end)
         cache, scores = DynamicCache(config=self._model.config), _Scores()
         for begin, end, is_measured in _pieces(request):
             start_s = self._now_s()

@@ -186,6 +186,7 @@ class Auditor:
             request_id=f"{job.request_id}/{name}",
             ids=(*before, *job.served_ids),
             num_prompt=len(before),
+            num_earlier=len(job.earlier_ids),
             rung_id=job.rung_id if variant == SPARSE else DENSE_RUNG,
             prompt_chunk_tokens=_again_chunk(len(before)) if name == "again" else None,
             served_chunk_tokens=None if name == "again" else 1,

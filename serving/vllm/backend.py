@@ -265,7 +265,7 @@ class LayerCall:
                 self._measure(part, query, lse[i : i + 1], cache, part.index)
             heads = kept.shape[1]
             for (ticket, causal, _), blocks in zip(
-                layout.causal["singles"], kept.sum(dim=1).tolist(), strict=True
+                layout.causal["singles"], kept.clamp_min(0).sum(dim=1).tolist(), strict=True
             ):
                 meter.note_blocks(ticket, self.index, kept=blocks / heads, causal=causal, is_single=True)
 

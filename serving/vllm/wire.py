@@ -38,6 +38,7 @@ def replay_params(request: ScoreRequest) -> SamplingParams:
     asked = Asked(
         rung=request.rung_id,
         ticket=request.request_id,
+        prompt_tokens=request.prompt_end,
         chunk_tokens=request.prompt_chunk_tokens,
         forced=served,
     )

@@ -218,7 +218,7 @@ def test_an_unknown_scorer_form_is_bad_input() -> None:
     ("options", "words"),
     [
         (["evaluate", "--only", "speed"], "choose from recall"),
-        (["evaluate", "--only", "recall", "--timed-runs", "2"], "leaves out --tasks, --timed-runs"),
+        (["evaluate", "--only", "recall", "--timed-runs", "2"], "--compare, --timed-runs"),
         (["calibrate", "--missed-needles", "0.1"], "belongs to --density, --nll and --speed"),
     ],
 )

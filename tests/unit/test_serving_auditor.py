@@ -166,6 +166,9 @@ async def test_span_is_scored_after_what_was_served_before_it() -> None:
     score = await auditor.audit(replace(job(), earlier_ids=(7, 8), share=0.5, probability=0.1))
 
     assert {(r.ids, r.num_prompt) for r in (*dense.scored, *sparse.scored)} == {((1, 2, 3, 7, 8, *SERVED), 5)}
+    assert {r.prompt_end for r in (*dense.scored, *sparse.scored)} == {
+        3
+    }  # rungs decide as they did when served
     assert (score.prompt_tokens, score.span_start, score.tokens) == (3, 2, 4)
     assert (score.share, score.audit_probability) == (0.5, 0.1)
 

@@ -19,7 +19,7 @@ from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.errors import ShapeError
 from sentei.kernels.ops.layouts import PagedCache
 from sentei.kernels.ops.limits import DECODE_ROWS_MAX
-from sentei.kernels.ops.native.calls import has_byte_scores
+from sentei.kernels.ops.native.calls import BytePanels, gather_bytes_native, has_byte_scores
 from sentei.kernels.ops.native.paged import (
     LANES,
     PageFeatures,
@@ -34,7 +34,7 @@ from sentei.kernels.ops.registry import is_native_usable
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
-from sentei.kernels.scorer.selection import Thresholds, score_blocks, select_blocks
+from sentei.kernels.scorer.selection import Thresholds, inverse_steps, score_blocks, select_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,9 @@ class DecodeRows:
 class CpuScorerPages:
     """One layer's scorer, and the features of all pages of its KV cache.
 
-    pooled [P, Hkv, pools, E] are fp32; where scorer and processor allow it decode reads bytes instead, and
-    these, for prompts, are in the dtype of the keys. Decode rows name one of `thresholds`.
+    Features are floats, `pooled` [P, Hkv, pools, E] fp32, or where scorer and processor allow it bytes: `cells`
+    [P, Hkv, E / 4, block] int32, with `flaws` [P, Hkv], NaN where a feature is no number. Decode rows name one
+    of `thresholds`.
     """
 
     def __init__(
@@ -87,7 +88,6 @@ class CpuScorerPages:
         rotary: RotaryTable,
         num_pages: int,
         *,
-        dtype: torch.dtype = torch.float32,
         thresholds: Sequence[Thresholds] = (),
     ) -> None:
         shape, device = scorer.shape, rotary.cos.device
@@ -99,13 +99,12 @@ class CpuScorerPages:
         self._columns = -(-shape.rank // LANES) * LANES
         self._width = self._columns + (shape.head_dim if shape.is_residual else 0)
         self._has_bytes = shape.is_single and has_byte_scores(shape.rank)
-        heads, floats = shape.kv_heads, dtype if self._has_bytes else torch.float32
-        sizes = (num_pages, heads, self._pools, shape.num_features if self._has_bytes else self._width)
-        self.pooled = torch.zeros(sizes, dtype=floats, device=device)
-        num = num_pages if self._has_bytes else 0
-        self._cells = torch.zeros(num, heads, self._columns, self.block, dtype=torch.uint8, device=device)
-        self._cells = self._cells.view(torch.int32).view(num, heads, self._columns // 4, self.block)
-        self._steps = torch.zeros(num, heads, self._columns, device=device)
+        heads, num_bytes = shape.kv_heads, num_pages if self._has_bytes else 0
+        sizes = (num_pages - num_bytes, heads, self._pools, self._width)
+        self.pooled = torch.zeros(sizes, device=device)
+        cells = torch.zeros(num_bytes, heads, self._columns, self.block, dtype=torch.uint8, device=device)
+        self.cells = cells.view(torch.int32).view(num_bytes, heads, self._columns // 4, self.block)
+        self.flaws = torch.zeros(num_bytes, heads, device=device)
         self._program: PageScorer | None = None
 
     @torch.no_grad()
@@ -115,20 +114,28 @@ class CpuScorerPages:
         if not full.pages.numel():
             return
         if self.scorer.has_native_program and self._is_packed(keys):
-            features = PageFeatures(self.pooled, self._cells, self._steps)
-            encode_pages_native(keys.transpose(2, 3), full.pages, full.blocks, features, self._native())
+            encode_pages_native(
+                keys.transpose(2, 3), full.pages, full.blocks, self._features(), self._native()
+            )
             return
         near = keys[full.pages].float()  # [n, Hkv, block, D]
         encoded = self._encode_keys(near, full.blocks, keys.dtype)
-        self.pooled[full.pages, ..., : encoded.shape[3]] = encoded.to(self.pooled.dtype)
         if self._has_bytes:
             self._put_bytes(full.pages, encoded.float())
+        else:
+            self.pooled[full.pages, ..., : encoded.shape[3]] = encoded.to(self.pooled.dtype)
 
-    def read(self, table: Tensor, kv_len: int) -> Tensor:
-        """Return one sequence's features of full pages, [1, Hkv, P, E]."""
-        pages = table[: kv_len // self.block].long()
-        found = self.pooled[pages].transpose(0, 1).flatten(1, 2)[None]
-        return found[..., : self.scorer.shape.num_features].contiguous()
+    def read(self, table: Tensor, kv_len: int) -> Tensor | BytePanels:
+        """Return one sequence's features of full pages, [1, Hkv, P, E], or as bytes that a prompt reads."""
+        pages = table[: kv_len // self.block]
+        if not self._has_bytes:
+            found = self.pooled[pages.long()].transpose(0, 1).flatten(1, 2)[None]
+            return found[..., : self.scorer.shape.num_features].contiguous()
+        if is_native_usable(self.cells.device.type, self.block):
+            return gather_bytes_native(
+                pages.int().contiguous(), self.cells, self.flaws, self.scorer.shape.rank
+            )
+        return self._floats_of_bytes(pages.long())
 
     @torch.no_grad()
     def decode(
@@ -142,8 +149,9 @@ class CpuScorerPages:
         self._check_pages(cache.keys)
         if fault is None and self.has_native_decode(cache):
             pages = Pages(cache.keys.transpose(2, 3), cache.values)
-            features = PageFeatures(self.pooled, self._cells, self._steps)
-            return decode_pages_native(q, rows.packed, cache.page_table, pages, features, self._native(), out)
+            return decode_pages_native(
+                q, rows.packed, cache.page_table, pages, self._features(), self._native(), out
+            )
         return self.decode_one_by_one(q, rows, cache, out, fault)
 
     def decode_one_by_one(
@@ -189,9 +197,11 @@ class CpuScorerPages:
         out.copy_(by_head[0].transpose(0, 1))
         return lse[0]
 
-    def score_prompt(self, q: Tensor, k: Tensor, pooled: Tensor, block_q: int) -> tuple[Tensor, Tensor]:
-        """Do what `score_blocks` does, so that a row's shares depend on no key behind it: never in 8 bits."""
-        return score_blocks(self.scorer, q, k, pooled, table=self.rotary, block_q=block_q, in_bytes=False)
+    def score_prompt(
+        self, q: Tensor, k: Tensor, pooled: Tensor | BytePanels, block_q: int
+    ) -> tuple[Tensor, Tensor]:
+        """Do what `score_blocks` does from the features that `read` gave."""
+        return score_blocks(self.scorer, q, k, pooled, table=self.rotary, block_q=block_q)
 
     def has_native_decode(self, cache: PagedCache) -> bool:
         """Whether all decode rows run in one call of the CPU program."""
@@ -205,13 +215,18 @@ class CpuScorerPages:
         dim, is_fit = keys.shape[3], keys.stride()[2:] == (1, self.block)
         return is_fit and is_native_usable(keys.device.type, self.block) and fits_pages(dim, self.block)
 
+    def _features(self) -> PageFeatures:
+        return PageFeatures(self.pooled, self.cells, self.flaws)
+
     def _native(self) -> PageScorer:
         if self._program is None:
-            pad = (0, self._columns - self.scorer.shape.rank)
-            maps, key_maps = (
-                torch.nn.functional.pad(part.detach().float(), pad).contiguous()
-                for part in (self.scorer.scaled_query_map(), self.scorer.key_map)
-            )
+            query_maps = self.scorer.scaled_query_map().detach().float()
+            inverse = torch.empty(0)
+            if self._has_bytes:
+                group = self.scorer.shape.query_heads // self.scorer.shape.kv_heads
+                query_maps = query_maps * self._key_steps().repeat_interleave(group, dim=0)[:, None]
+                inverse = self._pad(inverse_steps(self.scorer))
+            maps, key_maps = self._pad(query_maps), self._pad(self.scorer.key_map.detach().float())
             blocks = torch.arange(self.rotary.length // self.block + 2)
             self._program = PageScorer(
                 maps,
@@ -221,10 +236,15 @@ class CpuScorerPages:
                 self.rotary.cos.float().contiguous(),
                 self.rotary.sin.float().contiguous(),
                 torch.cat([self._cuts(one) for one in self._thresholds] or [torch.empty(0)]),
+                inverse,
                 self.scorer.scale,
                 self.scorer.shape.pool_tokens,
             )
         return self._program
+
+    def _pad(self, part: Tensor) -> Tensor:
+        """The last axis, of dimensions, filled up with zeros to whole vectors."""
+        return torch.nn.functional.pad(part, (0, self._columns - part.shape[-1])).contiguous()
 
     def _cuts(self, thresholds: Thresholds) -> Tensor:
         """One row for each length bin, one column for each query head."""
@@ -250,13 +270,25 @@ class CpuScorerPages:
         return encoded.view(heads, num, self._pools, -1).transpose(0, 1)
 
     def _put_bytes(self, pages: Tensor, encoded: Tensor) -> None:
-        """Keep features [n, Hkv, block, rank] as bytes, in steps of their page and dimension."""
-        encoded = torch.nn.functional.pad(encoded, (0, self._columns - encoded.shape[3]))
-        steps = encoded.abs().amax(dim=2).clamp_min(1e-20) / 127.0
-        whole = (encoded / steps[:, :, None]).round_().add_(128.0).nan_to_num_(128.0).to(torch.uint8)
-        cells = whole.view(*whole.shape[:3], -1, 4).transpose(2, 3).contiguous()  # [n, Hkv, cells, block, 4]
-        self._cells[pages] = cells.view(torch.int32)[..., 0]
-        self._steps[pages] = steps
+        """Keep features [n, Hkv, block, rank] as bytes, in the scorer's steps."""
+        units = encoded * inverse_steps(self.scorer)[:, None]
+        self.flaws[pages] = torch.where(units.isfinite().all(dim=3).all(dim=2), 0.0, torch.nan)
+        whole = units.nan_to_num_(0.0).round_().clamp_(-127.0, 127.0).add_(128.0)
+        whole = torch.nn.functional.pad(whole, (0, self._columns - whole.shape[3]), value=128.0)
+        cells = whole.to(torch.uint8).view(*whole.shape[:3], -1, 4)
+        self.cells[pages] = cells.transpose(2, 3).contiguous().view(torch.int32)[..., 0]
+
+    def _floats_of_bytes(self, pages: Tensor) -> Tensor:
+        """What bytes stand for, where the program that reads them has been given up: [1, Hkv, P, rank]."""
+        cells = self.cells[pages].transpose(0, 1)  # [Hkv, W, cells, block]
+        units = cells.contiguous()[..., None].view(torch.uint8).float() - 128.0
+        features = units.permute(0, 1, 3, 2, 4).flatten(3) + self.flaws[pages].T[:, :, None, None]
+        features = features[..., : self.scorer.shape.rank] * self._key_steps()[:, None, None]
+        return features.flatten(1, 2)[None]
+
+    def _key_steps(self) -> Tensor:
+        assert self.scorer.key_steps is not None
+        return self.scorer.key_steps.float()
 
     def _check_pages(self, keys: Tensor) -> None:
         if keys.shape[2] != self.block:

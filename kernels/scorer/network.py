@@ -20,6 +20,10 @@ from torch import nn
 from sentei.errors import SenteiError
 
 NUM_DISTANCES = 16
+# Features of single keys are bytes where the processor multiplies these: 127 steps reach to so many standard
+# deviations. With the largest value as the end SmolLM2's score misses half as many needles again
+# (docs/measured/2026-11-27-scorer.md).
+BYTE_RANGE = 4.0
 Form = Literal["residual", "low_rank"]
 
 
@@ -89,6 +93,7 @@ class BlockScorer(nn.Module):
     key_map: nn.Parameter
     log_gain: nn.Parameter
     distance_bias: nn.Parameter
+    key_steps: torch.Tensor | None
 
     def __init__(self, shape: ScorerShape, scale: float, seed: int = 0) -> None:
         super().__init__()
@@ -102,6 +107,10 @@ class BlockScorer(nn.Module):
         self.query_map = nn.Parameter(torch.zeros(shape.query_heads, shape.map_rows, shape.rank))
         self.log_gain = nn.Parameter(torch.zeros(shape.query_heads))
         self.distance_bias = nn.Parameter(torch.zeros(shape.query_heads, NUM_DISTANCES))
+        # What one step of a single key's bytes is, [Hkv, rank]: a weight as the others are, so that a key has
+        # the same bytes in every text and behind every cut. Until keys are seen, as for unit variance.
+        deviations = self.key_map.detach().square().sum(dim=1).sqrt()
+        self.register_buffer("key_steps", BYTE_RANGE * deviations / 127.0 if shape.is_single else None)
         self._derived: dict[str, torch.Tensor] = {}
         self._stamp: tuple[tuple[int, int], ...] = ()
 
@@ -113,7 +122,9 @@ class BlockScorer(nn.Module):
 
     def frozen(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return what `make` derives from the weights; without gradients it is kept while these stay."""
-        weights = (self.query_map, self.key_map, self.log_gain, self.distance_bias)
+        weights: list[torch.Tensor] = [self.query_map, self.key_map, self.log_gain, self.distance_bias]
+        if self.key_steps is not None:
+            weights.append(self.key_steps)
         if torch.is_grad_enabled() or any(weight.is_inference() for weight in weights):
             return make()
         stamp = tuple((weight.data_ptr(), weight._version) for weight in weights)
@@ -162,6 +173,14 @@ class BlockScorer(nn.Module):
         return torch.cat([pooled, _normalise(pooled_plain) @ maps], dim=-1)
 
     @torch.no_grad()
+    def fit_steps(self, encoded: torch.Tensor) -> None:
+        """Let the bytes of keys reach as far as those with features [Hkv, N, rank] do (BYTE_RANGE)."""
+        if self.key_steps is None:
+            return  # means of keys are scored in floats
+        means, deviations = encoded.float().mean(dim=1), encoded.float().std(dim=1, correction=0)
+        self.key_steps.copy_((means.abs() + BYTE_RANGE * deviations).clamp_min(1e-20) / 127.0)
+
+    @torch.no_grad()
     def start_from(self, q: torch.Tensor, k: torch.Tensor) -> None:
         """Start a low-rank scorer as the best approximation of scale * q . k on samples of rotated heads.
 
@@ -180,6 +199,7 @@ class BlockScorer(nn.Module):
             self.query_map[h * group : (h + 1) * group, :D] = (root @ top).float() * (
                 self.scale / self._step_scale
             )
+        self.fit_steps(k.float() @ self.key_map[:, :D])
 
     def block_logits(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Return log mass of each full block before normalisation, [B, Hq, T, blocks], without the bias."""

@@ -4,10 +4,13 @@ Sink block and diagonal are always kept, and their mass is computed exactly, so 
 other block's share has a sound denominator. Rows are handled in chunks: no matrix of tokens by tokens.
 """
 
+from __future__ import annotations
+
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +21,9 @@ from sentei.kernels.ops.select import select_lists
 from sentei.kernels.scorer.features import RotaryTable, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
 from sentei.kernels.scorer.packed_keys import PackedKeys
+
+if TYPE_CHECKING:
+    from sentei.kernels.ops.native.calls import BytePanels
 
 # 2 MB of fp32. Swept on one AVX2 core with 32 MB of cache at 0.25M, 0.5M, 1M, 2M and 4M:
 # 286, 279, 318, 379 and 416 ms with heads 4:1 of 256 at 8192 tokens (SDPA: 2370 ms);
@@ -76,7 +82,7 @@ class QueryBlocks:
         ends = (torch.arange(self.q.shape[3], device=self.starts.device) + 1) * self.row_tokens
         return self.starts[:, None] + ends - 1
 
-    def pool(self, size: int) -> "QueryBlocks":
+    def pool(self, size: int) -> QueryBlocks:
         """Return blocks whose rows are means of `size` rows of these."""
         if size == 1:
             return self
@@ -169,26 +175,23 @@ def score_blocks(
     scorer: BlockScorer,
     q: torch.Tensor,
     k: torch.Tensor,
-    keys: torch.Tensor,
+    keys: torch.Tensor | BytePanels,
     *,
     table: RotaryTable,
     block_q: int | None = None,
     packed: PackedKeys | None = None,
     backend: str = "auto",
-    in_bytes: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the neediest row's estimated log share per query block and key block, and the blocks' starts.
 
     Args:
         q: the newest queries [B, Hq, Tq, D]; the last one sits on the last key.
         k: all keys [B, Hkv, Tk, D].
-        keys: their encoded pools [B, Hkv, P, E].
+        keys: their encoded pools [B, Hkv, P, E], or the bytes of full blocks, where `has_byte_scores`.
         block_q: rows of a query block; as long as a key block if None.
         packed: where the keys are kept as the native program reads them, from one decode step to the next;
             packed anew for this call if None.
         backend: auto, triton or torch; auto takes triton on a GPU, our own program on a CPU.
-        in_bytes: whether single keys may be scored in 8 bits, in steps of all full blocks: a row's shares
-            then depend on keys that come after it, and on where the prompt was cut.
 
     Returns:
         [B, Hq, n, blocks] and [n]. A NaN is a ScorerError on a CPU; on a GPU nobody waits to look for one: it
@@ -204,7 +207,7 @@ def score_blocks(
     kv_len = k.shape[2]
     q_offset = kv_len - q_len
     starts = block_starts(q_len, block_q, q_offset, q.device)
-    if scorer.has_native_program and takes_triton(backend, q.device):
+    if isinstance(keys, torch.Tensor) and scorer.has_native_program and takes_triton(backend, q.device):
         from sentei.kernels.scorer.launches import score_rows
 
         work = partial(score_rows, scorer, q, k, keys, table, block_q)
@@ -212,8 +215,9 @@ def score_blocks(
         if found is not None:
             return found, starts
     result = torch.full((B, Hq, len(starts), -(-kv_len // block)), float("-inf"), device=q.device)
-    if scorer.has_native_program and backend == "auto" and is_native_usable(q.device.type, block):
-        _fill_native(scorer, q, k, keys, table, result, block_q, packed, in_bytes)
+    is_native = scorer.has_native_program and backend == "auto" and is_native_usable(q.device.type, block)
+    if is_native or not isinstance(keys, torch.Tensor):
+        _fill_native(scorer, q, k, keys, table, result, block_q, packed)
     else:
         _fill_chunks(scorer, q, k, keys, table, starts, result, block_q)
     if result.device.type == "cpu" and torch.isnan(result).any():
@@ -282,12 +286,11 @@ def _fill_native(
     scorer: BlockScorer,
     q: torch.Tensor,
     k: torch.Tensor,
-    keys: torch.Tensor,
+    keys: torch.Tensor | BytePanels,
     table: RotaryTable,
     result: torch.Tensor,
     block_q: int,
     packed: PackedKeys | None,
-    in_bytes: bool,
 ) -> None:
     from sentei.kernels.ops.native.calls import (
         ScorerWeights,
@@ -310,11 +313,30 @@ def _fill_native(
         pool_tokens=scorer.shape.pool_tokens,
         query_pool=scorer.shape.query_pool,
     )
-    if in_bytes and fit_bytes(weights):
-        panels = (packed or PackedKeys()).panels(keys, q.dtype, weights)
-        byte_shares_native(q, k, panels, weights, result, block_q)
-    else:
+    if isinstance(keys, torch.Tensor) and not fit_bytes(weights):
         best_shares_native(q, k, keys, weights, result, block_q)
+        return
+    if isinstance(keys, torch.Tensor):
+        keys = (packed or PackedKeys()).panels(keys, q.dtype, inverse_steps(scorer), weights.block)
+    byte_shares_native(q, k, keys, byte_maps(scorer), weights, result, block_q)
+
+
+def byte_maps(scorer: BlockScorer) -> torch.Tensor:
+    """Return the query maps times the steps of the bytes of single keys, as the native program packs them."""
+    from sentei.kernels.ops.native.calls import pack_byte_maps_native
+
+    assert scorer.key_steps is not None
+    steps = scorer.key_steps
+    return scorer.frozen(
+        "byte maps", lambda: pack_byte_maps_native(scorer.scaled_query_map().float().contiguous(), steps)
+    )
+
+
+def inverse_steps(scorer: BlockScorer) -> torch.Tensor:
+    """Return how many bytes a feature of 1 is: [Hkv, rank]."""
+    assert scorer.key_steps is not None
+    steps = scorer.key_steps
+    return scorer.frozen("inverse steps", lambda: (1.0 / steps.float()).contiguous())
 
 
 def _chunk_blocks(before: int, room: int) -> int:

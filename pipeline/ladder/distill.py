@@ -222,6 +222,8 @@ def choose_scorer(
     ]
     chosen, found = min(enough, key=lambda pair: (pair[0].cost_per_pair, -pair[1].need_found))
     kl_held_out = mean_divergence(partial(divergence, chosen), held_out)
+    if chosen.shape.is_single:
+        _fit_steps(chosen, train)
     return ChosenScorer(chosen, kl_untrained, kl_held_out, found, found_untrained)
 
 
@@ -269,6 +271,14 @@ def _start_low_rank(scorer: BlockScorer, train: Sequence[LayerRecord]) -> None:
         queries.append(record.q[0].float().flatten(1, 2))
         keys.append(record.keys[0, :, ::stride].float())
     scorer.start_from(torch.cat(queries, dim=1), torch.cat(keys, dim=1))
+
+
+@torch.no_grad()
+def _fit_steps(scorer: BlockScorer, train: Sequence[LayerRecord]) -> None:
+    """Fit the bytes of keys to the training texts' keys that may be chosen, those behind the sink block."""
+    chosen = train[:: -(-len(train) // START_RECORDS)]
+    encoded = (scorer.encode_keys(*record.pool_keys(1))[0] for record in chosen)
+    scorer.fit_steps(torch.cat([part[:, scorer.shape.block_tokens :] for part in encoded], dim=1))
 
 
 def divergence(scorer: BlockScorer, record: LayerRecord) -> torch.Tensor:

@@ -79,7 +79,6 @@ class WorkerState:
                 self.scorers[layer],
                 self.rotary,
                 kv_cache.shape[0],
-                dtype=kv_cache.dtype,
                 thresholds=thresholds,
             )
         return self._pages[layer]

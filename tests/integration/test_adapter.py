@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sentei.kernels.hf.adapter import (
     LADDER_FILE,
@@ -139,6 +140,18 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     save_adapter(adapter, tmp_path)
 
     with pytest.raises(AdapterError, match=r"0\.key_map is missing or not finite"):
+        load_adapter(tmp_path, model)
+
+
+def test_single_keys_without_steps_for_their_bytes_are_refused(tmp_path: Path) -> None:
+    """An adapter of before 2026-11-28: its bytes would be none, or others in each text."""
+    model = make_llama()
+    save_adapter(new_adapter(model, "tiny", form="low_rank", pool_tokens=1), tmp_path)
+    weights = {k: v for k, v in load_file(tmp_path / SCORER_FILE).items() if not k.endswith("key_steps")}
+    save_file(weights, tmp_path / SCORER_FILE)
+    seal_adapter(tmp_path)
+
+    with pytest.raises(AdapterError, match=r"0\.key_steps is missing or not finite.*distill again"):
         load_adapter(tmp_path, model)
 
 

@@ -52,6 +52,23 @@ def test_as_many_queries_are_scored_as_one_as_ask_alike(same: int, query_pool: i
     assert chosen.found.need_found >= chosen.found_untrained.need_found
 
 
+def test_steps_of_bytes_are_those_of_the_training_texts() -> None:
+    """127 of them reach to 4 standard deviations beyond the mean of what the texts' own keys are encoded to."""
+    shape = ScorerShape(1, 1, D, D, 1, BLOCK, "low_rank", 1)
+    records = [make_record(seed, 1) for seed in range(3)]
+
+    scorer = choose_scorer(
+        BlockScorer(shape, SCALE), records[:2], records[2:], DistillOptions(max_epochs=0, query_pool=1)
+    ).scorer
+
+    with torch.no_grad():
+        parts = [scorer.encode_keys(*record.pool_keys(1))[0, 0, BLOCK:] for record in records[:2]]
+    features = torch.cat(parts)
+    expected = features.mean(dim=0).abs() + 4 * features.std(dim=0, correction=0)
+    assert scorer.key_steps is not None
+    torch.testing.assert_close(127 * scorer.key_steps[0], expected)
+
+
 def test_a_score_that_finds_less_than_the_untrained_one_is_not_used() -> None:
     """Where 4 keys are alike their means lose nothing, and one dimension of eight does; the layer says so."""
     shape = ScorerShape(1, 1, D, 1, 1, BLOCK, "low_rank", 4)

@@ -347,6 +347,28 @@ def test_kept_panels_score_as_panels_packed_anew_do(
 
 
 @pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
+@pytest.mark.parametrize("end", [320, 450])
+def test_a_rows_shares_do_not_depend_on_what_comes_behind(end: int) -> None:
+    """Bytes of a key are its own: a piece of a prompt scores as the whole does, to the bit."""
+    generator = torch.Generator().manual_seed(6)
+    q, k = (torch.randn(1, heads, 700, 32, generator=generator) for heads in (4, 2))
+    k[:, :, end:] *= 7
+    scorer, table = make_scorer(64, 1, "low_rank"), make_table(700)
+
+    with torch.no_grad():
+        whole, _ = score_blocks(
+            scorer, q, k, PooledCache(scorer).update(k, 700, table), table=table, block_q=16
+        )
+        q, k = q[:, :, :end], k[:, :, :end]
+        piece, _ = score_blocks(
+            scorer, q, k, PooledCache(scorer).update(k, end, table), table=table, block_q=16
+        )
+
+    full = end // 16
+    assert torch.equal(piece[:, :, :full], whole[:, :, :full, : piece.shape[3]])
+
+
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
 @pytest.mark.parametrize("where", ["query", "key", "bias"])
 def test_bytes_do_not_hide_what_is_no_number(where: str) -> None:
     """NaN has no byte: it must come out as an error, never as a share."""

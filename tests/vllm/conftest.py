@@ -64,6 +64,8 @@ def make_tiny(folder: Path, *, kind: str = "llama") -> Tiny:
     for scorer in adapter.scorers.values():
         for weight in (scorer.query_map, scorer.distance_bias):
             weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
+        if scorer.key_steps is not None:
+            scorer.key_steps.mul_(3)  # as large as these keys are
     ladder = uncalibrated_ladder(adapter, RUNGS)
     dense, mild, bold = ladder.rungs
     rungs = (dense, replace(mild, break_even_tokens=192, decode_break_even_tokens={1: 400}), bold)

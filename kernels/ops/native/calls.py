@@ -109,13 +109,12 @@ class ScorerWeights:
 class BytePanels:
     """Features of the keys of full blocks in 8 bits, for processors and scorers that `fit_bytes`.
 
-    cells [B, Hkv, size] int32; maps [B, Hq, size] fp32 are the query maps times the steps of those bytes.
-    Both are a function of the features of these blocks alone: they hold until another block is full.
+    cells [B, Hkv, size] int32; flaws [B, Hkv] fp32, NaN where a feature is no number, else 0.
     """
 
     blocks: int
     cells: Tensor
-    maps: Tensor
+    flaws: Tensor
 
 
 def best_shares_native(
@@ -143,30 +142,68 @@ def best_shares_native(
         )
 
 
-def pack_bytes_native(pooled: Tensor, dtype: torch.dtype, weights: ScorerWeights) -> BytePanels:
-    """Pack the features [B, Hkv, P, rank] of the full blocks, rounded to `dtype`, for byte_shares_native."""
+def pack_bytes_native(pooled: Tensor, dtype: torch.dtype, inverse_steps: Tensor, block: int) -> BytePanels:
+    """Pack the features [B, Hkv, P, rank] of the full blocks, rounded to `dtype`, for byte_shares_native.
+
+    inverse_steps [Hkv, rank] fp32 say how many bytes a feature of 1 is.
+    """
     pooled = _as_rows(pooled, dtype)
     batch, kv_heads, tokens, rank = pooled.shape
-    heads, blocks = weights.maps.shape[0], tokens // weights.block
-    known = {"H": heads, "Hkv": kv_heads, "D": weights.cos.shape[1], "rank": rank, "block": weights.block}
-    shape = _fill_scores(**known, blocks=blocks, pooled_h=pooled.stride(1))
-    library = load_native()
-    library.sentei_byte_panel_size.restype = library.sentei_byte_map_size.restype = c_int64
-    cells = torch.empty(batch, kv_heads, library.sentei_byte_panel_size(shape), dtype=torch.int32)
-    maps = torch.empty(batch, heads, library.sentei_byte_map_size(shape))
-    call = getattr(library, f"sentei_pack_bytes_{DTYPES[pooled.dtype]}")
+    panels, shape = _new_panels(batch, kv_heads, rank, block, tokens // block, pooled.stride(1))
+    call = getattr(load_native(), f"sentei_pack_bytes_{DTYPES[pooled.dtype]}")
     for b in range(batch):
-        call(shape, *map(_pointer, (pooled[b], weights.maps, cells[b], maps[b])), c_int(_threads()))
-    return BytePanels(blocks, cells, maps)
+        pointers = map(_pointer, (pooled[b], inverse_steps, panels.cells[b], panels.flaws[b]))
+        call(shape, *pointers, c_int(_threads()))
+    return panels
+
+
+def gather_bytes_native(table: Tensor, cells: Tensor, flaws: Tensor, rank: int) -> BytePanels:
+    """Do the same for the full pages `table` [W] int32 of one sequence.
+
+    cells [P, Hkv, rank / 4, block] int32 and flaws [P, Hkv] are what encode_pages_native made of all pages.
+    """
+    kv_heads, block = cells.shape[1], cells.shape[3]
+    panels, shape = _new_panels(1, kv_heads, rank, block, len(table), 0)
+    load_native().sentei_gather_bytes(
+        shape, *map(_pointer, (table, cells, flaws, panels.cells, panels.flaws)), c_int(_threads())
+    )
+    return panels
+
+
+def _new_panels(
+    batch: int, kv_heads: int, rank: int, block: int, blocks: int, pooled_h: int
+) -> tuple[BytePanels, ctypes.Array[c_int64]]:
+    shape = _fill_scores(Hkv=kv_heads, rank=rank, block=block, blocks=blocks, pooled_h=pooled_h)
+    library = load_native()
+    library.sentei_byte_panel_size.restype = c_int64
+    cells = torch.empty(batch, kv_heads, library.sentei_byte_panel_size(shape), dtype=torch.int32)
+    return BytePanels(blocks, cells, torch.empty(batch, kv_heads)), shape
+
+
+def pack_byte_maps_native(maps: Tensor, steps: Tensor) -> Tensor:
+    """Pack query maps [Hq, 2 D, rank], times the steps [Hkv, rank] of the bytes that they meet."""
+    heads, rows, rank = maps.shape
+    shape = _fill_scores(H=heads, Hkv=steps.shape[0], D=rows // 2, rank=rank)
+    library = load_native()
+    library.sentei_byte_map_size.restype = c_int64
+    packed = torch.empty(heads, library.sentei_byte_map_size(shape))
+    library.sentei_pack_byte_maps(shape, *map(_pointer, (maps, steps, packed)))
+    return packed
 
 
 def byte_shares_native(
-    q: Tensor, k: Tensor, panels: BytePanels, weights: ScorerWeights, out: Tensor, block_q: int
+    q: Tensor,
+    k: Tensor,
+    panels: BytePanels,
+    byte_maps: Tensor,
+    weights: ScorerWeights,
+    out: Tensor,
+    block_q: int,
 ) -> None:
     """Do what best_shares_native does, in 8 bits, from the packed features of the full blocks of k."""
     q, k = _as_native(q), _as_native(k)
     shape = _scores_shape(q, k, weights, out, block_q, blocks=panels.blocks, pooled_h=0)
-    tables = (panels.cells, panels.maps, weights.cos, weights.sin, weights.bias)
+    tables = (panels.cells, panels.flaws, byte_maps, weights.cos, weights.sin, weights.bias)
     getattr(load_native(), f"sentei_byte_scores_{DTYPES[q.dtype]}")(
         shape,
         c_int64(q.shape[0]),

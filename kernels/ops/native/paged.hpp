@@ -39,10 +39,13 @@ struct PagedScratch {
   std::vector<int> some;
   std::vector<uint8_t> keep;
   std::vector<int64_t> read;  // pages that some head wants
+  std::vector<uint32_t> query;
+  std::vector<ByteRow> byte_rows;
   PagedScratch(const Paged& p, int64_t heads)
       : q(heads * p.D), s(heads * p.block), o(heads * p.D), top(heads), total(heads), fade(heads),
         logits(heads * up(p.table_width, VL)), features(heads * p.E), row(2 * p.D), forced(heads), some_q(heads * p.D),
-        some_o(heads * p.D), pool_scores(heads * std::max(p.pools, int64_t(1))), keep(heads * p.table_width) {}
+        some_o(heads * p.D), pool_scores(heads * std::max(p.pools, int64_t(1))), keep(heads * p.table_width),
+        query(heads * p.cells), byte_rows(heads) {}
 };
 
 // Online softmax of the heads in w.some over the first n tokens of one page.
@@ -84,18 +87,21 @@ void read_page(const Paged& p, PagedScratch& w, const S* keys, const S* values, 
 // Marks in w.keep [heads, width] the blocks 1 .. own - 1 whose share passes, and lists them in w.read; false where a
 // score is NaN.
 inline bool choose(const Paged& p, PagedScratch& w, int heads, int64_t own, const float* pooled, const uint32_t* bytes,
-                   const float* steps, const int32_t* table, const float* cut, const float* bias, float log_pool) {
+                   const float* flaws, const int32_t* table, const float* cut, const float* bias, float log_pool) {
   const int64_t wide = up(p.table_width, VL), end = up(own, VL);
   w.read.clear();
   if (own < 2) return true;
   std::fill(w.logits.begin(), w.logits.end(), -INF);
   for (int g = 0; g < heads; ++g) w.forced[g] = w.top[g] + std::log(w.total[g]);
-  score_pages(p, heads, own, w.features.data(), pooled, bytes, steps, table, w.forced.data(), log_pool,
-              w.pool_scores.data(), w.logits.data(), wide);
+  if (p.cells > 0)
+    score_pages_bytes(p, heads, own, w.features.data(), bytes, flaws, table, bias, w.forced.data(), w.query.data(),
+                      w.byte_rows.data(), w.logits.data(), wide);
+  else
+    score_pages_floats(p, heads, own, w.features.data(), pooled, table, bias, log_pool, w.pool_scores.data(),
+                       w.logits.data(), wide);
   for (int g = 0; g < heads; ++g) {
     float* row = &w.logits[g * wide];
     row[0] = -INF;
-    for (int64_t j = 1; j < own; ++j) row[j] += bias[g * p.num_bias + own - j];
     for (int64_t j = own; j < end; ++j) row[j] = -INF;
     const float total = log_add(log_sum(row, end), w.forced[g]);
     if (std::isnan(total)) return false;
@@ -114,7 +120,7 @@ inline bool choose(const Paged& p, PagedScratch& w, int heads, int64_t own, cons
 // where a score is NaN.
 template <class S>
 void decode_pages(const Paged& p, const PagedRow* rows, const S* q, const S* keys, const S* values,
-                  const float* pooled, const uint32_t* bytes, const float* steps, const int32_t* tables,
+                  const float* pooled, const uint32_t* bytes, const float* flaws, const int32_t* tables,
                   const float* cuts, const float* maps, const float* gains, const float* cos, const float* sin,
                   const float* bias, S* out, float* lse, int32_t* kept, float scale, float log_pool, int threads) {
   const int64_t group = p.Hq / p.Hkv, map = (p.is_residual ? p.D : 2 * p.D) * (p.E - (p.is_residual ? p.D : 0));
@@ -148,7 +154,7 @@ void decode_pages(const Paged& p, const PagedRow* rows, const S* q, const S* key
       read(own, last, own);
       const bool is_sound =
           choose(p, w, int(heads), own, pooled + h_kv * p.pools * p.E, bytes + h_kv * p.cells * p.block,
-                 steps + h_kv * p.E, pages, cuts + row.cut * p.Hq + h0, bias + h0 * p.num_bias, log_pool);
+                 flaws + h_kv, pages, cuts + row.cut * p.Hq + h0, bias + h0 * p.num_bias, log_pool);
       for (size_t n = 0; n < w.read.size() && is_sound; ++n) {
         const int64_t j = w.read[n];
         w.some.clear();
@@ -232,24 +238,23 @@ extern "C" {
 
 #define SENTEI_DECODE_PAGES(NAME, S)                                                                                  \
   void NAME(const Paged* p, const int64_t* rows, const S* q, const S* keys, const S* values, const float* pooled,     \
-            const uint32_t* bytes, const float* steps, const int32_t* tables, const float* cuts, const float* maps,   \
+            const uint32_t* bytes, const float* flaws, const int32_t* tables, const float* cuts, const float* maps,   \
             const float* gains, const float* cos, const float* sin, const float* bias, S* out, float* lse,            \
             int32_t* kept, float scale, float log_pool, int threads) {                                                \
-    decode_pages(*p, (const PagedRow*)rows, q, keys, values, pooled, bytes, steps, tables, cuts, maps, gains, cos,    \
+    decode_pages(*p, (const PagedRow*)rows, q, keys, values, pooled, bytes, flaws, tables, cuts, maps, gains, cos,    \
                  sin, bias, out, lse, kept, scale, log_pool, threads);                                                \
   }
 SENTEI_DECODE_PAGES(sentei_decode_pages_f32, float)
 SENTEI_DECODE_PAGES(sentei_decode_pages_bf16, uint16_t)
 
-#define SENTEI_ENCODE_PAGES(NAME, S, F)                                                                               \
+#define SENTEI_ENCODE_PAGES(NAME, S)                                                                                  \
   void NAME(const Paged* p, int64_t n, const int64_t* pages, const int64_t* blocks, const S* keys, const float* maps, \
-            const float* cos, const float* sin, int64_t stride, F* pooled, uint32_t* bytes, float* steps,             \
-            int threads) {                                                                                            \
-    encode_pages(*p, n, pages, blocks, keys, maps, cos, sin, stride, pooled, bytes, steps, threads);                  \
+            const float* cos, const float* sin, const float* inverse_steps, float* pooled, uint32_t* bytes,           \
+            float* flaws, int threads) {                                                                              \
+    encode_pages(*p, n, pages, blocks, keys, maps, cos, sin, inverse_steps, pooled, bytes, flaws, threads);           \
   }
-SENTEI_ENCODE_PAGES(sentei_encode_pages_f32_f32, float, float)
-SENTEI_ENCODE_PAGES(sentei_encode_pages_bf16_f32, uint16_t, float)
-SENTEI_ENCODE_PAGES(sentei_encode_pages_bf16_bf16, uint16_t, uint16_t)
+SENTEI_ENCODE_PAGES(sentei_encode_pages_f32, float)
+SENTEI_ENCODE_PAGES(sentei_encode_pages_bf16, uint16_t)
 
 void sentei_prefill_pages_f32(const Prefill* p, const float* q, const float* k, const float* v, const int32_t* table,
                               const int32_t* counts, const int32_t* indices, float* out, float* lse, float scale,

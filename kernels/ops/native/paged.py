@@ -32,15 +32,15 @@ class Pages:
 
 @dataclass(frozen=True, slots=True)
 class PageFeatures:
-    """What full pages are scored by: floats `pooled` [P, Hkv, pools, E] fp32, or bytes where there are cells.
+    """What full pages are scored by: `pooled` [P, Hkv, pools, E] fp32, or bytes where there are cells.
 
-    cells [P, Hkv, E / 4, block] int32 hold four dimensions each, steps [P, Hkv, E] fp32 the size of one unit.
-    E is a multiple of LANES.
+    cells [P, Hkv, E / 4, block] int32 hold four dimensions each, in steps that the scorer says; flaws
+    [P, Hkv] fp32 are NaN where a feature is no number. E is a multiple of LANES.
     """
 
     pooled: Tensor
     cells: Tensor
-    steps: Tensor
+    flaws: Tensor
 
     @property
     def num_cells(self) -> int:
@@ -52,9 +52,10 @@ class PageFeatures:
 class PageScorer:
     """One layer's scorer as the program takes it, all fp32 and contiguous.
 
-    maps [Hq, D or 2 D, columns] scaled, key_maps [Hkv, D or 2 D, columns], gains [Hq], bias [Hq, distances]
-    from distance 0 on, cos and sin [positions, D], cuts [thresholds, Hq]. E is columns, or D + columns where
-    the untrained score is a part.
+    maps [Hq, D or 2 D, columns] scaled, and where features are bytes times their steps, key_maps [Hkv, D or
+    2 D, columns], gains [Hq], bias [Hq, distances] from distance 0 on, cos and sin [positions, D], cuts
+    [thresholds, Hq], inverse_steps [Hkv, E] where features are bytes. E is columns, or D + columns where the
+    untrained score is a part.
     """
 
     maps: Tensor
@@ -64,6 +65,7 @@ class PageScorer:
     cos: Tensor
     sin: Tensor
     cuts: Tensor
+    inverse_steps: Tensor
     scale: float
     pool_tokens: int
 
@@ -95,13 +97,11 @@ def encode_pages_native(
         k_page=keys.stride(0),
         k_h=keys.stride(1),
     )
-    name = f"sentei_encode_pages_{DTYPES[keys.dtype]}_{DTYPES[features.pooled.dtype]}"
-    getattr(load_native(), name)(
+    getattr(load_native(), f"sentei_encode_pages_{DTYPES[keys.dtype]}")(
         shape,
         c_int64(len(pages)),
-        *map(_pointer, (pages, blocks, keys, scorer.key_maps, scorer.cos, scorer.sin)),
-        c_int64(features.pooled.shape[3]),
-        *map(_pointer, (features.pooled, features.cells, features.steps)),
+        *map(_pointer, (pages, blocks, keys, scorer.key_maps, scorer.cos, scorer.sin, scorer.inverse_steps)),
+        *map(_pointer, (features.pooled, features.cells, features.flaws)),
         # A page takes some tens of microseconds, as long as a second thread needs to begin.
         c_int(torch.get_num_threads() if len(pages) * heads > 8 else 1),
     )
@@ -147,7 +147,7 @@ def decode_pages_native(
         o_h=out.stride(1),
     )
     tensors = (
-        rows, q, pages.keys, pages.values, features.pooled, features.cells, features.steps, tables,
+        rows, q, pages.keys, pages.values, features.pooled, features.cells, features.flaws, tables,
         scorer.cuts, scorer.maps, scorer.gains, scorer.cos, scorer.sin, scorer.bias, out, lse, kept,
     )  # fmt: skip
     getattr(load_native(), f"sentei_decode_pages_{DTYPES[q.dtype]}")(

@@ -926,27 +926,35 @@ int sentei_has_byte_scores(int64_t rank) { return has_byte_scores(rank); }
 int64_t sentei_byte_panel_size(const Scores* p) { return byte_panel_size(*p); }
 int64_t sentei_byte_map_size(const Scores* p) { return byte_map_size(*p); }
 
-void sentei_pack_bytes_f32(const Scores* p, const float* pooled, const float* maps, uint32_t* panels, float* packed,
-                           int threads) {
-  pack_byte_panels(*p, pooled, maps, panels, packed, threads);
+void sentei_pack_bytes_f32(const Scores* p, const float* pooled, const float* inverse_steps, uint32_t* panels,
+                           float* flaws, int threads) {
+  pack_byte_panels(*p, pooled, inverse_steps, panels, flaws, threads);
 }
-void sentei_pack_bytes_bf16(const Scores* p, const uint16_t* pooled, const float* maps, uint32_t* panels,
-                            float* packed, int threads) {
-  pack_byte_panels(*p, pooled, maps, panels, packed, threads);
+void sentei_pack_bytes_bf16(const Scores* p, const uint16_t* pooled, const float* inverse_steps, uint32_t* panels,
+                            float* flaws, int threads) {
+  pack_byte_panels(*p, pooled, inverse_steps, panels, flaws, threads);
+}
+void sentei_gather_bytes(const Scores* p, const int32_t* table, const uint32_t* pages, const float* page_flaws,
+                         uint32_t* panels, float* flaws, int threads) {
+  gather_byte_panels(*p, table, pages, page_flaws, panels, flaws, threads);
+}
+void sentei_pack_byte_maps(const Scores* p, const float* maps, const float* steps, float* packed) {
+  pack_byte_maps(*p, maps, steps, packed);
 }
 
 void sentei_byte_scores_f32(const Scores* p, int64_t batch, const float* q, int64_t q_b, const float* k, int64_t k_b,
-                            const uint32_t* panels, const float* maps, const float* cos, const float* sin,
-                            const float* bias, float scale, float* out, int threads) {
-  byte_scores<FullCells>(*p, batch, q, q_b, k, k_b, panels, maps, cos, sin, bias, scale, out, threads);
+                            const uint32_t* panels, const float* flaws, const float* maps, const float* cos,
+                            const float* sin, const float* bias, float scale, float* out, int threads) {
+  byte_scores<FullCells>(*p, batch, q, q_b, k, k_b, panels, flaws, maps, cos, sin, bias, scale, out, threads);
 }
 void sentei_byte_scores_bf16(const Scores* p, int64_t batch, const uint16_t* q, int64_t q_b, const uint16_t* k,
-                             int64_t k_b, const uint32_t* panels, const float* maps, const float* cos,
-                             const float* sin, const float* bias, float scale, float* out, int threads) {
+                             int64_t k_b, const uint32_t* panels, const float* flaws, const float* maps,
+                             const float* cos, const float* sin, const float* bias, float scale, float* out,
+                             int threads) {
 #if defined(__AVX512BF16__)
-  byte_scores<PairCells>(*p, batch, q, q_b, k, k_b, panels, maps, cos, sin, bias, scale, out, threads);
+  byte_scores<PairCells>(*p, batch, q, q_b, k, k_b, panels, flaws, maps, cos, sin, bias, scale, out, threads);
 #else
-  byte_scores<FullCells>(*p, batch, q, q_b, k, k_b, panels, maps, cos, sin, bias, scale, out, threads);
+  byte_scores<FullCells>(*p, batch, q, q_b, k, k_b, panels, flaws, maps, cos, sin, bias, scale, out, threads);
 #endif
 }
 

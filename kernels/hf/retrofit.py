@@ -43,7 +43,7 @@ from sentei.kernels.hf.rotary import RotaryReader
 from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.kernels.hf.versions import CACHE_KEYWORD
 from sentei.kernels.ops.attention import attend, dense_attend
-from sentei.kernels.ops.block_mask import BlockMask, num_blocks
+from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask, num_blocks
 from sentei.kernels.ops.limits import DECODE_ROWS_MAX
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.packed_keys import PackedKeys
@@ -285,7 +285,8 @@ class Retrofit:
         if layer is not None:
             self._record(layer, query, key, None)
             density = (1.0,) * layer.kv_heads
-            self._stats.add(LayerCall(layer.index, query.shape[2], "dense", density))
+            causal = self._causal_blocks(layer, query, key)
+            self._stats.add(LayerCall(layer.index, query.shape[2], causal, "dense", density))
         with self._part(FULL_ATTENTION if layer is not None else WINDOW_ATTENTION):
             if self.base != "sdpa":
                 out = dense_attend(
@@ -318,7 +319,8 @@ class Retrofit:
             mask, poison = self._select(layer, query, key, pooled)
         with self._part(SELECTION):
             kept = _kept_by_group(mask, layer.kv_heads)
-        self._stats.add(LayerCall(layer.index, query.shape[2], "sparse", kept))
+        causal = self._causal_blocks(layer, query, key)
+        self._stats.add(LayerCall(layer.index, query.shape[2], causal, "sparse", kept))
         with self._part(FULL_ATTENTION):
             if self.is_differentiable:
                 out = attend_masked(query, key, value, mask, scale=layer.scale)
@@ -331,9 +333,18 @@ class Retrofit:
             out[..., :1].add_(poison)  # the projections behind carry it to all that follows
         return out, None
 
+    def _causal_blocks(self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor) -> int:
+        block_q, block_k = self._ladder.query_block_tokens, DEFAULT_BLOCK
+        if self.adapter is not None and layer.index in self.adapter.scorers:
+            block_k = self.adapter.scorers[layer.index].shape.block_tokens
+        return _causal_blocks(query.shape[2], block_q, block_k, key.shape[2] - query.shape[2])
+
     def _is_covered(self, query: torch.Tensor, kv_len: int) -> bool:
         """Whether a call runs sparse; one row is a decode step, which pays from another length on."""
         batch, _, num_rows, _ = query.shape
+        # A prompt longer than was verified is dense from its first piece on.
+        if not self._rung.covers(max(self._rung.break_even_tokens, self._prompt_tokens or 0)):
+            return False
         return self._rung.covers_step(kv_len, batch) if num_rows == 1 else self._rung.covers(kv_len)
 
     def _keep_short(self, shares: torch.Tensor, starts: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ decode step would stop the step there.
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -16,10 +16,15 @@ CALLS_KEPT = 4096
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerCall:
-    """One attention call of one layer; `kept` of the causal blocks by each KV group, shares [Hkv] in fp64."""
+    """One attention call of one layer.
+
+    `causal` blocks are in sight of its query blocks, of one head and sequence, and say what the call weighs;
+    `kept` are the shares of them that each KV group read, [Hkv] in fp64.
+    """
 
     layer: int
     q_tokens: int
+    causal: int
     path: Literal["dense", "sparse"]
     kept: torch.Tensor | tuple[float, ...]
 
@@ -47,7 +52,7 @@ def read_calls(calls: Iterable[LayerCall]) -> list[LayerCall]:
     waiting = [call.kept for call in found if isinstance(call.kept, torch.Tensor)]
     numbers = iter(torch.cat(waiting).tolist() if waiting else ())
     return [
-        LayerCall(call.layer, call.q_tokens, call.path, tuple(next(numbers) for _ in range(len(call.kept))))
+        replace(call, kept=tuple(next(numbers) for _ in range(len(call.kept))))
         if isinstance(call.kept, torch.Tensor)
         else call
         for call in found
@@ -73,17 +78,22 @@ class RetrofitStats:
             self.num_sparse += 1
 
     def density(self) -> float | None:
-        """Mean density of the latest calls, dense layers included; None if every call was dense."""
+        """Share read of what the latest calls saw, dense layers included; None if every call was dense."""
         if not self.has_run_sparse:
             return None
-        return sum(call.density for call in read_calls(self.calls)) / len(self.calls)
+        calls = read_calls(self.calls)
+        return sum(call.density * call.causal for call in calls) / sum(call.causal for call in calls)
 
     def density_by_group(self) -> dict[int, tuple[float, ...]]:
-        """Mean density of the latest calls of each layer, KV group by KV group."""
-        by_layer: dict[int, list[tuple[float, ...]]] = {}
+        """The same of each layer, KV group by KV group."""
+        by_layer: dict[int, list[LayerCall]] = {}
         for call in read_calls(self.calls):
-            by_layer.setdefault(call.layer, []).append(call.density_by_group)
-        return {
-            layer: tuple(sum(group) / len(group) for group in zip(*densities, strict=True))
-            for layer, densities in by_layer.items()
-        }
+            by_layer.setdefault(call.layer, []).append(call)
+        return {layer: _density_by_group(calls) for layer, calls in by_layer.items()}
+
+
+def _density_by_group(calls: list[LayerCall]) -> tuple[float, ...]:
+    total = sum(call.causal for call in calls)
+    kept = zip(*(call.density_by_group for call in calls), strict=True)
+    weights = [call.causal / total for call in calls]
+    return tuple(sum(x * w for x, w in zip(group, weights, strict=True)) for group in kept)

@@ -77,9 +77,9 @@ class DecodeRows:
 class CpuScorerPages:
     """One layer's scorer, and the features of all pages of its KV cache.
 
-    Features are floats, `pooled` [P, Hkv, pools, E] fp32, or where scorer and processor allow it bytes: `cells`
-    [P, Hkv, E / 4, block] int32, with `flaws` [P, Hkv], NaN where a feature is no number. Decode rows name one
-    of `thresholds`.
+    Features are floats, `pooled` [P, Hkv, pools, E] fp32, or where scorer and processor allow it bytes:
+    `cells` [P, Hkv, E / 4, block] int32, with `flaws` [P, Hkv], NaN where a feature is no number. Decode rows
+    name one of `thresholds`.
     """
 
     def __init__(

@@ -63,7 +63,7 @@ def prefill_budgets(
     for i_run, variant in counted(list(product(range(runs + 1), variants)), "clock the parts", progress):
         rung = DENSE if variant in DENSE_BASES else variant
         with retrofit(loaded.model, adapter, rung, base="best") as handle:
-            seconds = clock_parts(handle, partial(prefill, loaded, text))
+            seconds = clock_parts(handle, partial(prefill, loaded, text, handle))
             if i_run:  # the first round warms up
                 found[variant].append((seconds, handle.stats().density()))
     return [

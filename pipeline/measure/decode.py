@@ -27,6 +27,7 @@ from sentei.kernels.hf.parts import (
     PartClock,
     clocked_modules,
 )
+from sentei.kernels.hf.pieces import run_in_pieces
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
 from sentei.kernels.hf.versions import cache_argument
 from sentei.kernels.placement import clock_of
@@ -61,8 +62,7 @@ def fill_cache(loaded: LoadedModel, text: torch.Tensor, batch: int = 1) -> Any:
     """Return the KV cache of a prompt [T], the same for each of `batch` sequences; prefilled dense."""
     with retrofit(loaded.model, None, DENSE, base="best"):
         cache = DynamicCache(config=loaded.model.config)
-        ids = text[None].to(loaded.device)
-        loaded.model(input_ids=ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
+        run_in_pieces(loaded.model, text[None].to(loaded.device), cache)
     if batch > 1:
         cache.batch_repeat_interleave(batch)
     return cache

@@ -8,10 +8,12 @@ from functools import partial
 from itertools import product
 
 import torch
+from transformers import DynamicCache
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE
-from sentei.kernels.hf.retrofit import Base, retrofit
+from sentei.kernels.hf.pieces import run_in_pieces
+from sentei.kernels.hf.retrofit import Base, Retrofit, retrofit
 from sentei.kernels.placement import clock_of
 from sentei.pipeline.models import LoadedModel
 from sentei.pipeline.progress import Progress, counted
@@ -49,33 +51,44 @@ def time_prefills(
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for i_run, variant in counted(list(product(range(runs + 1), variants)), "time prefill", progress):
         prompt = text if i_run else text[:warm_up_tokens]
-        with variant_of(loaded, adapter, variant):
-            spent = time_once(partial(prefill, loaded, prompt), loaded.device)
+        with variant_of(loaded, adapter, variant) as handle:
+            spent = time_once(partial(prefill, loaded, prompt, handle), loaded.device)
         if i_run:
             seconds[variant].append(spent)
     return {variant: _summarise(seconds[variant]) for variant in variants}
 
 
 @contextmanager
-def variant_of(loaded: LoadedModel, adapter: Adapter, variant: str) -> Iterator[None]:
-    """Put the model into the state that a variant's name stands for."""
+def variant_of(loaded: LoadedModel, adapter: Adapter, variant: str) -> Iterator[Retrofit | None]:
+    """Put the model into the state that a variant's name stands for; None for Transformers' own."""
     if variant == SDPA:
         previous = loaded.model.config._attn_implementation
         loaded.model.set_attn_implementation("sdpa")
         try:
-            yield
+            yield None
         finally:
             loaded.model.set_attn_implementation(previous)
         return
     base = DENSE_BASES.get(variant, "best")
-    with retrofit(loaded.model, adapter, DENSE if variant in DENSE_BASES else variant, base=base):
-        yield
+    rung = DENSE if variant in DENSE_BASES else variant
+    with retrofit(loaded.model, adapter, rung, base=base) as handle:
+        yield handle
 
 
 @torch.no_grad()
-def prefill(loaded: LoadedModel, text: torch.Tensor) -> None:
-    """Run a prompt as a server would: KV cache filled, logits of the last token only."""
-    loaded.model(input_ids=text[None].to(loaded.device), use_cache=True, logits_to_keep=1)
+def prefill(loaded: LoadedModel, text: torch.Tensor, handle: Retrofit | None) -> None:
+    """Run a prompt as a server would: KV cache filled, logits of the last token only.
+
+    In pieces under our own programs, as our engine does; in one under Transformers' sdpa and compiled Flex,
+    which ask for a mask or for another compilation behind a cache.
+    """
+    ids = text[None].to(loaded.device)
+    if handle is None or handle.base != "best":
+        loaded.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        return
+    handle.set_prompt_tokens(len(text))
+    run_in_pieces(loaded.model, ids, DynamicCache(config=loaded.model.config))
+    handle.set_prompt_tokens(None)
 
 
 def time_once(work: Callable[[], None], device: torch.device) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from sentei.kernels.hf.adapter import Adapter
+from sentei.kernels.hf.retrofit import Retrofit
 from sentei.kernels.placement import synchronize
 from sentei.pipeline.measure.latency import BEST_DENSE, prefill, variant_of
 from sentei.pipeline.models import LoadedModel
@@ -40,26 +41,26 @@ def prefill_peaks(
     measure = _on_device if kind == "cuda" else _on_host
     peaks: dict[str, float] = {}
     for rung in counted(adapter.ladder.rungs, "peak memory", progress):
-        with variant_of(loaded, adapter, BEST_DENSE if rung.is_dense else rung.id):
-            peaks[rung.id] = statistics.median(measure(loaded, text) for _ in range(runs))
+        with variant_of(loaded, adapter, BEST_DENSE if rung.is_dense else rung.id) as handle:
+            peaks[rung.id] = statistics.median(measure(loaded, text, handle) for _ in range(runs))
     return peaks
 
 
-def _on_device(loaded: LoadedModel, text: torch.Tensor) -> float:
+def _on_device(loaded: LoadedModel, text: torch.Tensor, handle: Retrofit | None) -> float:
     synchronize(loaded.device)
     torch.cuda.reset_peak_memory_stats(loaded.device)
     before = torch.cuda.memory_allocated(loaded.device)
-    prefill(loaded, text)
+    prefill(loaded, text, handle)
     synchronize(loaded.device)
     return (torch.cuda.max_memory_allocated(loaded.device) - before) / 2**20
 
 
-def _on_host(loaded: LoadedModel, text: torch.Tensor) -> float:
+def _on_host(loaded: LoadedModel, text: torch.Tensor, handle: Retrofit | None) -> float:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
     before = _status_kib("VmRSS")
-    prefill(loaded, text)
+    prefill(loaded, text, handle)
     return max(0, _status_kib("VmHWM") - before) / 1024
 
 

@@ -20,6 +20,10 @@ class Call(Protocol):
         """Query rows: 1 in a decode step."""
 
     @property
+    def causal(self) -> int:
+        """Blocks in sight of its query blocks: what it weighs."""
+
+    @property
     def path(self) -> str:
         """`dense` or `sparse`."""
 
@@ -30,7 +34,7 @@ class Call(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LayerUse:
-    """One layer's mean density in the prefill and in the decode steps; None where it had none."""
+    """One layer's density over all of the prefill and all decode steps; None where it had none."""
 
     layer: int
     prefill_density: float | None
@@ -69,7 +73,7 @@ class AttentionMeter:
 
     sparse_calls: int = 0
     dense_calls: int = 0
-    _sums: dict[int, list[Any]] = field(default_factory=dict)  # per layer: density and calls, twice
+    _sums: dict[int, list[Any]] = field(default_factory=dict)  # per layer: blocks kept, blocks seen; twice
 
     def add(self, calls: Iterable[Call]) -> None:
         """Take in the calls of one forward pass."""
@@ -80,8 +84,8 @@ class AttentionMeter:
                 self.dense_calls += 1
             sums = self._sums.setdefault(call.layer, [0.0, 0.0, 0.0, 0.0])
             at = 2 if call.q_tokens == 1 else 0
-            sums[at] = sums[at] + call.mean_kept  # never in place: the call keeps its own
-            sums[at + 1] += 1
+            sums[at] = sums[at] + call.causal * call.mean_kept  # never in place: the call keeps its own
+            sums[at + 1] += call.causal
 
     def read(self) -> AttentionUse:
         """Return what was added so far."""

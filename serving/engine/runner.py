@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache
 
-from sentei.kernels.hf.versions import cache_argument
+from sentei.kernels.hf.pieces import PIECE_TOKENS, run_in_pieces
 from sentei.kernels.placement import synchronize
 from sentei.serving.engine.attention_use import AttentionMeter, AttentionUse, Call
 from sentei.serving.engine.grammar import Grammars
@@ -178,11 +178,7 @@ class ModelRunner:
         """Run the model over `ids` behind `cache`; returns logits [keep, V] of the last positions."""
         with torch.inference_mode():
             inputs = torch.tensor([ids], device=self._device)
-            output = self._model(
-                input_ids=inputs, **cache_argument(cache), use_cache=True, logits_to_keep=keep
-            )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+            return run_in_pieces(self._model, inputs, cache, keep=keep)[0]
 
     def _now_s(self) -> float:
         """Seconds that only work adds to, read where the device is idle: the cost of a request.
@@ -208,7 +204,7 @@ class ModelRunner:
 def _pieces(request: ScoreRequest) -> Iterator[tuple[int, int, bool]]:
     """Cut the prompt and the answer each by its own size: begin, end, and whether rows are measured there."""
     served = len(request.ids) - request.num_prompt
-    size = request.prompt_chunk_tokens or request.num_prompt
+    size = request.prompt_chunk_tokens or PIECE_TOKENS
     for begin in range(0, request.num_prompt, size):
         yield begin, min(begin + size, request.num_prompt), begin + size >= request.num_prompt
     size = request.served_chunk_tokens or served

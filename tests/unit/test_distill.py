@@ -53,7 +53,7 @@ def test_as_many_queries_are_scored_as_one_as_ask_alike(same: int, query_pool: i
 
 
 def test_steps_of_bytes_are_those_of_the_training_texts() -> None:
-    """127 of them reach to 4 standard deviations beyond the mean of what the texts' own keys are encoded to."""
+    """127 of them reach to 4 standard deviations beyond the mean of the texts' own features."""
     shape = ScorerShape(1, 1, D, D, 1, BLOCK, "low_rank", 1)
     records = [make_record(seed, 1) for seed in range(3)]
 

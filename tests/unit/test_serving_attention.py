@@ -11,9 +11,9 @@ from sentei.serving.engine.attention_use import AttentionMeter, to_json
 def metered(layers: int = 2) -> AttentionMeter:
     """A prefill of 500 tokens and two decode steps; layer 0 is dense."""
     meter = AttentionMeter()
-    for q_tokens, density in ((500, 0.2), (1, 0.1), (1, 0.3)):
-        calls = [LayerCall(i, q_tokens, "sparse", (density, density)) for i in range(1, layers)]
-        meter.add([LayerCall(0, q_tokens, "dense", (1.0, 1.0)), *calls])
+    for q_tokens, causal, density in ((500, 144, 0.2), (1, 8, 0.1), (1, 8, 0.3)):
+        calls = [LayerCall(i, q_tokens, causal, "sparse", (density, density)) for i in range(1, layers)]
+        meter.add([LayerCall(0, q_tokens, causal, "dense", (1.0, 1.0)), *calls])
     return meter
 
 
@@ -28,6 +28,17 @@ def test_prefill_and_decode_are_kept_apart() -> None:
         "decode_density": 0.6,
         "layers": {"0": [1.0, 1.0], "1": [0.2, 0.2]},
     }
+
+
+def test_pieces_of_a_prompt_weigh_what_they_see() -> None:
+    """The last piece sees more blocks than the first one, which kept everything."""
+    meter = AttentionMeter()
+    for causal, kept in ((10, 1.0), (26, 0.5), (42, 0.5), (58, 0.1)):
+        meter.add([LayerCall(0, 64, causal, "sparse", (kept,))])
+
+    (layer,) = meter.read().layers
+
+    assert layer.prefill_density == round((10 + 13 + 21 + 5.8) / 136, 4)
 
 
 def test_record_never_exceeds_its_bytes() -> None:

@@ -27,8 +27,8 @@ class FakeRetrofit:
 
     def stats(self) -> RetrofitStats:
         found = RetrofitStats()
-        found.add(LayerCall(0, 1, "dense", (1.0,)))
-        found.add(LayerCall(1, 1, "sparse", (0.2, 0.4)))
+        found.add(LayerCall(0, 1, 9, "dense", (1.0,)))
+        found.add(LayerCall(1, 1, 9, "sparse", (0.2, 0.4)))
         return found
 
     def reset_stats(self) -> None:

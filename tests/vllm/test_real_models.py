@@ -40,7 +40,7 @@ def loaded(request: pytest.FixtureRequest) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def model(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """The model on disk, scorers of its usual form not trained: what they choose has to be the same, not good."""
+    """The model on disk, scorers of its usual form, untrained: choices have to be the same, not good."""
     folder = tmp_path_factory.mktemp(loaded.name)
     loaded.model.save_pretrained(folder)
     options = usual_options(loaded.model)

@@ -23,6 +23,7 @@ inline uint8_t to_byte(float x, float inverse_step, float* flaw) {
 
 constexpr int64_t BYTE_CELLS_MAX = 16;  // four dimensions each
 constexpr int BYTE_ROWS = 8;
+constexpr uint32_t NO_FEATURES = 0x80808080u;  // four zeros
 
 inline bool has_byte_scores(int64_t rank) { return rank <= 4 * BYTE_CELLS_MAX; }
 
@@ -118,22 +119,33 @@ __attribute__((noinline)) void best_byte_shares(int rows, int64_t columns, int64
   std::memcpy(best + 1, most + 1, sizeof(float) * (open - 1));
 }
 
-// Blocks `block0` .. `block0` + VL of one head to one panel; NaN where a feature is no number, else 0.
+// Blocks `block0` .. `block0` + VL of one head to one panel; NaN where a feature is no number, else 0. inverse_steps
+// [4 * cells] are 0 where there is no dimension.
 template <class S>
 float pack_bytes(const S* keys, int64_t block0, int64_t blocks, int64_t tokens, int64_t rank, int64_t cells,
                  const float* inverse_steps, uint32_t* panel) {
-  alignas(64) uint8_t row[4 * BYTE_CELLS_MAX];
-  float flaw = 0.0f;
+  alignas(64) float row[4 * BYTE_CELLS_MAX] = {};
+  alignas(64) uint32_t bytes[BYTE_CELLS_MAX];
+  __m512 flaw = _mm512_setzero_ps();
+  const __m512 limit = _mm512_set1_ps(127.0f), least = _mm512_set1_ps(-127.0f);
   for (int64_t lane = 0; lane < VL; ++lane)
     for (int64_t t = 0; t < tokens; ++t) {
-      std::memset(row, 128, sizeof row);
-      if (block0 + lane < blocks) {
-        const S* x = keys + ((block0 + lane) * tokens + t) * rank;
-        for (int64_t d = 0; d < rank; ++d) row[d] = to_byte(widen(x[d]), inverse_steps[d], &flaw);
+      if (block0 + lane >= blocks) {
+        for (int64_t c = 0; c < cells; ++c) panel[(t * cells + c) * VL + lane] = NO_FEATURES;
+        continue;
       }
-      for (int64_t c = 0; c < cells; ++c) std::memcpy(&panel[(t * cells + c) * VL + lane], row + 4 * c, 4);
+      const S* x = keys + ((block0 + lane) * tokens + t) * rank;
+      for (int64_t d = 0; d < rank; ++d) row[d] = widen(x[d]);
+      for (int64_t d = 0; d < 4 * cells; d += VL) {
+        const __m512 steps = _mm512_mul_ps(_mm512_load_ps(row + d), _mm512_loadu_ps(inverse_steps + d));
+        flaw = _mm512_fmadd_ps(steps, _mm512_setzero_ps(), flaw);  // infinity and NaN give NaN
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(steps, limit), least));
+        const __m128i narrow = _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128)));
+        _mm_store_si128((__m128i*)(bytes + d / 4), narrow);
+      }
+      for (int64_t c = 0; c < cells; ++c) panel[(t * cells + c) * VL + lane] = bytes[c];
     }
-  return flaw;
+  return _mm512_reduce_add_ps(flaw);
 }
 
 // One row's features [4 * cells] to signed bytes; the row's numbers, of which `reference` is what sums are taken
@@ -188,9 +200,11 @@ void fill_panels(const Scores& p, uint32_t* panels, float* flaws, int threads, F
 template <class S>
 void pack_byte_panels(const Scores& p, const S* pooled, const float* inverse_steps, uint32_t* panels, float* flaws,
                       int threads) {
+  const int64_t cells = byte_cells(p.rank);
+  std::vector<float> inverse(p.Hkv * 4 * cells);
+  for (int64_t h = 0; h < p.Hkv; ++h) std::copy_n(inverse_steps + h * p.rank, p.rank, &inverse[h * 4 * cells]);
   fill_panels(p, panels, flaws, threads, [&](int64_t h, int64_t block, uint32_t* panel) {
-    return pack_bytes(pooled + h * p.pooled_h, block, p.blocks, p.block, p.rank, byte_cells(p.rank),
-                      inverse_steps + h * p.rank, panel);
+    return pack_bytes(pooled + h * p.pooled_h, block, p.blocks, p.block, p.rank, cells, &inverse[h * 4 * cells], panel);
   });
 }
 
@@ -205,7 +219,7 @@ inline void gather_byte_panels(const Scores& p, const int32_t* table, const uint
       if (at >= 0) flaw += page_flaws[at];
       for (int64_t c = 0; c < cells; ++c)
         for (int64_t t = 0; t < p.block; ++t)
-          panel[(t * cells + c) * VL + lane] = at < 0 ? 0x80808080u : pages[(at * cells + c) * p.block + t];
+          panel[(t * cells + c) * VL + lane] = at < 0 ? NO_FEATURES : pages[(at * cells + c) * p.block + t];
     }
     return flaw;
   });

@@ -75,3 +75,5 @@ def check_engine(vllm_config: Any) -> None:
         raise ConfigError("speculative decoding is set; thinned answers were not verified under it")
     if str(vllm_config.cache_config.cache_dtype).startswith("fp8"):
         raise ConfigError("the KV cache is fp8; scores over such keys were never calibrated: use 'auto'")
+    if str(vllm_config.model_config.dtype) == "torch.float16":
+        raise ConfigError("dtype is float16, which our programs do not read: set bfloat16 or float32")

@@ -6,6 +6,8 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,9 +16,10 @@ from hypothesis import strategies as st
 from sentei.kernels.hf.ladder import NEVER, Ladder, Rung
 from sentei.serving.engine.attention_use import LayerUse
 from sentei.serving.engine.request import Sampling
+from sentei.serving.errors import ConfigError
 from sentei.serving.vllm.asked import Asked, read_asked
 from sentei.serving.vllm.meter import TICKETS_KEPT, Use, UseMeter
-from sentei.serving.vllm.options import LADDER_FILE, EngineOptions
+from sentei.serving.vllm.options import LADDER_FILE, SCHEDULERS, EngineOptions, check_engine
 from sentei.serving.vllm.plan import Part, StepPlan, measured_rows, plan_step
 from sentei.serving.vllm.state import steps_of_batch
 
@@ -275,3 +278,37 @@ def test_accounts_that_nobody_asks_for_are_forgotten() -> None:
 
     assert not meter.read("9").has_bad_logits
     assert meter.read("10").has_bad_logits
+
+
+def set_up(**changes: Any) -> SimpleNamespace:
+    """What `check_engine` reads of a VllmConfig, fit for the plugin but for some values."""
+    room, _, name = SCHEDULERS[0].rpartition(".")
+    scheduler = changes.get("scheduler", type(name, (), {"__module__": room}))
+    return SimpleNamespace(
+        scheduler_config=SimpleNamespace(get_scheduler_cls=lambda: scheduler),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=changes.get("stages", 1)),
+        speculative_config=changes.get("speculative"),
+        cache_config=SimpleNamespace(cache_dtype=changes.get("cache", "auto")),
+        model_config=SimpleNamespace(dtype=changes.get("dtype", "torch.bfloat16")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"scheduler": dict}, "scheduler_cls is builtins.dict: .* set sentei.serving.vllm.scheduler"),
+        ({"stages": 2}, "pipeline_parallel_size is 2; the plugin was built for 1"),
+        ({"speculative": object()}, "speculative decoding is set"),
+        ({"cache": "fp8_e5m2"}, "the KV cache is fp8; .* use 'auto'"),
+        ({"dtype": "torch.float16"}, "dtype is float16, .* set bfloat16 or float32"),
+    ],
+)
+def test_an_engine_that_would_answer_wrongly_does_not_start(changes: dict[str, Any], told: str) -> None:
+    """Each is refused by its name and with the way out."""
+    with pytest.raises(ConfigError, match=told):
+        check_engine(set_up(**changes))
+
+
+def test_an_engine_set_up_as_the_plugin_asks_starts() -> None:
+    """Nothing is raised."""
+    check_engine(set_up())

@@ -159,12 +159,12 @@ def server_command(system: System, model: ModelUnderTest, port: int) -> tuple[li
         "--host", "127.0.0.1", "--port", str(port), "--dtype", model.dtype,
         "--max-model-len", str(model.context_tokens), "--max-num-seqs", str(model.max_running),
         "--max-num-batched-tokens", str(model.step_tokens),
-        "--kv-cache-memory-bytes", str(model.kv_cache_mib << 20), "--block-size", str(PAGE_TOKENS),
+        "--kv-cache-memory-bytes", str(model.kv_cache_mib << 20),
     ]  # fmt: skip
     if not model.is_compiled:
         command.append("--enforce-eager")
     if system.rung != DENSE:
-        command += [*PLUGIN, "--additional-config", plugin_config(model)]
+        command += [*PLUGIN, "--additional-config", plugin_config(model), "--block-size", str(PAGE_TOKENS)]
     environment = {
         "OMP_NUM_THREADS": str(model.threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else one of two cores is kept for the frontend

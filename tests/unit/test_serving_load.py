@@ -182,6 +182,8 @@ def test_a_rung_is_vllms_server_with_the_plugin() -> None:
         "sentei.serving.vllm.scheduler.SenteiScheduler",
         "--additional-config",
         '{"sentei": {"engine": "bench", "adapter": "/adapters/m"}}',
+        "--block-size",
+        "64",
     ]
     assert rung.body == {"vllm_xargs": {"sentei": "d20"}}
     assert environment["OMP_NUM_THREADS"] == "2"

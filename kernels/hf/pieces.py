@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sentei.kernels.hf.models import text_decoder
 from sentei.kernels.hf.versions import cache_argument
 
 PIECE_TOKENS = 2048  # whole query blocks of every size
@@ -24,10 +25,9 @@ def run_in_pieces(model: Any, ids: torch.Tensor, cache: Any, *, keep: int = 1) -
     for first in range(0, tokens, PIECE_TOKENS):
         piece = ids[:, first : first + PIECE_TOKENS]
         wanted = first + piece.shape[1] - max(first, tokens - keep)
-        # A pass gives the logits of one row at least; 0 would stand for all.
-        output = model(
-            input_ids=piece, **cache_argument(cache), use_cache=True, logits_to_keep=max(wanted, 1)
-        )
-        if wanted > 0:
-            found.append(output.logits)
+        passed = {"input_ids": piece, **cache_argument(cache), "use_cache": True}
+        if wanted <= 0:
+            text_decoder(model)(**passed)  # no logits: one row of them reads all of a vocabulary's weights
+        else:
+            found.append(model(**passed, logits_to_keep=wanted).logits)
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from sentei.kernels.hf.models import text_decoder
 from sentei.kernels.hf.versions import cache_argument
 
 PIECE_TOKENS = 2048  # whole query blocks of every size
@@ -21,13 +20,15 @@ def run_in_pieces(model: Any, ids: torch.Tensor, cache: Any, *, keep: int = 1) -
     A retrofit has to be told before where the prompt ends: `Retrofit.set_prompt_tokens`.
     """
     found: list[torch.Tensor] = []
-    tokens = ids.shape[1]
+    tokens, body = ids.shape[1], getattr(model, "base_model", model)
     for first in range(0, tokens, PIECE_TOKENS):
         piece = ids[:, first : first + PIECE_TOKENS]
         wanted = first + piece.shape[1] - max(first, tokens - keep)
         passed = {"input_ids": piece, **cache_argument(cache), "use_cache": True}
-        if wanted <= 0:
-            text_decoder(model)(**passed)  # no logits: one row of them reads all of a vocabulary's weights
-        else:
+        if wanted > 0:
             found.append(model(**passed, logits_to_keep=wanted).logits)
+        elif body is not model:
+            body(**passed)  # no logits: one row of them reads all of a vocabulary's weights
+        else:
+            model(**passed, logits_to_keep=1)
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)

@@ -22,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+LINE_EVERY_S = 30.0  # of a step's progress where stderr is a file
+
 
 class ExitCode(IntEnum):
     """Exit codes of every command; documented in README.md."""
@@ -86,19 +88,22 @@ def check_choice(option: str, given: Iterable[str], allowed: Iterable[str]) -> N
 class ProgressBars:
     """One bar per step name: the `progress(step, done, total)` callable that pipeline steps take.
 
-    Where stderr is a file, each step gets a line when it begins and one when it ends.
+    Where stderr is a file, each step gets a line when it begins, one each half minute, and one when it ends.
     """
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
         self._tasks: dict[str, Any] = {}
+        self._told_s = 0.0
 
     def __call__(self, step: str, done: int, total: int) -> None:
         """Move the bar of `step` to `done` of `total`."""
         if step not in self._tasks:
             self._tasks[step] = self._bars.add_task(step, total=total)
         self._bars.update(self._tasks[step], completed=done, total=total)
-        if self._bars.disable and done in (0, total):
+        is_due = done in (0, total) or time.monotonic() - self._told_s >= LINE_EVERY_S
+        if self._bars.disable and is_due:
+            self._told_s = time.monotonic()
             clock = time.strftime("%H:%M:%S")
             self._bars.console.print(f"{clock} {step}: {done} of {total}", highlight=False)
 

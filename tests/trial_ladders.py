@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from sentei.kernels.hf.adapter import Adapter, new_adapter
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung
+from sentei.kernels.hf.versions import cache_argument
 
 
 def uncalibrated_ladder(adapter: Adapter, shares: Mapping[str, float]) -> Ladder:
@@ -24,9 +26,16 @@ def exact_adapter(model: Any, shares: Mapping[str, float]) -> Adapter:
     adapter = new_adapter(
         model, "exact", form="low_rank", rank=model.config.get_text_config().head_dim, pool_tokens=1
     )
-    for scorer in adapter.scorers.values():
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocab, (1, 512), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids, **cache_argument(cache), use_cache=True)
+    for index, scorer in adapter.scorers.items():
         same = torch.eye(scorer.shape.head_dim)
         scorer.start_from(
             same.expand(scorer.shape.query_heads, -1, -1), same.expand(scorer.shape.kv_heads, -1, -1)
         )
+        keys = cache.layers[index].keys[0].float()
+        scorer.fit_steps(keys @ scorer.key_map[:, : scorer.shape.head_dim])
     return adapter.with_ladder(uncalibrated_ladder(adapter, shares))

@@ -70,6 +70,10 @@ class Rung:
         is_known = self.verified_tokens is None or tokens <= self.verified_tokens
         return not self.is_dense and is_known and tokens >= self.break_even_tokens
 
+    def covers_prompt(self, tokens: int) -> bool:
+        """Whether a prompt of this length may run sparse: not where it is longer than was verified."""
+        return self.covers(max(self.break_even_tokens, tokens))
+
     def covers_step(self, tokens: int, batch: int = 1) -> bool:
         """Whether a decode step (a row per sequence) runs sparse in contexts of this length, it included."""
         return self.covers(tokens) and tokens >= self.step_break_even_tokens(batch)

@@ -39,6 +39,7 @@ from sentei.kernels.hf.parts import (
     WINDOW_ATTENTION,
     PartClock,
 )
+from sentei.kernels.hf.prompt_pieces import PIECE_TOKENS
 from sentei.kernels.hf.rotary import RotaryReader
 from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.kernels.hf.versions import CACHE_KEYWORD
@@ -183,6 +184,16 @@ class Retrofit:
         """
         self._prompt_tokens = tokens
 
+    @property
+    def piece_tokens(self) -> int | None:
+        """How long the pieces are that a prompt should run in; None where one pass is better.
+
+        Only our own program on a CPU reads a prompt behind a cache as it reads one in one pass: Transformers'
+        sdpa asks for a mask there, and on a GPU nobody measured it.
+        """
+        is_on_cpu = next(self.model.parameters()).device.type == "cpu"
+        return PIECE_TOKENS if self.base == "best" and is_on_cpu else None
+
     def set_differentiable(self, is_on: bool) -> None:
         """Run sparse attention so that gradients flow (for training on short windows), or fast again."""
         self.is_differentiable = is_on
@@ -285,7 +296,7 @@ class Retrofit:
         if layer is not None:
             self._record(layer, query, key, None)
             density = (1.0,) * layer.kv_heads
-            causal = self._causal_blocks(layer, query, key)
+            causal = self._weigh_dense(layer, query, key)
             self._stats.add(LayerCall(layer.index, query.shape[2], causal, "dense", density))
         with self._part(FULL_ATTENTION if layer is not None else WINDOW_ATTENTION):
             if self.base != "sdpa":
@@ -318,8 +329,7 @@ class Retrofit:
         else:
             mask, poison = self._select(layer, query, key, pooled)
         with self._part(SELECTION):
-            kept = _kept_by_group(mask, layer.kv_heads)
-        causal = self._causal_blocks(layer, query, key)
+            kept, causal = _kept_by_group(mask, layer.kv_heads)
         self._stats.add(LayerCall(layer.index, query.shape[2], causal, "sparse", kept))
         with self._part(FULL_ATTENTION):
             if self.is_differentiable:
@@ -333,17 +343,19 @@ class Retrofit:
             out[..., :1].add_(poison)  # the projections behind carry it to all that follows
         return out, None
 
-    def _causal_blocks(self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor) -> int:
-        block_q, block_k = self._ladder.query_block_tokens, DEFAULT_BLOCK
-        if self.adapter is not None and layer.index in self.adapter.scorers:
+    def _weigh_dense(self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor) -> int:
+        """The causal blocks of a dense call, in blocks as the layer's thinned calls have them."""
+        block_k = DEFAULT_BLOCK
+        if self.adapter is not None:
             block_k = self.adapter.scorers[layer.index].shape.block_tokens
-        return _causal_blocks(query.shape[2], block_q, block_k, key.shape[2] - query.shape[2])
+        offset = key.shape[2] - query.shape[2]
+        return _causal_blocks(query.shape[2], self._ladder.query_block_tokens, block_k, offset)
 
     def _is_covered(self, query: torch.Tensor, kv_len: int) -> bool:
         """Whether a call runs sparse; one row is a decode step, which pays from another length on."""
         batch, _, num_rows, _ = query.shape
         # A prompt longer than was verified is dense from its first piece on.
-        if not self._rung.covers(max(self._rung.break_even_tokens, self._prompt_tokens or 0)):
+        if self._prompt_tokens is not None and not self._rung.covers_prompt(self._prompt_tokens):
             return False
         return self._rung.covers_step(kv_len, batch) if num_rows == 1 else self._rung.covers(kv_len)
 
@@ -499,15 +511,19 @@ def _match_layers(model: nn.Module, adapter: Adapter | None) -> dict[nn.Module, 
     return layers
 
 
-def _kept_by_group(mask: BlockMask, kv_heads: int) -> torch.Tensor | tuple[float, ...]:
-    """Return each KV group's share of the causal blocks; on a GPU a tensor [Hkv], not waited for."""
+def _kept_by_group(mask: BlockMask, kv_heads: int) -> tuple[torch.Tensor | tuple[float, ...], int]:
+    """Return each KV group's share of the causal blocks, and how many these are for one head.
+
+    The shares are a tensor [Hkv] on a GPU, which nobody waits for.
+    """
     batch, heads, _ = mask.counts.shape
     kept = mask.counts.view(batch, kv_heads, -1).sum(dim=(0, 2))
     sizes = (mask.q_len, mask.block_q, mask.block_k, mask.q_offset)
-    causal = _causal_blocks(*sizes) * batch * (heads // kv_heads)
+    causal = _causal_blocks(*sizes)
+    per_group = causal * batch * (heads // kv_heads)
     if kept.device.type == "cpu":
-        return tuple(count / causal for count in kept.tolist())
-    return kept.double() / causal
+        return tuple(count / per_group for count in kept.tolist()), causal
+    return kept.double() / per_group, causal
 
 
 @lru_cache(maxsize=64)  # the layers of one pass ask the same

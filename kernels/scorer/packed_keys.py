@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class PackedKeys:
     """The packed full blocks of one growing KV cache: only full blocks can be chosen, so a step adds nothing.
 
-    When another block is full all are packed anew, which is seldom. Whoever starts the keys anew starts a new
-    one of these, too.
+    When another block is full all are packed anew: in decode once in 64 steps. Whoever starts the keys anew
+    starts a new one of these, too.
     """
 
     def __init__(self) -> None:

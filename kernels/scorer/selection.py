@@ -326,7 +326,7 @@ def byte_maps(scorer: BlockScorer) -> torch.Tensor:
     from sentei.kernels.ops.native.calls import pack_byte_maps_native
 
     assert scorer.key_steps is not None
-    steps = scorer.key_steps
+    steps = scorer.key_steps.float().contiguous()
     return scorer.frozen(
         "byte maps", lambda: pack_byte_maps_native(scorer.scaled_query_map().float().contiguous(), steps)
     )

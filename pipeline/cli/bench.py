@@ -183,7 +183,7 @@ def prefill(
 ) -> None:
     """Time a whole model's prefill, scorer included, beside its three dense forms: seconds and memory.
 
-    Our own dense and the rungs take it in pieces of 2,048 tokens, as our engine does; sdpa and flex in one.
+    On a CPU our own dense and the rungs take it in pieces of 2,048 tokens, as our engine does; others in one.
     Past the longest length that a rung was verified at, it runs dense, here as in serving.
     """
     from sentei.kernels.bench.machine import measure_machine

@@ -27,7 +27,7 @@ from sentei.kernels.hf.parts import (
     PartClock,
     clocked_modules,
 )
-from sentei.kernels.hf.pieces import run_in_pieces
+from sentei.kernels.hf.prompt_pieces import run_in_pieces
 from sentei.kernels.hf.retrofit import Retrofit, retrofit
 from sentei.kernels.hf.versions import cache_argument
 from sentei.kernels.placement import clock_of
@@ -60,9 +60,9 @@ class DecodeTiming:
 @torch.no_grad()
 def fill_cache(loaded: LoadedModel, text: torch.Tensor, batch: int = 1) -> Any:
     """Return the KV cache of a prompt [T], the same for each of `batch` sequences; prefilled dense."""
-    with retrofit(loaded.model, None, DENSE, base="best"):
+    with retrofit(loaded.model, None, DENSE, base="best") as handle:
         cache = DynamicCache(config=loaded.model.config)
-        run_in_pieces(loaded.model, text[None].to(loaded.device), cache)
+        run_in_pieces(loaded.model, text[None].to(loaded.device), cache, size=handle.piece_tokens)
     if batch > 1:
         cache.batch_repeat_interleave(batch)
     return cache

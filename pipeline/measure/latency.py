@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import DENSE
-from sentei.kernels.hf.pieces import run_in_pieces
+from sentei.kernels.hf.prompt_pieces import run_in_pieces
 from sentei.kernels.hf.retrofit import Base, Retrofit, retrofit
 from sentei.kernels.placement import clock_of
 from sentei.pipeline.models import LoadedModel
@@ -79,16 +79,18 @@ def variant_of(loaded: LoadedModel, adapter: Adapter, variant: str) -> Iterator[
 def prefill(loaded: LoadedModel, text: torch.Tensor, handle: Retrofit | None) -> None:
     """Run a prompt as a server would: KV cache filled, logits of the last token only.
 
-    In pieces under our own programs, as our engine does; in one under Transformers' sdpa and compiled Flex,
-    which ask for a mask or for another compilation behind a cache.
+    In pieces where the engine would cut it so (`Retrofit.piece_tokens`), else in one pass.
     """
     ids = text[None].to(loaded.device)
-    if handle is None or handle.base != "best":
+    if handle is None:
         loaded.model(input_ids=ids, use_cache=True, logits_to_keep=1)
         return
     handle.set_prompt_tokens(len(text))
-    run_in_pieces(loaded.model, ids, DynamicCache(config=loaded.model.config))
-    handle.set_prompt_tokens(None)
+    try:
+        cache = DynamicCache(config=loaded.model.config)
+        run_in_pieces(loaded.model, ids, cache, size=handle.piece_tokens)
+    finally:
+        handle.set_prompt_tokens(None)
 
 
 def time_once(work: Callable[[], None], device: torch.device) -> float:

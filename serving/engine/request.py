@@ -99,7 +99,8 @@ class TokenChunk:
 class ScoreRequest:
     """A replay for the audit: teacher-force `ids` and report each served position.
 
-    Chunk size None: as it is served. A served chunk of 1 replays the decode steps as they were served.
+    Chunk size None: the prompt as it is served, the answer in one piece. A served chunk of 1 replays the
+    decode steps as they were served.
     """
 
     request_id: str

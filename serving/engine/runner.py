@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache
 
-from sentei.kernels.hf.pieces import PIECE_TOKENS, run_in_pieces
+from sentei.kernels.hf.prompt_pieces import cut_pieces, run_in_pieces
 from sentei.kernels.placement import synchronize
 from sentei.serving.engine.attention_use import AttentionMeter, AttentionUse, Call
 from sentei.serving.engine.grammar import Grammars
@@ -50,6 +50,10 @@ class Retrofit(Protocol):
 
     def set_prompt_tokens(self, tokens: int | None) -> None:
         """Say where the prompt of what runs next ends: its last rows may keep everything."""
+
+    @property
+    def piece_tokens(self) -> int | None:
+        """How long the pieces are that a prompt should run in; None: one pass."""
 
     def stats(self) -> Stats:
         """What the attention calls did since the last reset."""
@@ -136,12 +140,12 @@ class ModelRunner:
         """
         self._use_rung(request.rung_id, request.prompt_end)
         cache, scores = DynamicCache(config=self._model.config), _Scores()
-        for begin, end, is_measured in _pieces(request):
+        for begin, end, is_measured in _pieces(request, self._piece_tokens):
             start_s = self._now_s()
             # Positions num_prompt - 1 .. len - 2 predict the served tokens; all others need no logits.
             first, last = max(begin, request.num_prompt - 1), min(end, len(request.ids) - 1)
             with self._recording(request.rung_id, is_measured) as rows:
-                logits = self._forward(list(request.ids[begin:end]), cache, keep=max(end - first, 1))
+                logits = self._forward(list(request.ids[begin:end]), cache, keep=max(end - first, 0))
             if last > first:
                 scores.add(logits[: last - first], request.num_top)
             else:
@@ -178,7 +182,11 @@ class ModelRunner:
         """Run the model over `ids` behind `cache`; returns logits [keep, V] of the last positions."""
         with torch.inference_mode():
             inputs = torch.tensor([ids], device=self._device)
-            return run_in_pieces(self._model, inputs, cache, keep=keep)[0]
+            return run_in_pieces(self._model, inputs, cache, size=self._piece_tokens, keep=keep)[0]
+
+    @property
+    def _piece_tokens(self) -> int | None:
+        return None if self.retrofit is None else self.retrofit.piece_tokens
 
     def _now_s(self) -> float:
         """Seconds that only work adds to, read where the device is idle: the cost of a request.
@@ -201,12 +209,17 @@ class ModelRunner:
         self.retrofit.set_prompt_tokens(num_prompt)
 
 
-def _pieces(request: ScoreRequest) -> Iterator[tuple[int, int, bool]]:
+def _pieces(request: ScoreRequest, piece_tokens: int | None) -> Iterator[tuple[int, int, bool]]:
     """Cut the prompt and the answer each by its own size: begin, end, and whether rows are measured there."""
     served = len(request.ids) - request.num_prompt
-    size = request.prompt_chunk_tokens or PIECE_TOKENS
-    for begin in range(0, request.num_prompt, size):
-        yield begin, min(begin + size, request.num_prompt), begin + size >= request.num_prompt
+    size = request.prompt_chunk_tokens
+    if size is None:
+        borders = list(cut_pieces(request.num_prompt, piece_tokens))
+    else:
+        begins = range(0, request.num_prompt, size)
+        borders = [(begin, min(begin + size, request.num_prompt)) for begin in begins]
+    for begin, end in borders:
+        yield begin, end, end == request.num_prompt
     size = request.served_chunk_tokens or served
     every = -(-served // (size * MEASURED_ROWS))
     for i, begin in enumerate(range(request.num_prompt, len(request.ids), size)):

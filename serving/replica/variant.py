@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sentei.serving.engine.runner import ModelRunner
 
 WARM_UP_TOKENS = 1024
-NUMERICS = "builtin/1"  # counts up when a kernel or a selection rule changes what is computed
+NUMERICS = "builtin/2"  # counts up when a kernel or a selection rule changes what is computed
 
 log = logging.getLogger(__name__)
 

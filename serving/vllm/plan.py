@@ -72,7 +72,7 @@ def plan_step(
         if part.rung.id not in thinning:
             dense.append(part)
             continue
-        if not part.rung.covers(max(part.rung.break_even_tokens, end)):  # a prompt longer than was verified
+        if not part.rung.covers_prompt(end):
             dense.append(part)
             continue
         fed.append(part)

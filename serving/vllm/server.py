@@ -38,7 +38,7 @@ from sentei.serving.traces import read_tracer
 from sentei.serving.vllm.engine import engine_args, set_environment
 from sentei.serving.vllm.meter import Use
 
-NUMERICS = "vllm/2"  # counts up when the plugin computes something else than before
+NUMERICS = "vllm/3"  # counts up when the plugin computes something else than before
 USERS, REPLAYS = 0, 1  # priorities: users come first
 CONTROL_TIMEOUT_S = 60.0
 

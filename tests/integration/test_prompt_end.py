@@ -139,8 +139,13 @@ def test_a_replay_in_pieces_is_the_replay_in_one() -> None:
     torch.testing.assert_close(torch.tensor(cut.top_logprobs), torch.tensor(whole.top_logprobs))
 
 
-def test_an_audit_looks_at_the_prompts_last_rows_that_chose() -> None:
-    """What keeps everything by rule drops nothing, and would prove nothing."""
+@pytest.mark.parametrize("piece", [None, 448, 496])
+def test_an_audit_looks_at_the_prompts_last_rows_that_chose(
+    piece: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What keeps everything by rule drops nothing and would prove nothing, in one pass or in pieces."""
+    if piece is not None:
+        monkeypatch.setattr("sentei.kernels.hf.retrofit.PIECE_TOKENS", piece)
     model = make_llama()
     for layer in model.model.layers:
         layer.self_attn.scaling *= 300  # few keys take all, so that dropping shows

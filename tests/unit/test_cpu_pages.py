@@ -15,7 +15,7 @@ from sentei.kernels.ops.native.calls import has_byte_scores
 from sentei.kernels.ops.tolerances import ERROR_FLOOR
 from sentei.kernels.scorer.cpu_pages import CpuScorerPages, DecodeRows, FullPages
 from sentei.kernels.scorer.faults import Fault
-from sentei.kernels.scorer.network import Form
+from sentei.kernels.scorer.network import Form, ScorerError
 from sentei.kernels.scorer.packed_keys import PackedKeys
 from sentei.kernels.scorer.page_mass import dropped_over_pages
 from sentei.kernels.scorer.pooled_cache import PooledCache
@@ -233,6 +233,26 @@ def test_a_broken_scorer_gives_nan_and_never_a_silent_choice(form: Form, pool: i
     assert bool(lse[3].isnan().all())
     assert bool(out[3].isnan().all())
     assert bool(out[[0, 1, 2, 4, 5]].isfinite().all())
+
+
+@pytest.mark.parametrize("form", ["residual", "low_rank"])
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_broken_key_in_a_page_is_an_error_for_a_prompt(
+    form: Form, is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are some number; the flaw beside them says that they are none."""
+    q, cache, pages = make_case((6, 2), 64, form=form, pool=16 if form == "residual" else 1)
+    keys = cache.keys.clone(memory_format=torch.preserve_format)
+    keys[cache.page_table[5, 3].long(), 1, 5, 7] = torch.nan
+    pages.update(keys, full_pages(cache, 0, max(LENGTHS)))
+    if not is_native:
+        monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
+    k, _ = cache.read(5)  # without the NaN: the features alone must tell
+
+    with pytest.raises(ScorerError, match="the scorer gave NaN"):
+        pages.score_prompt(
+            q[5][None, :, None].expand(-1, -1, 16, -1), k, pages.read(cache.page_table[5], LENGTHS[5]), 16
+        )
 
 
 def test_pages_must_be_as_long_as_blocks() -> None:

@@ -21,6 +21,8 @@ PROMPT = tuple(range(5, 45))
 class FakeRetrofit:
     """Remembers the rungs; each pass is one dense call of layer 0 and one sparse call of layer 1."""
 
+    piece_tokens: int | None = None
+
     def __init__(self) -> None:
         self.rungs: list[str] = []
         self.num_resets = self.num_recorded = 0

@@ -160,7 +160,8 @@ def pack_bytes_native(pooled: Tensor, dtype: torch.dtype, inverse_steps: Tensor,
 def gather_bytes_native(table: Tensor, cells: Tensor, flaws: Tensor, rank: int) -> BytePanels:
     """Do the same for the full pages `table` [W] int32 of one sequence.
 
-    cells [P, Hkv, rank / 4, block] int32 and flaws [P, Hkv] are what encode_pages_native made of all pages.
+    cells [P, Hkv, width / 4, block] int32, the rank filled up to whole vectors, and flaws [P, Hkv] are what
+    encode_pages_native made of all pages.
     """
     kv_heads, block = cells.shape[1], cells.shape[3]
     panels, shape = _new_panels(1, kv_heads, rank, block, len(table), 0)

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sentei.kernels.hf.adapter import Adapter
+from sentei.kernels.hf.growing_cache import give_room
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, dense_ladder
 from sentei.kernels.hf.low_rank import hook_low_rank
 from sentei.kernels.hf.masked import attend_masked
@@ -235,6 +236,8 @@ class Retrofit:
             raise ModelError(
                 f"{type(cache).__name__} has buffers of fixed length; use a DynamicCache instead"
             )
+        if not self._is_untouched():
+            give_room(cache, int(module.layer_idx))  # type: ignore[arg-type]
         self._cache = cache
         self._cached_keys = cached_keys(cache, module)
 
@@ -405,7 +408,7 @@ class Retrofit:
         block_q = self._ladder.query_block_tokens
         offset = key.shape[2] - query.shape[2]
         thresholds = self._thresholds[layer.index]
-        table = self._rotary.table(key.shape[2], key.device)
+        table = self._rotary.on(key.device)
         with self._part(SCORING):
             # Panels of a prompt would stay beside its features; those of decode steps are worth their memory.
             packed = pooled.packed if query.shape[2] <= DECODE_ROWS_MAX else None
@@ -443,7 +446,7 @@ class Retrofit:
         if self._cache is not None:
             pooled = self._pooled.setdefault(self._cache, {}).setdefault(layer.index, pooled)
             pooled.follow(self._cached_keys)
-        keys = pooled.update(key, query.shape[2], self._rotary.table(key.shape[2], key.device))
+        keys = pooled.update(key, query.shape[2], self._rotary.on(key.device))
         return PooledKeys(keys, pooled.packed)
 
     def _read_thresholds(self) -> Mapping[int, Thresholds]:

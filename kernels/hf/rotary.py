@@ -4,34 +4,62 @@ Dynamic types (NTK, LongRoPE) choose their frequencies anew when called, by the 
 for our own table would change what the model does next, so only its buffers are read here.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from sentei.kernels.hf.models import find_family, text_decoder
-from sentei.kernels.scorer.features import RotaryTable
+from sentei.kernels.scorer.features import Rotary, RotaryTable
 
-_ROWS_MIN = 1024
+_STEP_ROWS = 256  # of a table that decode steps read
+_NUM_STEPS = 16  # such tables that are kept: requests at other positions take turns
+_ROWS_MIN = 1024  # on a GPU
 
 
 class RotaryReader:
-    """Tables of the full-attention layers; read anew when the model has changed its frequencies."""
+    """Tables of the full-attention layers; made anew when the model has changed its frequencies.
+
+    On a CPU one table is of the rows that are asked for: of all positions it would be longer than their
+    keys, which are bf16 (67 MiB for 32,768 positions and heads of 256).
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._rotary: Any = text_decoder(model).rotary_emb
         self._prefix = "full_attention_" if find_family(model).rotary_takes_layer_type else ""
-        self._table: RotaryTable | None = None
+        self._table: RotaryTable | None = None  # the newest, on a CPU that of more rows than a step's
+        self._steps: dict[int, RotaryTable] = {}
         self._source: torch.Tensor | None = None
         self._version = 0
         self._seen: tuple[torch.Tensor, float] | None = None
 
-    def table(self, length: int, device: torch.device | str = "cpu") -> RotaryTable:
-        """Return cosines and sines, in fp32, for at least the positions 0 to length - 1."""
-        is_known = self._is_unchanged()
-        if self._table is None or not is_known or self._table.length < length:
-            self._table = self._make(max(_ROWS_MIN, 1 << (length - 1).bit_length()), device)
-        return self._table
+    def on(self, device: torch.device) -> Rotary:
+        """Return what makes tables on a device."""
+        return _Placed(self, device)
+
+    def between(self, first: int, last: int, device: torch.device | str = "cpu") -> RotaryTable:
+        """Return cosines and sines, in fp32, of at least the positions `first` to `last` - 1."""
+        if not self._is_unchanged():
+            self._table = None
+            self._steps.clear()
+        if torch.device(device).type != "cpu":  # its programs read tables from position 0 on
+            first, last = 0, max(_ROWS_MIN, 1 << (last - 1).bit_length())
+        elif first // _STEP_ROWS == (last - 1) // _STEP_ROWS:
+            return self._step_table(first // _STEP_ROWS, device)
+        table = self._table
+        if table is None or first < table.first or table.length < last:
+            table = self._table = self._make(first, last, device)
+        return table
+
+    def _step_table(self, index: int, device: torch.device | str) -> RotaryTable:
+        found = self._steps.pop(index, None) or self._make(
+            index * _STEP_ROWS, (index + 1) * _STEP_ROWS, device
+        )
+        self._steps[index] = found  # behind those that were not asked for since
+        if len(self._steps) > _NUM_STEPS:
+            del self._steps[next(iter(self._steps))]
+        return found
 
     def _read(self) -> tuple[torch.Tensor, float]:
         frequencies: torch.Tensor = getattr(self._rotary, f"{self._prefix}inv_freq")
@@ -56,9 +84,21 @@ class RotaryReader:
         self._seen = (frequencies.detach().clone(), scaling)
         return is_same
 
-    def _make(self, rows: int, device: torch.device | str) -> RotaryTable:
+    def _make(self, first: int, last: int, device: torch.device | str) -> RotaryTable:
         frequencies, scaling = self._read()
-        positions = torch.arange(rows, device=device)[:, None].float()
+        positions = torch.arange(first, last, device=device)[:, None].float()
         angles = positions * frequencies.to(device=device, dtype=torch.float32)
         both = torch.cat((angles, angles), dim=-1)
-        return RotaryTable(both.cos() * scaling, both.sin() * scaling)
+        return RotaryTable(both.cos() * scaling, both.sin() * scaling, first)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A reader's tables on one device."""
+
+    reader: RotaryReader
+    device: torch.device
+
+    def between(self, first: int, last: int) -> RotaryTable:
+        """Return a table of at least the positions `first` to `last` - 1."""
+        return self.reader.between(first, last, self.device)

@@ -1,26 +1,51 @@
 """What the scorer looks at: keys pooled over a few tokens, and queries and keys without their rotation."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 
+class Rotary(Protocol):
+    """What knows a model's rotary embedding at every position, whole or piece by piece."""
+
+    def between(self, first: int, last: int) -> RotaryTable:
+        """Return a table of at least the positions `first` to `last` - 1."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class RotaryTable:
-    """Cosines and sines of the model's rotary embedding for positions 0 to length - 1: [length, D]."""
+    """Cosines and sines of a model's rotary embedding, [n, D], at the positions from `first` on."""
 
     cos: torch.Tensor
     sin: torch.Tensor
+    first: int = 0
 
     @property
     def length(self) -> int:
-        """How many positions the table covers."""
-        return self.cos.shape[0]
+        """How many positions there are before the table ends."""
+        return self.first + self.cos.shape[0]
+
+    def between(self, first: int, last: int) -> RotaryTable:
+        """Return itself; an IndexError where it is not of these positions."""
+        if first < self.first or last > self.length:
+            have = f"{self.first} to {self.length - 1}"
+            raise IndexError(f"a rotary table of positions {have} was asked for {first} to {last - 1}")
+        return self
+
+    def rows(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return those of the positions `first` to `last` - 1: [last - first, D], fp32, contiguous."""
+        part = slice(first - self.first, last - self.first)
+        return self.cos[part].float().contiguous(), self.sin[part].float().contiguous()
 
 
 def unrotate(x: torch.Tensor, positions: torch.Tensor, table: RotaryTable) -> torch.Tensor:
     """Undo the rotary embedding of x [..., T, D] at positions [T] or [..., T]."""
-    cos, sin = table.cos[positions], table.sin[positions]
+    rows = positions - table.first
+    cos, sin = table.cos[rows], table.sin[rows]
     # A scaled embedding (YaRN) multiplies by a constant; cos^2 + sin^2 takes it out again.
     size = (cos.square() + sin.square()).clamp_min(1e-6)
     cos, sin = (cos / size).to(x.dtype), (sin / size).to(x.dtype)

@@ -6,7 +6,7 @@ from weakref import ReferenceType, ref
 import torch
 
 from sentei.kernels.ops.registry import attempt, is_native_usable, takes_triton
-from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
+from sentei.kernels.scorer.features import Rotary, RotaryTable, pool_tokens, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.kernels.scorer.packed_keys import PackedKeys
 from sentei.kernels.scorer.selection import TRITON_SCORES
@@ -43,7 +43,7 @@ class PooledCache:
         if not is_same or (keys is not None and _version(keys) != self._version):
             self._last_key = None
 
-    def update(self, k: torch.Tensor, num_new: int, table: RotaryTable) -> torch.Tensor:
+    def update(self, k: torch.Tensor, num_new: int, rotary: Rotary) -> torch.Tensor:
         """Take in the KV cache's keys [B, Hkv, T, D], of which `num_new` are new; return all pooled keys."""
         kv_len = k.shape[2]
         if not self._is_continued_by(k, kv_len - num_new):
@@ -52,7 +52,8 @@ class PooledCache:
         size = self._scorer.shape.pool_tokens
         done = 0 if self._keys is None else self._keys.shape[2]
         if self._keys is None or kv_len // size > done:
-            fresh = self._encode(k[:, :, done * size : (kv_len // size) * size], done * size, table)
+            first, last = done * size, kv_len // size * size
+            fresh = self._encode(k[:, :, first:last], first, rotary.between(first, last))
             self._keys = self._append(fresh, done)
         self._is_followed = False
         self._tokens = kv_len
@@ -95,7 +96,7 @@ class PooledCache:
         if is_native and shape.is_single and last > first:
             from sentei.kernels.ops.native.calls import encode_native
 
-            cos, sin = (part[first:last].float().contiguous() for part in (table.cos, table.sin))
+            cos, sin = table.rows(first, last)
             maps = scorer.frozen("key maps", lambda: scorer.key_map.detach().float().contiguous())
             return encode_native(k, cos, sin, maps)
         pooled, plain = pool_keys(k, first, table, shape)
@@ -115,7 +116,7 @@ def pool_keys(
     if is_native_usable(k.device.type, shape.block_tokens):
         from sentei.kernels.ops.native.calls import pool_native
 
-        cos, sin = (part[first:last].float().contiguous() for part in (table.cos, table.sin))
+        cos, sin = table.rows(first, last)
         return pool_native(k, cos, sin, shape.pool_tokens)
     plain = unrotate(k, torch.arange(first, last, device=k.device), table)
     return pool_tokens(k, shape.pool_tokens), pool_tokens(plain, shape.pool_tokens)

@@ -18,7 +18,7 @@ from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask
 from sentei.kernels.ops.registry import attempt, is_native_usable, takes_triton
 from sentei.kernels.ops.rules import Grid, Threshold
 from sentei.kernels.ops.select import select_lists
-from sentei.kernels.scorer.features import RotaryTable, unrotate
+from sentei.kernels.scorer.features import Rotary, RotaryTable, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
 from sentei.kernels.scorer.packed_keys import PackedKeys
 
@@ -177,7 +177,7 @@ def score_blocks(
     k: torch.Tensor,
     keys: torch.Tensor | BytePanels,
     *,
-    table: RotaryTable,
+    table: Rotary,
     block_q: int | None = None,
     packed: PackedKeys | None = None,
     backend: str = "auto",
@@ -207,19 +207,20 @@ def score_blocks(
     kv_len = k.shape[2]
     q_offset = kv_len - q_len
     starts = block_starts(q_len, block_q, q_offset, q.device)
+    rows = table.between(q_offset, kv_len)
     if isinstance(keys, torch.Tensor) and scorer.has_native_program and takes_triton(backend, q.device):
         from sentei.kernels.scorer.launches import score_rows
 
-        work = partial(score_rows, scorer, q, k, keys, table, block_q)
+        work = partial(score_rows, scorer, q, k, keys, rows, block_q)
         found = attempt(TRITON_SCORES, work, must_work=backend != "auto")
         if found is not None:
             return found, starts
     result = torch.full((B, Hq, len(starts), -(-kv_len // block)), float("-inf"), device=q.device)
     is_native = scorer.has_native_program and backend == "auto" and is_native_usable(q.device.type, block)
     if is_native or not isinstance(keys, torch.Tensor):
-        _fill_native(scorer, q, k, keys, table, result, block_q, packed)
+        _fill_native(scorer, q, k, keys, rows, result, block_q, packed)
     else:
-        _fill_chunks(scorer, q, k, keys, table, starts, result, block_q)
+        _fill_chunks(scorer, q, k, keys, rows, starts, result, block_q)
     if result.device.type == "cpu" and torch.isnan(result).any():
         raise ScorerError(
             "the scorer gave NaN; queries, keys or adapter weights hold NaN or infinite values: "
@@ -299,6 +300,7 @@ def _fill_native(
         fit_bytes,
     )
 
+    cos, sin = table.rows(k.shape[2] - q.shape[2], k.shape[2])
     distances = 1 << result.shape[-1].bit_length()  # seldom another number while a context grows
     weights = ScorerWeights(
         maps=scorer.frozen("maps", lambda: scorer.scaled_query_map().float().contiguous()),
@@ -306,8 +308,8 @@ def _fill_native(
         bias=scorer.frozen(
             f"bias {distances}", lambda: scorer.bias(torch.arange(distances)).float().contiguous()
         ),
-        cos=table.cos.float().contiguous(),
-        sin=table.sin.float().contiguous(),
+        cos=cos,
+        sin=sin,
         scale=scorer.scale,
         block=scorer.shape.block_tokens,
         pool_tokens=scorer.shape.pool_tokens,

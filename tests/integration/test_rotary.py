@@ -103,10 +103,11 @@ def test_the_table_is_what_the_model_rotates_with(make: Callable[[str], Any], ki
 
     for length in PASSES:
         cos, sin = rotary(torch.empty(0), torch.arange(length)[None], **extra)
-        table = reader.table(length)
+        for first, last in ((0, length), (length // 2, length), (length - 1, length)):
+            found = reader.between(first, last).rows(first, last)
 
-        assert torch.equal(table.cos[:length], cos[0])
-        assert torch.equal(table.sin[:length], sin[0])
+            assert torch.equal(found[0], cos[0, first:last])
+            assert torch.equal(found[1], sin[0, first:last])
 
 
 @KINDS
@@ -120,3 +121,13 @@ def test_a_table_for_a_text_of_that_length_leaves_the_model_alone(kind: str) -> 
     assert torch.equal(table.cos, cos[0])
     assert torch.equal(table.sin, sin[0])
     assert torch.equal(run(model, 64), run(make_llama(kind), 64))
+
+
+def test_requests_that_take_turns_find_the_tables_of_their_steps() -> None:
+    """And no table of all positions is kept: at 32,768 it is larger than the keys."""
+    reader = RotaryReader(make_llama("linear"))
+    places = (100, 5_000, 20_000)
+    made = [reader.between(at, at + 1) for at in places]
+
+    assert all(reader.between(at + 1, at + 2) is table for at, table in zip(places, made, strict=True))
+    assert sum(len(table.cos) for table in made) < 1_000

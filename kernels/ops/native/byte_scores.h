@@ -307,7 +307,7 @@ void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, co
         for (int64_t t = 0; t < wide; t += NR)
           P::pack_key_panel(raw + (home + num) * p.block * p.k_t, p.k_t, t, std::min(p.block, p.T - (home + num) * p.block),
                             p.D, near.data() + num * panel + t * raw_cells);
-      turn.read(cos + start * p.D, sin + start * p.D, live, p.D);
+      turn.read(cos + row0 * p.D, sin + row0 * p.D, live, p.D);
       for (int64_t g = 0; g < group; ++g) {
         const int64_t h = h_kv * group + g;
         const S* own = q_all + b * q_b + h * p.q_h + row0 * p.q_t;

@@ -85,8 +85,8 @@ class ScorerWeights:
     """One layer's scorer as the native program takes it, all fp32 and contiguous.
 
     maps [Hq, D or 2 D, rank] scaled, gains [Hq] with the attention scale in them, bias [Hq, distances],
-    cos and sin [positions, D]. Maps of 2 D rows read a query with and without its rotation, and nothing
-    stands beside them; maps of D rows stand beside the untrained score.
+    cos and sin [Tq, D] of the query rows. Maps of 2 D rows read a query with and without its rotation, and
+    nothing stands beside them; maps of D rows stand beside the untrained score.
     """
 
     maps: Tensor

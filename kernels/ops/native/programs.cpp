@@ -698,8 +698,8 @@ inline void best_shares(const Scores& p, int rows, int64_t columns, int64_t open
 
 // Largest estimated log share, over a query block's rows, of every block that they may choose: out [H, n, out_blocks].
 // A row's features are [gain * q, norm(unrotated q) * map], or [q, unrotated q] * map without the residual; a pool's
-// are in `pooled` [Hkv, blocks * pools, features], strided by head. Sink and diagonal are measured exactly. Tables
-// start at position 0; `maps` is [H, D or 2 D, rank].
+// are in `pooled` [Hkv, blocks * pools, features], strided by head. Sink and diagonal are measured exactly. cos and sin
+// [num_rows, D] are those of the rows; `maps` is [H, D or 2 D, rank].
 template <class P, class S>
 void scores(const Scores& p, const S* q, const S* k, const S* pooled, const float* cos, const float* sin,
             const float* maps, const float* gains, const float* bias, float scale, float log_pool, float* out,
@@ -739,7 +739,7 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
         const int64_t open = std::min(home, p.blocks);  // blocks 1 .. open - 1 may be chosen
         if (open <= 1) continue;
         const int64_t live = std::min(p.rows * p.row_tokens, p.num_rows - row0);
-        turn.read(cos + start * p.D, sin + start * p.D, live, p.D);
+        turn.read(cos + row0 * p.D, sin + row0 * p.D, live, p.D);
         for (int r = 0; r < rows; ++r) {
           const int64_t t = std::min(r * p.row_tokens, live - 1);
           mean_row(q + h * p.q_h + (row0 + t) * p.q_t, p.q_t, p.row_tokens, live - t, p.D, &turn.own[t * p.D],

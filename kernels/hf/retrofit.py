@@ -49,7 +49,7 @@ from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask, num_blocks
 from sentei.kernels.ops.limits import DECODE_ROWS_MAX
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.packed_keys import PackedKeys
-from sentei.kernels.scorer.pooled_cache import PooledCache
+from sentei.kernels.scorer.pooled_cache import PooledCache, version_of
 from sentei.kernels.scorer.selection import (
     Thresholds,
     keep_before,
@@ -103,7 +103,8 @@ class Retrofit:
         self._stats = RetrofitStats()
         self._pooled: WeakKeyDictionary[Any, dict[int, PooledCache]] = WeakKeyDictionary()
         self._cache: Any = None
-        self._cached_keys: torch.Tensor | None = None
+        self._cached_keys: torch.Tensor | None = None  # before the call adds its own
+        self._cached_version = 0
         self._rotary = RotaryReader(model)
         self._name = f"sentei_{next(_serial)}"
         self._previous = model.config._attn_implementation  # type: ignore[union-attr]
@@ -240,6 +241,7 @@ class Retrofit:
             give_room(cache, int(module.layer_idx))  # type: ignore[arg-type]
         self._cache = cache
         self._cached_keys = cached_keys(cache, module)
+        self._cached_version = version_of(self._cached_keys)
 
     def _note_positions(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Positions that the model counts itself go on from its cache: there is nothing to check."""
@@ -445,7 +447,7 @@ class Retrofit:
         pooled = PooledCache(scorer)
         if self._cache is not None:
             pooled = self._pooled.setdefault(self._cache, {}).setdefault(layer.index, pooled)
-            pooled.follow(self._cached_keys)
+            pooled.follow(self._cached_keys, self._cached_version)
         keys = pooled.update(key, query.shape[2], self._rotary.on(key.device))
         return PooledKeys(keys, pooled.packed)
 

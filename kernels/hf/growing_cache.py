@@ -27,15 +27,16 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int = 0) -> None:
+        """Make room for `tokens` when the first come, if so many are known to come."""
         super().__init__()
-        self._keys = _Room()
-        self._values = _Room()
+        self._keys = _Room(tokens)
+        self._values = _Room(tokens)
 
     @classmethod
-    def over(cls, layer: DynamicLayer) -> GrowingLayer:
+    def over(cls, layer: DynamicLayer, tokens: int = 0) -> GrowingLayer:
         """Return a layer that goes on from what another one holds."""
-        grown = cls()
+        grown = cls(tokens)
         grown.__dict__.update(layer.__dict__)
         return grown
 
@@ -56,7 +57,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 class _Room:
     """A tensor of which only the first tokens are taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
+        self._least = tokens
         self._all: torch.Tensor | None = None
         self._taken: torch.Tensor | None = None  # the view that `extend` returned last
 
@@ -65,7 +67,8 @@ class _Room:
         past = held.shape[-2] if held.numel() else 0
         total = past + fresh.shape[-2]
         if held is not self._taken or not self._takes(total):
-            size = (*fresh.shape[:-2], total + max(_LEAST_ROOM, total // _SHARE), fresh.shape[-1])
+            room = max(total, self._least)
+            size = (*fresh.shape[:-2], room + max(_LEAST_ROOM, room // _SHARE), fresh.shape[-1])
             self._all = fresh.new_empty(size)
             if past:
                 self._all[..., :past, :] = held
@@ -82,9 +85,12 @@ class _Room:
         return not room.is_inference() or torch.is_inference_mode_enabled()
 
 
-def give_room(cache: Any, index: int) -> None:
-    """Let a layer of a plain DynamicCache grow in place from now on; leave every other cache as it is."""
+def give_room(cache: Any, index: int, tokens: int = 0) -> None:
+    """Let a layer of a plain DynamicCache grow in place from now on; leave every other cache as it is.
+
+    `tokens` says how long the prompt is that it will hold, where that is known.
+    """
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or index >= len(cache.layers):
         return
     if type(cache.layers[index]) is DynamicLayer:
-        cache.layers[index] = GrowingLayer.over(cache.layers[index])
+        cache.layers[index] = GrowingLayer.over(cache.layers[index], tokens)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.growing_cache import give_room
+from sentei.kernels.hf.heap import keep_freed_memory
 from sentei.kernels.hf.ladder import DENSE, Ladder, Rung, dense_ladder
 from sentei.kernels.hf.low_rank import hook_low_rank
 from sentei.kernels.hf.masked import attend_masked
@@ -49,7 +50,7 @@ from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask, num_blocks
 from sentei.kernels.ops.limits import DECODE_ROWS_MAX
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.packed_keys import PackedKeys
-from sentei.kernels.scorer.pooled_cache import PooledCache, version_of
+from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import (
     Thresholds,
     keep_before,
@@ -102,9 +103,7 @@ class Retrofit:
         self._seen_positions: torch.Tensor | None = None
         self._stats = RetrofitStats()
         self._pooled: WeakKeyDictionary[Any, dict[int, PooledCache]] = WeakKeyDictionary()
-        self._cache: Any = None
-        self._cached_keys: torch.Tensor | None = None  # before the call adds its own
-        self._cached_version = 0
+        self._cache: ReferenceType[Any] | None = None  # of the call that runs: its owner frees it
         self._rotary = RotaryReader(model)
         self._name = f"sentei_{next(_serial)}"
         self._previous = model.config._attn_implementation  # type: ignore[union-attr]
@@ -220,9 +219,11 @@ class Retrofit:
         AttentionInterface._global_mapping.pop(self._name, None)
         AttentionMaskInterface._global_mapping.pop(self._name, None)
         self._pooled.clear()
-        self._cache = self._cached_keys = None
+        self._cache = None
 
     def _install(self) -> None:
+        if next(self.model.parameters()).device.type == "cpu":
+            keep_freed_memory()
         AttentionInterface.register(self._name, self._attend)
         AttentionMaskInterface.register(self._name, self._make_mask)
         decoder = text_decoder(self.model)
@@ -238,10 +239,11 @@ class Retrofit:
                 f"{type(cache).__name__} has buffers of fixed length; use a DynamicCache instead"
             )
         if not self._is_untouched():
-            give_room(cache, int(module.layer_idx))  # type: ignore[arg-type]
-        self._cache = cache
-        self._cached_keys = cached_keys(cache, module)
-        self._cached_version = version_of(self._cached_keys)
+            give_room(cache, int(module.layer_idx), tokens=self._prompt_tokens or 0)  # type: ignore[arg-type]
+        self._cache = None if cache is None else ref(cache)
+        pooled = {} if cache is None else self._pooled.get(cache, {})
+        if (known := pooled.get(int(module.layer_idx))) is not None:  # type: ignore[arg-type]
+            known.follow(cached_keys(cache, module))  # now: a cache that grows in place will have written
 
     def _note_positions(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Positions that the model counts itself go on from its cache: there is nothing to check."""
@@ -445,9 +447,9 @@ class Retrofit:
         assert self.adapter is not None
         scorer = self.adapter.scorers[layer.index]
         pooled = PooledCache(scorer)
-        if self._cache is not None:
-            pooled = self._pooled.setdefault(self._cache, {}).setdefault(layer.index, pooled)
-            pooled.follow(self._cached_keys, self._cached_version)
+        cache = None if self._cache is None else self._cache()
+        if cache is not None:
+            pooled = self._pooled.setdefault(cache, {}).setdefault(layer.index, pooled)
         keys = pooled.update(key, query.shape[2], self._rotary.on(key.device))
         return PooledKeys(keys, pooled.packed)
 

@@ -33,15 +33,14 @@ class PooledCache:
         self._seen: ReferenceType[torch.Tensor] | None = None
         self._version = 0
 
-    def follow(self, keys: torch.Tensor | None, version: int) -> None:
-        """Start anew unless `keys`, the cache's own before it grew, is what was last taken in, unwritten.
+    def follow(self, keys: torch.Tensor | None) -> None:
+        """Start anew unless `keys`, the cache's own before it grows, is what was last taken in, unwritten.
 
-        `version` is what `version_of` said of it before: a cache that grows in place has written since.
         A cache that hands out copies (offloaded, quantised) is pooled anew at each call: slower, never stale.
         """
         is_same = keys is not None and self._seen is not None and self._seen() is keys
         self._is_followed = is_same
-        if not is_same or version != self._version:
+        if not is_same or (keys is not None and _version(keys) != self._version):
             self._last_key = None
 
     def update(self, k: torch.Tensor, num_new: int, rotary: Rotary) -> torch.Tensor:
@@ -59,7 +58,7 @@ class PooledCache:
         self._is_followed = False
         self._tokens = kv_len
         self._last_key = k[:, :, kv_len - 1].detach().clone()
-        self._seen, self._version = ref(k), version_of(k)
+        self._seen, self._version = ref(k), _version(k)
         return self._keys
 
     def _is_continued_by(self, k: torch.Tensor, past: int) -> bool:
@@ -104,9 +103,9 @@ class PooledCache:
         return self._scorer.encode_keys(pooled.to(k.dtype), plain.to(k.dtype))
 
 
-def version_of(keys: torch.Tensor | None) -> int:
+def _version(keys: torch.Tensor) -> int:
     """How often a tensor was written in place; tensors of inference mode do not count it."""
-    return 0 if keys is None or keys.is_inference() else keys._version
+    return 0 if keys.is_inference() else keys._version
 
 
 def pool_keys(

@@ -1,8 +1,10 @@
 """The retrofit on real Transformers models (tiny, random): mechanics only."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -305,6 +307,20 @@ def test_a_decode_step_encodes_its_own_keys_alone(mode: Any, monkeypatch: pytest
 
     layers = model.config.num_hidden_layers
     assert sum(encoded) <= 160 * layers
+
+
+def test_a_cache_that_is_over_is_freed() -> None:
+    """A handle keeps nothing of a request that its owner has let go."""
+    model, ids = make_llama(), make_ids(160)
+
+    with retrofit(model, make_adapter(model), "bold"), torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids, **cache_argument(cache), use_cache=True)
+        kept = ref(cache.layers[-1].keys)
+        del cache
+        gc.collect()
+
+        assert kept() is None
 
 
 def test_a_cropped_cache_is_noticed() -> None:

@@ -136,3 +136,10 @@ def test_only_full_attention_of_a_plain_cache_gets_room() -> None:
             give_room(cache, index)
     assert [type(layer) for layer in plain.layers] == [DynamicSlidingWindowLayer, GrowingLayer]
     assert [type(layer) for layer in other.layers] == [DynamicSlidingWindowLayer, DynamicLayer]
+
+
+def test_a_prompt_whose_length_is_known_moves_once() -> None:
+    """Room for all of it is made with its first piece."""
+    layer = GrowingLayer.over(DynamicLayer(), 4000)
+    places = {layer.update(*make_states(seed, 1000))[0].data_ptr() for seed in range(4)}
+    assert len(places) == 1

@@ -7,7 +7,6 @@ the attention modules to learn which KV cache a call belongs to, and takes all o
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -47,10 +46,8 @@ from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.kernels.hf.versions import CACHE_KEYWORD
 from sentei.kernels.ops.attention import attend, dense_attend
 from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask, num_blocks
-from sentei.kernels.ops.limits import DECODE_ROWS_MAX
 from sentei.kernels.scorer.faults import Fault
-from sentei.kernels.scorer.packed_keys import PackedKeys
-from sentei.kernels.scorer.pooled_cache import PooledCache
+from sentei.kernels.scorer.pooled_cache import EncodedKeys, PooledCache
 from sentei.kernels.scorer.selection import (
     Thresholds,
     keep_before,
@@ -66,14 +63,6 @@ AttentionResult = tuple[torch.Tensor, None]
 # Chooses blocks in place of the learned scorer, from (layer, q, k): for baselines.
 Selector = Callable[[LayerInfo, torch.Tensor, torch.Tensor], BlockMask]
 _serial = itertools.count(1)
-
-
-@dataclass(frozen=True, slots=True)
-class PooledKeys:
-    """A layer's encoded pooled keys [B, Hkv, P, features], and where decode steps keep them packed."""
-
-    keys: torch.Tensor
-    packed: PackedKeys
 
 
 class Retrofit:
@@ -328,7 +317,7 @@ class Retrofit:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        pooled: PooledKeys,
+        pooled: EncodedKeys,
     ) -> AttentionResult:
         poison = None
         if self.selector is not None:
@@ -404,7 +393,7 @@ class Retrofit:
 
     @torch.no_grad()
     def _select(
-        self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor, pooled: PooledKeys
+        self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor, pooled: EncodedKeys
     ) -> tuple[BlockMask, torch.Tensor | None]:
         """Return the mask, and on a GPU 0 or, where the scorer gave NaN, the NaN for the output to carry."""
         assert self.adapter is not None
@@ -414,11 +403,7 @@ class Retrofit:
         thresholds = self._thresholds[layer.index]
         table = self._rotary.on(key.device)
         with self._part(SCORING):
-            # Panels of a prompt would stay beside its features; those of decode steps are worth their memory.
-            packed = pooled.packed if query.shape[2] <= DECODE_ROWS_MAX else None
-            shares, starts = score_blocks(
-                scorer, query, key, pooled.keys, table=table, block_q=block_q, packed=packed
-            )
+            shares, starts = score_blocks(scorer, query, key, pooled, table=table, block_q=block_q)
         poison = nan_where_broken(shares)
         if self.fault is not None:
             shares = self.fault.shift(shares, starts)
@@ -443,15 +428,14 @@ class Retrofit:
         return mask, poison
 
     @torch.no_grad()
-    def _update_pooled(self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor) -> PooledKeys:
+    def _update_pooled(self, layer: LayerInfo, query: torch.Tensor, key: torch.Tensor) -> EncodedKeys:
         assert self.adapter is not None
         scorer = self.adapter.scorers[layer.index]
         pooled = PooledCache(scorer)
         cache = None if self._cache is None else self._cache()
         if cache is not None:
             pooled = self._pooled.setdefault(cache, {}).setdefault(layer.index, pooled)
-        keys = pooled.update(key, query.shape[2], self._rotary.on(key.device))
-        return PooledKeys(keys, pooled.packed)
+        return pooled.update(key, query.shape[2], self._rotary.on(key.device))
 
     def _read_thresholds(self) -> Mapping[int, Thresholds]:
         """Made once for each rung: requests on several rungs take turns, step by step."""

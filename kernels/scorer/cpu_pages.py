@@ -31,10 +31,11 @@ from sentei.kernels.ops.native.paged import (
     prefill_pages_native,
 )
 from sentei.kernels.ops.registry import is_native_usable
+from sentei.kernels.scorer.byte_keys import inverse_steps
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
-from sentei.kernels.scorer.selection import Thresholds, inverse_steps, score_blocks, select_blocks
+from sentei.kernels.scorer.selection import Thresholds, score_blocks, select_blocks
 
 
 @dataclass(frozen=True, slots=True)

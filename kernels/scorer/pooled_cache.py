@@ -1,15 +1,20 @@
 """Pooled keys beside a KV cache: they grow with it, and start anew where it is not what it was."""
 
 from functools import partial
+from typing import TypeAlias
 from weakref import ReferenceType, ref
 
 import torch
 
+from sentei.kernels.ops.native.calls import BytePanels
 from sentei.kernels.ops.registry import attempt, is_native_usable, takes_triton
+from sentei.kernels.scorer.byte_keys import add_blocks, takes_bytes
 from sentei.kernels.scorer.features import Rotary, RotaryTable, pool_tokens, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
-from sentei.kernels.scorer.packed_keys import PackedKeys
 from sentei.kernels.scorer.selection import TRITON_SCORES
+
+# Pooled keys [B, Hkv, P, features], or those of the single keys of full blocks in bytes.
+EncodedKeys: TypeAlias = torch.Tensor | BytePanels
 
 
 class PooledCache:
@@ -22,11 +27,11 @@ class PooledCache:
     """
 
     def __init__(self, scorer: BlockScorer, backend: str = "auto") -> None:
-        self.packed = PackedKeys()  # of the keys that `update` returned last
         self._scorer = scorer
         self._backend = backend
         self._keys: torch.Tensor | None = None  # a view of the first pools of `_room`
         self._room: torch.Tensor | None = None
+        self._bytes: BytePanels | None = None  # in place of both
         self._tokens = 0
         self._last_key: torch.Tensor | None = None
         self._is_followed = False  # the keys that came before `update` are those that it took in last
@@ -43,22 +48,39 @@ class PooledCache:
         if not is_same or (keys is not None and _version(keys) != self._version):
             self._last_key = None
 
-    def update(self, k: torch.Tensor, num_new: int, rotary: Rotary) -> torch.Tensor:
-        """Take in the KV cache's keys [B, Hkv, T, D], of which `num_new` are new; return all pooled keys."""
+    def update(self, k: torch.Tensor, num_new: int, rotary: Rotary) -> EncodedKeys:
+        """Take in the KV cache's keys [B, Hkv, T, D], of which `num_new` are new; return all pooled keys.
+
+        Where they are scored in bytes, those of full blocks alone: no other block can be chosen.
+        """
         kv_len = k.shape[2]
         if not self._is_continued_by(k, kv_len - num_new):
-            self._keys = self._room = None
-            self.packed = PackedKeys()
-        size = self._scorer.shape.pool_tokens
-        done = 0 if self._keys is None else self._keys.shape[2]
-        if self._keys is None or kv_len // size > done:
-            first, last = done * size, kv_len // size * size
-            fresh = self._encode(k[:, :, first:last], first, rotary.between(first, last))
-            self._keys = self._append(fresh, done)
+            self._keys = self._room = self._bytes = None
+        found = self._update_bytes(k, rotary) if self._is_in_bytes(k) else self._update_pools(k, rotary)
         self._is_followed = False
         self._tokens = kv_len
         self._last_key = k[:, :, kv_len - 1].detach().clone()
         self._seen, self._version = ref(k), _version(k)
+        return found
+
+    def _is_in_bytes(self, k: torch.Tensor) -> bool:
+        return self._bytes is not None or (self._backend == "auto" and takes_bytes(self._scorer, k.device))
+
+    def _update_bytes(self, k: torch.Tensor, rotary: Rotary) -> BytePanels:
+        block, panels = self._scorer.shape.block_tokens, self._bytes
+        first = 0 if panels is None else panels.blocks * block
+        last = k.shape[2] // block * block
+        if panels is None or last > first:
+            features = self._encode(k[:, :, first:last], first, rotary)
+            panels = self._bytes = add_blocks(self._scorer, features, k.dtype, panels)
+        return panels
+
+    def _update_pools(self, k: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        size = self._scorer.shape.pool_tokens
+        done = 0 if self._keys is None else self._keys.shape[2]
+        first, last = done * size, k.shape[2] // size * size
+        if self._keys is None or last > first:
+            self._keys = self._append(self._encode(k[:, :, first:last], first, rotary), done)
         return self._keys
 
     def _is_continued_by(self, k: torch.Tensor, past: int) -> bool:
@@ -82,8 +104,10 @@ class PooledCache:
         self._room[:, :, done:total] = fresh
         return self._room[:, :, :total]
 
-    def _encode(self, k: torch.Tensor, first: int, table: RotaryTable) -> torch.Tensor:
+    def _encode(self, k: torch.Tensor, first: int, rotary: Rotary) -> torch.Tensor:
+        """Return the features of the full pools of k [B, Hkv, n, D], whose first token sits at `first`."""
         scorer, shape = self._scorer, self._scorer.shape
+        table = rotary.between(first, max(first + k.shape[2], first + 1))
         if scorer.has_native_program and takes_triton(self._backend, k.device):
             from sentei.kernels.scorer.launches import encode_pools
 

@@ -18,9 +18,9 @@ from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask
 from sentei.kernels.ops.registry import attempt, is_native_usable, takes_triton
 from sentei.kernels.ops.rules import Grid, Threshold
 from sentei.kernels.ops.select import select_lists
+from sentei.kernels.scorer.byte_keys import add_blocks, byte_maps, takes_bytes
 from sentei.kernels.scorer.features import Rotary, RotaryTable, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
-from sentei.kernels.scorer.packed_keys import PackedKeys
 
 if TYPE_CHECKING:
     from sentei.kernels.ops.native.calls import BytePanels
@@ -179,7 +179,6 @@ def score_blocks(
     *,
     table: Rotary,
     block_q: int | None = None,
-    packed: PackedKeys | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the neediest row's estimated log share per query block and key block, and the blocks' starts.
@@ -189,8 +188,6 @@ def score_blocks(
         k: all keys [B, Hkv, Tk, D].
         keys: their encoded pools [B, Hkv, P, E], or the bytes of full blocks, where `has_byte_scores`.
         block_q: rows of a query block; as long as a key block if None.
-        packed: where the keys are kept as the native program reads them, from one decode step to the next;
-            packed anew for this call if None.
         backend: auto, triton or torch; auto takes triton on a GPU, our own program on a CPU.
 
     Returns:
@@ -218,7 +215,7 @@ def score_blocks(
     result = torch.full((B, Hq, len(starts), -(-kv_len // block)), float("-inf"), device=q.device)
     is_native = scorer.has_native_program and backend == "auto" and is_native_usable(q.device.type, block)
     if is_native or not isinstance(keys, torch.Tensor):
-        _fill_native(scorer, q, k, keys, rows, result, block_q, packed)
+        _fill_native(scorer, q, k, keys, rows, result, block_q)
     else:
         _fill_chunks(scorer, q, k, keys, rows, starts, result, block_q)
     if result.device.type == "cpu" and torch.isnan(result).any():
@@ -291,13 +288,11 @@ def _fill_native(
     table: RotaryTable,
     result: torch.Tensor,
     block_q: int,
-    packed: PackedKeys | None,
 ) -> None:
     from sentei.kernels.ops.native.calls import (
         ScorerWeights,
         best_shares_native,
         byte_shares_native,
-        fit_bytes,
     )
 
     cos, sin = table.rows(k.shape[2] - q.shape[2], k.shape[2])
@@ -315,30 +310,12 @@ def _fill_native(
         pool_tokens=scorer.shape.pool_tokens,
         query_pool=scorer.shape.query_pool,
     )
-    if isinstance(keys, torch.Tensor) and not fit_bytes(weights):
+    if isinstance(keys, torch.Tensor) and not takes_bytes(scorer, q.device):
         best_shares_native(q, k, keys, weights, result, block_q)
         return
     if isinstance(keys, torch.Tensor):
-        keys = (packed or PackedKeys()).panels(keys, q.dtype, inverse_steps(scorer), weights.block)
+        keys = add_blocks(scorer, keys, q.dtype)
     byte_shares_native(q, k, keys, byte_maps(scorer), weights, result, block_q)
-
-
-def byte_maps(scorer: BlockScorer) -> torch.Tensor:
-    """Return the query maps times the steps of the bytes of single keys, as the native program packs them."""
-    from sentei.kernels.ops.native.calls import pack_byte_maps_native
-
-    assert scorer.key_steps is not None
-    steps = scorer.key_steps.float().contiguous()
-    return scorer.frozen(
-        "byte maps", lambda: pack_byte_maps_native(scorer.scaled_query_map().float().contiguous(), steps)
-    )
-
-
-def inverse_steps(scorer: BlockScorer) -> torch.Tensor:
-    """Return how many bytes a feature of 1 is: [Hkv, rank]."""
-    assert scorer.key_steps is not None
-    steps = scorer.key_steps
-    return scorer.frozen("inverse steps", lambda: (1.0 / steps.float()).contiguous())
 
 
 def _chunk_blocks(before: int, room: int) -> int:

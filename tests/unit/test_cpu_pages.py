@@ -16,10 +16,9 @@ from sentei.kernels.ops.tolerances import ERROR_FLOOR
 from sentei.kernels.scorer.cpu_pages import CpuScorerPages, DecodeRows, FullPages
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.network import Form, ScorerError
-from sentei.kernels.scorer.packed_keys import PackedKeys
 from sentei.kernels.scorer.page_mass import dropped_over_pages
 from sentei.kernels.scorer.pooled_cache import PooledCache
-from sentei.kernels.scorer.selection import Thresholds, inverse_steps, select_blocks
+from sentei.kernels.scorer.selection import Thresholds, select_blocks
 from tests.strategies_attention import make_paged
 from tests.strategies_scorer import lay_as_vllm, make_rotary, make_scorer
 
@@ -188,9 +187,8 @@ def test_features_equal_those_beside_a_cache_of_one_sequence(dtype: torch.dtype)
     if isinstance(found, torch.Tensor):
         torch.testing.assert_close(found.to(dtype), alone[:, :, : LENGTHS[5] // 64 * 64])
         return
-    beside = PackedKeys().panels(alone, dtype, inverse_steps(pages.scorer), 64)
-    assert torch.equal(found.cells, beside.cells)
-    assert torch.equal(found.flaws, beside.flaws)
+    assert torch.equal(found.cells, alone.cells)
+    assert torch.equal(found.flaws, alone.flaws)
 
 
 @pytest.mark.skipif(not has_byte_scores(32), reason="this processor has no products of bytes")

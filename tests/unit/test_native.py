@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_odd_heads_and_negative_scales(dtype: torch.dtype, dim: int, scale: floa
 @pytest.fixture
 def without_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Features are scored as they are, as on a processor without VNNI."""
-    monkeypatch.setattr(calls, "fit_bytes", lambda _weights: False)
+    monkeypatch.setattr(calls, "has_byte_scores", lambda _rank: False)
 
 
 def make_scorer(block: int, pool: int, form: Form = "residual", query_pool: int = 1) -> BlockScorer:
@@ -315,35 +316,41 @@ def test_features_of_keys_equal_the_plain_ones(dtype: torch.dtype, tokens: int, 
 
 @pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kept_panels_score_as_panels_packed_anew_do(
+def test_panels_that_grow_score_as_panels_packed_anew_do(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps across block borders, after a crop and after a reordering: the same bits, packed seldom."""
+    """Pieces and steps across block borders, after a crop and a reordering: the same bits, packed once."""
     generator = torch.Generator().manual_seed(3)
-    q, k = (torch.randn(2, heads, 400, 32, generator=generator).to(dtype) for heads in (4, 2))
-    scorer, table = BlockScorer(ScorerShape(4, 2, 32, 12, 1, 64, "low_rank"), 32**-0.5), make_table(400)
+    q, k = (torch.randn(2, heads, 2400, 32, generator=generator).to(dtype) for heads in (4, 2))
+    scorer, table = BlockScorer(ScorerShape(4, 2, 32, 12, 1, 64, "low_rank"), 32**-0.5), make_table(2400)
     scorer.start_from(q[0].float(), k[0].float())
-    cache, packed = PooledCache(scorer), []
+    cache, packed = PooledCache(scorer), list[int]()
     pack = calls.pack_bytes_native
 
-    def step(q: torch.Tensor, k: torch.Tensor, num_new: int) -> None:
-        keys = cache.update(k, num_new, table)
-        kept, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16, packed=cache.packed)
-        before = len(packed)
-        anew, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
-        del packed[before:]
-        assert torch.equal(kept, anew)
+    def counted(pooled: torch.Tensor, *others: Any) -> calls.BytePanels:
+        packed.append(pooled.shape[2] // 64)
+        return pack(pooled, *others)
 
-    monkeypatch.setattr(calls, "pack_bytes_native", lambda *args: packed.append(1) or pack(*args))
+    def step(q: torch.Tensor, k: torch.Tensor, num_new: int) -> None:
+        grown = score_blocks(scorer, q, k, cache.update(k, num_new, table), table=table, block_q=16)[0]
+        before = len(packed)
+        keys = PooledCache(scorer).update(k, k.shape[2], table)
+        anew = score_blocks(scorer, q, k, keys, table=table, block_q=16)[0]
+        del packed[before:]
+        assert torch.equal(grown, anew)
+
+    monkeypatch.setattr(calls, "pack_bytes_native", counted)
     with torch.no_grad():
-        step(q[:, :, 249:250], k[:, :, :250], 250)
+        step(q[:, :, :250], k[:, :, :250], 250)
         for end in range(251, 325):  # blocks close at 256 and 320
             step(q[:, :, end - 1 : end], k[:, :, :end], 1)
-        assert len(packed) == 3
+        for begin, end in ((324, 1200), (1200, 2400)):  # more panels than there was room for
+            step(q[:, :, begin:end], k[:, :, :end], end - begin)
+        assert sum(packed) == 2400 // 64
         for end, order in ((300, [0, 1]), (301, [1, 0])):
             step(q[order, :, end - 1 : end], k[order, :, :end], 1)
 
-    assert len(packed) == 5
+    assert sum(packed) == 2400 // 64 + 4 + 4
 
 
 @pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")

@@ -305,14 +305,14 @@ def test_a_decode_step_copies_only_its_own_pools() -> None:
     scorer = BlockScorer(ScorerShape(4, 2, 8, 4, 1, 16, "low_rank"), SCALE)
     train_a_little(scorer)
     _, k, table = make_inputs(80)
-    cache = PooledCache(scorer)
+    cache = PooledCache(scorer, "torch")  # in floats, also where a processor scores bytes
     cache.update(k[:, :, :40], 40, table)
 
     places = {cache.update(k[:, :, :end], 1, table).data_ptr() for end in range(41, 81)}
     grown = cache.update(k[:, :, :80], 0, table)
 
     assert len(places) == 1
-    torch.testing.assert_close(grown, PooledCache(scorer).update(k, 80, table))
+    torch.testing.assert_close(grown, PooledCache(scorer, "torch").update(k, 80, table))
 
 
 @torch.no_grad()

@@ -119,22 +119,22 @@ __attribute__((noinline)) void best_byte_shares(int rows, int64_t columns, int64
   std::memcpy(best + 1, most + 1, sizeof(float) * (open - 1));
 }
 
-// Blocks `block0` .. `block0` + VL of one head to one panel; NaN where a feature is no number, else 0. inverse_steps
-// [4 * cells] are 0 where there is no dimension.
+// Blocks `block0` .. `block0` + VL of one head to one panel; NaN where a feature is no number, else 0. `keys` begin with
+// block `from`: those before it are in the panel already. inverse_steps [4 * cells] are 0 where there is no dimension.
 template <class S>
-float pack_bytes(const S* keys, int64_t block0, int64_t blocks, int64_t tokens, int64_t rank, int64_t cells,
+float pack_bytes(const S* keys, int64_t block0, int64_t from, int64_t blocks, int64_t tokens, int64_t rank, int64_t cells,
                  const float* inverse_steps, uint32_t* panel) {
   alignas(64) float row[4 * BYTE_CELLS_MAX] = {};
   alignas(64) uint32_t bytes[BYTE_CELLS_MAX];
   __m512 flaw = _mm512_setzero_ps();
   const __m512 limit = _mm512_set1_ps(127.0f), least = _mm512_set1_ps(-127.0f);
-  for (int64_t lane = 0; lane < VL; ++lane)
+  for (int64_t lane = std::max<int64_t>(0, from - block0); lane < VL; ++lane)
     for (int64_t t = 0; t < tokens; ++t) {
       if (block0 + lane >= blocks) {
         for (int64_t c = 0; c < cells; ++c) panel[(t * cells + c) * VL + lane] = NO_FEATURES;
         continue;
       }
-      const S* x = keys + ((block0 + lane) * tokens + t) * rank;
+      const S* x = keys + ((block0 + lane - from) * tokens + t) * rank;
       for (int64_t d = 0; d < rank; ++d) row[d] = widen(x[d]);
       for (int64_t d = 0; d < 4 * cells; d += VL) {
         const __m512 steps = _mm512_mul_ps(_mm512_load_ps(row + d), _mm512_loadu_ps(inverse_steps + d));
@@ -177,19 +177,21 @@ __attribute__((noinline)) ByteRow pack_byte_query(const float* x, int64_t cells,
 
 inline int64_t byte_cells(int64_t rank) { return rank <= 16 ? 4 : rank <= 32 ? 8 : rank <= 48 ? 12 : 16; }
 
-// Cells of one KV head's panels, floats of one query head's map: [columns of NR][2 D][NR].
+// Cells of one KV head's panels, which lie panel_h apart; floats of one query head's map: [columns of NR][2 D][NR].
 inline int64_t byte_panel_size(const Scores& p) { return up(p.blocks, VL) * p.block * byte_cells(p.rank); }
 inline int64_t byte_map_size(const Scores& p) { return up(p.rank, NR) * 2 * p.D; }
 
-// Runs `pack(h_kv, first block, panel)` for all panels [Hkv, byte_panel_size]; flaws [Hkv] are NaN where it says so.
+// Runs `pack(h_kv, first block, panel)` for all panels [Hkv, panel_h] from that of `from_block` on; flaws [Hkv] are NaN
+// where it says so, or said so of a panel before.
 template <class F>
 void fill_panels(const Scores& p, uint32_t* panels, float* flaws, int threads, F&& pack) {
-  const int64_t columns = up(p.blocks, VL) / VL, size = VL * p.block * byte_cells(p.rank);
-  std::fill(flaws, flaws + p.Hkv, 0.0f);
+  const int64_t first = p.from_block / VL, columns = up(p.blocks, VL) / VL - first;
+  const int64_t size = VL * p.block * byte_cells(p.rank);
+  if (p.from_block == 0) std::fill(flaws, flaws + p.Hkv, 0.0f);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t task = 0; task < p.Hkv * columns; ++task) {
-    const int64_t h_kv = task / columns, c = task % columns;
-    const float flaw = pack(h_kv, c * VL, panels + task * size);
+    const int64_t h_kv = task / columns, c = first + task % columns;
+    const float flaw = pack(h_kv, c * VL, panels + h_kv * p.panel_h + c * size);
     if (flaw == flaw) continue;
 #pragma omp atomic write
     flaws[h_kv] = flaw;
@@ -204,7 +206,8 @@ void pack_byte_panels(const Scores& p, const S* pooled, const float* inverse_ste
   std::vector<float> inverse(p.Hkv * 4 * cells);
   for (int64_t h = 0; h < p.Hkv; ++h) std::copy_n(inverse_steps + h * p.rank, p.rank, &inverse[h * 4 * cells]);
   fill_panels(p, panels, flaws, threads, [&](int64_t h, int64_t block, uint32_t* panel) {
-    return pack_bytes(pooled + h * p.pooled_h, block, p.blocks, p.block, p.rank, cells, &inverse[h * 4 * cells], panel);
+    return pack_bytes(pooled + h * p.pooled_h, block, p.from_block, p.blocks, p.block, p.rank, cells,
+                      &inverse[h * 4 * cells], panel);
   });
 }
 
@@ -339,7 +342,7 @@ void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, co
           how[r] = pack_byte_query(encoded.data() + r * lde, cells, forced[r] + flaws[bh], highest,
                                    query.data() + r * cells);
         auto sum_up = [&](auto c) {
-          sum_panels<c>(rows, up(open, VL), p.block, panels_all + bh * byte_panel_size(p), query.data(), how.data(),
+          sum_panels<c>(rows, up(open, VL), p.block, panels_all + bh * p.panel_h, query.data(), how.data(),
                         far.data(), sums.data(), columns);
         };
         if (cells == 4) sum_up(std::integral_constant<int, 4>{});

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from ctypes import c_float, c_int, c_int64
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _FEW_KEYS = 256  # to pool
 _FEW_SCORES = 1 << 16  # tokens of all KV heads and query blocks
 _FEW_SHARES = 1 << 16  # to select from
+_SHARE = 8  # panels that grow get room for one more in so many
 
 
 def attend_native(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, how: Softmax) -> tuple[Tensor, Tensor]:
@@ -107,9 +108,10 @@ class ScorerWeights:
 
 @dataclass(frozen=True, slots=True)
 class BytePanels:
-    """Features of the keys of full blocks in 8 bits, for processors and scorers that `fit_bytes`.
+    """Features of the keys of full blocks in 8 bits, where the processor `has_byte_scores` of their rank.
 
-    cells [B, Hkv, size] int32; flaws [B, Hkv] fp32, NaN where a feature is no number, else 0.
+    cells [B, Hkv, size] int32, of which the first are taken; flaws [B, Hkv] fp32, NaN where a feature is no
+    number, else 0.
     """
 
     blocks: int
@@ -142,18 +144,31 @@ def best_shares_native(
         )
 
 
-def pack_bytes_native(pooled: Tensor, dtype: torch.dtype, inverse_steps: Tensor, block: int) -> BytePanels:
+def pack_bytes_native(
+    pooled: Tensor, dtype: torch.dtype, inverse_steps: Tensor, block: int, before: BytePanels | None = None
+) -> BytePanels:
     """Pack the features [B, Hkv, P, rank] of the full blocks, rounded to `dtype`, for byte_shares_native.
 
-    inverse_steps [Hkv, rank] fp32 say how many bytes a feature of 1 is.
+    inverse_steps [Hkv, rank] fp32 say how many bytes a feature of 1 is. The blocks come behind those of
+    `before`, which gives its tensors where they have room.
     """
     pooled = _as_rows(pooled, dtype)
     batch, kv_heads, tokens, rank = pooled.shape
-    panels, shape = _new_panels(batch, kv_heads, rank, block, tokens // block, pooled.stride(1))
+    first = 0 if before is None else before.blocks
+    panels = _room_for(before, batch, kv_heads, rank, block, first + tokens // block)
+    shape = _fill_scores(
+        Hkv=kv_heads,
+        rank=rank,
+        block=block,
+        blocks=panels.blocks,
+        pooled_h=pooled.stride(1),
+        panel_h=panels.cells.shape[2],
+        from_block=first,
+    )
     call = getattr(load_native(), f"sentei_pack_bytes_{DTYPES[pooled.dtype]}")
     for b in range(batch):
         pointers = map(_pointer, (pooled[b], inverse_steps, panels.cells[b], panels.flaws[b]))
-        call(shape, *pointers, c_int(_threads()))
+        call(shape, *pointers, c_int(_threads_for(kv_heads * tokens, _FEW_KEYS)))
     return panels
 
 
@@ -164,21 +179,35 @@ def gather_bytes_native(table: Tensor, cells: Tensor, flaws: Tensor, rank: int) 
     encode_pages_native made of all pages.
     """
     kv_heads, block = cells.shape[1], cells.shape[3]
-    panels, shape = _new_panels(1, kv_heads, rank, block, len(table), 0)
+    panels = _room_for(None, 1, kv_heads, rank, block, len(table))
+    shape = _fill_scores(
+        Hkv=kv_heads, rank=rank, block=block, blocks=panels.blocks, panel_h=panels.cells.shape[2]
+    )
     load_native().sentei_gather_bytes(
         shape, *map(_pointer, (table, cells, flaws, panels.cells, panels.flaws)), c_int(_threads())
     )
     return panels
 
 
-def _new_panels(
-    batch: int, kv_heads: int, rank: int, block: int, blocks: int, pooled_h: int
-) -> tuple[BytePanels, ctypes.Array[c_int64]]:
-    shape = _fill_scores(Hkv=kv_heads, rank=rank, block=block, blocks=blocks, pooled_h=pooled_h)
+def _room_for(
+    before: BytePanels | None, batch: int, kv_heads: int, rank: int, block: int, blocks: int
+) -> BytePanels:
+    """Return panels for so many blocks, those of `before` in them: its own tensors while there is room."""
     library = load_native()
     library.sentei_byte_panel_size.restype = c_int64
-    cells = torch.empty(batch, kv_heads, library.sentei_byte_panel_size(shape), dtype=torch.int32)
-    return BytePanels(blocks, cells, torch.empty(batch, kv_heads)), shape
+
+    def size(blocks: int) -> int:
+        return int(library.sentei_byte_panel_size(_fill_scores(rank=rank, block=block, blocks=blocks)))
+
+    if before is not None and size(blocks) <= before.cells.shape[2]:
+        return replace(before, blocks=blocks)
+    room = size(blocks if before is None else blocks + blocks // _SHARE)
+    cells, flaws = torch.empty(batch, kv_heads, room, dtype=torch.int32), torch.empty(batch, kv_heads)
+    if before is not None:
+        taken = size(before.blocks)
+        cells[..., :taken] = before.cells[..., :taken]
+        flaws.copy_(before.flaws)
+    return BytePanels(blocks, cells, flaws)
 
 
 def pack_byte_maps_native(maps: Tensor, steps: Tensor) -> Tensor:
@@ -203,7 +232,8 @@ def byte_shares_native(
 ) -> None:
     """Do what best_shares_native does, in 8 bits, from the packed features of the full blocks of k."""
     q, k = _as_native(q), _as_native(k)
-    shape = _scores_shape(q, k, weights, out, block_q, blocks=panels.blocks, pooled_h=0)
+    sizes = {"blocks": panels.blocks, "panel_h": panels.cells.shape[2]}
+    shape = _scores_shape(q, k, weights, out, block_q, **sizes)
     tables = (panels.cells, panels.flaws, byte_maps, weights.cos, weights.sin, weights.bias)
     getattr(load_native(), f"sentei_byte_scores_{DTYPES[q.dtype]}")(
         shape,
@@ -232,7 +262,7 @@ def _as_rows(pooled: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scores_shape(
-    q: Tensor, k: Tensor, weights: ScorerWeights, out: Tensor, block_q: int, *, blocks: int, pooled_h: int
+    q: Tensor, k: Tensor, weights: ScorerWeights, out: Tensor, block_q: int, **keys: int
 ) -> ctypes.Array[c_int64]:
     tokens = q.shape[2]
     row_tokens = min(weights.query_pool, block_q, tokens)
@@ -247,7 +277,6 @@ def _scores_shape(
         rank=weights.maps.shape[2],
         is_residual=weights.is_residual,
         pools=weights.block // weights.pool_tokens,
-        blocks=blocks,
         block=weights.block,
         q_h=q.stride(1),
         q_t=q.stride(2),
@@ -257,20 +286,13 @@ def _scores_shape(
         first=k.shape[2] - tokens,
         out_blocks=out.shape[3],
         num_bias=weights.bias.shape[1],
-        pooled_h=pooled_h,
+        **keys,
     )
 
 
 def _fill_scores(**values: int) -> ctypes.Array[c_int64]:
-    """The struct Scores; packing needs a few of its fields alone."""
+    """The struct Scores; most calls need some of its fields alone."""
     return fill_struct("Scores", **{**dict.fromkeys(struct_fields("Scores"), 0), **values})
-
-
-def fit_bytes(weights: ScorerWeights) -> bool:
-    """Whether features are scored in 8 bits: single tokens in few dimensions, if there is VNNI."""
-    rank = weights.maps.shape[2]
-    is_single = weights.pool_tokens == 1 and not weights.is_residual
-    return is_single and has_byte_scores(rank)
 
 
 def has_byte_scores(rank: int) -> bool:

@@ -654,7 +654,7 @@ struct Scores {
   int64_t H, Hkv, n, rows, row_tokens, num_rows;  // query blocks, rows in each, tokens of a row, tokens in all
   int64_t D, rank, is_residual, pools, blocks, block;  // pools per block, full key blocks that may be chosen
   int64_t q_h, q_t, k_h, k_t, T, first;  // raw queries and keys; position of the first row
-  int64_t out_blocks, num_bias, pooled_h;  // pooled_h: from one KV head's features to the next
+  int64_t out_blocks, num_bias, pooled_h, panel_h, from_block;  // features and panels by KV head; the first to pack
 };
 
 // Log of what one block of raw keys holds of each row, added to `forced`: a row sees what its last token sees.

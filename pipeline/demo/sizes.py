@@ -100,8 +100,8 @@ LARGE_SIZE = DemoSize(
 
 # Full attention at every layer is more than half of a prefill at 8k: there is something to gain. Measured on
 # two cores with AVX512-BF16 and nothing beside it: 8 minutes until traffic, then half a minute for a session
-# of 8,064 tokens that dense serves, its three replays included: they, not the pause, set the pace. Sessions
-# of 7,168 at most make some 40 minutes of the 50 that took (docs/measured/2026-11-28.md).
+# of 8,064 tokens that dense serves, its three replays included. Prompts of 6,656 tokens at most should make
+# 44 minutes of the 57 that those took: reckoned, not run (docs/measured/2026-11-28.md).
 SMOLLM2_SIZE = DemoSize(
     distill=DistillOptions(),
     # A tenth is faster still, but costs 16% of perplexity on some texts (docs/measured.md).
@@ -125,7 +125,7 @@ SMOLLM2_SIZE = DemoSize(
         dense_forms=(BEST_DENSE,),  # of the others compiled Flex takes three times as long, sdpa five times
         baseline_rungs=(),
     ),
-    mix=MixOptions(prompt_tokens=(4608, 6144, 7168), answer_tokens=8, text_tokens=16, text_share=0.75),
+    mix=MixOptions(prompt_tokens=(4608, 5632, 6656), answer_tokens=8, text_tokens=16, text_share=0.75),
     clients=1,
     # What is served while the replays of an answer run is not audited: it would cost and prove nothing.
     think_s=1.0,

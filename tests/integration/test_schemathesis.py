@@ -38,6 +38,8 @@ CHECKS = [
     response_schema_conformance,
     negative_data_rejection,
 ]
+# A body that is too long is refused before anybody reads it; the library does not take 413 for a refusal.
+TOO_LONG_CHECKS = [check for check in CHECKS if check is not negative_data_rejection]
 RIGHT, WRONG = GenerationMode.POSITIVE, GenerationMode.NEGATIVE  # bodies that fit the document, or do not
 NUM_CASES = {
     ("POST /v1/chat/completions", RIGHT): 500,
@@ -90,7 +92,7 @@ def test_answers_stay_inside_the_document(url: str, name: str, mode: GenerationM
     def send(case: Case) -> None:
         response = with_real_model(case).call()
         statuses[response.status_code] += 1
-        case.validate_response(response, checks=CHECKS)
+        case.validate_response(response, checks=TOO_LONG_CHECKS if response.status_code == 413 else CHECKS)
 
     send()
 

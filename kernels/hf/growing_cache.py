@@ -44,9 +44,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add keys and values [B, Hkv, n, D]; return all of them."""
-        if torch.is_grad_enabled() and key_states.requires_grad:
+        if torch.is_grad_enabled():  # a backward pass needs what each step saw, unwritten
             joined: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
-            return joined  # a backward pass needs each step's own
+            return joined
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = self._keys.extend(self.keys, key_states)
@@ -65,6 +65,8 @@ class _Room:
     def extend(self, held: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
         """Return `held`, which may be empty, with `fresh` behind it; copies `held` where it is not ours."""
         past = held.shape[-2] if held.numel() else 0
+        if past and not _fit(held, fresh):
+            return torch.cat([held, fresh], dim=-2)  # it promotes, or says what is wrong
         total = past + fresh.shape[-2]
         if held is not self._taken or not self._takes(total):
             room = max(total, self._least)
@@ -83,6 +85,12 @@ class _Room:
             return False
         # What inference mode made may not be written to outside it.
         return not room.is_inference() or torch.is_inference_mode_enabled()
+
+
+def _fit(held: torch.Tensor, fresh: torch.Tensor) -> bool:
+    """Whether two tensors [..., T, D] differ in T alone."""
+    same_shape = held.shape[:-2] == fresh.shape[:-2] and held.shape[-1] == fresh.shape[-1]
+    return same_shape and held.dtype == fresh.dtype and held.device == fresh.device
 
 
 def give_room(cache: Any, index: int, tokens: int = 0) -> None:

@@ -16,7 +16,7 @@ PIECE_TOKENS = 2048  # whole query blocks of every size
 LEAST_TOKENS = 256  # a shorter rest goes with the piece before it: the last rows of a prompt stay together
 
 
-def cut_pieces(tokens: int, size: int | None = PIECE_TOKENS) -> Iterator[tuple[int, int]]:
+def cut_pieces(tokens: int, size: int | None) -> Iterator[tuple[int, int]]:
     """Yield where each piece of a prompt begins and ends; one piece where no size is given."""
     begin = 0
     while begin < tokens:

@@ -46,8 +46,9 @@ from sentei.kernels.hf.stats import LayerCall, RetrofitStats
 from sentei.kernels.hf.versions import CACHE_KEYWORD
 from sentei.kernels.ops.attention import attend, dense_attend
 from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask, num_blocks
+from sentei.kernels.scorer.byte_keys import EncodedKeys
 from sentei.kernels.scorer.faults import Fault
-from sentei.kernels.scorer.pooled_cache import EncodedKeys, PooledCache
+from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import (
     Thresholds,
     keep_before,
@@ -383,8 +384,10 @@ class Retrofit:
             num_rows, kv_len = query.shape[2], key.shape[2]
             first, end = self._last_rows(num_rows, kv_len)
             cut = 0
-            if lse is not None and kv_len - num_rows < first < kv_len <= end:
+            if lse is not None and first < kv_len <= end:
                 cut = kv_len - first  # what keeps everything by rule says nothing of the rung
+            if cut >= num_rows:
+                return
             last = num_rows - cut
             newest = slice(max(0, last - (self._num_attended or last)), last)
             lse = None if lse is None else lse[:, :, newest].clone()

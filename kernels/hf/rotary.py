@@ -15,6 +15,7 @@ from sentei.kernels.scorer.features import Rotary, RotaryTable
 
 _STEP_ROWS = 256  # of a table that decode steps read
 _NUM_STEPS = 16  # such tables that are kept: requests at other positions take turns
+_NUM_TABLES = 2  # of other lengths
 _ROWS_MIN = 1024  # on a GPU
 
 
@@ -28,7 +29,9 @@ class RotaryReader:
     def __init__(self, model: nn.Module) -> None:
         self._rotary: Any = text_decoder(model).rotary_emb
         self._prefix = "full_attention_" if find_family(model).rotary_takes_layer_type else ""
-        self._table: RotaryTable | None = None  # the newest, on a CPU that of more rows than a step's
+        self._tables: list[
+            RotaryTable
+        ] = []  # of more rows than a step's: a layer encodes some, scores others
         self._steps: dict[int, RotaryTable] = {}
         self._source: torch.Tensor | None = None
         self._version = 0
@@ -41,16 +44,17 @@ class RotaryReader:
     def between(self, first: int, last: int, device: torch.device | str = "cpu") -> RotaryTable:
         """Return cosines and sines, in fp32, of at least the positions `first` to `last` - 1."""
         if not self._is_unchanged():
-            self._table = None
+            self._tables.clear()
             self._steps.clear()
         if torch.device(device).type != "cpu":  # its programs read tables from position 0 on
             first, last = 0, max(_ROWS_MIN, 1 << (last - 1).bit_length())
         elif first // _STEP_ROWS == (last - 1) // _STEP_ROWS:
             return self._step_table(first // _STEP_ROWS, device)
-        table = self._table
-        if table is None or first < table.first or table.length < last:
-            table = self._table = self._make(first, last, device)
-        return table
+        for table in self._tables:
+            if table.first <= first and last <= table.length and table.cos.device == torch.device(device):
+                return table
+        self._tables = [*self._tables[1 - _NUM_TABLES :], self._make(first, last, device)]
+        return self._tables[-1]
 
     def _step_table(self, index: int, device: torch.device | str) -> RotaryTable:
         found = self._steps.pop(index, None) or self._make(

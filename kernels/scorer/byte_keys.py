@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import torch
 
+from sentei.kernels.ops.native.calls import BytePanels
 from sentei.kernels.ops.registry import is_native_usable
 from sentei.kernels.scorer.network import BlockScorer
 
-if TYPE_CHECKING:
-    from sentei.kernels.ops.native.calls import BytePanels
+# Pooled keys [B, Hkv, P, features], or those of the single keys of full blocks in bytes.
+EncodedKeys: TypeAlias = torch.Tensor | BytePanels
 
 
 def takes_bytes(scorer: BlockScorer, device: torch.device) -> bool:
@@ -42,9 +43,12 @@ def byte_maps(scorer: BlockScorer) -> torch.Tensor:
     from sentei.kernels.ops.native.calls import pack_byte_maps_native
 
     assert scorer.key_steps is not None
-    steps = scorer.key_steps.float().contiguous()
+    steps = scorer.key_steps
     return scorer.frozen(
-        "byte maps", lambda: pack_byte_maps_native(scorer.scaled_query_map().float().contiguous(), steps)
+        "byte maps",
+        lambda: pack_byte_maps_native(
+            scorer.scaled_query_map().float().contiguous(), steps.float().contiguous()
+        ),
     )
 
 

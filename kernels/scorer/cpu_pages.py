@@ -19,7 +19,7 @@ from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.errors import ShapeError
 from sentei.kernels.ops.layouts import PagedCache
 from sentei.kernels.ops.limits import DECODE_ROWS_MAX
-from sentei.kernels.ops.native.calls import BytePanels, gather_bytes_native, has_byte_scores
+from sentei.kernels.ops.native.calls import gather_bytes_native, has_byte_scores
 from sentei.kernels.ops.native.paged import (
     LANES,
     PageFeatures,
@@ -31,7 +31,7 @@ from sentei.kernels.ops.native.paged import (
     prefill_pages_native,
 )
 from sentei.kernels.ops.registry import is_native_usable
-from sentei.kernels.scorer.byte_keys import inverse_steps
+from sentei.kernels.scorer.byte_keys import EncodedKeys, inverse_steps
 from sentei.kernels.scorer.faults import Fault
 from sentei.kernels.scorer.features import RotaryTable, pool_tokens, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
@@ -126,7 +126,7 @@ class CpuScorerPages:
         else:
             self.pooled[full.pages, ..., : encoded.shape[3]] = encoded.to(self.pooled.dtype)
 
-    def read(self, table: Tensor, kv_len: int) -> Tensor | BytePanels:
+    def read(self, table: Tensor, kv_len: int) -> EncodedKeys:
         """Return one sequence's features of full pages, [1, Hkv, P, E], or as bytes that a prompt reads."""
         pages = table[: kv_len // self.block]
         if not self._has_bytes:
@@ -198,9 +198,7 @@ class CpuScorerPages:
         out.copy_(by_head[0].transpose(0, 1))
         return lse[0]
 
-    def score_prompt(
-        self, q: Tensor, k: Tensor, pooled: Tensor | BytePanels, block_q: int
-    ) -> tuple[Tensor, Tensor]:
+    def score_prompt(self, q: Tensor, k: Tensor, pooled: EncodedKeys, block_q: int) -> tuple[Tensor, Tensor]:
         """Do what `score_blocks` does from the features that `read` gave."""
         return score_blocks(self.scorer, q, k, pooled, table=self.rotary, block_q=block_q)
 

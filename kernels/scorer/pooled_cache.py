@@ -1,20 +1,16 @@
 """Pooled keys beside a KV cache: they grow with it, and start anew where it is not what it was."""
 
 from functools import partial
-from typing import TypeAlias
 from weakref import ReferenceType, ref
 
 import torch
 
 from sentei.kernels.ops.native.calls import BytePanels
 from sentei.kernels.ops.registry import attempt, is_native_usable, takes_triton
-from sentei.kernels.scorer.byte_keys import add_blocks, takes_bytes
+from sentei.kernels.scorer.byte_keys import EncodedKeys, add_blocks, takes_bytes
 from sentei.kernels.scorer.features import Rotary, RotaryTable, pool_tokens, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
 from sentei.kernels.scorer.selection import TRITON_SCORES
-
-# Pooled keys [B, Hkv, P, features], or those of the single keys of full blocks in bytes.
-EncodedKeys: TypeAlias = torch.Tensor | BytePanels
 
 
 class PooledCache:

@@ -10,7 +10,6 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,12 +17,9 @@ from sentei.kernels.ops.block_mask import DEFAULT_BLOCK, BlockMask
 from sentei.kernels.ops.registry import attempt, is_native_usable, takes_triton
 from sentei.kernels.ops.rules import Grid, Threshold
 from sentei.kernels.ops.select import select_lists
-from sentei.kernels.scorer.byte_keys import add_blocks, byte_maps, takes_bytes
+from sentei.kernels.scorer.byte_keys import EncodedKeys, byte_maps
 from sentei.kernels.scorer.features import Rotary, RotaryTable, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
-
-if TYPE_CHECKING:
-    from sentei.kernels.ops.native.calls import BytePanels
 
 # 2 MB of fp32. Swept on one AVX2 core with 32 MB of cache at 0.25M, 0.5M, 1M, 2M and 4M:
 # 286, 279, 318, 379 and 416 ms with heads 4:1 of 256 at 8192 tokens (SDPA: 2370 ms);
@@ -175,7 +171,7 @@ def score_blocks(
     scorer: BlockScorer,
     q: torch.Tensor,
     k: torch.Tensor,
-    keys: torch.Tensor | BytePanels,
+    keys: EncodedKeys,
     *,
     table: Rotary,
     block_q: int | None = None,
@@ -284,7 +280,7 @@ def _fill_native(
     scorer: BlockScorer,
     q: torch.Tensor,
     k: torch.Tensor,
-    keys: torch.Tensor | BytePanels,
+    keys: EncodedKeys,
     table: RotaryTable,
     result: torch.Tensor,
     block_q: int,
@@ -310,11 +306,9 @@ def _fill_native(
         pool_tokens=scorer.shape.pool_tokens,
         query_pool=scorer.shape.query_pool,
     )
-    if isinstance(keys, torch.Tensor) and not takes_bytes(scorer, q.device):
+    if isinstance(keys, torch.Tensor):
         best_shares_native(q, k, keys, weights, result, block_q)
         return
-    if isinstance(keys, torch.Tensor):
-        keys = add_blocks(scorer, keys, q.dtype)
     byte_shares_native(q, k, keys, byte_maps(scorer), weights, result, block_q)
 
 

@@ -98,10 +98,11 @@ LARGE_SIZE = DemoSize(
 )
 
 
-# Full attention at every layer is more than half of a prefill at 8k: there is something to gain. Measured on
-# two cores with AVX512-BF16 and nothing beside it: nearly 9 minutes until traffic, then half a minute for a session
-# of 8,064 tokens that dense serves, its three replays included. Prompts of 6,656 tokens at most should make
-# 44 minutes of the 57 that those took: reckoned, not run (docs/measured/2026-11-28.md).
+# Full attention at every layer is more than half of a prefill at 8k: there is something to gain. Measured
+# on two cores with AVX512-BF16 and nothing beside it: nearly 9 minutes until traffic, then half a minute
+# for a session of 8,064 tokens that dense serves, its three replays included. Prompts of 6,656 tokens at
+# most should make 44 minutes of the 57 that those would have taken: reckoned, not run
+# (docs/measured/2026-11-28.md).
 SMOLLM2_SIZE = DemoSize(
     distill=DistillOptions(),
     # A tenth is faster still, but costs 15% of perplexity on some texts (docs/measured.md).

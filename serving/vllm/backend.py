@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from sentei.kernels.hf.ladder import Rung
 from sentei.kernels.ops.block_mask import BlockMask
 from sentei.kernels.ops.layouts import PagedCache
-from sentei.kernels.ops.native.calls import BytePanels
+from sentei.kernels.scorer.byte_keys import EncodedKeys
 from sentei.kernels.scorer.cpu_pages import CpuScorerPages, DecodeRows, FullPages
 from sentei.kernels.scorer.page_mass import dropped_over_pages
 from sentei.kernels.scorer.selection import keep_before, select_blocks
@@ -301,7 +301,7 @@ class LayerCall:
             self.state.meter.note_dropped(part.ticket, dropped.flatten().tolist())
 
     def _choose(
-        self, scorer: CpuScorerPages, part: Part, q: Tensor, k: Tensor, pooled: Tensor | BytePanels
+        self, scorer: CpuScorerPages, part: Part, q: Tensor, k: Tensor, pooled: EncodedKeys
     ) -> BlockMask:
         block_q = self.state.ladder.query_block_tokens
         shares, starts = scorer.score_prompt(q, k, pooled, block_q)

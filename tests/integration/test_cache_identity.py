@@ -116,8 +116,8 @@ def test_beam_search_is_that_of_a_side_cache_made_from_scratch(make: Callable[[]
         torch.testing.assert_close(found, expected)
 
 
-@torch.no_grad()
-def test_a_cache_that_only_grows_is_never_pooled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_cache_that_only_grows_is_never_pooled_twice(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain decoding keeps its pooled keys: each token is encoded once in each layer."""
     from sentei.kernels.scorer.pooled_cache import PooledCache
 
@@ -130,7 +130,7 @@ def test_a_cache_that_only_grows_is_never_pooled_twice(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(PooledCache, "_encode", count)
     cache = DynamicCache(config=model.config)
-    with retrofit(model, make_exact(model), "bold"), torch.inference_mode():
+    with retrofit(model, make_exact(model), "bold"), mode():
         model(input_ids=ids[:, :100], cache=cache, use_cache=True)
         for i in range(100, 120):
             model(input_ids=ids[:, i : i + 1], cache=cache, use_cache=True)

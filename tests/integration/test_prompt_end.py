@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.hf.ladder import Ladder
 from sentei.kernels.hf.observe import Selection
-from sentei.kernels.hf.retrofit import Retrofit, retrofit
+from sentei.kernels.hf.retrofit import Base, Retrofit, retrofit
 from sentei.kernels.hf.versions import cache_argument
 from sentei.serving.engine.request import ScoreRequest, ScoreResult
 from sentei.serving.engine.runner import ModelRunner
@@ -120,10 +120,10 @@ class Noting:
         self._handle.set_prompt_tokens(tokens)
 
 
-def replay(model: Any, chunk: int | None) -> tuple[ScoreResult, list[int | None]]:
+def replay(model: Any, chunk: int | None, base: Base = "sdpa") -> tuple[ScoreResult, list[int | None]]:
     """Replay a prompt of 512 tokens, cut into pieces, with 8 tokens of an answer; and the ends told."""
     ids = tuple(make_ids(520)[0].tolist())
-    with retrofit(model, make_adapter(model)) as handle:
+    with retrofit(model, make_adapter(model), base=base) as handle:
         noting = Noting(handle)
         request = ScoreRequest("a", ids, 512, "bold", prompt_chunk_tokens=chunk, served_chunk_tokens=1)
         return ModelRunner(model, noting).score(request), noting.told
@@ -139,18 +139,22 @@ def test_a_replay_in_pieces_is_the_replay_in_one() -> None:
     torch.testing.assert_close(torch.tensor(cut.top_logprobs), torch.tensor(whole.top_logprobs))
 
 
-@pytest.mark.parametrize("piece", [None, 448, 496])
+@pytest.mark.parametrize(
+    ("piece", "passes"), [(2048, [512]), (448, [448, 64]), (400, [400, 112]), (496, [512])]
+)
 def test_an_audit_looks_at_the_prompts_last_rows_that_chose(
-    piece: int | None, monkeypatch: pytest.MonkeyPatch
+    piece: int, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What keeps everything by rule drops nothing and would prove nothing, in one pass or in pieces."""
-    if piece is not None:
-        monkeypatch.setattr("sentei.kernels.hf.retrofit.PIECE_TOKENS", piece)
-    model = make_llama()
+    monkeypatch.setattr("sentei.kernels.hf.retrofit.PIECE_TOKENS", piece)
+    monkeypatch.setattr("sentei.kernels.hf.prompt_pieces.LEAST_TOKENS", 64)
+    model, seen = make_llama(), list[int]()
     for layer in model.model.layers:
         layer.self_attn.scaling *= 300  # few keys take all, so that dropping shows
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
 
-    found, _ = replay(model, None)
+    found, _ = replay(model, None, base="best")
 
+    assert seen[1 : 1 + len(passes)] == passes  # the first pass made the adapter
     of_prompt = torch.tensor(found.dropped_mass)[: 16 * 8]  # 16 rows in 2 layers of 4 heads
     assert float(of_prompt.max()) > 0.1

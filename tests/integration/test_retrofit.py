@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
-from sentei.kernels.hf import retrofit as retrofit_module
 from sentei.kernels.hf.adapter import Adapter, new_adapter
 from sentei.kernels.hf.ladder import Ladder
 from sentei.kernels.hf.models import (
@@ -23,9 +22,7 @@ from sentei.kernels.hf.models import (
 from sentei.kernels.hf.retrofit import attach, retrofit
 from sentei.kernels.hf.versions import cache_argument
 from sentei.kernels.scorer.faults import Fault
-from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import ScorerError
-from sentei.kernels.scorer.pooled_cache import PooledCache
 from tests.fakes_models import (
     make_gemma,
     make_ids,
@@ -285,28 +282,6 @@ def test_several_caches_alive_at_once_do_not_mix() -> None:
 
     for expected, parts in zip(alone, turns, strict=True):
         torch.testing.assert_close(torch.cat(parts, dim=1), expected)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_decode_step_encodes_its_own_keys_alone(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache grew in place: that is no change under the features of what it held before."""
-    model, ids, encoded = make_llama(), make_ids(160), []
-
-    class Counted(PooledCache):
-        """Writes down how many keys it encodes at a time."""
-
-        def _encode(self, k: torch.Tensor, first: int, table: RotaryTable) -> torch.Tensor:
-            encoded.append(k.shape[2])
-            return super()._encode(k, first, table)
-
-    monkeypatch.setattr(retrofit_module, "PooledCache", Counted)
-    with retrofit(model, make_adapter(model), "bold"), mode():
-        cache = DynamicCache(config=model.config)
-        for begin, end in ((0, 100), *((i, i + 1) for i in range(100, 160))):
-            model(input_ids=ids[:, begin:end], **cache_argument(cache), use_cache=True)
-
-    layers = model.config.num_hidden_layers
-    assert sum(encoded) <= 160 * layers
 
 
 def test_a_cache_that_is_over_is_freed() -> None:

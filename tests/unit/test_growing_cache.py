@@ -1,6 +1,6 @@
 """A KV cache that grows in place holds what Transformers' own would, whatever is done to it between steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -32,6 +32,13 @@ def assert_same(layer: DynamicLayer, expected: DynamicLayer) -> None:
 def reorder(layer: Any) -> None:
     """Swap the two sequences, as a beam search does."""
     layer.reorder_cache(torch.tensor([1, 0]))
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    """As whoever serves runs a model."""
+    with torch.no_grad():
+        yield
 
 
 CHANGES: dict[str, Change] = {
@@ -109,16 +116,45 @@ def test_what_inference_mode_made_goes_on_outside_it() -> None:
     assert_same(layer, expected)
 
 
+@torch.enable_grad()
 def test_gradients_reach_every_step() -> None:
-    """A backward pass finds each step's keys."""
+    """A backward pass finds what each step saw, also where only the queries have a gradient."""
+    layer, query = GrowingLayer(), torch.ones(2, 3, 1, 8, requires_grad=True)
+    total = torch.zeros(())
+    for seed in range(3):
+        keys, values = make_states(seed, 4)
+        if seed == 1:
+            keys.requires_grad_()
+            watched = keys
+        seen, _ = layer.update(keys, values)
+        total = total + (query * seen).sum()
+
+    total.backward()
+
+    assert torch.equal(watched.grad, torch.full_like(watched, 2.0))
+    assert query.grad is not None
+
+
+def test_another_batch_is_refused_before_anything_is_written() -> None:
+    """As joining does: rows of one sequence are not written into all of them."""
     layer = GrowingLayer()
-    steps = [make_states(seed, 4) for seed in range(3)]
-    for keys, values in steps:
-        keys.requires_grad_()
-        layer.update(keys, values)
-    layer.keys.sum().backward()
-    assert all(torch.equal(keys.grad, torch.ones_like(keys)) for keys, _ in steps if keys.grad is not None)
-    assert all(keys.grad is not None for keys, _ in steps)
+    layer.update(*make_states(0, 64))
+    before = layer.keys.clone()
+
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        layer.update(*make_states(1, 1, batch=1))
+
+    assert torch.equal(layer.keys, before)
+
+
+def test_other_precisions_are_promoted() -> None:
+    """Keys in fp32 behind keys in bf16 are not rounded."""
+    layer, expected = GrowingLayer(), DynamicLayer()
+    for one in (layer, expected):
+        one.update(*(states.bfloat16() for states in make_states(0, 64)))
+        one.update(*make_states(1, 1))
+    assert layer.keys.dtype == torch.float32
+    assert_same(layer, expected)
 
 
 def test_only_full_attention_of_a_plain_cache_gets_room() -> None:

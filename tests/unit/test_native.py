@@ -264,8 +264,11 @@ def test_byte_scores_are_near_the_plain_ones(
     with torch.no_grad():
         native, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
         monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
-        plain, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
+        floats = PooledCache(scorer).update(k, 700, table)
+        plain, _ = score_blocks(scorer, q, k, floats, table=table, block_q=16)
 
+    assert isinstance(keys, calls.BytePanels)
+    assert isinstance(floats, torch.Tensor)
     chosen = plain > -torch.inf
     assert torch.equal(chosen, native > -torch.inf)
     error = (native - plain)[chosen]
@@ -285,8 +288,11 @@ def test_byte_scores_of_large_logits_are_finite_and_in_order(monkeypatch: pytest
     with torch.no_grad():
         native, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
         monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
-        plain, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
+        floats = PooledCache(scorer).update(k, 700, table)
+        plain, _ = score_blocks(scorer, q, k, floats, table=table, block_q=16)
 
+    assert isinstance(keys, calls.BytePanels)
+    assert isinstance(floats, torch.Tensor)
     chosen = plain > -torch.inf
     assert torch.equal(chosen, native > -torch.inf)
     assert float(native[chosen].max()) <= 0.1

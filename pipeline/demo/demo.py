@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -21,7 +22,7 @@ from sentei.pipeline.ladder.calibrate import CalibrateOptions
 from sentei.pipeline.ladder.distill import DistillOptions
 from sentei.pipeline.progress import Progress
 from sentei.pipeline.reports.rollout_report import Report, build_report, save_report
-from sentei.pipeline.rollout.client import ADMIN_TOKEN_VARIABLE, AdminClient
+from sentei.pipeline.rollout.client import ADMIN_TOKEN_VARIABLE, AdminClient, AdminError
 from sentei.pipeline.steps import Workbench, calibrate_step, distill_step, evaluate_step, read_evaluation
 from sentei.pipeline.text.corpus import split_documents
 from sentei.pipeline.tracking.mirror import Mirror
@@ -45,7 +46,7 @@ class DemoSize:
     fault_past_tokens: int
     attention: str
     max_rollout_s: float
-    think_share: float = 0.0  # of the answer's own time, added to the pause: longer where a machine is busy
+    waits_for_audits: bool = False  # a client's next session waits, too, until all replays are done
     threads: int = 1
     dense_replicas: int = 1
     engine: str = "builtin"
@@ -230,7 +231,7 @@ def _run_story(
         prompts,
         clients=size.clients,
         think_s=size.think_s,
-        think_share=size.think_share,
+        may_go_on=partial(_are_audits_done, admin) if size.waits_for_audits else None,
     )
     with driver as traffic:
         time.sleep(LEAD_S)
@@ -265,6 +266,13 @@ def _run_story(
         recall_pct=100.0 * totals.answered_right / totals.asked if totals.asked else None,
         report="",
     )
+
+
+def _are_audits_done(admin: AdminClient) -> bool:
+    try:
+        return admin.are_audits_done()
+    except AdminError:
+        return True  # the next session tells what is wrong
 
 
 def _with_report(bench: Workbench, store: Store, end: StoryEnd) -> StoryEnd:

@@ -98,10 +98,9 @@ LARGE_SIZE = DemoSize(
 )
 
 
-# Full attention at every layer is more than half of a prefill at 8k: there is something to gain. Measured
-# on two cores with AVX512-BF16 and nothing beside it: nearly 9 minutes until traffic, then half a minute
-# for a session of 8,064 tokens that dense serves, its three replays included. Prompts of 6,656 tokens at
-# most should make 44 minutes of the 57 that those would have taken: reckoned, not run
+# Full attention at every layer is more than half of a prefill at 8k: there is something to gain. Measured on
+# two cores with AVX512-BF16: 8 minutes until traffic, 22 until the rung is promoted, 4 until the fault is
+# rolled back; a session that dense serves takes half a minute, its three replays included
 # (docs/measured/2026-11-28.md).
 SMOLLM2_SIZE = DemoSize(
     distill=DistillOptions(),
@@ -126,11 +125,11 @@ SMOLLM2_SIZE = DemoSize(
         dense_forms=(BEST_DENSE,),  # of the others compiled Flex takes three times as long, sdpa five times
         baseline_rungs=(),
     ),
-    mix=MixOptions(prompt_tokens=(4608, 5632, 6656), answer_tokens=8, text_tokens=16, text_share=0.75),
+    mix=MixOptions(prompt_tokens=(5632, 6656, 7680), answer_tokens=16, text_tokens=16, text_share=0.75),
     clients=1,
     # What is served while the replays of an answer run is not audited: it would cost and prove nothing.
     think_s=1.0,
-    think_share=1.2,
+    waits_for_audits=True,
     fault_past_tokens=1024,
     attention="best",
     max_rollout_s=3600.0,

@@ -8,7 +8,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from sentei.pipeline.text.corpus import Document
 
 SESSION_HEADER = "x-session-id"
 VARIANT_HEADER = "x-sentei-variant"
+ASK_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,10 @@ class TrafficTotals:
 
 
 class TrafficDriver:
-    """A fixed number of clients in a thread of their own; each sends its next session when the last ends."""
+    """A fixed number of clients in a thread of their own; each sends its next session when the last ends.
+
+    Between sessions a client thinks for `think_s`, and waits until `may_go_on`, which may block, says yes.
+    """
 
     def __init__(
         self,
@@ -113,11 +117,11 @@ class TrafficDriver:
         *,
         clients: int = 2,
         think_s: float = 0.0,
-        think_share: float = 0.0,
+        may_go_on: Callable[[], bool] | None = None,
     ) -> None:
         self.totals = TrafficTotals()
         self._url, self._model, self._prompts, self._clients = url, model, prompts, clients
-        self._think_s, self._think_share = think_s, think_share
+        self._think_s, self._may_go_on = think_s, may_go_on
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sentei-traffic", daemon=True)
@@ -140,12 +144,18 @@ class TrafficDriver:
     async def _client(self, client: httpx.AsyncClient) -> None:
         while not self._stopping.is_set():
             prompt = await asyncio.to_thread(self._next)
-            began_s = time.perf_counter()
             try:
                 await self._send(client, prompt)
             except (httpx.HTTPError, ValueError) as error:
                 self.totals.add_failure(f"{type(error).__name__}: {error}")
-            await asyncio.sleep(self._think_s + self._think_share * (time.perf_counter() - began_s))
+            await asyncio.sleep(self._think_s)
+            while not await self._is_free():
+                await asyncio.sleep(ASK_AGAIN_S)
+
+    async def _is_free(self) -> bool:
+        if self._may_go_on is None or self._stopping.is_set():
+            return True
+        return await asyncio.to_thread(self._may_go_on)
 
     def _next(self) -> Prompt:
         with self._lock:

@@ -81,6 +81,10 @@ class AdminClient:
         """Plant a silent fault in the sparse variant, or take it out; only an app for drills allows it."""
         self._call("PUT", "/admin/v1/fault", {"fault": None if fault is None else dict(fault)})
 
+    def are_audits_done(self) -> bool:
+        """Whether the auditor has nothing left to replay; an auditor that is down has nothing, too."""
+        return int(self._call("GET", "/admin/v1/status")["workers"]["auditor"].get("waiting", 0)) == 0
+
     def close(self) -> None:
         """Close the connection."""
         self._http.close()

@@ -56,6 +56,7 @@ def test_a_rung_that_is_too_mild_to_pay_ends_held(tmp_path: Path) -> None:
         POCKET_SIZE,
         mix=MixOptions(prompt_tokens=(PROMPT_TOKENS,), text_tokens=4, text_share=1.0),
         think_s=0.0,
+        waits_for_audits=True,
     )
     story = Story("too-mild", "a rung that is too mild to pay", "held", None)
     seen: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ from sentei.serving.engine.request import ScoreResult
 from sentei.serving.errors import EngineBusyError
 from sentei.serving.ingress.writer import RecordWriter
 from sentei.serving.ports import AuditJob, AuditLoad
-from sentei.serving.rollout.auditor import Auditor
+from sentei.serving.rollout.auditor import AGAIN_AFTER_S, Auditor
 from tests.fakes_serving import FakeClock, FakeStore, FakeVariant, crash, perfect_scores
 
 SERVED = (10, 11, 12, 13)
@@ -87,6 +87,20 @@ async def test_replays_follow_the_way_it_was_served() -> None:
     assert dense.scored[1].prompt_chunk_tokens != dense.scored[0].prompt_chunk_tokens
     assert [r.rung_id for r in (*dense.scored, *sparse.scored)] == ["dense", "dense", "medium"]
     assert sparse.scored[0].ids == (1, 2, 3, *SERVED)
+
+
+async def test_the_second_dense_replay_is_sent_when_the_first_one_counts() -> None:
+    """Two calls of one instant may meet at one replica of two, so the second waits, and the sparse one not.
+
+    It has a replica of its own."""
+    auditor, dense, sparse, _ = make_auditor()
+
+    auditing = asyncio.create_task(auditor.audit(job()))
+    await asyncio.sleep(AGAIN_AFTER_S / 2)
+
+    assert ([r.request_id for r in dense.scored], len(sparse.scored)) == (["a/dense"], 1)
+    await auditing
+    assert len(dense.scored) == 2
 
 
 @pytest.mark.parametrize(("prompt_tokens", "pieces"), [(1000, 5), (1600, 8), (8064, 8), (100_000, 8)])

@@ -6,7 +6,6 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -22,7 +21,7 @@ from sentei.pipeline.ladder.calibrate import CalibrateOptions
 from sentei.pipeline.ladder.distill import DistillOptions
 from sentei.pipeline.progress import Progress
 from sentei.pipeline.reports.rollout_report import Report, build_report, save_report
-from sentei.pipeline.rollout.client import ADMIN_TOKEN_VARIABLE, AdminClient, AdminError
+from sentei.pipeline.rollout.client import ADMIN_TOKEN_VARIABLE, AdminClient
 from sentei.pipeline.steps import Workbench, calibrate_step, distill_step, evaluate_step, read_evaluation
 from sentei.pipeline.text.corpus import split_documents
 from sentei.pipeline.tracking.mirror import Mirror
@@ -231,7 +230,7 @@ def _run_story(
         prompts,
         clients=size.clients,
         think_s=size.think_s,
-        may_go_on=partial(_are_audits_done, admin) if size.waits_for_audits else None,
+        may_go_on=admin.are_audits_done if size.waits_for_audits else None,
     )
     with driver as traffic:
         time.sleep(LEAD_S)
@@ -266,13 +265,6 @@ def _run_story(
         recall_pct=100.0 * totals.answered_right / totals.asked if totals.asked else None,
         report="",
     )
-
-
-def _are_audits_done(admin: AdminClient) -> bool:
-    try:
-        return admin.are_audits_done()
-    except AdminError:
-        return True  # the next session tells what is wrong
 
 
 def _with_report(bench: Workbench, store: Store, end: StoryEnd) -> StoryEnd:

@@ -127,8 +127,8 @@ SMOLLM2_SIZE = DemoSize(
     ),
     mix=MixOptions(prompt_tokens=(5632, 6656, 7680), answer_tokens=16, text_tokens=16, text_share=0.75),
     clients=1,
-    # What is served while the replays of an answer run is not audited: it would cost and prove nothing.
     think_s=1.0,
+    # What is served while the replays of an answer run is not audited: it would cost and prove nothing.
     waits_for_audits=True,
     fault_past_tokens=1024,
     attention="best",

@@ -21,6 +21,7 @@ from sentei.pipeline.text.corpus import Document
 SESSION_HEADER = "x-session-id"
 VARIANT_HEADER = "x-sentei-variant"
 ASK_AGAIN_S = 0.5
+WAIT_MOST_S = 240.0  # then the next session is sent all the same: whoever is asked may be gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +150,18 @@ class TrafficDriver:
             except (httpx.HTTPError, ValueError) as error:
                 self.totals.add_failure(f"{type(error).__name__}: {error}")
             await asyncio.sleep(self._think_s)
-            while not await self._is_free():
+            ends_s = time.monotonic() + WAIT_MOST_S
+            while time.monotonic() < ends_s and not await self._is_free():
                 await asyncio.sleep(ASK_AGAIN_S)
 
     async def _is_free(self) -> bool:
         if self._may_go_on is None or self._stopping.is_set():
             return True
-        return await asyncio.to_thread(self._may_go_on)
+        try:
+            return await asyncio.to_thread(self._may_go_on)
+        except Exception as error:  # a question that fails must not end the traffic: it is asked again
+            self.totals.last_error = f"{type(error).__name__}: {error}"
+            return False
 
     def _next(self) -> Prompt:
         with self._lock:

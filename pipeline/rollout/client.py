@@ -82,8 +82,9 @@ class AdminClient:
         self._call("PUT", "/admin/v1/fault", {"fault": None if fault is None else dict(fault)})
 
     def are_audits_done(self) -> bool:
-        """Whether the auditor has nothing left to replay; an auditor that is down has nothing, too."""
-        return int(self._call("GET", "/admin/v1/status")["workers"]["auditor"].get("waiting", 0)) == 0
+        """Whether the auditor says that nothing is left to replay; one that does not answer says nothing."""
+        auditor: dict[str, Any] = self._call("GET", "/admin/v1/status")["workers"].get("auditor", {})
+        return bool(auditor.get("waiting") == 0)
 
     def close(self) -> None:
         """Close the connection."""

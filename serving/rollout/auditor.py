@@ -32,7 +32,8 @@ MAX_WAIT_S = 45.0  # older jobs are given up: the controller counts them as miss
 NUM_RECENT_JOBS = 5  # whose mean says how long the next one takes
 MAX_REASON_CHARS = 200
 FIRST_JOB_S = 1.0  # what a job is taken to need before one was done
-# The second dense replay starts so much later: by then Serve counts the first, and takes another replica.
+# The second dense replay starts so much later: by then Serve mostly counts the first one, and picks another
+# replica.
 AGAIN_AFTER_S = 0.05
 # The second dense replay takes its prompt in chunks, so that it adds up differently. A chunk reads all that
 # came before it: 8,064 tokens of SmolLM2 in chunks of 200 took 4.3 times the seconds of one piece.

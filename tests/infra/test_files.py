@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from sentei.serving.front.access import LOOK_VARIABLE
+from sentei.serving.local import SHORT_WAYS
 from sentei.serving.settings import AppArgs
 from tests.infra.tools import INFRA, ROOT, load_package, read_yaml, run_tool
 
@@ -189,6 +190,13 @@ def test_compose_file() -> None:
     options = read_options(folder / "app.yaml")
     assert (options.port, options.mlflow_uri) == (8000, "http://mlflow:5000")
     assert "CREATE DATABASE mlflow;" in (folder / "databases.sql").read_text()
+
+
+def test_the_image_sets_what_the_local_app_sets() -> None:
+    """Of Ray Serve's ways within a process: `ray serve deploy` in the image behaves like `serving.local`."""
+    text = (INFRA / "Containerfile").read_text(encoding="utf-8")
+
+    assert dict(re.findall(r"(RAY_SERVE_\w+)=(\w+)", text)) == SHORT_WAYS
 
 
 def test_containerfile() -> None:

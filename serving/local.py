@@ -39,7 +39,7 @@ APP_NAME = "sentei"
 READY_EVERY_S = 0.2
 READY_FAILURES = 3  # looks in a row at which Serve says that the app failed, before we believe it
 OBJECT_STORE_BYTES = 120 << 20  # requests and tokens are small; Ray's default is a third of the memory
-# A request changes no thread within a process: a millisecond less before a first token than with Ray's
+# A request changes no thread within a process: up to a millisecond less to a first token than with Ray's
 # defaults. Not RAY_SERVE_USE_GRPC_BY_DEFAULT, which takes off more: over gRPC a replica's exceptions come
 # bare, and what breaks on the way as an error of gRPC's own (docs/measured/2026-11-28.md).
 SHORT_WAYS = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}

@@ -90,9 +90,7 @@ async def test_replays_follow_the_way_it_was_served() -> None:
 
 
 async def test_the_second_dense_replay_is_sent_when_the_first_one_counts() -> None:
-    """Two calls of one instant may meet at one replica of two, so the second waits, and the sparse one not.
-
-    It has a replica of its own."""
+    """Two calls of one instant may meet at one replica of two; the sparse one has a replica of its own."""
     auditor, dense, sparse, _ = make_auditor()
 
     auditing = asyncio.create_task(auditor.audit(job()))

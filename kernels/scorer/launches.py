@@ -17,6 +17,7 @@ from sentei.kernels.ops.triton.select import select_step_triton
 from sentei.kernels.ops.triton.step_scores import step_logits_triton
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
+from sentei.kernels.scorer.rows import RUN_ROWS, rows_that_differ
 
 
 @torch.no_grad()
@@ -39,11 +40,13 @@ def score_rows(
     """
     shape = scorer.shape
     grid = Grid(q.shape[2], k.shape[2], block_q, shape.block_tokens, k.shape[2] - q.shape[2])
-    pool = min(shape.query_pool, q.shape[2])
+    pool = min(shape.row_tokens, q.shape[2])
     near = Near(k, scorer.scale, block_q, shape.block_tokens)
     rows, forced = encode_queries_triton(
         q, _query_encoding(scorer, q.dtype, table, pool), near, first=grid.q_offset
     )
+    if shape.chooses_rows and min(block_q, q.shape[2]) % RUN_ROWS == 0:
+        rows, forced, pool = *_choose_rows(q, rows, forced, shape.query_pool), shape.query_pool
     bias = _bias_table(scorer, num_blocks(grid.kv_len, grid.block_k), q.device)
     features = Features(rows, pools.to(q.dtype), forced, bias, shape.pool_tokens, pool)
     if q.shape[2] > 1:
@@ -89,6 +92,13 @@ def choose_step(
         width=width,
     )
     return BlockLists(counts, indices, shape.block_tokens), is_odd
+
+
+def _choose_rows(q: Tensor, rows: Tensor, forced: Tensor, one_in: int) -> tuple[Tensor, Tensor]:
+    """Leave of rows [B, Hq, R, F] and their logs [B, Hq, R], whole runs of q, those that are scored for all."""
+    token = torch.arange(rows.shape[2], device=q.device).clamp_max(q.shape[2] - 1)
+    chosen, _ = rows_that_differ(q[:, :, token], one_in)
+    return rows.gather(2, chosen[..., None].expand(*chosen.shape, rows.shape[-1])), forced.gather(2, chosen)
 
 
 def _query_encoding(scorer: BlockScorer, dtype: torch.dtype, table: RotaryTable, pool: int) -> Encoding:

@@ -6,7 +6,8 @@
 q and k carry their rotation, q' and k' do not; the mean runs over a pool of tokens. `residual` starts as the
 untrained score exactly: W_q, the bias and the log gain are zero. `low_rank` costs no more dimensions than its
 rank, so that pools may be single tokens; it starts as the best approximation of q . k of that rank. Where
-keys are single tokens, a few neighbouring queries may be scored as one by their mean (docs/adr/0014).
+keys are single tokens, neighbouring queries may be scored as one by their mean (docs/adr/0014), or those that
+differ most for the others (docs/adr/0030).
 """
 
 import math
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from sentei.errors import SenteiError
+from sentei.kernels.scorer.rows import RUN_ROWS
 
 NUM_DISTANCES = 16
 # Features of single keys are bytes where the processor multiplies these: 127 steps reach to so many standard
@@ -25,6 +27,7 @@ NUM_DISTANCES = 16
 # (docs/measured/2026-11-27-scorer.md).
 BYTE_RANGE = 4.0
 Form = Literal["residual", "low_rank"]
+Reduce = Literal["mean", "k_center"]
 
 
 class ScorerError(SenteiError, RuntimeError):
@@ -42,7 +45,8 @@ class ScorerShape:
     pool_tokens: int = 16
     block_tokens: int = 64
     form: Form = "residual"
-    query_pool: int = 1  # neighbouring rows that are scored as one, by the mean of their queries
+    query_pool: int = 1  # of so many neighbouring rows one is scored
+    query_reduce: Reduce = "mean"  # their mean, or of each RUN_ROWS rows those that differ most
 
     def __post_init__(self) -> None:
         if self.form not in get_args(Form):
@@ -61,6 +65,13 @@ class ScorerShape:
                 f"query_pool is {self.query_pool} with pool_tokens {self.pool_tokens}; "
                 "queries are pooled only where keys are single tokens"
             )
+        if self.query_reduce not in get_args(Reduce):
+            known = ", ".join(get_args(Reduce))
+            raise ScorerError(f"query_reduce is {self.query_reduce!r}; it must be one of {known}")
+        if self.chooses_rows and RUN_ROWS % self.query_pool:
+            raise ScorerError(
+                f"query_pool is {self.query_pool} with query_reduce k_center; it must divide {RUN_ROWS}"
+            )
 
     @property
     def is_residual(self) -> bool:
@@ -71,6 +82,16 @@ class ScorerShape:
     def is_single(self) -> bool:
         """Whether single tokens are scored, in few dimensions and nothing beside them."""
         return self.pool_tokens == 1 and not self.is_residual
+
+    @property
+    def chooses_rows(self) -> bool:
+        """Whether some rows are scored for all, instead of a mean of them."""
+        return self.query_reduce == "k_center" and self.query_pool > 1
+
+    @property
+    def row_tokens(self) -> int:
+        """How many neighbouring queries a scored row is the mean of."""
+        return 1 if self.chooses_rows else self.query_pool
 
     @property
     def map_rows(self) -> int:
@@ -114,9 +135,9 @@ class BlockScorer(nn.Module):
         self._derived: dict[str, torch.Tensor] = {}
         self._stamp: tuple[tuple[int, int], ...] = ()
 
-    def with_query_pool(self, size: int) -> "BlockScorer":
-        """Return a scorer with the same weights that scores as many queries as one."""
-        other = BlockScorer(replace(self.shape, query_pool=size), self.scale)
+    def with_query_pool(self, size: int, reduce: Reduce = "mean") -> "BlockScorer":
+        """Return a scorer with the same weights that scores one of so many queries."""
+        other = BlockScorer(replace(self.shape, query_pool=size, query_reduce=reduce), self.scale)
         other.load_state_dict(self.state_dict())
         return other.train(self.training)
 

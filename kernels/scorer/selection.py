@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from sentei.kernels.ops.select import select_lists
 from sentei.kernels.scorer.byte_keys import EncodedKeys, byte_maps
 from sentei.kernels.scorer.features import Rotary, RotaryTable, unrotate
 from sentei.kernels.scorer.network import BlockScorer, ScorerError
+from sentei.kernels.scorer.rows import rows_that_differ
 
 # 2 MB of fp32. Swept on one AVX2 core with 32 MB of cache at 0.25M, 0.5M, 1M, 2M and 4M:
 # 286, 279, 318, 379 and 416 ms with heads 4:1 of 256 at 8192 tokens (SDPA: 2370 ms);
@@ -142,6 +143,23 @@ def most_lead(first: int, step: int, num: int, block_tokens: int) -> int:
     return max((first + i * step) % block_tokens for i in range(min(num, block_tokens)))
 
 
+def choose_rows(
+    blocks: QueryBlocks, lse: torch.Tensor, one_in: int
+) -> tuple[QueryBlocks, torch.Tensor, torch.Tensor]:
+    """Leave of each query block the rows that are scored for all of them, one in so many.
+
+    Args:
+        lse: exact logs of the forced blocks [B, Hq, n, rows].
+
+    Returns:
+        Blocks of the chosen rows, their logs, and of each row the place of the one that stands for it.
+    """
+    chosen, places = rows_that_differ(blocks.q, one_in)
+    at = chosen[..., None].expand(*chosen.shape, blocks.q.shape[-1])
+    left = replace(blocks, q=blocks.q.gather(3, at), q_plain=blocks.q_plain.gather(3, at))
+    return left, lse.gather(3, chosen), places
+
+
 def log_shares(
     scorer: BlockScorer, blocks: QueryBlocks, keys: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +210,7 @@ def score_blocks(
     """
     block = scorer.shape.block_tokens
     block_q = block if block_q is None else block_q
-    if block_q % scorer.shape.query_pool:
+    if block_q % scorer.shape.row_tokens:
         raise ScorerError(
             f"query blocks of {block_q} rows are no multiple of query_pool {scorer.shape.query_pool}"
         )
@@ -260,7 +278,7 @@ def _fill_chunks(
                 table,
                 block_q=block_q,
                 q_offset=q_offset + row,
-                query_pool=scorer.shape.query_pool,
+                query_pool=scorer.shape.row_tokens,
             )
             lse = forced_lse(
                 blocks,
@@ -270,6 +288,8 @@ def _fill_chunks(
                 q_len_end=k.shape[2],
                 lead=most_lead(q_offset + row, blocks.block_tokens, last - first, block),
             )
+            if scorer.shape.chooses_rows:
+                blocks, lse, _ = choose_rows(blocks, lse, scorer.shape.query_pool)
             shares, _ = log_shares(scorer, blocks, keys[:, :, : visible * per_block], lse)
             result[:, :, first:last, : shares.shape[-1]] = shares.amax(dim=3)
         first = last
@@ -304,7 +324,8 @@ def _fill_native(
         scale=scorer.scale,
         block=scorer.shape.block_tokens,
         pool_tokens=scorer.shape.pool_tokens,
-        query_pool=scorer.shape.query_pool,
+        row_tokens=scorer.shape.row_tokens,
+        one_in=scorer.shape.query_pool if scorer.shape.chooses_rows else 1,
     )
     if isinstance(keys, torch.Tensor):
         best_shares_native(q, k, keys, weights, result, block_q)

@@ -16,6 +16,7 @@ import torch
 
 from sentei.kernels.hf.models import LayerInfo, thinnable_layers
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
+from sentei.kernels.scorer.rows import RUN_ROWS
 from sentei.kernels.scorer.untrained import UNTRAINED
 from sentei.pipeline.experiments.forms import TwoStages, local_needs
 from sentei.pipeline.ladder.distill import DistillOptions, divergence, train_scorer
@@ -54,7 +55,8 @@ class StudyOptions:
     untrained_pools: tuple[int, ...] = (2, 4, 16)
     pools: tuple[int, ...] = (4, 16)  # of the residual form
     ranks: tuple[int, ...] = (16, 32, 64)
-    query_pools: tuple[int, ...] = (1, 2, 4)  # queries that a low rank scores as one; trained on the most
+    # Queries that a low rank scores as one, by their mean or by those that differ most; trained on the most.
+    query_pools: tuple[int, ...] = (1, 2, 4)
     # Queries whose mean looks first, and how many blocks it leaves to single queries; with the middle rank.
     two_stages: tuple[tuple[int, int], ...] = ((16, 16), (8, 24))
     missed_needles: tuple[float, ...] = (0.003, 0.03)
@@ -208,6 +210,9 @@ def _low_rank_forms(layer: LayerInfo, texts: _Texts, options: StudyOptions, rank
     for size in options.query_pools:
         as_one = "" if size == 1 else f", {size} queries as one"
         yield _plain(f"low rank {rank}, trained{as_one}", scorer.with_query_pool(size))
+        if size > 1 and RUN_ROWS % size == 0:
+            one_of = scorer.with_query_pool(size, "k_center")
+            yield _plain(f"low rank {rank}, trained, one of {size} queries", one_of)
     if rank != sorted(options.ranks)[len(options.ranks) // 2]:
         return
     for size, kept in options.two_stages:

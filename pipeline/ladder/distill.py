@@ -12,6 +12,7 @@ import torch
 from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter
 from sentei.kernels.hf.models import thinnable_layers
 from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
+from sentei.kernels.scorer.rows import RUN_ROWS
 from sentei.kernels.scorer.selection import pick_query_block
 from sentei.pipeline.ladder.learn import Course, learn, mean_divergence
 from sentei.pipeline.measure.capture import Sampling, capture
@@ -94,6 +95,7 @@ class ChosenScorer:
             "kl_held_out": self.kl_held_out,
             "rank": float(self.scorer.shape.rank),
             "query_pool": float(self.scorer.shape.query_pool),
+            "chooses_rows": float(self.scorer.shape.chooses_rows),
             "need_found_at_tenth": self.found.need_found,
             "need_found_at_tenth_untrained": self.found_untrained.need_found,
             "dropped_mass_at_tenth": 1 - self.found.mass_recall_mean,
@@ -206,7 +208,9 @@ def choose_scorer(
         if rank != scorer.shape.rank:
             one = BlockScorer(replace(scorer.shape, rank=rank), scorer.scale, seed=options.seed)
         train_scorer(one, train, held_out, options)
-        forms = [one.with_query_pool(size) for size in _halvings(one.shape.query_pool)]
+        sizes = _halvings(one.shape.query_pool)
+        forms = [one.with_query_pool(size) for size in sizes]
+        forms += [one.with_query_pool(size, "k_center") for size in sizes if size > 1 and RUN_ROWS % size == 0]
         if options.query_pool > 1:
             # Heads that recall from token to token learn little from means; the start may know more.
             forms.append(BlockScorer(replace(one.shape, query_pool=1), scorer.scale).eval())
@@ -289,7 +293,7 @@ def divergence(scorer: BlockScorer, record: LayerRecord) -> torch.Tensor:
     shares, forced = pooled_shares(scorer, record)
     is_open = record.is_open[None, None, :, None, :]
     B, H, n, _, blocks = record.mass.shape
-    true = record.mass.float().view(B, H, n, -1, scorer.shape.query_pool, blocks).mean(dim=4) * is_open
+    true = record.mass.float().view(B, H, n, -1, scorer.shape.row_tokens, blocks).mean(dim=4) * is_open
     true_forced = (1 - true.sum(dim=-1)).clamp_min(TINY)
     gaps = true.clamp_min(TINY).log() - shares.masked_fill(~is_open, 0.0)
     far = torch.where(true > TINY, true * gaps, 0.0).sum(dim=-1)

@@ -13,7 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from sentei.kernels.hf.adapter import Adapter
 from sentei.kernels.scorer.network import BlockScorer
-from sentei.kernels.scorer.selection import QueryBlocks, forced_lse, log_shares, per_head_thresholds
+from sentei.kernels.scorer.selection import (
+    QueryBlocks,
+    choose_rows,
+    forced_lse,
+    log_shares,
+    per_head_thresholds,
+)
 from sentei.pipeline.measure.capture import Sampling, capture
 from sentei.pipeline.measure.records import LayerRecord
 from sentei.pipeline.measure.texts import Text
@@ -28,21 +34,21 @@ MIN_SHARE, MAX_SHARE = 1e-6, 0.999  # thresholds on a share of the attention
 def row_shares(scorer: BlockScorer, record: LayerRecord) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the scorer's log shares [1, Hq, n, rows, blocks] and those of the forced blocks.
 
-    Rows that are scored as one have the same.
+    Rows that are scored as one have the same, and those that another row stands for have that one's.
     """
     shares, forced = pooled_shares(scorer, record)
-    size = scorer.shape.query_pool
+    size = scorer.shape.row_tokens
     if size == 1:
         return shares, forced
     return shares.repeat_interleave(size, dim=3), forced.repeat_interleave(size, dim=3)
 
 
 def pooled_shares(scorer: BlockScorer, record: LayerRecord) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what row_shares does, once for all rows that are scored as one."""
+    """Return what row_shares does, once for all rows that are scored by their mean."""
     shape = scorer.shape
     keys = scorer.encode_keys(*record.pool_keys(shape.pool_tokens))
-    blocks, lse = record.query_blocks(shape.query_pool), record.lse
-    if shape.query_pool > 1:
+    blocks, lse = record.query_blocks(shape.row_tokens), record.lse
+    if shape.row_tokens > 1:
         lse = forced_lse(
             blocks,
             record.keys.float(),
@@ -51,7 +57,13 @@ def pooled_shares(scorer: BlockScorer, record: LayerRecord) -> tuple[torch.Tenso
             q_len_end=record.keys.shape[2],
             lead=0,
         )
+    places = None
+    if shape.chooses_rows:
+        blocks, lse, places = choose_rows(blocks, lse, shape.query_pool)
     shares, forced = _shares_in_parts(scorer, blocks, keys, lse)
+    if places is not None:
+        shares = shares.gather(3, places[..., None].expand(*places.shape, shares.shape[-1]))
+        forced = forced.gather(3, places)
     missing = record.mass.shape[-1] - shares.shape[-1]
     return torch.nn.functional.pad(shares, (0, missing), value=float("-inf")), forced
 

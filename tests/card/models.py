@@ -37,7 +37,7 @@ def make_adapter(model: Any, form: str = "residual", shares: Mapping[str, float]
 def on_card(adapter: Adapter) -> Adapter:
     """The same adapter, its scorers copied and moved, as loading it for a model on a GPU does."""
     copies = {
-        index: put_on_card(scorer.with_query_pool(scorer.shape.query_pool))
+        index: put_on_card(scorer.with_query_pool(scorer.shape.query_pool, scorer.shape.query_reduce))
         for index, scorer in adapter.scorers.items()
     }
     return replace(adapter, scorers=copies)

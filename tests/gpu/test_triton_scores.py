@@ -23,6 +23,7 @@ from tests.strategies_attention import make_paged, make_qkv
 
 pytestmark = pytest.mark.gpu
 LOW: dict[str, Any] = {"form": "low_rank", "pool_tokens": 1}
+DIFFER = {"query_reduce": "k_center"}
 
 # (query heads, KV heads, head size), the scorer's options, rows and what lies before them, query block
 CASES: list[tuple[tuple[int, int, int], dict[str, Any], int, int, int]] = [
@@ -31,6 +32,9 @@ CASES: list[tuple[tuple[int, int, int], dict[str, Any], int, int, int]] = [
     ((6, 2, 12), {**LOW, "rank": 64, "query_pool": 1, "block_tokens": 16}, 39, 30, 16),
     ((2, 2, 16), {**LOW, "rank": 48, "query_pool": 4, "block_tokens": 16}, 7, 50, 64),
     ((4, 2, 12), {"rank": 24, "pool_tokens": 4, "block_tokens": 16}, 65, 20, 16),
+    ((3, 1, 16), {**LOW, **DIFFER, "rank": 32, "query_pool": 2, "block_tokens": 32}, 77, 41, 32),
+    ((4, 2, 16), {**LOW, **DIFFER, "rank": 16, "query_pool": 4, "block_tokens": 16}, 70, 0, 16),
+    ((4, 2, 16), {**LOW, **DIFFER, "rank": 16, "query_pool": 4, "block_tokens": 16}, 9, 40, 16),
     ((3, 1, 32), {"rank": 8, "pool_tokens": 16, "block_tokens": 48}, 20, 150, 32),
     ((4, 2, 16), {**LOW, "rank": 16, "query_pool": 4, "block_tokens": 16}, 1, 100, 16),
     ((4, 1, 16), {"rank": 8, "pool_tokens": 4, "block_tokens": 16}, 1, 66, 16),

@@ -16,7 +16,7 @@ SMALL = StudyOptions(
     pools=(4,),
     two_stages=((16, 3),),
     ranks=(32,),
-    query_pools=(1,),
+    query_pools=(1, 2),
     max_epochs=2,
     query_blocks=(64, 16),
 )
@@ -42,6 +42,8 @@ def test_every_layer_has_every_form(rows: dict[tuple[int, str], StudyRow]) -> No
         "low rank 32, mean of 16 picks 3 blocks, then single queries",
         "low rank 32, start",
         "low rank 32, trained",
+        "low rank 32, trained, 2 queries as one",
+        "low rank 32, trained, one of 2 queries",
         "residual, means of 4",
         "untrained antidiagonal_8",
         "untrained means_2",

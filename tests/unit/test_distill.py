@@ -52,6 +52,22 @@ def test_as_many_queries_are_scored_as_one_as_ask_alike(same: int, query_pool: i
     assert chosen.found.need_found >= chosen.found_untrained.need_found
 
 
+def test_rows_are_chosen_where_their_mean_asks_for_nothing() -> None:
+    """Neighbours that take turns with the same few questions: some of the rows ask for all, no mean does."""
+    shape = ScorerShape(1, 1, D, D, 1, BLOCK, "low_rank", 4)
+    records = [make_record(seed, same=BLOCK // 4) for seed in range(3)]
+    turns = torch.arange(BLOCK).view(4, -1).T.flatten()  # 0, 4, 8, 12, 1, 5, ...
+    for record in records:
+        for part in (record.q, record.lse, record.mass):
+            part.copy_(part[:, :, :, turns])
+
+    chosen = choose_scorer(BlockScorer(shape, SCALE), records[:2], records[2:], DistillOptions(max_epochs=0))
+
+    assert chosen.scorer.shape.query_reduce == "k_center"
+    assert chosen.scorer.shape.query_pool == 4
+    assert chosen.figures()["chooses_rows"] == 1
+
+
 def test_steps_of_bytes_are_those_of_the_training_texts() -> None:
     """127 of them reach to 4 standard deviations beyond the mean of the texts' own features."""
     shape = ScorerShape(1, 1, D, D, 1, BLOCK, "low_rank", 1)

@@ -19,7 +19,7 @@ from sentei.kernels.ops.reference import attend_reference
 from sentei.kernels.ops.rules import Softmax
 from sentei.kernels.ops.tolerances import BYTE_SCORE_RMS, ERROR_FLOOR, allowed_error
 from sentei.kernels.scorer.features import RotaryTable, unrotate
-from sentei.kernels.scorer.network import BlockScorer, Form, ScorerError, ScorerShape
+from sentei.kernels.scorer.network import BlockScorer, Form, Reduce, ScorerError, ScorerShape
 from sentei.kernels.scorer.pooled_cache import PooledCache
 from sentei.kernels.scorer.selection import Thresholds, score_blocks, select_blocks
 
@@ -144,9 +144,11 @@ def without_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "has_byte_scores", lambda _rank: False)
 
 
-def make_scorer(block: int, pool: int, form: Form = "residual", query_pool: int = 1) -> BlockScorer:
+def make_scorer(
+    block: int, pool: int, form: Form = "residual", query_pool: int = 1, reduce: Reduce = "mean"
+) -> BlockScorer:
     """A scorer moved away from its start, so that every term counts."""
-    shape = ScorerShape(4, 2, 32, 12, pool, block, form, query_pool)
+    shape = ScorerShape(4, 2, 32, 12, pool, block, form, query_pool, reduce)
     scorer = BlockScorer(shape, 32**-0.5)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -246,19 +248,70 @@ def test_pooled_queries_score_as_the_plain_path_does(
     torch.testing.assert_close(native, plain, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.usefixtures("without_bytes")
+@pytest.mark.parametrize(("q_len", "block_q"), [(1, 16), (5, 16), (25, 16), (101, 64), (700, 16), (700, 24)])
+@pytest.mark.parametrize("query_pool", [2, 4])
+def test_the_rows_that_differ_are_chosen_as_the_plain_path_does(
+    q_len: int, block_q: int, query_pool: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row in so many is scored for all, also in runs that are shorter than others."""
+    generator = torch.Generator().manual_seed(q_len)
+    q, k = (torch.randn(2, heads, 700, 32, generator=generator) for heads in (4, 2))
+    q = q[:, :, -q_len:]
+    scorer, table = make_scorer(64, 1, "low_rank", query_pool, "k_center"), make_table(700)
+    keys = PooledCache(scorer).update(k, 700, table)
+    with torch.no_grad():
+        native, _ = score_blocks(scorer, q, k, keys, table=table, block_q=block_q)
+        single, _ = score_blocks(
+            scorer.with_query_pool(1), q, k, keys, table=table, block_q=block_q
+        )
+        monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
+        plain, _ = score_blocks(scorer, q, k, keys, table=table, block_q=block_q)
+
+    torch.testing.assert_close(native, plain, rtol=1e-5, atol=1e-4)
+    is_open = single > -torch.inf
+    assert (native[is_open] <= single[is_open] + 1e-4).all()  # the neediest of some rows, not of all
+    assert torch.equal(native > -torch.inf, is_open)
+    num_shared = float(torch.isclose(native, single, atol=1e-4)[is_open].float().mean())
+    assert num_shared == 1.0 if q_len <= 16 // query_pool else num_shared > 1 / query_pool
+
+
+@pytest.mark.parametrize("reduce", ["mean", "k_center"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_no_number_is_an_error_whoever_stands_for_it(bad: float, reduce: Reduce) -> None:
+    """A row is not passed over for others because nobody can tell how far it is from them."""
+    generator = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(1, heads, 300, 32, generator=generator) for heads in (4, 2))
+    scorer, table = make_scorer(64, 1, "low_rank", 4, reduce), make_table(300)
+    for row in (160, 167, 299):
+        broken = q.clone()
+        broken[0, 1, row, 3] = bad
+        keys = PooledCache(scorer).update(k, 300, table)
+        with torch.no_grad(), pytest.raises(ScorerError, match="the scorer gave NaN"):
+            score_blocks(scorer, broken, k, keys, table=table, block_q=16)
+
+
 @pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
-@pytest.mark.parametrize(("rank", "query_pool"), [(12, 1), (32, 4), (30, 2)])
+@pytest.mark.parametrize(
+    ("rank", "query_pool", "reduce"),
+    [(12, 1, "mean"), (32, 4, "mean"), (30, 2, "mean"), (32, 2, "k_center"), (16, 4, "k_center")],
+)
 @pytest.mark.parametrize(
     ("q_len", "dtype"), [(1, torch.float32), (101, torch.bfloat16), (700, torch.float32)]
 )
 def test_byte_scores_are_near_the_plain_ones(
-    rank: int, query_pool: int, q_len: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    rank: int,
+    query_pool: int,
+    reduce: Reduce,
+    q_len: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Features of 8 bits, an exponential in steps: what a share loses is a hundredth of its spread."""
     generator = torch.Generator().manual_seed(rank)
     q, k = (torch.randn(2, heads, 700, 32, generator=generator).to(dtype) for heads in (4, 2))
     q, table = q[:, :, -q_len:], make_table(700)
-    scorer = BlockScorer(ScorerShape(4, 2, 32, rank, 1, 64, "low_rank", query_pool), 32**-0.5)
+    scorer = BlockScorer(ScorerShape(4, 2, 32, rank, 1, 64, "low_rank", query_pool, reduce), 32**-0.5)
     scorer.start_from(q[0].float(), k[0].float())
     keys = PooledCache(scorer).update(k, 700, table)
     with torch.no_grad():

@@ -17,7 +17,10 @@ SOURCE = Path(__file__).with_name("programs.cpp")
 # What the one text to compile is made of.
 PARTS = (
     SOURCE,
-    *(SOURCE.with_name(part) for part in ("rows.h", "byte_scores.h", "paged.hpp", "page_scores.h")),
+    *(
+        SOURCE.with_name(part)
+        for part in ("rows.h", "chosen_rows.h", "byte_scores.h", "paged.hpp", "page_scores.h")
+    ),
 )
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17")
 

@@ -240,10 +240,10 @@ inline void pack_byte_maps(const Scores& p, const float* maps, const float* step
 }
 
 // Log of what the sink and `num` near blocks of raw keys, from block `home` on, hold of each row: forced [up(rows, VL)].
-// A row sees what its last token sees. `exact` [rows, (1 + num) * wide] and `tops` [rows] are room.
+// A row sees what the token at lasts[row] sees. `exact` [rows, (1 + num) * wide] and `tops` [rows] are room.
 template <class P>
 __attribute__((noinline)) void measure_forced(const Scores& p, const typename P::Cell* query, const typename P::Cell* sink,
-                    const typename P::Cell* near, int rows, int64_t num, int64_t start, int64_t home, float scale,
+                    const typename P::Cell* near, int rows, int64_t num, const int64_t* lasts, int64_t home, float scale,
                     float* exact, float* tops, float* forced) {
   const int64_t wide = up(p.block, NR), cells = up(p.D, P::PER) / P::PER, width = (1 + num) * wide;
   for (int64_t j = 0; j < width; j += NR)
@@ -252,9 +252,8 @@ __attribute__((noinline)) void measure_forced(const Scores& p, const typename P:
   std::fill(forced, forced + up(rows, VL), 1.0f);
   for (int r = 0; r < rows; ++r) {
     float* row = exact + r * width;
-    const int64_t last = std::min(start + (r + 1) * p.row_tokens, p.first + p.num_rows) - 1;
     for (int64_t i = 0; i <= num; ++i) {
-      const int64_t seen = i == 0 ? p.block : last + 1 - (home + i - 1) * p.block;
+      const int64_t seen = i == 0 ? p.block : lasts[r] + 1 - (home + i - 1) * p.block;
       for (int64_t j = std::min(std::max<int64_t>(seen, 0), p.block); j < wide; ++j) row[i * wide + j] = -INF;
     }
     vec high = splat(-INF), total{};
@@ -291,25 +290,32 @@ void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, co
     std::vector<Cell> near(most_near * panel), raw_query(p.rows * raw_cells);
     std::vector<uint32_t> query(p.rows * cells);
     std::vector<ByteRow> how(p.rows);
+    std::vector<int64_t> lasts(p.rows);
+    std::vector<int> chosen(p.rows);
+    RowChoice<P> choice(p.D);
     Unrotation turn(tokens * p.D);
+    int64_t packed_bh = -1, packed_home = -1, packed_num = 0;
 #pragma omp for schedule(static)
     for (int64_t bh = 0; bh < batch * p.Hkv; ++bh)
       for (int64_t t = 0; t < wide; t += NR)
         P::pack_key_panel(k_all + bh / p.Hkv * k_b + bh % p.Hkv * p.k_h, p.k_t, t, std::min(p.block, p.T), p.D,
                           sinks.data() + bh * panel + t * raw_cells);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 4)
     for (int64_t task = 0; task < batch * p.Hkv * p.n; ++task) {
       const int64_t bh = task / p.n, b = bh / p.Hkv, h_kv = bh % p.Hkv, i_q = p.n - 1 - task % p.n;
       const int64_t row0 = i_q * tokens, start = p.first + row0, live = std::min(tokens, p.num_rows - row0);
       const int64_t home = start / p.block, open = std::min(home, p.blocks);
-      const int rows = int(p.row_tokens > 1 ? p.rows : live);
+      const int all_rows = int(p.row_tokens > 1 ? p.rows : live);
       if (open <= 1) continue;
       const S* raw = k_all + b * k_b + h_kv * p.k_h;
-      int64_t num = 0;
-      for (; (home + num) * p.block < start + live; ++num)
+      const int64_t num = (start + live - 1) / p.block + 1 - home;
+      // Query blocks of one key block follow each other, and it is packed for the first of them.
+      for (int64_t i = packed_bh == bh && packed_home == home ? packed_num : 0; i < num; ++i)
         for (int64_t t = 0; t < wide; t += NR)
-          P::pack_key_panel(raw + (home + num) * p.block * p.k_t, p.k_t, t, std::min(p.block, p.T - (home + num) * p.block),
-                            p.D, near.data() + num * panel + t * raw_cells);
+          P::pack_key_panel(raw + (home + i) * p.block * p.k_t, p.k_t, t, std::min(p.block, p.T - (home + i) * p.block),
+                            p.D, near.data() + i * panel + t * raw_cells);
+      packed_num = packed_bh == bh && packed_home == home ? std::max(packed_num, num) : num;
+      packed_bh = bh, packed_home = home;
       turn.read(cos + row0 * p.D, sin + row0 * p.D, live, p.D);
       for (int64_t g = 0; g < group; ++g) {
         const int64_t h = h_kv * group + g;
@@ -319,8 +325,10 @@ void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, co
         if (g + 1 < group)
           for (int64_t t = 0; t < live; ++t)
             for (int64_t d = 0; d < p.D; d += 64 / sizeof(S)) __builtin_prefetch(own + p.q_h + t * p.q_t + d);
+        const int rows = choice.choose(own, p.q_t, all_rows, p.one_in, chosen.data());
         for (int r = 0; r < rows; ++r) {
-          const int64_t t = std::min(r * p.row_tokens, live - 1);
+          const int64_t t = std::min(chosen[r] * p.row_tokens, live - 1);
+          lasts[r] = std::min(start + (chosen[r] + 1) * p.row_tokens, p.first + p.num_rows) - 1;
           float* row = &plain[r * W];
           mean_row(own + t * p.q_t, p.q_t, p.row_tokens, live - t, p.D, &turn.own[t * p.D], &turn.other[t * p.D],
                    scratch.data(), row);
@@ -329,15 +337,21 @@ void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, co
         const int64_t lde = std::max(padded, 4 * cells);
         for (int64_t c = 0; c < padded; c += NR)
           rows_by_panel(rows, int(W), plain.data(), W, map + c * W, encoded.data() + c, lde);
-        measure_forced<P>(p, raw_query.data(), sinks.data() + bh * panel, near.data(), rows, num, start, home, scale,
+        measure_forced<P>(p, raw_query.data(), sinks.data() + bh * panel, near.data(), rows, num, lasts.data(), home, scale,
                           exact.data(), tops.data(), forced.data());
         std::fill(far.begin(), far.end(), -INF);
-        float highest = -INF;
-        for (int64_t j = 1; j < open; ++j) {
-          far[j] = bias[h * p.num_bias + home - j];
-          if (!(far[j] <= highest)) highest = far[j];  // NaN is kept
-          if (far[j] != far[j]) break;
+        const float* by_distance = bias + h * p.num_bias + home;
+        for (int64_t j = 1; j < open; ++j) far[j] = by_distance[-j];
+        vec high = splat(-INF);
+        ivec is_odd{};
+        for (int64_t j = 0; j < columns; j += VL) {
+          const vec x = load(far.data() + j);
+          high = larger(x, high);
+          is_odd |= x != x;
         }
+        float highest = peak(high);
+        for (int j = 0; j < VL; ++j)
+          if (is_odd[j]) highest = NAN;
         for (int r = 0; r < rows; ++r)
           how[r] = pack_byte_query(encoded.data() + r * lde, cells, forced[r] + flaws[bh], highest,
                                    query.data() + r * cells);

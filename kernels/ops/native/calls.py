@@ -87,7 +87,8 @@ class ScorerWeights:
 
     maps [Hq, D or 2 D, rank] scaled, gains [Hq] with the attention scale in them, bias [Hq, distances],
     cos and sin [Tq, D] of the query rows. Maps of 2 D rows read a query with and without its rotation, and
-    nothing stands beside them; maps of D rows stand beside the untrained score.
+    nothing stands beside them; maps of D rows stand beside the untrained score. A row is the mean of
+    `row_tokens` neighbouring queries, and one in `one_in` is scored: those that differ most.
     """
 
     maps: Tensor
@@ -98,7 +99,8 @@ class ScorerWeights:
     scale: float
     block: int
     pool_tokens: int
-    query_pool: int = 1
+    row_tokens: int = 1
+    one_in: int = 1
 
     @property
     def is_residual(self) -> bool:
@@ -265,13 +267,14 @@ def _scores_shape(
     q: Tensor, k: Tensor, weights: ScorerWeights, out: Tensor, block_q: int, **keys: int
 ) -> ctypes.Array[c_int64]:
     tokens = q.shape[2]
-    row_tokens = min(weights.query_pool, block_q, tokens)
+    row_tokens = min(weights.row_tokens, block_q, tokens)
     return _fill_scores(
         H=q.shape[1],
         Hkv=k.shape[1],
         n=out.shape[2],
         rows=-(-min(block_q, tokens) // row_tokens),
         row_tokens=row_tokens,
+        one_in=weights.one_in,
         num_rows=tokens,
         D=q.shape[3],
         rank=weights.maps.shape[2],

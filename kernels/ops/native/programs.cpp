@@ -652,15 +652,18 @@ inline float log_add(float a, float b) {
 
 struct Scores {
   int64_t H, Hkv, n, rows, row_tokens, num_rows;  // query blocks, rows in each, tokens of a row, tokens in all
+  int64_t one_in;  // of so many rows one is scored
   int64_t D, rank, is_residual, pools, blocks, block;  // pools per block, full key blocks that may be chosen
   int64_t q_h, q_t, k_h, k_t, T, first;  // raw queries and keys; position of the first row
   int64_t out_blocks, num_bias, pooled_h, panel_h, from_block;  // features and panels by KV head; the first to pack
 };
 
-// Log of what one block of raw keys holds of each row, added to `forced`: a row sees what its last token sees.
+#include "chosen_rows.h"
+
+// Log of what one block of raw keys holds of each row, added to `forced`: a row sees what the token at lasts[row] sees.
 template <class P>
 void measure_block(const Scores& p, const typename P::Cell* query, const typename P::Cell* panels, int rows,
-                   int64_t start, int64_t block_index, float scale, float* exact, float* forced) {
+                   const int64_t* lasts, int64_t block_index, float scale, float* exact, float* forced) {
   const int64_t wide = up(p.block, NR), cells = up(p.D, P::PER) / P::PER;
   for (int64_t j = 0; j < wide; j += NR)
     rows_by_panel<P>(rows, int(cells), query, cells, panels + j * cells, exact + j, wide);
@@ -668,8 +671,7 @@ void measure_block(const Scores& p, const typename P::Cell* query, const typenam
   for (int r = 0; r < rows; ++r) {
     float* row = exact + r * wide;
     for (int64_t j = p.block; j < wide; ++j) row[j] = -INF;
-    const int64_t last = std::min(start + (r + 1) * p.row_tokens, p.first + p.num_rows) - 1;
-    hide(row, wide, 1, last, block_index * p.block, int(wide), 0);
+    hide(row, wide, 1, lasts[r], block_index * p.block, int(wide), 0);
     forced[r] = log_add(forced[r], log_sum(row, wide));
   }
 }
@@ -716,6 +718,9 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
     std::vector<float> s(p.pools * MR * NR), logits(p.rows * columns), exact(p.rows * wide), scratch(2 * p.D),
         plain(p.rows * W), row(2 * p.D), encoded(p.rows * lde), forced(p.rows), far(columns), most(columns);
     std::vector<Cell> near(wide * raw_cells), raw_query(p.rows * raw_cells), query(p.rows * cells);
+    std::vector<int64_t> lasts(p.rows);
+    std::vector<int> chosen(p.rows);
+    RowChoice<P> choice(p.D);
     Unrotation turn(p.rows * p.row_tokens * p.D);
     for (int64_t h_kv = 0; h_kv < p.Hkv; ++h_kv) {
       const S* keys = pooled + h_kv * p.pooled_h;
@@ -735,13 +740,15 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
       for (int64_t task = 0; task < p.n * group; ++task) {
         const int64_t i_q = p.n - 1 - task / group, h = h_kv * group + task % group;
         const int64_t row0 = i_q * p.rows * p.row_tokens, start = p.first + row0, home = start / p.block;
-        const int rows = int(p.row_tokens > 1 ? p.rows : std::min(p.rows, p.num_rows - row0));
+        const int all_rows = int(p.row_tokens > 1 ? p.rows : std::min(p.rows, p.num_rows - row0));
         const int64_t open = std::min(home, p.blocks);  // blocks 1 .. open - 1 may be chosen
         if (open <= 1) continue;
         const int64_t live = std::min(p.rows * p.row_tokens, p.num_rows - row0);
         turn.read(cos + row0 * p.D, sin + row0 * p.D, live, p.D);
+        const int rows = choice.choose(q + h * p.q_h + row0 * p.q_t, p.q_t, all_rows, p.one_in, chosen.data());
         for (int r = 0; r < rows; ++r) {
-          const int64_t t = std::min(r * p.row_tokens, live - 1);
+          const int64_t t = std::min(chosen[r] * p.row_tokens, live - 1);
+          lasts[r] = std::min(start + (chosen[r] + 1) * p.row_tokens, p.first + p.num_rows) - 1;
           mean_row(q + h * p.q_h + (row0 + t) * p.q_t, p.q_t, p.row_tokens, live - t, p.D, &turn.own[t * p.D],
                    &turn.other[t * p.D], scratch.data(), row.data());
           P::pack_features(row.data(), p.D, raw_query.data() + r * raw_cells);
@@ -757,7 +764,7 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
         for (int r = 0; r < rows; ++r) P::pack_features(encoded.data() + r * lde, E, query.data() + r * cells);
         std::fill(forced.begin(), forced.end(), -INF);
         auto measure = [&](const Cell* panels, int64_t i) {
-          measure_block<P>(p, raw_query.data(), panels, rows, start, i, scale, exact.data(), forced.data());
+          measure_block<P>(p, raw_query.data(), panels, rows, lasts.data(), i, scale, exact.data(), forced.data());
         };
         measure(sink.data(), 0);
         const int64_t end = start + p.rows * p.row_tokens;

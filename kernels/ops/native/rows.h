@@ -17,12 +17,30 @@ struct Unrotation {
   }
 };
 
+template <class S>
+void widen_row(const S* __restrict__ x, int64_t D, float* __restrict__ out) {
+  int64_t d = 0;
+  for (; d + VL <= D; d += VL) store(out + d, load_wide(x + d));
+  for (; d < D; ++d) out[d] = widen(x[d]);
+}
+
 // A row with and without its rotation [2 D]: the mean of `num` tokens from x on, of which `live` are there; the others
 // are the last one again.
 template <class S>
-__attribute__((noinline)) void mean_row(const S* x, int64_t stride, int64_t num, int64_t live, int64_t D,
-                                        const float* own, const float* other, float* scratch, float* out) {
+__attribute__((noinline)) void mean_row(const S* __restrict__ x, int64_t stride, int64_t num, int64_t live, int64_t D,
+                                        const float* __restrict__ own, const float* __restrict__ other,
+                                        float* __restrict__ scratch, float* __restrict__ out) {
   const int64_t half = D / 2;
+  if (num == 1 && half % VL == 0) {
+    for (int64_t d = 0; d < half; d += VL) {
+      const vec low = load_wide(x + d), high = load_wide(x + half + d);
+      store(out + d, low);
+      store(out + half + d, high);
+      store(out + D + d, low * load(own + d) + high * load(other + d));
+      store(out + D + half + d, high * load(own + half + d) + low * load(other + half + d));
+    }
+    return;
+  }
   for (int64_t i = 0; i < num; ++i) {
     const int64_t t = std::min(i, live - 1);
     float* to = i == 0 ? out : scratch;

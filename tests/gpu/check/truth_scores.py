@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from sentei.kernels.scorer.features import RotaryTable
 from sentei.kernels.scorer.network import BlockScorer
+from sentei.kernels.scorer.rows import RUN_ROWS
 
 
 def exact_shares(scorer: BlockScorer, q: Tensor, k: Tensor, table: RotaryTable, block_q: int) -> Tensor:
@@ -17,7 +19,7 @@ def exact_shares(scorer: BlockScorer, q: Tensor, k: Tensor, table: RotaryTable, 
     shape, block = scorer.shape, scorer.shape.block_tokens
     q_len, kv_len = q.shape[2], k.shape[2]
     past, group = kv_len - q_len, q.shape[1] // k.shape[1]
-    size = min(shape.query_pool, q_len)
+    size = min(shape.row_tokens, q_len)
     num = -(-q_len // block_q)
     rows = -(-min(block_q, q_len) // size)
     first = torch.arange(num, device=q.device)[:, None] * block_q + torch.arange(rows, device=q.device) * size
@@ -54,8 +56,24 @@ def exact_shares(scorer: BlockScorer, q: Tensor, k: Tensor, table: RotaryTable, 
     is_own = (key >= own[:, None] * block) & (key <= last[:, None])
     forced = raw.masked_fill(~(is_sink | is_own), -torch.inf).logsumexp(-1)
     total = torch.logaddexp(weights.logsumexp(-1), forced)
-    shares = (weights - total[..., None]).unflatten(2, (num, rows)).amax(3)
+    shares = (weights - total[..., None]).unflatten(2, (num, rows))
+    if shape.chooses_rows and rows % RUN_ROWS == 0:
+        is_left = _farthest(mean_q, RUN_ROWS // shape.query_pool)
+        shares = shares.masked_fill(~is_left.unflatten(2, (num, rows))[..., None], -torch.inf)
+    shares = shares.amax(3)
     return torch.nn.functional.pad(shares, (0, blocks - full), value=-torch.inf)
+
+
+def _farthest(q: Tensor, num: int) -> Tensor:
+    """Which rows of each run of q [B, Hq, R, D] are scored, [B, Hq, R]: one after the other."""
+    is_left = torch.zeros(q.shape[:3], dtype=torch.bool, device=q.device)
+    for b, h, first in itertools.product(*map(range, q.shape[:2]), range(0, q.shape[2], RUN_ROWS)):
+        run = q[b, h, first : first + RUN_ROWS]
+        left = [0]
+        while len(left) < num:
+            left.append(int(torch.cdist(run, run[left]).amin(1).argmax()))
+        is_left[b, h, [first + row for row in left]] = True
+    return is_left
 
 
 def _unrotated(x: Tensor, first: int, table: RotaryTable) -> Tensor:

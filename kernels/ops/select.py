@@ -57,8 +57,7 @@ def _list_natively(scores: Tensor, rule: Threshold, grid: Grid) -> tuple[Tensor,
         block_k=grid.block_k,
         q_end=grid.q_offset + grid.q_len,
     )
-    width = int(counts.max())
-    return counts.view(shape), indices[..., :width].contiguous().view(*shape, width)
+    return counts.view(shape), indices.view(*shape, indices.shape[-1])
 
 
 def _keep(scores: Tensor, rule: Rule, grid: Grid, width: int | None) -> Tensor:

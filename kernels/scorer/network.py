@@ -169,6 +169,14 @@ class BlockScorer(nn.Module):
         """
         return self.dims_per_token * (3.0 if self.shape.is_residual else 1.0)
 
+    @property
+    def share_of_dense(self) -> float:
+        """What scoring costs, in dense attention of the same heads: so much density it is worth.
+
+        Attention makes two multiply-adds of 16 bits for each dimension of a pair, each as dear as two of 8.
+        """
+        return self.cost_per_pair / (4 * self.shape.head_dim)
+
     def encode_queries(self, q: torch.Tensor, q_plain: torch.Tensor) -> torch.Tensor:
         """Return [B, Hq, T, features] from rotated and unrotated queries [B, Hq, T, D]."""
         maps = self.scaled_query_map().to(q.dtype)

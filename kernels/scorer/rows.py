@@ -26,7 +26,7 @@ def rows_that_differ(q: Tensor, one_in: int) -> tuple[Tensor, Tensor]:
     chosen, places, before = [], [], 0
     for first in range(0, q.shape[-2], RUN_ROWS):
         run = q[..., first : first + RUN_ROWS, :].float()
-        picks, nearest = _farthest_first(run, min(RUN_ROWS // one_in, run.shape[-2]))
+        picks, nearest = _farthest_first(_distances(run), min(RUN_ROWS // one_in, run.shape[-2]))
         picks, order = picks.sort(dim=-1)
         chosen.append(picks + first)
         places.append(order.argsort(dim=-1).gather(-1, nearest) + before)
@@ -34,22 +34,23 @@ def rows_that_differ(q: Tensor, one_in: int) -> tuple[Tensor, Tensor]:
     return torch.cat(chosen, dim=-1), torch.cat(places, dim=-1)
 
 
-def _farthest_first(run: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """`num` rows of run [..., R, E], the first one first, and which of these each row is nearest to."""
-    picks = torch.zeros(*run.shape[:-2], 1, dtype=torch.int64, device=run.device)
-    least = _distances(run, picks).scatter_(-1, picks, -1.0)  # nothing is chosen twice, be it no number
+def _distances(run: Tensor) -> Tensor:
+    """Squared distances of all rows of run [..., R, D] to each other, [..., R, R]; infinity for no number."""
+    products = run @ run.mT
+    sizes = products.diagonal(dim1=-2, dim2=-1)
+    away = sizes[..., :, None] + sizes[..., None, :] - 2 * products
+    return away.clamp_min(0.0).nan_to_num(nan=torch.inf)
+
+
+def _farthest_first(distances: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """`num` rows by their distances [..., R, R], the first one first, and which of these each is nearest to."""
+    picks = torch.zeros(*distances.shape[:-2], 1, dtype=torch.int64, device=distances.device)
+    least = distances[..., 0, :].scatter(-1, picks, -1.0)  # nothing is chosen twice, be it no number
     nearest = torch.zeros_like(least, dtype=torch.int64)
     for i in range(1, num):
-        picks = torch.cat([picks, least.argmax(dim=-1, keepdim=True)], dim=-1)
-        distances = _distances(run, picks[..., -1:])
-        nearest = torch.where(distances < least, i, nearest)
-        least = torch.where(distances < least, distances, least)
-        least.scatter_(-1, picks[..., -1:], -1.0)
-        nearest.scatter_(-1, picks[..., -1:], i)
+        last = least.argmax(dim=-1, keepdim=True)
+        picks = torch.cat([picks, last], dim=-1)
+        away = distances.gather(-2, last[..., None].expand(*last.shape, distances.shape[-1]))[..., 0, :]
+        nearest = torch.where(away < least, i, nearest).scatter(-1, last, i)
+        least = torch.minimum(away, least).scatter(-1, last, -1.0)
     return picks, nearest
-
-
-def _distances(run: Tensor, to: Tensor) -> Tensor:
-    """Squared distances of all rows of run [..., R, E] to one of them, `to` [..., 1]; no number is infinity."""
-    one = run.gather(-2, to[..., None].expand(*to.shape, run.shape[-1]))
-    return (run - one).square().sum(dim=-1).nan_to_num(nan=torch.inf)

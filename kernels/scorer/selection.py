@@ -226,13 +226,14 @@ def score_blocks(
         found = attempt(TRITON_SCORES, work, must_work=backend != "auto")
         if found is not None:
             return found, starts
-    result = torch.full((B, Hq, len(starts), -(-kv_len // block)), float("-inf"), device=q.device)
+    result = torch.empty(B, Hq, len(starts), -(-kv_len // block), device=q.device)
     is_native = scorer.has_native_program and backend == "auto" and is_native_usable(q.device.type, block)
     if is_native or not isinstance(keys, torch.Tensor):
-        _fill_native(scorer, q, k, keys, rows, result, block_q)
+        is_broken = _fill_native(scorer, q, k, keys, rows, result, block_q)
     else:
-        _fill_chunks(scorer, q, k, keys, rows, starts, result, block_q)
-    if result.device.type == "cpu" and torch.isnan(result).any():
+        _fill_chunks(scorer, q, k, keys, rows, starts, result.fill_(float("-inf")), block_q)
+        is_broken = result.device.type == "cpu" and bool(torch.isnan(result).any())
+    if is_broken:
         raise ScorerError(
             "the scorer gave NaN; queries, keys or adapter weights hold NaN or infinite values: "
             "serve dense and check the adapter"
@@ -304,7 +305,8 @@ def _fill_native(
     table: RotaryTable,
     result: torch.Tensor,
     block_q: int,
-) -> None:
+) -> bool:
+    """Fill all of `result`, and return whether any of it is NaN."""
     from sentei.kernels.ops.native.calls import (
         ScorerWeights,
         best_shares_native,
@@ -328,9 +330,8 @@ def _fill_native(
         one_in=scorer.shape.query_pool if scorer.shape.chooses_rows else 1,
     )
     if isinstance(keys, torch.Tensor):
-        best_shares_native(q, k, keys, weights, result, block_q)
-        return
-    byte_shares_native(q, k, keys, byte_maps(scorer), weights, result, block_q)
+        return best_shares_native(q, k, keys, weights, result, block_q)
+    return byte_shares_native(q, k, keys, byte_maps(scorer), weights, result, block_q)
 
 
 def _chunk_blocks(before: int, room: int) -> int:

@@ -38,17 +38,20 @@ def make_record(seed: int, same: int, key_run: int = 1) -> LayerRecord:
     )
 
 
-@pytest.mark.parametrize(("same", "query_pool"), [(4, 4), (1, 1)])
-def test_as_many_queries_are_scored_as_one_as_ask_alike(same: int, query_pool: int) -> None:
-    """Where neighbours ask for other blocks, their mean finds none of them, and single queries are scored."""
+@pytest.mark.parametrize("same", [4, 1])
+def test_as_many_queries_are_scored_as_one_as_ask_alike(same: int) -> None:
+    """Where neighbours ask for other blocks, their mean finds none, and rows are scored as they are."""
     shape = ScorerShape(1, 1, D, D, 1, BLOCK, "low_rank", 4)
     records = [make_record(seed, same) for seed in range(3)]
 
     chosen = choose_scorer(BlockScorer(shape, SCALE), records[:2], records[2:], DistillOptions(max_epochs=0))
 
-    assert chosen.scorer.shape.query_pool == query_pool
+    if same == 1:
+        assert chosen.scorer.shape.row_tokens == 1
+    else:
+        assert chosen.scorer.shape.query_pool == same
     assert not chosen.is_untrained
-    assert chosen.figures()["query_pool"] == query_pool
+    assert chosen.figures()["query_pool"] == chosen.scorer.shape.query_pool
     assert chosen.found.need_found >= chosen.found_untrained.need_found
 
 

@@ -262,9 +262,7 @@ def test_the_rows_that_differ_are_chosen_as_the_plain_path_does(
     keys = PooledCache(scorer).update(k, 700, table)
     with torch.no_grad():
         native, _ = score_blocks(scorer, q, k, keys, table=table, block_q=block_q)
-        single, _ = score_blocks(
-            scorer.with_query_pool(1), q, k, keys, table=table, block_q=block_q
-        )
+        single, _ = score_blocks(scorer.with_query_pool(1), q, k, keys, table=table, block_q=block_q)
         monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
         plain, _ = score_blocks(scorer, q, k, keys, table=table, block_q=block_q)
 

@@ -35,7 +35,9 @@ def test_every_head_chooses_its_own() -> None:
     assert len({tuple(row.tolist()) for row in alone}) > 1
 
 
-@pytest.mark.parametrize(("rows", "one_in", "left"), [(16, 2, 8), (5, 2, 5), (9, 2, 8), (20, 4, 8), (3, 16, 1)])
+@pytest.mark.parametrize(
+    ("rows", "one_in", "left"), [(16, 2, 8), (5, 2, 5), (9, 2, 8), (20, 4, 8), (3, 16, 1)]
+)
 def test_a_short_run_leaves_as_many_as_a_long_one(rows: int, one_in: int, left: int) -> None:
     """So a prompt's last rows are scored alike, in whatever pieces it comes."""
     q = torch.randn(rows, 4, generator=torch.Generator().manual_seed(3))

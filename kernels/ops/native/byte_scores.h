@@ -96,8 +96,8 @@ void sum_panels(int rows, int64_t columns, int64_t tokens, const uint32_t* panel
 }
 
 // The largest share over a query block's rows of each open block; sums [rows, columns] lie relative to what the forced
-// blocks hold of the row; best [out_blocks] as logs.
-__attribute__((noinline)) void best_byte_shares(int rows, int64_t columns, int64_t open, const ByteRow* how, const float* sums,
+// blocks hold of the row; best [out_blocks] as logs. Returns whether one is NaN.
+__attribute__((noinline)) bool best_byte_shares(int rows, int64_t columns, int64_t open, const ByteRow* how, const float* sums,
                              float* most, float* best) {
   const int64_t end = up(open, VL);
   std::fill(most, most + end, 0.0f);
@@ -117,6 +117,7 @@ __attribute__((noinline)) void best_byte_shares(int rows, int64_t columns, int64
     store(most + j, log_of(x < 1e-37f ? splat(1e-37f) : x));
   }
   std::memcpy(best + 1, most + 1, sizeof(float) * (open - 1));
+  return has_nan(most, end);
 }
 
 // Blocks `block0` .. `block0` + VL of one head to one panel; NaN where a feature is no number, else 0. `keys` begin with
@@ -274,7 +275,7 @@ __attribute__((noinline)) void measure_forced(const Scores& p, const typename P:
 // heads of a KV group share each panel. `batch` sequences lie q_b and k_b apart, their panels, flaws [Hkv] and shares
 // one behind the other.
 template <class P, class S>
-void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, const S* k_all, int64_t k_b,
+int byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, const S* k_all, int64_t k_b,
                  const uint32_t* panels_all, const float* flaws, const float* maps, const float* cos,
                  const float* sin, const float* bias, float scale, float* out_all, int threads) {
   typedef typename P::Cell Cell;
@@ -283,7 +284,8 @@ void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, co
   const int64_t cells = byte_cells(p.rank), panel = wide * raw_cells, tokens = p.rows * p.row_tokens;
   const int64_t most_near = (tokens + p.block - 2) / p.block + 1;
   std::vector<Cell> sinks(batch * p.Hkv * panel);
-#pragma omp parallel num_threads(threads)
+  int is_odd = 0;
+#pragma omp parallel num_threads(threads) reduction(| : is_odd)
   {
     std::vector<float> sums(p.rows * columns), exact(p.rows * (1 + most_near) * wide), scratch(W), plain(p.rows * W),
         encoded(p.rows * std::max(padded, 4 * cells)), forced(up(p.rows, VL)), tops(p.rows), far(columns), most(columns);
@@ -306,6 +308,8 @@ void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, co
       const int64_t row0 = i_q * tokens, start = p.first + row0, live = std::min(tokens, p.num_rows - row0);
       const int64_t home = start / p.block, open = std::min(home, p.blocks);
       const int all_rows = int(p.row_tokens > 1 ? p.rows : live);
+      for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h)
+        std::fill_n(out_all + ((b * p.H + h) * p.n + i_q) * p.out_blocks, p.out_blocks, -INF);
       if (open <= 1) continue;
       const S* raw = k_all + b * k_b + h_kv * p.k_h;
       const int64_t num = (start + live - 1) / p.block + 1 - home;
@@ -343,15 +347,8 @@ void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, co
         const float* by_distance = bias + h * p.num_bias + home;
         for (int64_t j = 1; j < open; ++j) far[j] = by_distance[-j];
         vec high = splat(-INF);
-        ivec is_odd{};
-        for (int64_t j = 0; j < columns; j += VL) {
-          const vec x = load(far.data() + j);
-          high = larger(x, high);
-          is_odd |= x != x;
-        }
-        float highest = peak(high);
-        for (int j = 0; j < VL; ++j)
-          if (is_odd[j]) highest = NAN;
+        for (int64_t j = 0; j < columns; j += VL) high = larger(load(far.data() + j), high);
+        const float highest = has_nan(far.data(), columns) ? NAN : peak(high);
         for (int r = 0; r < rows; ++r)
           how[r] = pack_byte_query(encoded.data() + r * lde, cells, forced[r] + flaws[bh], highest,
                                    query.data() + r * cells);
@@ -363,11 +360,12 @@ void byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, co
         if (cells == 8) sum_up(std::integral_constant<int, 8>{});
         if (cells == 12) sum_up(std::integral_constant<int, 12>{});
         if (cells == 16) sum_up(std::integral_constant<int, 16>{});
-        best_byte_shares(rows, columns, open, how.data(), sums.data(), most.data(),
-                         out_all + ((b * p.H + h) * p.n + i_q) * p.out_blocks);
+        is_odd |= best_byte_shares(rows, columns, open, how.data(), sums.data(), most.data(),
+                                   out_all + ((b * p.H + h) * p.n + i_q) * p.out_blocks);
       }
     }
   }
+  return is_odd;
 }
 
 #else
@@ -380,7 +378,9 @@ void pack_byte_panels(const Scores&, const S*, const float*, uint32_t*, float*, 
 inline void gather_byte_panels(const Scores&, const int32_t*, const uint32_t*, const float*, uint32_t*, float*, int) {}
 inline void pack_byte_maps(const Scores&, const float*, const float*, float*) {}
 template <class P, class S>
-void byte_scores(const Scores&, int64_t, const S*, int64_t, const S*, int64_t, const uint32_t*, const float*,
-                 const float*, const float*, const float*, const float*, float, float*, int) {}
+int byte_scores(const Scores&, int64_t, const S*, int64_t, const S*, int64_t, const uint32_t*, const float*,
+                const float*, const float*, const float*, const float*, float, float*, int) {
+  return 0;
+}
 
 #endif

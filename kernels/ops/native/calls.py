@@ -123,10 +123,10 @@ class BytePanels:
 
 def best_shares_native(
     q: Tensor, k: Tensor, pooled: Tensor, weights: ScorerWeights, out: Tensor, block_q: int
-) -> None:
-    """Fill `out` [B, Hq, n, blocks] with the log share of the neediest of `block_q` rows, of each open block.
+) -> bool:
+    """Fill `out` [B, Hq, n, blocks] with the log share of the neediest of `block_q` rows; is any of it NaN?
 
-    q [B, Hq, R, D] are the newest rows, k [B, Hkv, T, D] all keys, pooled [B, Hkv, P, features] what stands
+    Blocks that no row may choose have -inf. q [B, Hq, R, D] are the newest rows, k [B, Hkv, T, D] all keys, pooled [B, Hkv, P, features] what stands
     for them.
     """
     q, k, pooled = _as_native(q), _as_native(k), _as_rows(pooled, q.dtype)
@@ -134,8 +134,9 @@ def best_shares_native(
     shape = _scores_shape(q, k, weights, out, block_q, blocks=blocks, pooled_h=pooled.stride(1))
     tables = [_pointer(t) for t in (weights.cos, weights.sin, weights.maps, weights.gains, weights.bias)]
     call = getattr(load_native(), f"sentei_scores_{DTYPES[q.dtype]}")
+    is_odd = False
     for b in range(q.shape[0]):
-        call(
+        is_odd |= 0 != call(
             shape,
             *map(_pointer, (q[b], k[b], pooled[b])),
             *tables,
@@ -144,6 +145,7 @@ def best_shares_native(
             _pointer(out[b]),
             c_int(_threads()),
         )
+    return is_odd
 
 
 def pack_bytes_native(
@@ -231,13 +233,13 @@ def byte_shares_native(
     weights: ScorerWeights,
     out: Tensor,
     block_q: int,
-) -> None:
+) -> bool:
     """Do what best_shares_native does, in 8 bits, from the packed features of the full blocks of k."""
     q, k = _as_native(q), _as_native(k)
     sizes = {"blocks": panels.blocks, "panel_h": panels.cells.shape[2]}
     shape = _scores_shape(q, k, weights, out, block_q, **sizes)
     tables = (panels.cells, panels.flaws, byte_maps, weights.cos, weights.sin, weights.bias)
-    getattr(load_native(), f"sentei_byte_scores_{DTYPES[q.dtype]}")(
+    is_odd = getattr(load_native(), f"sentei_byte_scores_{DTYPES[q.dtype]}")(
         shape,
         c_int64(q.shape[0]),
         _pointer(q),
@@ -249,6 +251,7 @@ def byte_shares_native(
         _pointer(out),
         c_int(_threads_for(q.shape[0] * k.shape[1] * k.shape[2] * out.shape[2], _FEW_SCORES)),
     )
+    return is_odd != 0
 
 
 def _as_native(x: Tensor) -> Tensor:
@@ -345,13 +348,14 @@ def select_native(
     heads, rows, blocks = shares.shape
     shares, thresholds = shares.contiguous(), thresholds.float().contiguous()
     counts = torch.empty(heads, rows, dtype=torch.int32)
-    indices = torch.empty(heads, rows, blocks, dtype=torch.int32)
     sizes = (heads, rows, blocks, start, block_q, block_k, q_end)
-    load_native().sentei_select(
-        *map(_pointer, (shares, thresholds, counts, indices)),
-        *map(c_int64, sizes),
-        c_int(_threads_for(shares.numel(), _FEW_SHARES)),
-    )
+    threads = c_int(_threads_for(shares.numel(), _FEW_SHARES))
+    library, given = load_native(), (shares, thresholds, counts)
+    library.sentei_count(*map(_pointer, given), *map(c_int64, sizes), threads)
+    # Lists as wide as the longest: of all blocks they would be several times what is read.
+    indices = torch.empty(heads, rows, int(counts.max()), dtype=torch.int32)
+    width = c_int64(indices.shape[2])
+    library.sentei_list(*map(_pointer, (*given, indices)), width, *map(c_int64, sizes), threads)
     return counts, indices
 
 

@@ -676,9 +676,17 @@ void measure_block(const Scores& p, const typename P::Cell* query, const typenam
   }
 }
 
+inline bool has_nan(const float* x, int64_t n) {
+  ivec is_odd{};
+  for (int64_t j = 0; j < n; j += VL) is_odd |= load(x + j) != load(x + j);
+  for (int j = 0; j < VL; ++j)
+    if (is_odd[j]) return true;
+  return false;
+}
+
 // The largest share over a query block's rows of each open block, from log masses that lack the bias: logits
-// [rows, columns] are overwritten; best [out_blocks].
-inline void best_shares(const Scores& p, int rows, int64_t columns, int64_t open, const float* bias, const float* forced,
+// [rows, columns] are overwritten; best [out_blocks]. Returns whether one is NaN.
+inline bool best_shares(const Scores& p, int rows, int64_t columns, int64_t open, const float* bias, const float* forced,
                         float* logits, float* far, float* most, float* best) {
   const int64_t end = up(open, VL);
   std::fill(far, far + columns, 0.0f);
@@ -696,14 +704,15 @@ inline void best_shares(const Scores& p, int rows, int64_t columns, int64_t open
     }
   }
   std::memcpy(best + 1, most + 1, sizeof(float) * (open - 1));
+  return has_nan(most, end);
 }
 
 // Largest estimated log share, over a query block's rows, of every block that they may choose: out [H, n, out_blocks].
 // A row's features are [gain * q, norm(unrotated q) * map], or [q, unrotated q] * map without the residual; a pool's
 // are in `pooled` [Hkv, blocks * pools, features], strided by head. Sink and diagonal are measured exactly. cos and sin
-// [num_rows, D] are those of the rows; `maps` is [H, D or 2 D, rank].
+// [num_rows, D] are those of the rows; `maps` is [H, D or 2 D, rank]. Returns whether a share is NaN.
 template <class P, class S>
-void scores(const Scores& p, const S* q, const S* k, const S* pooled, const float* cos, const float* sin,
+int scores(const Scores& p, const S* q, const S* k, const S* pooled, const float* cos, const float* sin,
             const float* maps, const float* gains, const float* bias, float scale, float log_pool, float* out,
             int threads) {
   typedef typename P::Cell Cell;
@@ -713,7 +722,8 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
   const int64_t cells = up(E, P::PER) / P::PER, raw_cells = up(p.D, P::PER) / P::PER;
   std::vector<Cell> packed(columns * p.pools * cells), sink(wide * raw_cells);
   std::vector<float> map(group * padded * W);
-#pragma omp parallel num_threads(threads)
+  int is_odd = 0;
+#pragma omp parallel num_threads(threads) reduction(| : is_odd)
   {
     std::vector<float> s(p.pools * MR * NR), logits(p.rows * columns), exact(p.rows * wide), scratch(2 * p.D),
         plain(p.rows * W), row(2 * p.D), encoded(p.rows * lde), forced(p.rows), far(columns), most(columns);
@@ -742,6 +752,7 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
         const int64_t row0 = i_q * p.rows * p.row_tokens, start = p.first + row0, home = start / p.block;
         const int all_rows = int(p.row_tokens > 1 ? p.rows : std::min(p.rows, p.num_rows - row0));
         const int64_t open = std::min(home, p.blocks);  // blocks 1 .. open - 1 may be chosen
+        std::fill_n(out + (h * p.n + i_q) * p.out_blocks, p.out_blocks, -INF);
         if (open <= 1) continue;
         const int64_t live = std::min(p.rows * p.row_tokens, p.num_rows - row0);
         turn.read(cos + row0 * p.D, sin + row0 * p.D, live, p.D);
@@ -793,14 +804,25 @@ void scores(const Scores& p, const S* q, const S* k, const S* pooled, const floa
                 store(&logits[(r0 + r) * columns + c + j], top + log_of(total) + log_pool);
               }
           }
-        best_shares(p, rows, columns, open, bias + h * p.num_bias + home, forced.data(), logits.data(), far.data(),
-                    most.data(), out + (h * p.n + i_q) * p.out_blocks);
+        is_odd |= best_shares(p, rows, columns, open, bias + h * p.num_bias + home, forced.data(), logits.data(),
+                              far.data(), most.data(), out + (h * p.n + i_q) * p.out_blocks);
       }
     }
   }
+  return is_odd;
 }
 
 #include "byte_scores.h"
+
+// The key blocks of a query block: its own from `home` on, `ahead` the first that no row sees.
+struct Causal {
+  int64_t home, ahead;
+  Causal(int64_t i_q, int64_t blocks, int64_t start, int64_t block_q, int64_t block_k, int64_t end) {
+    const int64_t first = start + i_q * block_q, last = std::min(first + block_q, end) - 1;
+    ahead = std::min(blocks, last / block_k + 1);
+    home = std::min(first / block_k, ahead);
+  }
+};
 
 }  // namespace
 
@@ -911,18 +933,18 @@ void sentei_encode_bf16(const uint16_t* k, int64_t k_h, int64_t k_t, const float
   encode(k, k_h, k_t, cos, sin, maps, maps_num, features, heads, T, D, rank, threads);
 }
 
-void sentei_scores_f32(const Scores* p, const float* q, const float* k, const float* pooled, const float* cos,
+int sentei_scores_f32(const Scores* p, const float* q, const float* k, const float* pooled, const float* cos,
                        const float* sin, const float* maps, const float* gains, const float* bias, float scale,
                        float log_pool, float* out, int threads) {
-  scores<FullCells>(*p, q, k, pooled, cos, sin, maps, gains, bias, scale, log_pool, out, threads);
+  return scores<FullCells>(*p, q, k, pooled, cos, sin, maps, gains, bias, scale, log_pool, out, threads);
 }
-void sentei_scores_bf16(const Scores* p, const uint16_t* q, const uint16_t* k, const uint16_t* pooled,
+int sentei_scores_bf16(const Scores* p, const uint16_t* q, const uint16_t* k, const uint16_t* pooled,
                         const float* cos, const float* sin, const float* maps, const float* gains, const float* bias,
                         float scale, float log_pool, float* out, int threads) {
 #if defined(__AVX512BF16__)
-  scores<PairCells>(*p, q, k, pooled, cos, sin, maps, gains, bias, scale, log_pool, out, threads);
+  return scores<PairCells>(*p, q, k, pooled, cos, sin, maps, gains, bias, scale, log_pool, out, threads);
 #else
-  scores<FullCells>(*p, q, k, pooled, cos, sin, maps, gains, bias, scale, log_pool, out, threads);
+  return scores<FullCells>(*p, q, k, pooled, cos, sin, maps, gains, bias, scale, log_pool, out, threads);
 #endif
 }
 
@@ -949,36 +971,49 @@ void sentei_pack_byte_maps(const Scores* p, const float* maps, const float* step
   pack_byte_maps(*p, maps, steps, packed);
 }
 
-void sentei_byte_scores_f32(const Scores* p, int64_t batch, const float* q, int64_t q_b, const float* k, int64_t k_b,
+int sentei_byte_scores_f32(const Scores* p, int64_t batch, const float* q, int64_t q_b, const float* k, int64_t k_b,
                             const uint32_t* panels, const float* flaws, const float* maps, const float* cos,
                             const float* sin, const float* bias, float scale, float* out, int threads) {
-  byte_scores<FullCells>(*p, batch, q, q_b, k, k_b, panels, flaws, maps, cos, sin, bias, scale, out, threads);
+  return byte_scores<FullCells>(*p, batch, q, q_b, k, k_b, panels, flaws, maps, cos, sin, bias, scale, out, threads);
 }
-void sentei_byte_scores_bf16(const Scores* p, int64_t batch, const uint16_t* q, int64_t q_b, const uint16_t* k,
+int sentei_byte_scores_bf16(const Scores* p, int64_t batch, const uint16_t* q, int64_t q_b, const uint16_t* k,
                              int64_t k_b, const uint32_t* panels, const float* flaws, const float* maps,
                              const float* cos, const float* sin, const float* bias, float scale, float* out,
                              int threads) {
 #if defined(__AVX512BF16__)
-  byte_scores<PairCells>(*p, batch, q, q_b, k, k_b, panels, flaws, maps, cos, sin, bias, scale, out, threads);
+  return byte_scores<PairCells>(*p, batch, q, q_b, k, k_b, panels, flaws, maps, cos, sin, bias, scale, out, threads);
 #else
-  byte_scores<FullCells>(*p, batch, q, q_b, k, k_b, panels, flaws, maps, cos, sin, bias, scale, out, threads);
+  return byte_scores<FullCells>(*p, batch, q, q_b, k, k_b, panels, flaws, maps, cos, sin, bias, scale, out, threads);
 #endif
 }
 
-// Lists of the blocks whose share passes, plus sink and diagonal: shares and lists [H, n, blocks], thresholds [H, n].
-void sentei_select(const float* shares, const float* thresholds, int32_t* counts, int32_t* indices, int64_t H,
-                   int64_t n, int64_t blocks, int64_t start, int64_t block_q, int64_t block_k, int64_t end, int threads) {
+// How many blocks are kept: those whose share passes, sink and diagonal: counts [H, n] from shares [H, n, blocks],
+// thresholds [H, n]. What lies ahead is never kept.
+void sentei_count(const float* shares, const float* thresholds, int32_t* counts, int64_t H, int64_t n, int64_t blocks,
+                  int64_t start, int64_t block_q, int64_t block_k, int64_t end, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t at = 0; at < H * n; ++at) {
-    const int64_t first = start + at % n * block_q, last = std::min(first + block_q, end) - 1;
-    int32_t* list = indices + at * blocks;
+    const Causal in(at % n, blocks, start, block_q, block_k, end);
+    const float *row = shares + at * blocks, cut = thresholds[at];
     int32_t num = 0;
-    for (int64_t j = 0; j < std::min(blocks, last / block_k + 1); ++j) {  // what lies ahead is never kept
-      const bool is_forced = j == 0 || j >= first / block_k;
-      if (is_forced || shares[at * blocks + j] > thresholds[at]) list[num++] = int32_t(j);
-    }
-    counts[at] = num;
-    for (int64_t j = num; j < blocks; ++j) list[j] = -1;
+    for (int64_t j = 1; j < in.home; ++j) num += row[j] > cut;
+    counts[at] = num + int32_t(in.ahead - in.home) + (in.home > 0);
+  }
+}
+
+// Which blocks they are, in order: indices [H, n, width], -1 behind the last one.
+void sentei_list(const float* shares, const float* thresholds, const int32_t* counts, int32_t* indices, int64_t width,
+                 int64_t H, int64_t n, int64_t blocks, int64_t start, int64_t block_q, int64_t block_k, int64_t end,
+                 int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t at = 0; at < H * n; ++at) {
+    const Causal in(at % n, blocks, start, block_q, block_k, end);
+    const float *row = shares + at * blocks, cut = thresholds[at];
+    int32_t* list = indices + at * width;
+    int64_t num = 0;
+    for (int64_t j = 0; j < in.ahead; ++j)
+      if (j == 0 || j >= in.home || row[j] > cut) list[num++] = int32_t(j);
+    std::fill(list + counts[at], list + width, -1);
   }
 }
 }

@@ -95,7 +95,7 @@ def choose_step(
 
 
 def _choose_rows(q: Tensor, rows: Tensor, forced: Tensor, one_in: int) -> tuple[Tensor, Tensor]:
-    """Leave of rows [B, Hq, R, F] and their logs [B, Hq, R], whole runs of q, those that are scored for all."""
+    """Leave of rows [B, Hq, R, F] and their logs [B, Hq, R], whole runs of q, those that are scored."""
     token = torch.arange(rows.shape[2], device=q.device).clamp_max(q.shape[2] - 1)
     chosen, _ = rows_that_differ(q[:, :, token], one_in)
     return rows.gather(2, chosen[..., None].expand(*chosen.shape, rows.shape[-1])), forced.gather(2, chosen)

@@ -43,7 +43,7 @@ def _distances(run: Tensor) -> Tensor:
 
 
 def _farthest_first(distances: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """`num` rows by their distances [..., R, R], the first one first, and which of these each is nearest to."""
+    """`num` rows by their distances [..., R, R], the first one first, and the place of each row's nearest."""
     picks = torch.zeros(*distances.shape[:-2], 1, dtype=torch.int64, device=distances.device)
     least = distances[..., 0, :].scatter(-1, picks, -1.0)  # nothing is chosen twice, be it no number
     nearest = torch.zeros_like(least, dtype=torch.int64)

@@ -49,7 +49,8 @@ def run_distill(
     rank: Annotated[int | None, typer.Option(help="Learned dimensions.", min=1)] = None,
     pool: Annotated[int | None, typer.Option(help="Tokens per pooled key.", min=1)] = None,
     query_pool: Annotated[
-        int | None, typer.Option(help="Queries that are scored as one; with single tokens.", min=1, max=16)
+        int | None,
+        typer.Option(help="Of so many queries at least one is scored; with single tokens.", min=1, max=16),
     ] = None,
     joint: Annotated[
         bool, typer.Option("--joint", help="Train low-rank weights with a rung's mask on; after calibrate.")

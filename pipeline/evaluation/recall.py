@@ -84,6 +84,7 @@ class RecallSummary:
     generated_tokens_mean: float
     generated_tokens_ratio: float  # over dense's, on the same prompts
     cut_share: float  # answers that the limit ended
+    density: float  # of the blocks that dense reads, prompts and answers together
 
     def by_kind(self) -> dict[str, float]:
         """Return the share of right answers per kind, over all lengths."""
@@ -120,13 +121,19 @@ def recall_by_rung(
     """Answer every task on every rung (greedy, prefill and decode both on the rung) and sum up."""
     work = partial(_run_task, loaded)
     turns = run_each(loaded, adapter, tasks, work, label="recall tasks", progress=progress)
-    outcomes = {rung_id: [run.result for run in found] for rung_id, found in by_variant(turns).items()}
-    dense = outcomes.get(DENSE, [])
-    return {rung.id: summarise(outcomes.get(rung.id, []), dense) for rung in adapter.ladder.rungs}
+    runs = by_variant(turns)
+    dense = [run.result for run in runs.get(DENSE, [])]
+    return {
+        rung.id: summarise([run.result for run in found], dense, [run.density for run in found])
+        for rung in adapter.ladder.rungs
+        for found in (runs.get(rung.id, []),)
+    }
 
 
-def summarise(outcomes: Sequence[TaskOutcome], dense: Sequence[TaskOutcome]) -> RecallSummary:
-    """Sum up one rung's outcomes beside dense's on the same tasks in the same order."""
+def summarise(
+    outcomes: Sequence[TaskOutcome], dense: Sequence[TaskOutcome], densities: Sequence[float]
+) -> RecallSummary:
+    """Sum up one rung's outcomes and what it read beside dense's on the same tasks in the same order."""
     if not outcomes:
         raise ValueError("no recall task was run; give at least one kind and one length")
     places = dict.fromkeys((outcome.kind, outcome.length) for outcome in outcomes)
@@ -148,6 +155,7 @@ def summarise(outcomes: Sequence[TaskOutcome], dense: Sequence[TaskOutcome]) -> 
         generated_tokens_mean=own_tokens,
         generated_tokens_ratio=own_tokens / max(dense_tokens, 1.0),
         cut_share=fmean(outcome.is_cut for outcome in outcomes),
+        density=fmean(densities),
     )
 
 

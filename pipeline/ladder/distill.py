@@ -16,7 +16,7 @@ from sentei.kernels.scorer.rows import RUN_ROWS
 from sentei.kernels.scorer.selection import pick_query_block
 from sentei.pipeline.ladder.learn import Course, learn, mean_divergence
 from sentei.pipeline.measure.capture import Sampling, capture
-from sentei.pipeline.measure.needs import AtDensity, Scored, at_density, pooled_shares, score_records
+from sentei.pipeline.measure.needs import AtDensity, at_density, pooled_shares, score_records
 from sentei.pipeline.measure.records import LayerRecord, LayerRecords
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
@@ -202,7 +202,8 @@ def choose_scorer(
     means = replace(scorer.shape, form="residual", rank=1, pool_tokens=4, query_pool=1)
     untrained = BlockScorer(means, scorer.scale).eval()
     kl_untrained = mean_divergence(partial(divergence, untrained), held_out)
-    tried: list[_Judged] = []
+    found_untrained = find_at(untrained, held_out)
+    tried: list[tuple[BlockScorer, AtDensity]] = []
     for rank in _ranks(scorer.shape):
         one = scorer
         if rank != scorer.shape.rank:
@@ -213,57 +214,52 @@ def choose_scorer(
             # Heads that recall from token to token learn little from means; the start may know more.
             forms.append(BlockScorer(replace(one.shape, query_pool=1), scorer.scale).eval())
             _start_low_rank(forms[-1], train)
-        tried += [_judge(form, held_out) for form in forms]
-    tried.append(_judge(untrained, held_out))
-    best = max((one.found for one in tried), key=lambda found: found.need_found)
+        tried += [(form, find_at(form, held_out)) for form in forms]
+    tried.append((untrained, found_untrained))
+    _, best = max(tried, key=lambda pair: pair[1].need_found)
     enough = [
-        one
-        for one in tried
-        if one.found.need_found >= best.need_found * (1 - options.lost_need)
-        and one.found.needles_missed <= best.needles_missed + options.lost_needles
+        (form, found)
+        for form, found in tried
+        if found.need_found >= best.need_found * (1 - options.lost_need)
+        and found.needles_missed <= best.needles_missed + options.lost_needles
     ]
-    chosen = min(enough, key=lambda one: (one.scorer.cost_per_pair, -one.found.need_found))
-    chosen = _choose_rows(chosen, held_out, options)
-    kl_held_out = mean_divergence(partial(divergence, chosen.scorer), held_out)
-    if chosen.scorer.shape.is_single:
-        _fit_steps(chosen.scorer, train)
-    return ChosenScorer(chosen.scorer, kl_untrained, kl_held_out, chosen.found, tried[-1].found)
-
-
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    """A form, and what query blocks of sixteen rows need by it and in truth."""
-
-    scorer: BlockScorer
-    scored: Scored
-    found: AtDensity  # at a tenth of the layer's open blocks
-
-
-def _judge(scorer: BlockScorer, records: Sequence[LayerRecord]) -> _Judged:
-    (scored,), _ = score_records(scorer, records, (), pick_query_block("cpu"))
-    return _Judged(scorer, scored, at_density(scored, TENTH))
+    cheapest, found = min(enough, key=lambda pair: (pair[0].cost_per_pair, -pair[1].need_found))
+    chosen = _choose_rows(cheapest, found, held_out, options)
+    if chosen is not cheapest:
+        found = find_at(chosen, held_out)
+    kl_held_out = mean_divergence(partial(divergence, chosen), held_out)
+    if chosen.shape.is_single:
+        _fit_steps(chosen, train)
+    return ChosenScorer(chosen, kl_untrained, kl_held_out, found, found_untrained)
 
 
 def _choose_rows(
-    one: _Judged, held_out: Sequence[LayerRecord], options: DistillOptions
-) -> _Judged:
-    """Score some rows for all where that finds more at the same price, misses as few needles, or keep `one`.
+    scorer: BlockScorer, found: AtDensity, held_out: Sequence[LayerRecord], options: DistillOptions
+) -> BlockScorer:
+    """Score some rows for all of them where that finds more at the same price, and misses as few needles.
 
-    A form that costs less than single queries do reads so many more blocks for the difference.
+    `found` is what the scorer finds at a tenth. A form that costs less than single queries do reads so many
+    more blocks for the difference.
     """
-    if not one.scorer.shape.is_single:
-        return one
+    if not scorer.shape.is_single:
+        return scorer
     sizes = [size for size in _halvings(options.query_pool) if size > 1 and RUN_ROWS % size == 0]
-    forms = [one, *(_judge(one.scorer.with_query_pool(size, "k_center"), held_out) for size in sizes)]
-    dearest = one.scorer.with_query_pool(1).share_of_dense
-    at_price = [at_density(form.scored, TENTH + dearest - form.scorer.share_of_dense) for form in forms]
-    allowed = one.found.needles_missed + options.lost_needles
+    forms = [scorer, *(scorer.with_query_pool(size, "k_center") for size in sizes)]
+    dearest = scorer.with_query_pool(1).share_of_dense
+    at_price = [find_at(form, held_out, TENTH + dearest - form.share_of_dense) for form in forms]
+    allowed = found.needles_missed + options.lost_needles
     worth = [
-        (at.need_found, form)
-        for form, at in zip(forms, at_price, strict=True)
-        if form is one or at.needles_missed <= allowed
+        (at.need_found, i)
+        for i, at in enumerate(at_price)
+        if forms[i] is scorer or at.needles_missed <= allowed
     ]
-    return max(worth, key=lambda pair: pair[0])[1]
+    return forms[max(worth)[1]]
+
+
+def find_at(scorer: BlockScorer, records: Sequence[LayerRecord], density: float = TENTH) -> AtDensity:
+    """Return what a scorer finds at a density of a layer's open blocks, on rows that choose by sixteen."""
+    (scored,), _ = score_records(scorer, records, (), pick_query_block("cpu"))
+    return at_density(scored, density)
 
 
 def _ranks(shape: ScorerShape) -> list[int]:

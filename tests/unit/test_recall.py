@@ -32,7 +32,7 @@ BOLD = [
 
 def test_the_worst_is_what_lost_most_against_dense() -> None:
     """A task that dense cannot do either is not the worst, whatever its share."""
-    found = summarise(BOLD, DENSE)
+    found = summarise(BOLD, DENSE, [0.1, 0.3] * 3)
 
     assert (found.worst.kind, found.worst.prompt_tokens) == ("passkey", 512)
     assert (found.worst.right, found.worst.dense_right) == (0.5, 1.0)
@@ -42,7 +42,7 @@ def test_the_worst_is_what_lost_most_against_dense() -> None:
 
 def test_cells_keep_the_depths_apart() -> None:
     """The grid says where in the prompt a note was missed."""
-    cells = summarise(BOLD, DENSE).cells
+    cells = summarise(BOLD, DENSE, [0.1, 0.3] * 3).cells
 
     assert [(cell.kind, cell.prompt_tokens, cell.num) for cell in cells] == [
         ("passkey", 512, 2),
@@ -54,22 +54,27 @@ def test_cells_keep_the_depths_apart() -> None:
 
 def test_longer_answers_show() -> None:
     """The length of answers stands beside dense's, with the share that the limit ended."""
-    found = summarise(BOLD, DENSE)
+    found = summarise(BOLD, DENSE, [0.1, 0.3] * 3)
 
     assert found.generated_tokens_mean == pytest.approx(40 / 6)
     assert found.generated_tokens_ratio == pytest.approx(40 / 24)
     assert found.cut_share == pytest.approx(1 / 6)
 
 
+def test_what_was_read_stands_beside_what_was_found() -> None:
+    """A rung's answers are worth what it read for them: the mean over its prompts."""
+    assert summarise(BOLD, DENSE, [0.1, 0.3] * 3).density == pytest.approx(0.2)
+
+
 def test_tasks_that_dense_cannot_do_are_named() -> None:
     """What dense never finds says nothing about a rung."""
-    assert summarise(DENSE, DENSE).untold() == ["variable_value at 2048 tokens"]
+    assert summarise(DENSE, DENSE, [1.0] * 6).untold() == ["variable_value at 2048 tokens"]
 
 
 def test_nothing_to_sum_up_is_refused() -> None:
     """No task is no mean of zero."""
     with pytest.raises(ValueError, match="give at least one kind and one length"):
-        summarise([], [])
+        summarise([], [], [])
 
 
 def test_lengths_default_to_a_quarter_and_the_window() -> None:

@@ -126,17 +126,16 @@ def best_shares_native(
 ) -> bool:
     """Fill `out` [B, Hq, n, blocks] with the log share of the neediest of `block_q` rows; is any of it NaN?
 
-    Blocks that no row may choose have -inf. q [B, Hq, R, D] are the newest rows, k [B, Hkv, T, D] all keys, pooled [B, Hkv, P, features] what stands
-    for them.
+    Blocks that no row may choose have -inf. q [B, Hq, R, D] are the newest rows, k [B, Hkv, T, D] all keys,
+    pooled [B, Hkv, P, features] what stands for them.
     """
     q, k, pooled = _as_native(q), _as_native(k), _as_rows(pooled, q.dtype)
     blocks = pooled.shape[2] * weights.pool_tokens // weights.block
     shape = _scores_shape(q, k, weights, out, block_q, blocks=blocks, pooled_h=pooled.stride(1))
     tables = [_pointer(t) for t in (weights.cos, weights.sin, weights.maps, weights.gains, weights.bias)]
     call = getattr(load_native(), f"sentei_scores_{DTYPES[q.dtype]}")
-    is_odd = False
-    for b in range(q.shape[0]):
-        is_odd |= 0 != call(
+    found = [
+        call(
             shape,
             *map(_pointer, (q[b], k[b], pooled[b])),
             *tables,
@@ -145,7 +144,9 @@ def best_shares_native(
             _pointer(out[b]),
             c_int(_threads()),
         )
-    return is_odd
+        for b in range(q.shape[0])
+    ]
+    return any(found)
 
 
 def pack_bytes_native(
@@ -251,7 +252,7 @@ def byte_shares_native(
         _pointer(out),
         c_int(_threads_for(q.shape[0] * k.shape[1] * k.shape[2] * out.shape[2], _FEW_SCORES)),
     )
-    return is_odd != 0
+    return bool(is_odd)
 
 
 def _as_native(x: Tensor) -> Tensor:

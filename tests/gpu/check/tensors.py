@@ -25,11 +25,11 @@ from .worker import Bench
 FORMS: dict[str, dict[str, Any]] = {
     "rank 32, 4 as one": {"form": "low_rank", "rank": 32, "pool_tokens": 1, "query_pool": 4},
     "rank 32": {"form": "low_rank", "rank": 32, "pool_tokens": 1, "query_pool": 1},
-    "rank 32, 1 of 2": {
+    "rank 32, 1 of 4": {
         "form": "low_rank",
         "rank": 32,
         "pool_tokens": 1,
-        "query_pool": 2,
+        "query_pool": 4,
         "query_reduce": "k_center",
     },
     "rank 16, 4 as one": {"form": "low_rank", "rank": 16, "pool_tokens": 1, "query_pool": 4},

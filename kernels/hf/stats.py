@@ -77,11 +77,14 @@ class RetrofitStats:
         if call.path == "sparse":
             self.num_sparse += 1
 
-    def density(self) -> float | None:
-        """Share read of what the latest calls saw, dense layers included; None if every call was dense."""
-        if not self.has_run_sparse:
+    def density(self, *, least_tokens: int = 1) -> float | None:
+        """Share read of what the latest calls saw, dense layers included; None if every call was dense.
+
+        Calls of fewer query tokens do not count: with 2 it is the density of prompts without decode steps.
+        """
+        calls = [call for call in read_calls(self.calls) if call.q_tokens >= least_tokens]
+        if not (self.has_run_sparse and calls):
             return None
-        calls = read_calls(self.calls)
         return sum(call.density * call.causal for call in calls) / sum(call.causal for call in calls)
 
     def density_by_group(self) -> dict[int, tuple[float, ...]]:

@@ -84,7 +84,7 @@ class RecallSummary:
     generated_tokens_mean: float
     generated_tokens_ratio: float  # over dense's, on the same prompts
     cut_share: float  # answers that the limit ended
-    density: float  # of the blocks that dense reads, prompts and answers together
+    prompt_density: float  # share of the blocks that dense reads for the prompts; decode steps apart
 
     def by_kind(self) -> dict[str, float]:
         """Return the share of right answers per kind, over all lengths."""
@@ -124,7 +124,7 @@ def recall_by_rung(
     runs = by_variant(turns)
     dense = [run.result for run in runs.get(DENSE, [])]
     return {
-        rung.id: summarise([run.result for run in found], dense, [run.density for run in found])
+        rung.id: summarise([run.result for run in found], dense, [run.prompt_density for run in found])
         for rung in adapter.ladder.rungs
         for found in (runs.get(rung.id, []),)
     }
@@ -133,7 +133,7 @@ def recall_by_rung(
 def summarise(
     outcomes: Sequence[TaskOutcome], dense: Sequence[TaskOutcome], densities: Sequence[float]
 ) -> RecallSummary:
-    """Sum up one rung's outcomes and what it read beside dense's on the same tasks in the same order."""
+    """Sum up one rung's outcomes and its prompts' densities, beside dense's on the same tasks in order."""
     if not outcomes:
         raise ValueError("no recall task was run; give at least one kind and one length")
     places = dict.fromkeys((outcome.kind, outcome.length) for outcome in outcomes)
@@ -155,7 +155,7 @@ def summarise(
         generated_tokens_mean=own_tokens,
         generated_tokens_ratio=own_tokens / max(dense_tokens, 1.0),
         cut_share=fmean(outcome.is_cut for outcome in outcomes),
-        density=fmean(densities),
+        prompt_density=fmean(densities),
     )
 
 

@@ -39,6 +39,7 @@ class Ran(Generic[Result]):
 
     result: Result
     density: float  # 1 where every call ran dense
+    prompt_density: float  # the same without decode steps
     density_by_group: Densities
     has_run_sparse: bool
 
@@ -74,6 +75,7 @@ def run_each(
                 found[variant.name] = Ran(
                     result,
                     density=1.0 if density is None else density,
+                    prompt_density=stats.density(least_tokens=2) or 1.0,
                     density_by_group=stats.density_by_group(),
                     has_run_sparse=stats.has_run_sparse,
                 )

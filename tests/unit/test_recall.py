@@ -63,7 +63,7 @@ def test_longer_answers_show() -> None:
 
 def test_what_was_read_stands_beside_what_was_found() -> None:
     """A rung's answers are worth what it read for them: the mean over its prompts."""
-    assert summarise(BOLD, DENSE, [0.1, 0.3] * 3).density == pytest.approx(0.2)
+    assert summarise(BOLD, DENSE, [0.1, 0.3] * 3).prompt_density == pytest.approx(0.2)
 
 
 def test_tasks_that_dense_cannot_do_are_named() -> None:

@@ -64,9 +64,9 @@ class Adapter:
                     f"query_block_tokens is {rows}, but layer {index} has blocks of {shape.block_tokens}; "
                     f"give a divisor of that, at least {BLOCK_MIN}: sentei calibrate --query-block"
                 )
-            if rows % shape.query_pool:
+            if rows % shape.row_tokens:
                 raise AdapterError(
-                    f"query_block_tokens is {rows}, but layer {index} scores {shape.query_pool} queries as "
+                    f"query_block_tokens is {rows}, but layer {index} scores {shape.row_tokens} queries as "
                     "one; give a multiple of that: sentei calibrate --query-block"
                 )
 

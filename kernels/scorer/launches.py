@@ -36,6 +36,8 @@ def score_rows(
 ) -> Tensor:
     """Log shares of the neediest row, [B, Hq, n, blocks]; arguments as in `selection.score_blocks`.
 
+    Rows that differ are chosen in query blocks of whole runs alone; in others all rows are scored.
+
     A NaN stays one: nobody waits to look for it.
     """
     shape = scorer.shape
@@ -95,9 +97,13 @@ def choose_step(
 
 
 def _choose_rows(q: Tensor, rows: Tensor, forced: Tensor, one_in: int) -> tuple[Tensor, Tensor]:
-    """Leave of rows [B, Hq, R, F] and their logs [B, Hq, R], whole runs of q, those that are scored."""
-    token = torch.arange(rows.shape[2], device=q.device).clamp_max(q.shape[2] - 1)
-    chosen, _ = rows_that_differ(q[:, :, token], one_in)
+    """Leave of rows [B, Hq, R, F] and their logs [B, Hq, R], whole runs of q, those that are scored.
+
+    Copies of the last row, which fill up its query block, ask for nothing.
+    """
+    token = torch.arange(rows.shape[2], device=q.device)
+    chosen, _ = rows_that_differ(q[:, :, token.clamp_max(q.shape[2] - 1)], one_in)
+    forced = forced.masked_fill(token >= q.shape[2], torch.inf)
     return rows.gather(2, chosen[..., None].expand(*chosen.shape, rows.shape[-1])), forced.gather(2, chosen)
 
 

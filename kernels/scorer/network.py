@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from sentei.errors import SenteiError
-from sentei.kernels.scorer.rows import RUN_ROWS
+from sentei.kernels.scorer.rows import ROW_CHOICES
 
 NUM_DISTANCES = 16
 # Features of single keys are bytes where the processor multiplies these: 127 steps reach to so many standard
@@ -46,7 +46,7 @@ class ScorerShape:
     block_tokens: int = 64
     form: Form = "residual"
     query_pool: int = 1  # of so many neighbouring rows one is scored
-    query_reduce: Reduce = "mean"  # their mean, or of each RUN_ROWS rows those that differ most
+    query_reduce: Reduce = "mean"  # their mean, or of each sixteen rows those that differ most
 
     def __post_init__(self) -> None:
         if self.form not in get_args(Form):
@@ -68,9 +68,10 @@ class ScorerShape:
         if self.query_reduce not in get_args(Reduce):
             known = ", ".join(get_args(Reduce))
             raise ScorerError(f"query_reduce is {self.query_reduce!r}; it must be one of {known}")
-        if self.chooses_rows and RUN_ROWS % self.query_pool:
+        if self.chooses_rows and self.query_pool not in ROW_CHOICES:
+            known = ", ".join(map(str, ROW_CHOICES))
             raise ScorerError(
-                f"query_pool is {self.query_pool} with query_reduce k_center; it must divide {RUN_ROWS}"
+                f"query_pool is {self.query_pool} with query_reduce k_center; it must be one of {known}"
             )
 
     @property

@@ -12,25 +12,33 @@ from torch import Tensor
 
 # Rows among which some stand for the others: the shortest query blocks (docs/adr/0012).
 RUN_ROWS = 16
+ROW_CHOICES = (2, 4, 8)  # of so many rows one: a run leaves two at least, or one that is no number could hide
 
 
 def rows_that_differ(q: Tensor, one_in: int) -> tuple[Tensor, Tensor]:
     """Choose one in so many rows of q [..., R, D], in each run of RUN_ROWS rows those farthest apart.
 
-    A shorter run leaves as many: how a prompt is cut makes no difference.
+    A shorter run at the end leaves as many: cut at multiples of RUN_ROWS, a prompt is scored as it is whole.
 
     Returns:
         The chosen rows [..., C] in their order, and of each row the place among them of the one that stands
         for it [..., R]. What is no number is infinitely far: such a row is chosen, so that no score hides it.
     """
-    chosen, places, before = [], [], 0
-    for first in range(0, q.shape[-2], RUN_ROWS):
-        run = q[..., first : first + RUN_ROWS, :].float()
-        picks, nearest = _farthest_first(_distances(run), min(RUN_ROWS // one_in, run.shape[-2]))
+    full = q.shape[-2] // RUN_ROWS * RUN_ROWS
+    whole = q[..., :full, :].reshape(*q.shape[:-2], -1, RUN_ROWS, q.shape[-1])
+    parts = [whole, q[..., None, full:, :]]
+    chosen, places, before, first = [], [], 0, 0
+    for runs in parts:
+        if not runs.shape[-2] * runs.shape[-3]:
+            continue
+        num, size = runs.shape[-3:-1]
+        kept = min(RUN_ROWS // one_in, size)
+        picks, nearest = _farthest_first(_distances(runs.float()), kept)
         picks, order = picks.sort(dim=-1)
-        chosen.append(picks + first)
-        places.append(order.argsort(dim=-1).gather(-1, nearest) + before)
-        before += picks.shape[-1]
+        run = torch.arange(num, device=q.device)[:, None]
+        chosen.append((picks + run * size + first).flatten(-2))
+        places.append((order.argsort(dim=-1).gather(-1, nearest) + run * kept + before).flatten(-2))
+        before, first = before + num * kept, first + num * size
     return torch.cat(chosen, dim=-1), torch.cat(places, dim=-1)
 
 

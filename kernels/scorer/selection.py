@@ -144,17 +144,19 @@ def most_lead(first: int, step: int, num: int, block_tokens: int) -> int:
 
 
 def choose_rows(
-    blocks: QueryBlocks, lse: torch.Tensor, one_in: int
+    blocks: QueryBlocks, lse: torch.Tensor, one_in: int, q_len_end: int
 ) -> tuple[QueryBlocks, torch.Tensor, torch.Tensor]:
     """Leave of each query block the rows that are scored for all of them, one in so many.
 
     Args:
         lse: exact logs of the forced blocks [B, Hq, n, rows].
+        q_len_end: the position behind the last row; what fills up the last block asks for nothing.
 
     Returns:
         Blocks of the chosen rows, their logs, and of each row the place of the one that stands for it.
     """
     chosen, places = rows_that_differ(blocks.q, one_in)
+    lse = lse.masked_fill(blocks.last_positions >= q_len_end, torch.inf)
     at = chosen[..., None].expand(*chosen.shape, blocks.q.shape[-1])
     left = replace(blocks, q=blocks.q.gather(3, at), q_plain=blocks.q_plain.gather(3, at))
     return left, lse.gather(3, chosen), places
@@ -290,7 +292,7 @@ def _fill_chunks(
                 lead=most_lead(q_offset + row, blocks.block_tokens, last - first, block),
             )
             if scorer.shape.chooses_rows:
-                blocks, lse, _ = choose_rows(blocks, lse, scorer.shape.query_pool)
+                blocks, lse, _ = choose_rows(blocks, lse, scorer.shape.query_pool, k.shape[2])
             shares, _ = log_shares(scorer, blocks, keys[:, :, : visible * per_block], lse)
             result[:, :, first:last, : shares.shape[-1]] = shares.amax(dim=3)
         first = last

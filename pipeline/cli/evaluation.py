@@ -189,8 +189,9 @@ def recall_table(document: dict[str, Any]) -> Table:
     table.add_row("worst against dense", "", "", *(_worst_recall(rung["recall"]["worst"]) for rung in rungs))
     lengths = [f"{rung['recall']['generated_tokens_mean']:.1f}" for rung in rungs]
     table.add_row("tokens generated", "", "", *lengths)
-    densities = [f"{rung['recall']['prompt_density']:.1%}" for rung in rungs]
-    table.add_row("density of prompts", "", "", *densities)
+    if all("prompt_density" in rung["recall"] for rung in rungs):  # evaluations of before have none
+        densities = [f"{rung['recall']['prompt_density']:.1%}" for rung in rungs]
+        table.add_row("density of prompts", "", "", *densities)
     return table
 
 

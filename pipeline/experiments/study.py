@@ -16,7 +16,7 @@ import torch
 
 from sentei.kernels.hf.models import LayerInfo, thinnable_layers
 from sentei.kernels.scorer.network import BlockScorer, ScorerShape
-from sentei.kernels.scorer.rows import RUN_ROWS
+from sentei.kernels.scorer.rows import ROW_CHOICES
 from sentei.kernels.scorer.untrained import UNTRAINED
 from sentei.pipeline.experiments.forms import TwoStages, local_needs
 from sentei.pipeline.ladder.distill import DistillOptions, divergence, train_scorer
@@ -210,7 +210,7 @@ def _low_rank_forms(layer: LayerInfo, texts: _Texts, options: StudyOptions, rank
     for size in options.query_pools:
         as_one = "" if size == 1 else f", {size} queries as one"
         yield _plain(f"low rank {rank}, trained{as_one}", scorer.with_query_pool(size))
-        if size > 1 and RUN_ROWS % size == 0:
+        if size in ROW_CHOICES:
             one_of = scorer.with_query_pool(size, "k_center")
             yield _plain(f"low rank {rank}, trained, one of {size} queries", one_of)
     if rank != sorted(options.ranks)[len(options.ranks) // 2]:

@@ -12,7 +12,7 @@ import torch
 from sentei.kernels.hf.adapter import Adapter, new_adapter, save_adapter
 from sentei.kernels.hf.models import thinnable_layers
 from sentei.kernels.scorer.network import BlockScorer, Form, ScorerShape
-from sentei.kernels.scorer.rows import RUN_ROWS
+from sentei.kernels.scorer.rows import ROW_CHOICES
 from sentei.kernels.scorer.selection import pick_query_block
 from sentei.pipeline.ladder.learn import Course, learn, mean_divergence
 from sentei.pipeline.measure.capture import Sampling, capture
@@ -224,7 +224,7 @@ def choose_scorer(
         and found.needles_missed <= best.needles_missed + options.lost_needles
     ]
     cheapest, found = min(enough, key=lambda pair: (pair[0].cost_per_pair, -pair[1].need_found))
-    chosen = _choose_rows(cheapest, found, held_out, options)
+    chosen = _choose_rows(cheapest, found, found_untrained.need_found, held_out, options)
     if chosen is not cheapest:
         found = find_at(chosen, held_out)
     kl_held_out = mean_divergence(partial(divergence, chosen), held_out)
@@ -234,16 +234,21 @@ def choose_scorer(
 
 
 def _choose_rows(
-    scorer: BlockScorer, found: AtDensity, held_out: Sequence[LayerRecord], options: DistillOptions
+    scorer: BlockScorer,
+    found: AtDensity,
+    least_need: float,
+    held_out: Sequence[LayerRecord],
+    options: DistillOptions,
 ) -> BlockScorer:
     """Score some rows for all of them where that finds more at the same price, and misses as few needles.
 
-    `found` is what the scorer finds at a tenth. A form that costs less than single queries do reads so many
-    more blocks for the difference.
+    A form that costs less than single queries do reads so many more blocks for the difference, and may miss
+    with them hardly more needles than `found`, what the scorer finds at a tenth. At a tenth a form must find
+    `least_need`: no less than an untrained score does.
     """
     if not scorer.shape.is_single:
         return scorer
-    sizes = [size for size in _halvings(options.query_pool) if size > 1 and RUN_ROWS % size == 0]
+    sizes = [size for size in _halvings(options.query_pool) if size in ROW_CHOICES]
     forms = [scorer, *(scorer.with_query_pool(size, "k_center") for size in sizes)]
     dearest = scorer.with_query_pool(1).share_of_dense
     at_price = [find_at(form, held_out, TENTH + dearest - form.share_of_dense) for form in forms]
@@ -251,7 +256,8 @@ def _choose_rows(
     worth = [
         (at.need_found, i)
         for i, at in enumerate(at_price)
-        if forms[i] is scorer or at.needles_missed <= allowed
+        if forms[i] is scorer
+        or (at.needles_missed <= allowed and find_at(forms[i], held_out).need_found >= least_need)
     ]
     return forms[max(worth)[1]]
 

@@ -59,7 +59,7 @@ def pooled_shares(scorer: BlockScorer, record: LayerRecord) -> tuple[torch.Tenso
         )
     places = None
     if shape.chooses_rows:
-        blocks, lse, places = choose_rows(blocks, lse, shape.query_pool)
+        blocks, lse, places = choose_rows(blocks, lse, shape.query_pool, record.keys.shape[2])
     shares, forced = _shares_in_parts(scorer, blocks, keys, lse)
     if places is not None:
         shares = shares.gather(3, places[..., None].expand(*places.shape, shares.shape[-1]))

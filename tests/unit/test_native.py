@@ -18,6 +18,7 @@ from sentei.kernels.ops.native.structs import fill_struct, struct_fields
 from sentei.kernels.ops.reference import attend_reference
 from sentei.kernels.ops.rules import Softmax
 from sentei.kernels.ops.tolerances import BYTE_SCORE_RMS, ERROR_FLOOR, allowed_error
+from sentei.kernels.scorer import selection
 from sentei.kernels.scorer.features import RotaryTable, unrotate
 from sentei.kernels.scorer.network import BlockScorer, Form, Reduce, ScorerError, ScorerShape
 from sentei.kernels.scorer.pooled_cache import PooledCache
@@ -274,13 +275,34 @@ def test_the_rows_that_differ_are_chosen_as_the_plain_path_does(
     assert num_shared == 1.0 if q_len <= 16 // query_pool else num_shared > 1 / query_pool
 
 
-@pytest.mark.parametrize("reduce", ["mean", "k_center"])
+@pytest.mark.parametrize("at_once", [1, 10**9])
+def test_chosen_rows_are_the_same_however_many_blocks_are_scored_at_once(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fills up the last query block of several is no row, and asks for nothing."""
+    generator = torch.Generator().manual_seed(6)
+    q, k = (torch.randn(1, heads, 899, 32, generator=generator) for heads in (4, 2))
+    scorer, table = make_scorer(16, 1, "low_rank", 4, "k_center"), make_table(899)
+    monkeypatch.setattr(calls, "has_byte_scores", lambda _rank: False)
+    monkeypatch.setattr(selection, "MAX_SCORES_PER_CHUNK", at_once)
+    keys = PooledCache(scorer).update(k, 899, table)
+    with torch.no_grad():
+        native, _ = score_blocks(scorer, q[:, :, -300:], k, keys, table=table, block_q=64)
+        monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
+        plain, _ = score_blocks(scorer, q[:, :, -300:], k, keys, table=table, block_q=64)
+
+    torch.testing.assert_close(native, plain, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("pool", "reduce"), [(4, "mean"), (2, "k_center"), (4, "k_center"), (8, "k_center")])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_row_that_is_no_number_is_an_error_whoever_stands_for_it(bad: float, reduce: Reduce) -> None:
+def test_a_row_that_is_no_number_is_an_error_whoever_stands_for_it(
+    bad: float, pool: int, reduce: Reduce
+) -> None:
     """A row is not passed over for others because nobody can tell how far it is from them."""
     generator = torch.Generator().manual_seed(3)
     q, k = (torch.randn(1, heads, 300, 32, generator=generator) for heads in (4, 2))
-    scorer, table = make_scorer(64, 1, "low_rank", 4, reduce), make_table(300)
+    scorer, table = make_scorer(64, 1, "low_rank", pool, reduce), make_table(300)
     for row in (160, 167, 299):
         broken = q.clone()
         broken[0, 1, row, 3] = bad

@@ -58,7 +58,7 @@ def exact_shares(scorer: BlockScorer, q: Tensor, k: Tensor, table: RotaryTable, 
     total = torch.logaddexp(weights.logsumexp(-1), forced)
     shares = (weights - total[..., None]).unflatten(2, (num, rows))
     if shape.chooses_rows and rows % RUN_ROWS == 0:
-        is_left = _farthest(mean_q, RUN_ROWS // shape.query_pool)
+        is_left = _farthest(mean_q, RUN_ROWS // shape.query_pool) & (first.flatten() < q_len)
         shares = shares.masked_fill(~is_left.unflatten(2, (num, rows))[..., None], -torch.inf)
     shares = shares.amax(3)
     return torch.nn.functional.pad(shares, (0, blocks - full), value=-torch.inf)

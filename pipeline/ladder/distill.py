@@ -224,7 +224,7 @@ def choose_scorer(
         and found.needles_missed <= best.needles_missed + options.lost_needles
     ]
     cheapest, found = min(enough, key=lambda pair: (pair[0].cost_per_pair, -pair[1].need_found))
-    chosen = _choose_rows(cheapest, found, found_untrained.need_found, held_out, options)
+    chosen = _choose_rows(cheapest, found, held_out, options)
     if chosen is not cheapest:
         found = find_at(chosen, held_out)
     kl_held_out = mean_divergence(partial(divergence, chosen), held_out)
@@ -236,15 +236,13 @@ def choose_scorer(
 def _choose_rows(
     scorer: BlockScorer,
     found: AtDensity,
-    least_need: float,
     held_out: Sequence[LayerRecord],
     options: DistillOptions,
 ) -> BlockScorer:
     """Score some rows for all of them where that finds more at the same price, and misses as few needles.
 
     A form that costs less than single queries do reads so many more blocks for the difference, and may miss
-    with them hardly more needles than `found`, what the scorer finds at a tenth. At a tenth a form must find
-    `least_need`: no less than an untrained score does.
+    with them hardly more needles than `found`, what the scorer finds at a tenth.
     """
     if not scorer.shape.is_single:
         return scorer
@@ -256,8 +254,7 @@ def _choose_rows(
     worth = [
         (at.need_found, i)
         for i, at in enumerate(at_price)
-        if forms[i] is scorer
-        or (at.needles_missed <= allowed and find_at(forms[i], held_out).need_found >= least_need)
+        if forms[i] is scorer or at.needles_missed <= allowed
     ]
     return forms[max(worth)[1]]
 

@@ -82,8 +82,10 @@ class RetrofitStats:
 
         Calls of fewer query tokens do not count: with 2 it is the density of prompts without decode steps.
         """
-        calls = [call for call in read_calls(self.calls) if call.q_tokens >= least_tokens]
-        if not (self.has_run_sparse and calls):
+        if not self.has_run_sparse:
+            return None
+        calls = read_calls(call for call in self.calls if call.q_tokens >= least_tokens)
+        if not calls:
             return None
         return sum(call.density * call.causal for call in calls) / sum(call.causal for call in calls)
 

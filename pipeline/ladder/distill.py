@@ -16,7 +16,7 @@ from sentei.kernels.scorer.rows import ROW_CHOICES
 from sentei.kernels.scorer.selection import pick_query_block
 from sentei.pipeline.ladder.learn import Course, learn, mean_divergence
 from sentei.pipeline.measure.capture import Sampling, capture
-from sentei.pipeline.measure.needs import AtDensity, at_density, pooled_shares, score_records
+from sentei.pipeline.measure.needs import AtDensity, Scored, at_density, pooled_shares, score_records
 from sentei.pipeline.measure.records import LayerRecord, LayerRecords
 from sentei.pipeline.measure.texts import make_texts
 from sentei.pipeline.models import LoadedModel
@@ -224,9 +224,7 @@ def choose_scorer(
         and found.needles_missed <= best.needles_missed + options.lost_needles
     ]
     cheapest, found = min(enough, key=lambda pair: (pair[0].cost_per_pair, -pair[1].need_found))
-    chosen = _choose_rows(cheapest, found, held_out, options)
-    if chosen is not cheapest:
-        found = find_at(chosen, held_out)
+    chosen, found = _choose_rows(cheapest, found, held_out, options)
     kl_held_out = mean_divergence(partial(divergence, chosen), held_out)
     if chosen.shape.is_single:
         _fit_steps(chosen, train)
@@ -234,35 +232,41 @@ def choose_scorer(
 
 
 def _choose_rows(
-    scorer: BlockScorer,
-    found: AtDensity,
-    held_out: Sequence[LayerRecord],
-    options: DistillOptions,
-) -> BlockScorer:
+    scorer: BlockScorer, found: AtDensity, held_out: Sequence[LayerRecord], options: DistillOptions
+) -> tuple[BlockScorer, AtDensity]:
     """Score some rows for all of them where that finds more at the same price, and misses as few needles.
 
     A form that costs less than single queries do reads so many more blocks for the difference, and may miss
-    with them hardly more needles than `found`, what the scorer finds at a tenth.
+    with them hardly more needles than `found`, what the scorer finds at a tenth. Returned is what the form
+    finds there, too.
     """
     if not scorer.shape.is_single:
-        return scorer
-    sizes = [size for size in _halvings(options.query_pool) if size in ROW_CHOICES]
-    forms = [scorer, *(scorer.with_query_pool(size, "k_center") for size in sizes)]
+        return scorer, found
     dearest = scorer.with_query_pool(1).share_of_dense
-    at_price = [find_at(form, held_out, TENTH + dearest - form.share_of_dense) for form in forms]
-    allowed = found.needles_missed + options.lost_needles
-    worth = [
-        (at.need_found, i)
-        for i, at in enumerate(at_price)
-        if forms[i] is scorer or at.needles_missed <= allowed
-    ]
-    return forms[max(worth)[1]]
+    chosen, (_, at_price) = (scorer, found), _find(scorer, held_out, dearest)
+    for size in (size for size in _halvings(options.query_pool) if size in ROW_CHOICES):
+        form = scorer.with_query_pool(size, "k_center")
+        at_tenth, own = _find(form, held_out, dearest)
+        is_as_safe = own.needles_missed <= found.needles_missed + options.lost_needles
+        if is_as_safe and own.need_found > at_price.need_found:
+            chosen, at_price = (form, at_tenth), own
+    return chosen
+
+
+def _find(scorer: BlockScorer, records: Sequence[LayerRecord], dearest: float) -> tuple[AtDensity, AtDensity]:
+    """Return what a scorer finds at a tenth, and with the blocks that it saves beside a price of `dearest`."""
+    scored = _score(scorer, records)
+    return at_density(scored, TENTH), at_density(scored, TENTH + dearest - scorer.share_of_dense)
 
 
 def find_at(scorer: BlockScorer, records: Sequence[LayerRecord], density: float = TENTH) -> AtDensity:
     """Return what a scorer finds at a density of a layer's open blocks, on rows that choose by sixteen."""
+    return at_density(_score(scorer, records), density)
+
+
+def _score(scorer: BlockScorer, records: Sequence[LayerRecord]) -> Scored:
     (scored,), _ = score_records(scorer, records, (), pick_query_block("cpu"))
-    return at_density(scored, density)
+    return scored
 
 
 def _ranks(shape: ScorerShape) -> list[int]:

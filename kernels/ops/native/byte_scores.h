@@ -273,11 +273,11 @@ __attribute__((noinline)) void measure_forced(const Scores& p, const typename P:
 
 // What `scores` gives for single tokens without the residual, from what pack_byte_panels and pack_byte_maps made; the
 // heads of a KV group share each panel. `batch` sequences lie q_b and k_b apart, their panels, flaws [Hkv] and shares
-// one behind the other.
+// one behind the other. Returns whether a share is NaN.
 template <class P, class S>
 int byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, const S* k_all, int64_t k_b,
-                 const uint32_t* panels_all, const float* flaws, const float* maps, const float* cos,
-                 const float* sin, const float* bias, float scale, float* out_all, int threads) {
+                const uint32_t* panels_all, const float* flaws, const float* maps, const float* cos,
+                const float* sin, const float* bias, float scale, float* out_all, int threads) {
   typedef typename P::Cell Cell;
   const int64_t group = p.H / p.Hkv, columns = up(p.blocks, VL), wide = up(p.block, NR), W = 2 * p.D;
   const int64_t padded = up(p.rank, NR), raw_cells = up(p.D, P::PER) / P::PER;
@@ -314,12 +314,12 @@ int byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, con
       const S* raw = k_all + b * k_b + h_kv * p.k_h;
       const int64_t num = (start + live - 1) / p.block + 1 - home;
       // Query blocks of one key block follow each other, and it is packed for the first of them.
-      for (int64_t i = packed_bh == bh && packed_home == home ? packed_num : 0; i < num; ++i)
+      if (packed_bh != bh || packed_home != home) packed_num = 0;
+      for (int64_t i = packed_num; i < num; ++i)
         for (int64_t t = 0; t < wide; t += NR)
           P::pack_key_panel(raw + (home + i) * p.block * p.k_t, p.k_t, t, std::min(p.block, p.T - (home + i) * p.block),
                             p.D, near.data() + i * panel + t * raw_cells);
-      packed_num = packed_bh == bh && packed_home == home ? std::max(packed_num, num) : num;
-      packed_bh = bh, packed_home = home;
+      packed_bh = bh, packed_home = home, packed_num = std::max(packed_num, num);
       turn.read(cos + row0 * p.D, sin + row0 * p.D, live, p.D);
       for (int64_t g = 0; g < group; ++g) {
         const int64_t h = h_kv * group + g;

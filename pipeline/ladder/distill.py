@@ -254,7 +254,7 @@ def _choose_rows(
 
 
 def _find(scorer: BlockScorer, records: Sequence[LayerRecord], dearest: float) -> tuple[AtDensity, AtDensity]:
-    """Return what a scorer finds at a tenth, and with the blocks that it saves beside a price of `dearest`."""
+    """Return what a scorer finds at a tenth, and with the blocks that it saves beside a dearer price."""
     scored = _score(scorer, records)
     return at_density(scored, TENTH), at_density(scored, TENTH + dearest - scorer.share_of_dense)
 

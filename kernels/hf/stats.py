@@ -77,6 +77,13 @@ class RetrofitStats:
         if call.path == "sparse":
             self.num_sparse += 1
 
+    def read(self) -> list[LayerCall]:
+        """Return the latest calls with plain numbers; what has been read off a device is not read again."""
+        calls = read_calls(self.calls)
+        self.calls.clear()
+        self.calls.extend(calls)
+        return calls
+
     def density(self, *, least_tokens: int = 1) -> float | None:
         """Share read of what the latest calls saw, dense layers included; None if every call was dense.
 
@@ -84,7 +91,7 @@ class RetrofitStats:
         """
         if not self.has_run_sparse:
             return None
-        calls = read_calls(call for call in self.calls if call.q_tokens >= least_tokens)
+        calls = [call for call in self.read() if call.q_tokens >= least_tokens]
         if not calls:
             return None
         return sum(call.density * call.causal for call in calls) / sum(call.causal for call in calls)
@@ -92,7 +99,7 @@ class RetrofitStats:
     def density_by_group(self) -> dict[int, tuple[float, ...]]:
         """The same of each layer, KV group by KV group."""
         by_layer: dict[int, list[LayerCall]] = {}
-        for call in read_calls(self.calls):
+        for call in self.read():
             by_layer.setdefault(call.layer, []).append(call)
         return {layer: _density_by_group(calls) for layer, calls in by_layer.items()}
 

@@ -93,7 +93,7 @@ def test_all_rows_in_one_call_equal_each_row_alone(
     if dtype == torch.float32:
         assert torch.equal(kept, kept_by_row)
         torch.testing.assert_close(lse, lse_by_row)
-        assert float((out - expected).abs().max()) < ERROR_FLOOR[dtype]
+        assert float((out - expected).abs().max()) < 2 * ERROR_FLOOR[dtype]  # each is off by as much
     else:  # the plain path rounds features to bf16, so that a block at the border may go either way
         assert float((kept == kept_by_row).float().mean()) > 0.8
         same = (kept == kept_by_row)[..., None]
@@ -132,7 +132,7 @@ def test_rows_may_lie_anywhere_and_share_sequences() -> None:
     kept, _ = pages.decode(queries, rows, cache, out)
 
     assert torch.equal(kept, pages.decode_one_by_one(queries, rows, cache, expected)[0])
-    torch.testing.assert_close(out, expected, atol=ERROR_FLOOR[torch.float32], rtol=0)
+    torch.testing.assert_close(out, expected, atol=2 * ERROR_FLOOR[torch.float32], rtol=0)
     assert kept[2].tolist() == [11] * 6  # the other thresholds keep everything
     assert not bool(out[[0, 1, 3, 5, 6, 8]].any())
 

@@ -275,6 +275,31 @@ def test_the_rows_that_differ_are_chosen_as_the_plain_path_does(
     assert num_shared == 1.0 if q_len <= 16 // query_pool else num_shared > 1 / query_pool
 
 
+@pytest.mark.usefixtures("without_bytes")
+@pytest.mark.parametrize("dim", [24, 40, 64, 96])
+def test_the_same_rows_of_bf16_are_chosen_whatever_the_heads_size(
+    dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are laid out sixteen at a time where a head's size allows it, one by one behind that."""
+    generator = torch.Generator().manual_seed(dim)
+    q, k = (torch.randn(1, heads, 411, dim, generator=generator).bfloat16() for heads in (4, 2))
+    angles = torch.arange(411)[:, None] * (0.1 ** (torch.arange(dim // 2) / (dim // 2)))
+    full = torch.cat([angles, angles], dim=-1)
+    table = RotaryTable(full.cos(), full.sin())
+    scorer = BlockScorer(ScorerShape(4, 2, dim, 16, 1, 64, "low_rank", 4, "k_center"), dim**-0.5)
+    scorer.start_from(q[0].float(), k[0].float())
+    keys = PooledCache(scorer).update(k, 411, table)
+    with torch.no_grad():
+        native, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
+        monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
+        plain, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
+
+    is_open = plain > -torch.inf
+    assert torch.equal(native > -torch.inf, is_open)
+    # Another choice of rows would be off by some nats.
+    torch.testing.assert_close(native[is_open], plain[is_open], rtol=0.01, atol=0.05)
+
+
 @pytest.mark.parametrize("at_once", [1, 10**9])
 def test_chosen_rows_are_the_same_however_many_blocks_are_scored_at_once(
     at_once: int, monkeypatch: pytest.MonkeyPatch
@@ -311,7 +336,7 @@ def test_a_row_that_is_no_number_is_an_error_whoever_stands_for_it(
             score_blocks(scorer, broken, k, keys, table=table, block_q=16)
 
 
-@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX2, AVX-512)")
 @pytest.mark.parametrize(
     ("rank", "query_pool", "reduce"),
     [(12, 1, "mean"), (32, 4, "mean"), (30, 2, "mean"), (32, 2, "k_center"), (16, 4, "k_center")],
@@ -349,7 +374,7 @@ def test_byte_scores_are_near_the_plain_ones(
     assert float(error.abs().max()) <= 10 * BYTE_SCORE_RMS
 
 
-@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX2, AVX-512)")
 def test_byte_scores_of_large_logits_are_finite_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits that may overflow are cut at 2^95 times the forced blocks: there a share is full."""
     generator = torch.Generator().manual_seed(5)
@@ -373,6 +398,32 @@ def test_byte_scores_of_large_logits_are_finite_and_in_order(monkeypatch: pytest
     assert float((native - plain)[is_large].abs().mean()) <= 0.3
 
 
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX2, AVX-512)")
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-9, 1e-6, 1e5, 1e12, 1e25])
+def test_a_byte_has_a_step_at_every_size_of_a_query(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small queries ask all blocks alike, as in floats; ones beyond all measure still find their block."""
+    generator = torch.Generator().manual_seed(11)
+    q, k = (torch.randn(1, heads, 700, 32, generator=generator) for heads in (4, 2))
+    scorer = BlockScorer(ScorerShape(4, 2, 32, 32, 1, 64, "low_rank"), 32**-0.5)
+    scorer.start_from(q[0], k[0])
+    q, table = q * size, make_table(700)
+    keys = PooledCache(scorer).update(k, 700, table)
+    with torch.no_grad():
+        native, _ = score_blocks(scorer, q, k, keys, table=table, block_q=16)
+        monkeypatch.setattr(registry, "_broken", {"native": "off for this test"})
+        plain, _ = score_blocks(
+            scorer, q, k, PooledCache(scorer).update(k, 700, table), table=table, block_q=16
+        )
+
+    chosen = plain > -torch.inf
+    assert not native[chosen].isnan().any()
+    assert float(native[chosen].max()) <= 0.1
+    if size <= 1e-6:
+        torch.testing.assert_close(native[chosen], plain[chosen], rtol=0, atol=0.02)
+    else:  # bytes of a query are too coarse here to say which of two logits is larger, if they are near
+        assert float((native > -1.0)[plain > -1.0].float().mean()) >= 0.8
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "rank"), [(1, 12), (23, 32), (100, 30)])
 def test_features_of_keys_equal_the_plain_ones(dtype: torch.dtype, tokens: int, rank: int) -> None:
@@ -393,7 +444,7 @@ def test_features_of_keys_equal_the_plain_ones(dtype: torch.dtype, tokens: int, 
     )
 
 
-@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX2, AVX-512)")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_panels_that_grow_score_as_panels_packed_anew_do(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -432,7 +483,7 @@ def test_panels_that_grow_score_as_panels_packed_anew_do(
     assert sum(packed) == 2400 // 64 + 4 + 4
 
 
-@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX2, AVX-512)")
 @pytest.mark.parametrize("end", [320, 450])
 def test_a_rows_shares_do_not_depend_on_what_comes_behind(end: int) -> None:
     """Bytes of a key are its own: a piece of a prompt scores as the whole does, to the bit."""
@@ -454,7 +505,7 @@ def test_a_rows_shares_do_not_depend_on_what_comes_behind(end: int) -> None:
     assert torch.equal(piece[:, :, :full], whole[:, :, :full, : piece.shape[3]])
 
 
-@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX512-VNNI)")
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX2, AVX-512)")
 @pytest.mark.parametrize("where", ["query", "key", "bias"])
 def test_bytes_do_not_hide_what_is_no_number(where: str) -> None:
     """NaN has no byte: it must come out as an error, never as a share."""

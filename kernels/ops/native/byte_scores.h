@@ -1,12 +1,16 @@
 // Scores of single tokens from features of 8 bits: a part of programs.cpp, which includes it in its namespace.
 //
 // A feature of a key is an unsigned byte, its value in steps that the scorer has for each dimension plus 128; a feature of
-// a query is a signed byte in steps of a per-row size. Sums of products are exact in 32 bits. Lanes are key blocks, so that a
-// block's tokens are summed up lane by lane, without a reduction across lanes.
+// a query is a signed byte in steps of its row, with which a sum of products, exact in 32 bits, is a whole number of
+// 2^(shift - 23) octaves. Lanes are key blocks, so that a block's tokens are summed up lane by lane, without a reduction
+// across lanes.
 
 struct ByteRow {
-  float step, correction, reference;  // logit = step * (sum - correction); sums of exp(logit - reference)
-  bool is_bounded;                    // whether no logit can lie so far above the reference that its power overflows
+  int32_t shift, correction;  // logit in octaves = (sum - correction) * 2^(shift - 23)
+  float per_nat;              // how many of these a nat is
+  float reference;            // what sums of exp(logit - reference) are taken relative to, in nats
+  float start;                // what a sum of products starts with, but for bias and correction
+  bool is_bounded;            // whether no logit can lie so far above the reference that its power overflows
 };
 
 // A feature in steps of its dimension; `flaw` becomes NaN where it is no number, so that no score hides it.
@@ -19,32 +23,79 @@ inline uint8_t to_byte(float x, float inverse_step, float* flaw) {
   return uint8_t(int(std::nearbyint(steps)) + 128);
 }
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if HAS_BYTE_PRODUCTS
 
-constexpr int64_t BYTE_CELLS_MAX = 16;  // four dimensions each
-constexpr int BYTE_ROWS = 8;
+// sum + cells * query, four products of an unsigned and a signed byte in each lane. Without an instruction for it two
+// products are summed in 16 bits, where they have to fit.
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+constexpr float QUERY_BYTES = 127.0f;
+#else
+constexpr float QUERY_BYTES = 63.0f;
+#endif
+#if defined(__AVX512F__)
+inline ivec nearest(vec x) { return (ivec)_mm512_cvtps_epi32((__m512)x); }
+inline ivec add_products(ivec sum, ivec cells, ivec query) {
+#if defined(__AVX512VNNI__)
+  return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)cells, (__m512i)query);
+#else
+  const __m512i pairs = _mm512_maddubs_epi16((__m512i)cells, (__m512i)query);
+  return sum + (ivec)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#endif
+}
+#else
+inline ivec nearest(vec x) { return (ivec)_mm256_cvtps_epi32((__m256)x); }
+inline ivec add_products(ivec sum, ivec cells, ivec query) {
+#if defined(__AVXVNNI__)
+  return (ivec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)cells, (__m256i)query);
+#else
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)cells, (__m256i)query);
+  return sum + (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
+}
+#endif
+inline vec within(vec x, float most) {
+  return larger(x < most ? x : splat(most), splat(-most));
+}
+inline ivec load_cells(const uint32_t* x) {
+  ivec cells;
+  std::memcpy(&cells, x, sizeof cells);
+  return cells;
+}
+// Whole numbers that fit, to bytes.
+typedef int8_t byte_vec __attribute__((vector_size(VL)));
+inline void store_bytes(void* to, ivec x) {
+  const byte_vec bytes = __builtin_convertvector(x, byte_vec);
+  std::memcpy(to, &bytes, sizeof bytes);
+}
+
+constexpr int64_t BYTE_CELLS_MAX = 16;         // four dimensions each
+constexpr int BYTE_ROWS = VL == 16 ? 4 : 2;    // as many as registers hold
 constexpr uint32_t NO_FEATURES = 0x80808080u;  // four zeros
 
 inline bool has_byte_scores(int64_t rank) { return rank <= 4 * BYTE_CELLS_MAX; }
 
-constexpr float LOG2E = 1.44269504f, ONE_OCTAVE = 8388608.0f;
+constexpr float LOG2E = 1.44269504f, ONE_OCTAVE = 8388608.0f;  // an exponent of two, in units of a float's last place
 // A power of two that 2^31 of it and a few more are finite with, as an exponent: what an unbounded logit is cut to.
-constexpr float TOP_EXPONENT = 127.0f + 95.0f;
+constexpr int32_t TOP_EXPONENT = (127 + 95) << 23;
 constexpr float BOUND_NATS = 65.0f;  // below 95 octaves
+// Beyond it a unit is 16 octaves, and larger ones count as these: a logit far above the reference stays far above it.
+constexpr int32_t MOST_SHIFT = 27;
+constexpr float FAR_AWAY = 255 * ONE_OCTAVE;  // with the largest sum of products, 2^21, it fits 32 bits
 
-// Exponents of two in units of a float's last place: logit + bias - reference is these, and bias in the same unit.
-inline float octaves_per_unit(const ByteRow& row) { return row.step * LOG2E * ONE_OCTAVE; }
-inline float octaves_at_zero(const ByteRow& row) {
-  const float middle = 127.0f - 0.0575f;
-  return (middle - (row.step * row.correction + row.reference) * LOG2E) * ONE_OCTAVE;
+// What sums of products start with, so that shifted left they are the bits of exp(logit + bias - reference).
+inline ivec exponents_at_zero(const ByteRow& row, vec bias) {
+  const vec start = bias * row.per_nat + row.start;
+  return nearest(larger(start < FAR_AWAY ? start : splat(FAR_AWAY), splat(-FAR_AWAY))) - row.correction;
 }
 
 // The exponential of sums of products, linear between powers of two (6% at most, without a mean error): many are summed.
 template <bool BOUNDED>
-inline __m512 power_of(__m512i sums, __m512 scale, __m512 shift) {
-  __m512 power = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, shift);
-  if (!BOUNDED) power = _mm512_min_ps(power, _mm512_set1_ps(TOP_EXPONENT * ONE_OCTAVE));
-  return _mm512_castsi512_ps(_mm512_cvtps_epi32(_mm512_max_ps(power, _mm512_setzero_ps())));
+inline vec power_of(ivec sums, ivec shift) {
+  if (!BOUNDED) {
+    const ivec most = (TOP_EXPONENT + ivec{}) >> shift;
+    sums = sums < most ? sums : most;
+  }
+  return (vec)((sums > 0 ? sums : ivec{}) << shift);
 }
 
 // sums[M, VL] of exp(logit + bias - reference) over a block's tokens, lanes are blocks, `bias` is theirs; a panel is
@@ -52,31 +103,31 @@ inline __m512 power_of(__m512i sums, __m512 scale, __m512 shift) {
 template <int C, int M, bool BOUNDED>
 __attribute__((noinline)) void sum_panel(int64_t tokens, const uint32_t* panel, const uint32_t* query, const ByteRow* rows,
                       const float* bias, float* sums, int64_t stride) {
-  const __m512 lift = _mm512_mul_ps(_mm512_loadu_ps(bias), _mm512_set1_ps(LOG2E * ONE_OCTAVE));
-  __m512 total[M], scale[M], shift[M];
+  vec total[M];
+  ivec shift[M], start[M];
 #pragma GCC unroll 8
   for (int r = 0; r < M; ++r) {
-    total[r] = _mm512_setzero_ps();
-    scale[r] = _mm512_set1_ps(octaves_per_unit(rows[r]));
-    shift[r] = _mm512_add_ps(lift, _mm512_set1_ps(octaves_at_zero(rows[r])));
+    total[r] = vec{};
+    shift[r] = rows[r].shift + ivec{};
+    start[r] = exponents_at_zero(rows[r], load(bias));
   }
   for (int64_t t = 0; t < tokens; ++t) {
     const uint32_t* cells = panel + t * C * VL;
-    __m512i x[M];
+    ivec x[M];
 #pragma GCC unroll 8
-    for (int r = 0; r < M; ++r) x[r] = _mm512_setzero_si512();
+    for (int r = 0; r < M; ++r) x[r] = start[r];
     // A cell is loaded once for all rows; the other way round its loads are what takes the time.
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
-      const __m512i cell = _mm512_loadu_si512(cells + c * VL);
+      const ivec cell = load_cells(cells + c * VL);
 #pragma GCC unroll 8
-      for (int r = 0; r < M; ++r) x[r] = _mm512_dpbusd_epi32(x[r], cell, _mm512_set1_epi32(int(query[r * C + c])));
+      for (int r = 0; r < M; ++r) x[r] = add_products(x[r], cell, int32_t(query[r * C + c]) + ivec{});
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < M; ++r) total[r] = _mm512_add_ps(total[r], power_of<BOUNDED>(x[r], scale[r], shift[r]));
+    for (int r = 0; r < M; ++r) total[r] += power_of<BOUNDED>(x[r], shift[r]);
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < M; ++r) _mm512_storeu_ps(sums + r * stride, total[r]);
+  for (int r = 0; r < M; ++r) store(sums + r * stride, total[r]);
 }
 
 template <int C>
@@ -96,7 +147,7 @@ void sum_panels(int rows, int64_t columns, int64_t tokens, const uint32_t* panel
 }
 
 // The largest share over a query block's rows of each open block; sums [rows, columns] lie relative to what the forced
-// blocks hold of the row; best [out_blocks] as logs. Returns whether one is NaN.
+// blocks hold of the row; best [open] as logs, -inf of the sink. Returns whether one is NaN.
 __attribute__((noinline)) bool best_byte_shares(int rows, int64_t columns, int64_t open, const ByteRow* how, const float* sums,
                              float* most, float* best) {
   const int64_t end = up(open, VL);
@@ -106,7 +157,7 @@ __attribute__((noinline)) bool best_byte_shares(int rows, int64_t columns, int64
     vec total{};
     for (int64_t j = 0; j < end; j += VL) total += load(row + j);
     const float forced = how[r].reference == how[r].reference ? 1.0f : NAN;
-    const float share = 1.0f / (forced + _mm512_reduce_add_ps((__m512)total));
+    const float share = 1.0f / (forced + sum(total));
     for (int64_t j = 0; j < end; j += VL) {
       const vec own = load(row + j) * share, old = load(most + j);
       store(most + j, own > old ? own : (own == own ? old : own));  // NaN is kept
@@ -116,6 +167,7 @@ __attribute__((noinline)) bool best_byte_shares(int rows, int64_t columns, int64
     const vec x = load(most + j);
     store(most + j, log_of(x < 1e-37f ? splat(1e-37f) : x));
   }
+  best[0] = -INF;
   std::memcpy(best + 1, most + 1, sizeof(float) * (open - 1));
   return has_nan(most, end);
 }
@@ -125,10 +177,9 @@ __attribute__((noinline)) bool best_byte_shares(int rows, int64_t columns, int64
 template <class S>
 float pack_bytes(const S* keys, int64_t block0, int64_t from, int64_t blocks, int64_t tokens, int64_t rank, int64_t cells,
                  const float* inverse_steps, uint32_t* panel) {
-  alignas(64) float row[4 * BYTE_CELLS_MAX] = {};
-  alignas(64) uint32_t bytes[BYTE_CELLS_MAX];
-  __m512 flaw = _mm512_setzero_ps();
-  const __m512 limit = _mm512_set1_ps(127.0f), least = _mm512_set1_ps(-127.0f);
+  float row[4 * BYTE_CELLS_MAX] = {};
+  uint32_t bytes[BYTE_CELLS_MAX];
+  vec flaw{};
   for (int64_t lane = std::max<int64_t>(0, from - block0); lane < VL; ++lane)
     for (int64_t t = 0; t < tokens; ++t) {
       if (block0 + lane >= blocks) {
@@ -138,15 +189,20 @@ float pack_bytes(const S* keys, int64_t block0, int64_t from, int64_t blocks, in
       const S* x = keys + ((block0 + lane - from) * tokens + t) * rank;
       for (int64_t d = 0; d < rank; ++d) row[d] = widen(x[d]);
       for (int64_t d = 0; d < 4 * cells; d += VL) {
-        const __m512 steps = _mm512_mul_ps(_mm512_load_ps(row + d), _mm512_loadu_ps(inverse_steps + d));
-        flaw = _mm512_fmadd_ps(steps, _mm512_setzero_ps(), flaw);  // infinity and NaN give NaN
-        const __m512i whole = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(steps, limit), least));
-        const __m128i narrow = _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128)));
-        _mm_store_si128((__m128i*)(bytes + d / 4), narrow);
+        const vec steps = load(row + d) * load(inverse_steps + d);
+        flaw += steps * 0.0f;  // infinity and NaN give NaN
+        store_bytes((uint8_t*)bytes + d, nearest(within(steps, 127.0f)) + 128);
       }
       for (int64_t c = 0; c < cells; ++c) panel[(t * cells + c) * VL + lane] = bytes[c];
     }
-  return _mm512_reduce_add_ps(flaw);
+  return sum(flaw);
+}
+
+inline double two_to(int exponent) {
+  const uint64_t bits = uint64_t(1023 + exponent) << 52;
+  double x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
 // One row's features [4 * cells] to signed bytes; the row's numbers, of which `reference` is what sums are taken
@@ -158,22 +214,28 @@ __attribute__((noinline)) ByteRow pack_byte_query(const float* x, int64_t cells,
     high = larger(size, high);
     all += size;
   }
-  const float step = std::max(_mm512_reduce_max_ps((__m512)high), 1e-20f) / 127.0f;
-  if (!std::isfinite(_mm512_reduce_add_ps((__m512)all)) || !std::isfinite(bias)) {
+  if (!std::isfinite(sum(all)) || !std::isfinite(bias)) {
     std::memset(query, 0, 4 * cells);
-    return {step, 0.0f, NAN, false};
+    return {0, 0, 0.0f, NAN, 0.0f, false};
   }
-  __m512i total = _mm512_setzero_si512(), reach = total;
-  const __m512 inverse = _mm512_set1_ps(1.0f / step);
+  // The least power of two that the largest feature is a byte of.
+  int exponent;
+  std::frexp(double(peak(high)) * (LOG2E * ONE_OCTAVE / QUERY_BYTES), &exponent);
+  exponent = std::max(exponent, 0);
+  const int32_t shift = std::min(exponent, MOST_SHIFT);
+  const float per_nat = float(LOG2E * two_to(23 - exponent));
+  int32_t total = 0, reach = 0;
+  ivec totals{}, reaches{};
   for (int64_t d = 0; d < 4 * cells; d += VL) {
-    const __m512i byte = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + d), inverse));
-    total = _mm512_add_epi32(total, byte);
-    reach = _mm512_add_epi32(reach, _mm512_abs_epi32(byte));
-    _mm_storeu_si128((__m128i*)(query + d / 4), _mm512_cvtsepi32_epi8(byte));
+    const ivec byte = nearest(within(load(x + d) * per_nat, QUERY_BYTES));
+    totals += byte;
+    reaches += byte < 0 ? -byte : byte;
+    store_bytes(query + d / 4, byte);
   }
-  const float correction = 128.0f * float(_mm512_reduce_add_epi32(total));
-  const float most = 127.0f * step * float(_mm512_reduce_add_epi32(reach)) + bias;
-  return {step, correction, reference, most - reference < BOUND_NATS};
+  for (int j = 0; j < VL; ++j) total += totals[j], reach += reaches[j];
+  const float most = 127.0f * float(reach) / per_nat + bias;
+  const float middle = (127.0f - 0.0575f) * float(two_to(23 - shift));  // powers have no mean error
+  return {shift, 128 * total, per_nat, reference, middle - reference * per_nat, most - reference < BOUND_NATS};
 }
 
 inline int64_t byte_cells(int64_t rank) { return rank <= 16 ? 4 : rank <= 32 ? 8 : rank <= 48 ? 12 : 16; }
@@ -263,9 +325,9 @@ __attribute__((noinline)) void measure_forced(const Scores& p, const typename P:
       store(row + j, x);
       high = larger(x, high);
     }
-    tops[r] = _mm512_reduce_max_ps((__m512)high);
+    tops[r] = peak(high);
     for (int64_t j = 0; j < width; j += VL) total += P::exp_of_score(load(row + j) - tops[r]);
-    forced[r] = _mm512_reduce_add_ps((__m512)total);
+    forced[r] = sum(total);
   }
   for (int r = 0; r < rows; r += VL) store(forced + r, log_of(load(forced + r)));
   for (int r = 0; r < rows; ++r) forced[r] += tops[r];
@@ -308,8 +370,9 @@ int byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, con
       const int64_t row0 = i_q * tokens, start = p.first + row0, live = std::min(tokens, p.num_rows - row0);
       const int64_t home = start / p.block, open = std::min(home, p.blocks);
       const int all_rows = int(p.row_tokens > 1 ? p.rows : live);
-      for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h)
-        std::fill_n(out_all + ((b * p.H + h) * p.n + i_q) * p.out_blocks, p.out_blocks, -INF);
+      float* out = out_all + ((b * p.H + h_kv * group) * p.n + i_q) * p.out_blocks;  // of the first head of the group
+      const int64_t out_h = p.n * p.out_blocks, told = open <= 1 ? 0 : open;
+      for (int64_t g = 0; g < group; ++g) std::fill(out + g * out_h + told, out + g * out_h + p.out_blocks, -INF);
       if (open <= 1) continue;
       const S* raw = k_all + b * k_b + h_kv * p.k_h;
       const int64_t num = (start + live - 1) / p.block + 1 - home;
@@ -321,6 +384,7 @@ int byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, con
                             p.D, near.data() + i * panel + t * raw_cells);
       packed_bh = bh, packed_home = home, packed_num = std::max(packed_num, num);
       turn.read(cos + row0 * p.D, sin + row0 * p.D, live, p.D);
+      const int64_t end = up(open, VL), lde = std::max(padded, 4 * cells);
       for (int64_t g = 0; g < group; ++g) {
         const int64_t h = h_kv * group + g;
         const S* own = q_all + b * q_b + h * p.q_h + row0 * p.q_t;
@@ -338,30 +402,28 @@ int byte_scores(const Scores& p, int64_t batch, const S* q_all, int64_t q_b, con
                    scratch.data(), row);
           P::pack_features(row, p.D, raw_query.data() + r * raw_cells);
         }
-        const int64_t lde = std::max(padded, 4 * cells);
         for (int64_t c = 0; c < padded; c += NR)
           rows_by_panel(rows, int(W), plain.data(), W, map + c * W, encoded.data() + c, lde);
         measure_forced<P>(p, raw_query.data(), sinks.data() + bh * panel, near.data(), rows, num, lasts.data(), home, scale,
                           exact.data(), tops.data(), forced.data());
-        std::fill(far.begin(), far.end(), -INF);
+        std::fill_n(far.data(), end, -INF);
         const float* by_distance = bias + h * p.num_bias + home;
         for (int64_t j = 1; j < open; ++j) far[j] = by_distance[-j];
         vec high = splat(-INF);
-        for (int64_t j = 0; j < columns; j += VL) high = larger(load(far.data() + j), high);
-        const float highest = has_nan(far.data(), columns) ? NAN : peak(high);
+        for (int64_t j = 0; j < end; j += VL) high = larger(load(far.data() + j), high);
+        const float highest = has_nan(far.data(), end) ? NAN : peak(high);
         for (int r = 0; r < rows; ++r)
           how[r] = pack_byte_query(encoded.data() + r * lde, cells, forced[r] + flaws[bh], highest,
                                    query.data() + r * cells);
         auto sum_up = [&](auto c) {
-          sum_panels<c>(rows, up(open, VL), p.block, panels_all + bh * p.panel_h, query.data(), how.data(),
-                        far.data(), sums.data(), columns);
+          sum_panels<c>(rows, end, p.block, panels_all + bh * p.panel_h, query.data(), how.data(), far.data(), sums.data(),
+                        columns);
         };
         if (cells == 4) sum_up(std::integral_constant<int, 4>{});
         if (cells == 8) sum_up(std::integral_constant<int, 8>{});
         if (cells == 12) sum_up(std::integral_constant<int, 12>{});
         if (cells == 16) sum_up(std::integral_constant<int, 16>{});
-        is_odd |= best_byte_shares(rows, columns, open, how.data(), sums.data(), most.data(),
-                                   out_all + ((b * p.H + h) * p.n + i_q) * p.out_blocks);
+        is_odd |= best_byte_shares(rows, columns, open, how.data(), sums.data(), most.data(), out + g * out_h);
       }
     }
   }

@@ -14,40 +14,51 @@ inline int largest_lane(const float* x) {
   return RUN_ROWS - 1 - (keys[0] & (RUN_ROWS - 1));
 }
 
-// Of `rows` rows those `num`, as bits, that farthest-first traversal finds, the first one first; products [RUN_ROWS, ldc]
-// are those of all pairs. A row that is no number is infinitely far.
-inline uint32_t farthest_first(const float* products, int64_t ldc, int rows, int num) {
-  float sizes[RUN_ROWS], least[RUN_ROWS];
-  for (int r = 0; r < RUN_ROWS; ++r) {
-    sizes[r] = r < rows ? products[r * ldc + r] : 0.0f;
-    least[r] = r < rows ? INF : -1.0f;
-  }
-  uint32_t chosen = 1;
-  for (int i = 1, pick = 0; i < num; ++i) {
-    const float *row = products + pick * ldc, own = sizes[pick];
-    for (int r = 0; r < RUN_ROWS; r += VL) {
-      const vec raw = load(sizes + r) + own - 2.0f * load(row + r), old = load(least + r);
-      const vec away = raw < 0.0f ? vec{} : raw;
-      store(least + r, away < old ? away : old);
-    }
-    least[pick] = -1.0f;
-    pick = largest_lane(least);
-    chosen |= 1u << pick;
-  }
-  return chosen;
-}
-
 // Finds the rows of a query block that differ most.
 template <class P>
 struct RowChoice {
   typedef typename P::Cell Cell;
-  static constexpr int LDC = RUN_ROWS > NR ? RUN_ROWS : NR;
+  static constexpr int STEP = 4;  // sums that run beside each other
   const int64_t D, cells;
-  std::vector<Cell> query, panel;
-  std::vector<float> products, row;
-  explicit RowChoice(int64_t D)
-      : D(D), cells(up(D, P::PER) / P::PER), query(RUN_ROWS * cells), panel(LDC * cells), products(RUN_ROWS * LDC),
-        row(D) {}
+  std::vector<Cell> panel;  // [cell][row] of a run
+  explicit RowChoice(int64_t D) : D(D), cells(up(up(D, P::PER) / P::PER, STEP)), panel(cells * RUN_ROWS) {}
+
+  // Products [RUN_ROWS] of all rows of the run with one of them, or of each with itself.
+  void multiply(int pick, bool with_itself, float* products) const {
+    for (int r = 0; r < RUN_ROWS; r += VL) {
+      vec sum[STEP] = {};
+      for (int64_t c = 0; c < cells; c += STEP)
+#pragma GCC unroll 4
+        for (int i = 0; i < STEP; ++i) {
+          const Cell* row = &panel[(c + i) * RUN_ROWS];
+          const auto x = P::load_cells(row + r);
+          P::add_product(sum[i], x, with_itself ? x : P::repeat(row[pick]));
+        }
+      store(products + r, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    }
+  }
+
+  // Of `rows` rows those `num`, as bits, that farthest-first traversal finds, the first one first. A row that is no number
+  // is infinitely far.
+  uint32_t farthest_first(int rows, int num) const {
+    float sizes[RUN_ROWS], least[RUN_ROWS], products[RUN_ROWS];
+    multiply(0, true, sizes);
+    for (int r = 0; r < RUN_ROWS; ++r) least[r] = r < rows ? INF : -1.0f;
+    uint32_t chosen = 1;
+    for (int i = 1, pick = 0; i < num; ++i) {
+      multiply(pick, false, products);
+      const float own = sizes[pick];
+      for (int r = 0; r < RUN_ROWS; r += VL) {
+        const vec raw = load(sizes + r) + own - 2.0f * load(products + r), old = load(least + r);
+        const vec away = raw < 0.0f ? vec{} : raw;
+        store(least + r, away < old ? away : old);
+      }
+      least[pick] = -1.0f;
+      pick = largest_lane(least);
+      chosen |= 1u << pick;
+    }
+    return chosen;
+  }
 
   // Writes which of the `rows` queries x are scored, one in `one_in` of each RUN_ROWS, and returns how many there are.
   template <class S>
@@ -59,16 +70,8 @@ struct RowChoice {
     }
     for (int first = 0; first < rows; first += RUN_ROWS) {
       const int num = std::min(RUN_ROWS, rows - first);
-      const S* run = x + first * stride;
-      for (int r = 0; r < num; ++r) {
-        widen_row(run + r * stride, D, row.data());
-        P::pack_features(row.data(), D, query.data() + r * cells);
-      }
-      for (int t = 0; t < RUN_ROWS; t += NR) {
-        P::pack_key_panel(run, stride, t, num, D, panel.data() + t * cells);
-        rows_by_panel<P>(num, int(cells), query.data(), cells, panel.data() + t * cells, products.data() + t, LDC);
-      }
-      const uint32_t bits = farthest_first(products.data(), LDC, num, std::min(num, int(RUN_ROWS / one_in)));
+      P::template pack_rows<RUN_ROWS>(x + first * stride, stride, num, D, panel.data());
+      const uint32_t bits = farthest_first(num, std::min(num, int(RUN_ROWS / one_in)));
       for (int r = 0; r < num; ++r)
         if (bits >> r & 1) chosen[kept++] = first + r;
     }

@@ -32,35 +32,36 @@ void encode_token(const Paged& p, int64_t heads, const S* q, const float* cos, c
   }
 }
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if HAS_BYTE_PRODUCTS
 
 // sums[M] over the tokens of one page of what sum_panel sums up, `bias` [M]; `next` is the page that is scored after it.
 template <int C, int M>
 inline void sum_page(int64_t block, const uint32_t* page, const uint32_t* next, const uint32_t* query,
                      const ByteRow* rows, const float* bias, float* sums, int64_t stride) {
-  __m512 scale[M], shift[M], total[M];
+  vec total[M];
+  ivec shift[M], start[M];
 #pragma GCC unroll 4
   for (int r = 0; r < M; ++r) {
-    scale[r] = _mm512_set1_ps(octaves_per_unit(rows[r]));
-    shift[r] = _mm512_set1_ps(octaves_at_zero(rows[r]) + bias[r] * (LOG2E * ONE_OCTAVE));
-    total[r] = _mm512_setzero_ps();
+    shift[r] = rows[r].shift + ivec{};
+    start[r] = exponents_at_zero(rows[r], splat(bias[r]));
+    total[r] = vec{};
   }
   for (int64_t t = 0; t < block; t += VL) {
-    __m512i s[M];
+    ivec x[M];
 #pragma GCC unroll 4
-    for (int r = 0; r < M; ++r) s[r] = _mm512_setzero_si512();
+    for (int r = 0; r < M; ++r) x[r] = start[r];
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
-      const __m512i cell = _mm512_loadu_si512(page + c * block + t);
+      const ivec cell = load_cells(page + c * block + t);
       ask_for(next + c * block + t);
 #pragma GCC unroll 4
-      for (int r = 0; r < M; ++r) s[r] = _mm512_dpbusd_epi32(s[r], cell, _mm512_set1_epi32(int(query[r * C + c])));
+      for (int r = 0; r < M; ++r) x[r] = add_products(x[r], cell, int32_t(query[r * C + c]) + ivec{});
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < M; ++r) total[r] = _mm512_add_ps(total[r], power_of<false>(s[r], scale[r], shift[r]));
+    for (int r = 0; r < M; ++r) total[r] += power_of<false>(x[r], shift[r]);
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < M; ++r) sums[r * stride] = _mm512_reduce_add_ps(total[r]);
+  for (int r = 0; r < M; ++r) sums[r * stride] = sum(total[r]);
 }
 
 template <int C>

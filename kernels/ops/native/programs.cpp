@@ -12,7 +12,7 @@
 #include <limits>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -24,6 +24,12 @@ constexpr int VL = 16, MR = 12;
 constexpr int VL = 8, MR = 6;
 #else
 constexpr int VL = 4, MR = 8;
+#endif
+// Bytes are multiplied where vectors are whole registers of AVX2 or AVX-512.
+#if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
+#define HAS_BYTE_PRODUCTS 1
+#else
+#define HAS_BYTE_PRODUCTS 0
 #endif
 constexpr int NR = 2 * VL;
 // Keys per softmax step: MR rows of scores and one column panel of values stay in a 32 KiB cache.
@@ -205,13 +211,19 @@ inline void rows_by_panel(int rows, int n, const typename P::Cell* a, int64_t ld
 
 inline int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
+// `live` rows of D to the first lanes of a panel [D][WIDE].
+template <int WIDE, class S>
+void pack_lanes(const S* x, int64_t stride, int64_t live, int64_t D, float* panel) {
+  for (int64_t j = 0; j < live; ++j)
+    for (int64_t d = 0; d < D; ++d) panel[d * WIDE + j] = widen(x[j * stride + d]);
+}
+
 // Rows [T, D] to panels [ceil(T / NR)][D][NR]; rows past T are zero.
 template <class S>
 void pack_keys(const S* x, int64_t stride, int64_t first, int64_t T, int64_t D, float* panel) {
   const int64_t live = T - first < 0 ? 0 : (T - first > NR ? NR : T - first);
   if (live < NR) std::memset(panel, 0, sizeof(float) * D * NR);
-  for (int64_t j = 0; j < live; ++j)
-    for (int64_t d = 0; d < D; ++d) panel[d * NR + j] = widen(x[(first + j) * stride + d]);
+  pack_lanes<NR>(x + first * stride, stride, live, D, panel);
 }
 
 // exp(row - top) in place; the sum.
@@ -264,6 +276,10 @@ struct FullCells : Full {
   static void pack_key_panel(const S* x, int64_t stride, int64_t first, int64_t T, int64_t D, Cell* panel) {
     pack_keys(x, stride, first, T, D, panel);
   }
+  template <int WIDE, class S>
+  static void pack_rows(const S* x, int64_t stride, int64_t live, int64_t D, Cell* panel) {
+    pack_lanes<WIDE>(x, stride, live, D, panel);
+  }
   // NR keys from `first` on, of all columns: column panels lie `apart` cells from each other.
   template <class S>
   static void pack_value_rows(const S* x, int64_t stride, int64_t first, int64_t T, int64_t D, Cell* panel,
@@ -308,10 +324,42 @@ struct PairCells {
   static void pack_key_panel(const uint16_t* x, int64_t stride, int64_t first, int64_t T, int64_t D, Cell* panel) {
     const int64_t cells = (D + 1) / 2, live = T - first < 0 ? 0 : (T - first > NR ? NR : T - first);
     if (live < NR) std::memset(panel, 0, sizeof(Cell) * cells * NR);
+    pack_rows<NR>(x + first * stride, stride, live, D, panel);
+  }
+  // `live` rows of D to the first lanes of a panel [cell][WIDE], VL rows and cells at a time where there are as many.
+  template <int WIDE>
+  static void pack_rows(const uint16_t* x, int64_t stride, int64_t live, int64_t D, Cell* panel) {
+    const int64_t tall = live / VL * VL, broad = D / 2 / VL * VL;
+    for (int64_t j = 0; j < tall; j += VL)
+      for (int64_t i = 0; i < broad; i += VL) turn_square(x + j * stride + 2 * i, stride, panel + i * WIDE + j, WIDE);
     for (int64_t j = 0; j < live; ++j) {
-      const uint16_t* row = x + (first + j) * stride;
-      for (int64_t i = 0; i < D / 2; ++i) std::memcpy(&panel[i * NR + j], row + 2 * i, sizeof(Cell));
-      if (D % 2) panel[D / 2 * NR + j] = row[D - 1];
+      const uint16_t* row = x + j * stride;
+      for (int64_t i = j < tall ? broad : 0; i < D / 2; ++i)
+        std::memcpy(&panel[i * WIDE + j], row + 2 * i, sizeof(Cell));
+      if (D % 2) panel[D / 2 * WIDE + j] = row[D - 1];
+    }
+  }
+  // VL rows of VL cells, `stride` numbers apart, to rows of what were columns.
+  static void turn_square(const uint16_t* x, int64_t stride, Cell* out, int64_t wide) {
+    __m512i a[VL], b[VL];
+    for (int r = 0; r < VL; ++r) a[r] = _mm512_loadu_si512(x + r * stride);
+    for (int r = 0; r < VL; r += 2) {
+      b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
+      b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
+    }
+    for (int r = 0; r < VL; r += 4)  // a[r + k]: of each four columns the k-th, of rows r to r + 3
+      for (int k = 0; k < 2; ++k) {
+        a[r + 2 * k] = _mm512_unpacklo_epi64(b[r + k], b[r + 2 + k]);
+        a[r + 2 * k + 1] = _mm512_unpackhi_epi64(b[r + k], b[r + 2 + k]);
+      }
+    for (int k = 0; k < 4; ++k)
+      for (int r = 0; r < VL; r += 8) {
+        b[r + k] = _mm512_shuffle_i32x4(a[r + k], a[r + 4 + k], 0x88);      // columns k and 8 + k
+        b[r + 4 + k] = _mm512_shuffle_i32x4(a[r + k], a[r + 4 + k], 0xDD);  // 4 + k and 12 + k
+      }
+    for (int k = 0; k < 8; ++k) {
+      _mm512_storeu_si512(out + k * wide, _mm512_shuffle_i32x4(b[k], b[8 + k], 0x88));
+      _mm512_storeu_si512(out + (8 + k) * wide, _mm512_shuffle_i32x4(b[k], b[8 + k], 0xDD));
     }
   }
   static void pack_value_rows(const uint16_t* x, int64_t stride, int64_t first, int64_t T, int64_t D, Cell* panel,

@@ -7,13 +7,27 @@ struct Unrotation {
   std::vector<float> own, other;
   explicit Unrotation(int64_t size) : own(size), other(size) {}
   void read(const float* cos, const float* sin, int64_t tokens, int64_t D) {
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t d = 0; d < D; ++d) {
-        const float c = cos[t * D + d], s = sin[t * D + d], size = c * c + s * s;
-        const float shrink = 1.0f / (size > 1e-6f ? size : 1e-6f);
-        own[t * D + d] = c * shrink;
-        other[t * D + d] = (d < D / 2 ? s : -s) * shrink;
+    const int64_t half = D / 2, whole = half % VL == 0 ? half : 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t low = t * D, high = low + half;
+      for (int64_t d = 0; d < whole; d += VL) {
+        read_lanes(load(cos + low + d), load(sin + low + d), 1.0f, low + d);
+        read_lanes(load(cos + high + d), load(sin + high + d), -1.0f, high + d);
       }
+      for (int64_t d = 2 * whole; d < D; ++d) {
+        const float c = cos[low + d], s = sin[low + d], size = c * c + s * s;
+        const float shrink = 1.0f / (size > 1e-6f ? size : 1e-6f);
+        own[low + d] = c * shrink;
+        other[low + d] = (d < half ? s : -s) * shrink;
+      }
+    }
+  }
+
+ private:
+  void read_lanes(vec c, vec s, float sign, int64_t at) {
+    const vec shrink = 1.0f / larger(c * c + s * s, splat(1e-6f));
+    store(&own[at], c * shrink);
+    store(&other[at], s * sign * shrink);
   }
 };
 

@@ -336,7 +336,7 @@ def test_a_row_that_is_no_number_is_an_error_whoever_stands_for_it(
             score_blocks(scorer, broken, k, keys, table=table, block_q=16)
 
 
-@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX2, AVX-512)")
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes")
 @pytest.mark.parametrize(
     ("rank", "query_pool", "reduce"),
     [(12, 1, "mean"), (32, 4, "mean"), (30, 2, "mean"), (32, 2, "k_center"), (16, 4, "k_center")],
@@ -374,7 +374,7 @@ def test_byte_scores_are_near_the_plain_ones(
     assert float(error.abs().max()) <= 10 * BYTE_SCORE_RMS
 
 
-@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX2, AVX-512)")
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes")
 def test_byte_scores_of_large_logits_are_finite_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits that may overflow are cut at 2^95 times the forced blocks: there a share is full."""
     generator = torch.Generator().manual_seed(5)
@@ -398,7 +398,7 @@ def test_byte_scores_of_large_logits_are_finite_and_in_order(monkeypatch: pytest
     assert float((native - plain)[is_large].abs().mean()) <= 0.3
 
 
-@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX2, AVX-512)")
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes")
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-9, 1e-6, 1e5, 1e12, 1e25])
 def test_a_byte_has_a_step_at_every_size_of_a_query(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small queries ask all blocks alike, as in floats; ones beyond all measure still find their block."""
@@ -444,7 +444,7 @@ def test_features_of_keys_equal_the_plain_ones(dtype: torch.dtype, tokens: int, 
     )
 
 
-@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX2, AVX-512)")
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_panels_that_grow_score_as_panels_packed_anew_do(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -483,7 +483,7 @@ def test_panels_that_grow_score_as_panels_packed_anew_do(
     assert sum(packed) == 2400 // 64 + 4 + 4
 
 
-@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX2, AVX-512)")
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes")
 @pytest.mark.parametrize("end", [320, 450])
 def test_a_rows_shares_do_not_depend_on_what_comes_behind(end: int) -> None:
     """Bytes of a key are its own: a piece of a prompt scores as the whole does, to the bit."""
@@ -505,7 +505,7 @@ def test_a_rows_shares_do_not_depend_on_what_comes_behind(end: int) -> None:
     assert torch.equal(piece[:, :, :full], whole[:, :, :full, : piece.shape[3]])
 
 
-@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes (AVX2, AVX-512)")
+@pytest.mark.skipif(not calls.has_byte_scores(32), reason="this processor multiplies no bytes")
 @pytest.mark.parametrize("where", ["query", "key", "bias"])
 def test_bytes_do_not_hide_what_is_no_number(where: str) -> None:
     """NaN has no byte: it must come out as an error, never as a share."""

@@ -34,6 +34,7 @@ constexpr float QUERY_BYTES = 63.0f;
 #endif
 #if defined(__AVX512F__)
 inline ivec nearest(vec x) { return (ivec)_mm512_cvtps_epi32((__m512)x); }
+inline ivec shift_left(ivec x, ivec by) { return (ivec)_mm512_sllv_epi32((__m512i)x, (__m512i)by); }
 inline ivec add_products(ivec sum, ivec cells, ivec query) {
 #if defined(__AVX512VNNI__)
   return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)cells, (__m512i)query);
@@ -44,6 +45,7 @@ inline ivec add_products(ivec sum, ivec cells, ivec query) {
 }
 #else
 inline ivec nearest(vec x) { return (ivec)_mm256_cvtps_epi32((__m256)x); }
+inline ivec shift_left(ivec x, ivec by) { return (ivec)_mm256_sllv_epi32((__m256i)x, (__m256i)by); }
 inline ivec add_products(ivec sum, ivec cells, ivec query) {
 #if defined(__AVXVNNI__)
   return (ivec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)cells, (__m256i)query);
@@ -95,7 +97,7 @@ inline vec power_of(ivec sums, ivec shift) {
     const ivec most = (TOP_EXPONENT + ivec{}) >> shift;
     sums = sums < most ? sums : most;
   }
-  return (vec)((sums > 0 ? sums : ivec{}) << shift);
+  return (vec)shift_left(sums > 0 ? sums : ivec{}, shift);
 }
 
 // sums[M, VL] of exp(logit + bias - reference) over a block's tokens, lanes are blocks, `bias` is theirs; a panel is

@@ -154,10 +154,12 @@ def takes_triton(backend: str, device: torch.device) -> bool:
     """Whether an operation of a Triton and a torch path takes Triton: if asked to, or by itself on a GPU."""
     if backend not in ("auto", "triton", "torch"):
         raise BackendError(f"backend {backend!r} is unknown; choose auto, triton, torch")
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return False  # asked several times in each layer: looking for a package takes 40 us
     refusal = why_no_triton(device.type)
     if backend == "triton" and refusal is not None:
         raise BackendError(f"backend 'triton' refuses: {refusal}; backend='auto' picks another")
-    return backend == "triton" or (backend == "auto" and device.type == "cuda" and refusal is None)
+    return refusal is None
 
 
 def _in_order(request: Request) -> tuple[Backend, ...]:

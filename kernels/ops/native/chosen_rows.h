@@ -9,9 +9,12 @@ inline int largest_lane(const float* x) {
   int32_t keys[RUN_ROWS];
   std::memcpy(keys, x, sizeof keys);
   for (int r = 0; r < RUN_ROWS; ++r) keys[r] = (keys[r] & ~(RUN_ROWS - 1)) | (RUN_ROWS - 1 - r);
-  for (int half = RUN_ROWS / 2; half > 0; half /= 2)
-    for (int r = 0; r < half; ++r) keys[r] = std::max(keys[r], keys[r + half]);
-  return RUN_ROWS - 1 - (keys[0] & (RUN_ROWS - 1));
+#if defined(__AVX512F__)
+  const int32_t most = _mm512_reduce_max_epi32(_mm512_loadu_si512(keys));
+#else
+  const int32_t most = *std::max_element(keys, keys + RUN_ROWS);
+#endif
+  return RUN_ROWS - 1 - (most & (RUN_ROWS - 1));
 }
 
 // Finds the rows of a query block that differ most.
@@ -71,9 +74,8 @@ struct RowChoice {
     for (int first = 0; first < rows; first += RUN_ROWS) {
       const int num = std::min(RUN_ROWS, rows - first);
       P::template pack_rows<RUN_ROWS>(x + first * stride, stride, num, D, panel.data());
-      const uint32_t bits = farthest_first(num, std::min(num, int(RUN_ROWS / one_in)));
-      for (int r = 0; r < num; ++r)
-        if (bits >> r & 1) chosen[kept++] = first + r;
+      uint32_t bits = farthest_first(num, std::min(num, int(RUN_ROWS / one_in)));
+      for (; bits; bits &= bits - 1) chosen[kept++] = first + __builtin_ctz(bits);
     }
     return kept;
   }

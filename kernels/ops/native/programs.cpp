@@ -19,7 +19,7 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int VL = 16, MR = 12;
+constexpr int VL = 16, MR = 8;
 #elif defined(__AVX2__)
 constexpr int VL = 8, MR = 6;
 #else
@@ -319,8 +319,10 @@ struct PairCells {
 
   static Cell pair(uint16_t a, uint16_t b) { return Cell(a) | Cell(b) << 16; }
   static void pack_query(const uint16_t* x, int64_t D, float sign, Cell* cells) {
-    const Cell flip = sign < 0.0f ? 0x80008000u : 0u;
-    for (int64_t d = 0; d < D; d += 2) cells[d / 2] = pair(x[d], d + 1 < D ? x[d + 1] : 0) ^ flip;
+    cells[(D - 1) / 2] = 0;  // an odd end has half a cell to itself
+    std::memcpy(cells, x, sizeof(uint16_t) * D);
+    if (sign < 0.0f)
+      for (int64_t i = 0; i < (D + 1) / 2; ++i) cells[i] ^= 0x80008000u;
   }
   static void pack_features(const float* x, int64_t n, Cell* cells) {
     cells[(n - 1) / 2] = 0;  // an odd end has half a cell to itself

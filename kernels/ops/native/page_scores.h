@@ -34,7 +34,7 @@ void encode_token(const Paged& p, int64_t heads, const S* q, const float* cos, c
 
 #if HAS_BYTE_PRODUCTS
 
-// sums[M] over the tokens of one page of what sum_panel sums up, `bias` [M]; `next` is the page that is scored after it.
+// sums[M] over the tokens of one page of what `sum_panel` sums up, `bias` [M]; `next` is the page that is scored after it.
 template <int C, int M>
 inline void sum_page(int64_t block, const uint32_t* page, const uint32_t* next, const uint32_t* query,
                      const ByteRow* rows, const float* bias, float* sums, int64_t stride) {

@@ -62,7 +62,8 @@ inline float fold(const V& x, F f) {
   }
 }
 #if defined(__AVX512F__)
-inline float sum(vec x) { return _mm512_reduce_add_ps((__m512)x); }  // the same, without a way through memory
+// In registers: the compiler's way through memory took a fifth of dense attention's time.
+inline float sum(vec x) { return _mm512_reduce_add_ps((__m512)x); }
 inline float peak(vec x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
 inline float sum(vec x) {

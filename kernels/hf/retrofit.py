@@ -356,7 +356,9 @@ class Retrofit:
             return False
         return self._rung.covers_step(kv_len, batch) if num_rows == 1 else self._rung.covers(kv_len)
 
-    def _keep_short(self, shares: torch.Tensor, starts: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    def _keep_short(
+        self, shares: torch.Tensor, starts: torch.Tensor, query: torch.Tensor, offset: int
+    ) -> torch.Tensor:
         """Let query blocks below their break-even keep everything; one row alone has that of a decode step.
 
         So what a block keeps does not depend on where the prompt was cut, even if one row is left over.
@@ -364,7 +366,8 @@ class Retrofit:
         batch, _, num_rows, _ = query.shape
         if num_rows == 1:
             return shares  # `_is_covered` has looked at its length
-        shares = keep_before(shares, starts, self._rung.break_even_tokens)
+        if offset + 1 < self._rung.break_even_tokens:  # else no query block is short
+            shares = keep_before(shares, starts, self._rung.break_even_tokens)
         if num_rows % self._ladder.query_block_tokens == 1:
             last = keep_before(shares[:, :, -1:], starts[-1:], self._rung.step_break_even_tokens(batch))
             shares = torch.cat((shares[:, :, :-1], last), dim=2)
@@ -410,9 +413,9 @@ class Retrofit:
         poison = nan_where_broken(shares)
         if self.fault is not None:
             shares = self.fault.shift(shares, starts)
-        shares = self._keep_short(shares, starts, query)
+        shares = self._keep_short(shares, starts, query, offset)
         first, end = self._last_rows(query.shape[2], key.shape[2])
-        if first < end:
+        if first < min(end, key.shape[2]):  # else no row of this piece is among them
             shares = shares.masked_fill(((starts >= first) & (starts < end))[:, None], float("inf"))
         with self._part(SELECTION):
             mask = select_blocks(

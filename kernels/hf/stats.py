@@ -78,7 +78,7 @@ class RetrofitStats:
             self.num_sparse += 1
 
     def read(self) -> list[LayerCall]:
-        """Return the latest calls with plain numbers; what has been read off a device is not read again."""
+        """Return the latest calls with plain numbers, and keep these: nothing is read off a device twice."""
         calls = read_calls(self.calls)
         self.calls.clear()
         self.calls.extend(calls)

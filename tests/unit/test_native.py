@@ -141,7 +141,7 @@ def test_odd_heads_and_negative_scales(dtype: torch.dtype, dim: int, scale: floa
 
 @pytest.fixture
 def without_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features are scored as they are, as on a processor without VNNI."""
+    """Features are scored as they are, as on a processor that multiplies no bytes."""
     monkeypatch.setattr(calls, "has_byte_scores", lambda _rank: False)
 
 

@@ -77,7 +77,7 @@ constexpr uint32_t NO_FEATURES = 0x80808080u;  // four zeros
 inline bool has_byte_scores(int64_t rank) { return rank <= 4 * BYTE_CELLS_MAX; }
 
 constexpr float LOG2E = 1.44269504f, ONE_OCTAVE = 8388608.0f;  // an exponent of two, in units of a float's last place
-// A power of two that 2^31 of it and a few more are finite with, as an exponent: what an unbounded logit is cut to.
+// What an unbounded logit is cut to, as an exponent: 2^30 of such powers of two are finite.
 constexpr int32_t TOP_EXPONENT = (127 + 95) << 23;
 constexpr float BOUND_NATS = 65.0f;  // below 95 octaves
 // Beyond it a unit is 16 octaves, and larger ones count as these: a logit far above the reference stays far above it.
@@ -94,7 +94,7 @@ inline ivec exponents_at_zero(const ByteRow& row, vec bias) {
 template <bool BOUNDED>
 inline vec power_of(ivec sums, ivec shift) {
   if (!BOUNDED) {
-    const ivec most = (TOP_EXPONENT + ivec{}) >> shift;
+    const ivec most = ((TOP_EXPONENT - 1) >> shift) + 1;  // no less, so that it cuts no bounded row beside it
     sums = sums < most ? sums : most;
   }
   return (vec)shift_left(sums > 0 ? sums : ivec{}, shift);

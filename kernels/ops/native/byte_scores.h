@@ -25,34 +25,35 @@ inline uint8_t to_byte(float x, float inverse_step, float* flaw) {
 
 #if HAS_BYTE_PRODUCTS
 
-// sum + cells * query, four products of an unsigned and a signed byte in each lane. Without an instruction for it two
-// products are summed in 16 bits, where they have to fit.
-#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
-constexpr float QUERY_BYTES = 127.0f;
-#else
-constexpr float QUERY_BYTES = 63.0f;
-#endif
 #if defined(__AVX512F__)
-inline ivec nearest(vec x) { return (ivec)_mm512_cvtps_epi32((__m512)x); }
-inline ivec shift_left(ivec x, ivec by) { return (ivec)_mm512_sllv_epi32((__m512i)x, (__m512i)by); }
-inline ivec add_products(ivec sum, ivec cells, ivec query) {
-#if defined(__AVX512VNNI__)
-  return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)cells, (__m512i)query);
+#define SIMD(operation) _mm512_##operation
+typedef __m512 reals;
+typedef __m512i wholes;
 #else
-  const __m512i pairs = _mm512_maddubs_epi16((__m512i)cells, (__m512i)query);
-  return sum + (ivec)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#define SIMD(operation) _mm256_##operation
+typedef __m256 reals;
+typedef __m256i wholes;
 #endif
+inline ivec nearest(vec x) { return (ivec)SIMD(cvtps_epi32)((reals)x); }
+inline ivec shift_left(ivec x, ivec by) { return (ivec)SIMD(sllv_epi32)((wholes)x, (wholes)by); }
+
+// sum + cells * query, four products of an unsigned and a signed byte in each lane; the latter go to QUERY_BYTES. Without
+// an instruction for it two products are summed in 16 bits, where they have to fit.
+#if defined(__AVX512VNNI__)
+constexpr float QUERY_BYTES = 127.0f;
+inline ivec add_products(ivec sum, ivec cells, ivec query) {
+  return (ivec)_mm512_dpbusd_epi32((wholes)sum, (wholes)cells, (wholes)query);
+}
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+constexpr float QUERY_BYTES = 127.0f;
+inline ivec add_products(ivec sum, ivec cells, ivec query) {
+  return (ivec)_mm256_dpbusd_avx_epi32((wholes)sum, (wholes)cells, (wholes)query);
 }
 #else
-inline ivec nearest(vec x) { return (ivec)_mm256_cvtps_epi32((__m256)x); }
-inline ivec shift_left(ivec x, ivec by) { return (ivec)_mm256_sllv_epi32((__m256i)x, (__m256i)by); }
+constexpr float QUERY_BYTES = 63.0f;
 inline ivec add_products(ivec sum, ivec cells, ivec query) {
-#if defined(__AVXVNNI__)
-  return (ivec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)cells, (__m256i)query);
-#else
-  const __m256i pairs = _mm256_maddubs_epi16((__m256i)cells, (__m256i)query);
-  return sum + (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#endif
+  const wholes pairs = SIMD(maddubs_epi16)((wholes)cells, (wholes)query);
+  return sum + (ivec)SIMD(madd_epi16)(pairs, SIMD(set1_epi16)(1));
 }
 #endif
 inline vec within(vec x, float most) {
